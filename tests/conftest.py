@@ -1,0 +1,118 @@
+"""One suite, five gates. TK_GATE chooses which one a pytest process is; each test says which gates it belongs to.
+
+torch   CPU tensors, the PyTorch bodies, models, command lines.
+ttsem   device="cuda" tests on a machine without a GPU: every launch's TTIR executed, bounds and races checked.
+aot     kernels compiled for GPUs that are not there; facts read off the machine code.
+interp  Triton's interpreter on CPU tensors.
+cuda    a real GPU.
+
+A module or test is marked ``pytest.mark.gate("ttsem", "cuda")``; the others are not collected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+GATES = ("torch", "ttsem", "aot", "interp", "cuda")
+GATE = os.environ.get("TK_GATE", "torch")
+if GATE not in GATES:
+    raise ValueError(f"TK_GATE must be one of {GATES}, got {GATE!r}")
+if GATE == "interp":
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import pytest
+import torch
+
+import tkernels
+from tests.gates import interpreter, ttsem
+
+_stack = contextlib.ExitStack()
+_ttsem_state: Any = None
+_launched: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _ttsem_state
+    torch.set_num_threads(1)  # xdist runs a worker per core
+    # NaN in whatever torch.empty returns, inside backward() too: unwritten memory must show
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if GATE == "interp":
+        interpreter.patch()
+    if GATE == "ttsem":
+        _ttsem_state = ttsem.open_session(_stack)
+    if GATE in ("ttsem", "interp", "cuda"):
+        _count_launches()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    _stack.close()
+
+
+def _count_launches() -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for kind in (JITFunction, InterpretedFunction):
+        original = kind.run
+
+        def run(self: Any, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            if not kwargs.get("warmup"):
+                _launched.append(self.__name__)
+            return _original(self, *args, **kwargs)
+
+        kind.run = run
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, left = [], []
+    for item in items:
+        marks = list(item.iter_markers("gate"))
+        if not marks:
+            raise pytest.UsageError(f"{item.nodeid} does not say which gate it belongs to")
+        # the closest mark wins: a test's own over its module's
+        (kept if GATE in marks[0].args else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _ttsem_state is not None and _ttsem_state.launches:
+        terminalreporter.write_line(
+            f"ttsem: {_ttsem_state.launches} launches, {_ttsem_state.races_unchecked} too large for the race check"
+        )
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where this gate's tensors live: 'cuda' under ttsem and on a GPU, else 'cpu'."""
+    return "cuda" if GATE in ("ttsem", "cuda") else "cpu"
+
+
+@pytest.fixture(scope="session")
+def triton_runs() -> bool:
+    """Whether operators take Triton in this gate."""
+    return GATE in ("ttsem", "interp", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from the same seed, IEEE float32 products and the strict backend of its gate."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    unchecked = _ttsem_state.races_unchecked if _ttsem_state is not None else 0
+    with tkernels.backend("triton" if GATE in ("ttsem", "interp", "cuda") else "auto"):
+        yield
+    if _ttsem_state is not None:
+        assert _ttsem_state.races_unchecked == unchecked, "a launch was too large for the race check: shrink the test"
+
+
+@pytest.fixture
+def launches() -> list[str]:
+    """Names of the kernels launched since the test asked for this fixture, in order."""
+    _launched.clear()
+    return _launched

@@ -1,0 +1,8 @@
+"""Fused Triton kernels for training convolutional networks, with a PyTorch body where there is no GPU."""
+
+__version__ = "0.1.0"
+
+from tkernels import functional, nn
+from tkernels.runtime import backend, get_backend
+
+__all__ = ["__version__", "backend", "functional", "get_backend", "nn"]

@@ -1,0 +1,1 @@
+"""Floor 2: operators. Checks, autocast, the autograd function and the PyTorch body, one file an operator."""

@@ -1,0 +1,50 @@
+"""Activations an operator may fuse: their names, and the PyTorch body of value and gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tkernels.ops import checks
+
+ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu")
+# The sign of their output tells the derivative; gelu and silu need their input.
+FROM_OUTPUT = ("relu", "leaky_relu")
+LEAKY_SLOPE = 0.01  # torch.nn.functional.leaky_relu's default
+aten = torch.ops.aten
+
+
+def check(activation: str | None) -> None:
+    """Raise ValueError for a name outside ACTIVATIONS."""
+    checks.one_of("activation", activation, ACTIVATIONS)
+
+
+def needs_input(activation: str | None) -> bool:
+    """Whether backward needs the activation's input rather than its output."""
+    return activation is not None and activation not in FROM_OUTPUT
+
+
+def apply(z: Tensor, activation: str | None) -> Tensor:
+    """The activation of ``z``, any shape; the tensor itself for None."""
+    if activation is None:
+        return z
+    if activation == "relu":
+        return torch.relu(z)
+    if activation == "leaky_relu":
+        return torch.nn.functional.leaky_relu(z, LEAKY_SLOPE)
+    if activation == "gelu":
+        return torch.nn.functional.gelu(z)
+    return torch.nn.functional.silu(z)
+
+
+def gradient(dy: Tensor, saved: Tensor | None, activation: str | None) -> Tensor:
+    """``dy`` times the derivative. ``saved``: the output for 'relu' and 'leaky_relu', the input for the others."""
+    if activation is None:
+        return dy
+    if activation == "relu":
+        return aten.threshold_backward(dy, saved, 0)
+    if activation == "leaky_relu":
+        return aten.leaky_relu_backward(dy, saved, LEAKY_SLOPE, True)
+    if activation == "gelu":
+        return aten.gelu_backward(dy, saved)
+    return aten.silu_backward(dy, saved)

@@ -1,0 +1,61 @@
+"""Checks several operators share. Each raises what torch raises, naming the argument, what was given and allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensor(**named: Any) -> None:
+    """Raise TypeError for an argument that is not a tensor. Keyword names are the arguments' names."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def optional_tensor(**named: Any) -> None:
+    """Raise TypeError for an argument that is neither None nor a tensor."""
+    tensor(**{name: value for name, value in named.items() if value is not None})
+
+
+def floating(**named: Tensor | None) -> None:
+    """Raise RuntimeError for a tensor of integers, booleans or complex numbers."""
+    for name, t in named.items():
+        if t is not None and not t.is_floating_point():
+            raise RuntimeError(f"{name} must have a floating-point dtype, got {t.dtype}")
+
+
+def same_device(**named: Tensor | None) -> None:
+    """Raise RuntimeError unless all tensors are on one device."""
+    given = {name: t.device for name, t in named.items() if t is not None}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in given.items())
+        raise RuntimeError(f"expected all tensors to be on the same device, got {listed}")
+
+
+def same_dtype(**named: Tensor | None) -> None:
+    """Raise RuntimeError unless all tensors have one dtype."""
+    given = {name: t.dtype for name, t in named.items() if t is not None}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{name} is {dtype}" for name, dtype in given.items())
+        raise RuntimeError(f"expected all tensors to have the same dtype, got {listed}")
+
+
+def probability(name: str, p: float) -> None:
+    """Raise ValueError unless 0 <= p <= 1."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {p}")
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise ValueError unless ``value`` is among ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def shape(t: Tensor) -> list[int]:
+    """A shape as plain integers, for messages."""
+    return list(torch.Size(t.shape))

@@ -1,0 +1,141 @@
+"""Ground floor: which backend a call takes, device guard, float32 precision, autocast, seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tkernels import targets
+
+BACKENDS = ("auto", "triton", "torch")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# float64 has no tensor cores worth the name and is what people check against: PyTorch on any device.
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Op = Literal["conv", "matmul"]
+
+
+def _checked_backend(name: str, source: str = "backend") -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+_backend = _checked_backend(os.environ.get("TKERNELS_BACKEND", "auto"), "environment variable TKERNELS_BACKEND")
+
+
+class backend:
+    """Choose how operators run: ``'auto'``, ``'triton'`` or ``'torch'``, for the whole process.
+
+    A call sets it for good; as a context manager it is undone at the end of the block::
+
+        tkernels.backend("torch")
+        with tkernels.backend("triton"):
+            ...
+
+    ``'auto'`` takes Triton where every tensor is on a supported GPU and PyTorch elsewhere; ``'triton'`` raises
+    RuntimeError where it cannot run (float64 goes to PyTorch even so). The environment variable
+    TKERNELS_BACKEND sets the start value. Raises ValueError for another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _backend
+        self._previous = _backend
+        _backend = _checked_backend(name)
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _backend
+        _backend = self._previous
+
+
+def get_backend() -> str:
+    """The backend in force: ``'auto'``, ``'triton'`` or ``'torch'``."""
+    return _backend
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on (TRITON_INTERPRET=1), which runs kernels on CPU tensors."""
+    return HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def why_not_triton(*tensors: Tensor | None) -> str | None:
+    """The reason why these tensors cannot go through Triton, or None where they can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    for t in tensors:
+        if t is not None and t.is_floating_point() and t.dtype not in TRITON_DTYPES:
+            return f"{t.dtype} is left to PyTorch"
+    if interpreting():
+        return None
+    for t in tensors:
+        if t is not None and not t.is_cuda:
+            return f"a tensor is on {t.device}, not on a GPU"
+    if not targets.supported():
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def use_triton(*tensors: Tensor | None) -> bool:
+    """The one decision between Triton and PyTorch. ``None`` entries are skipped.
+
+    Raises RuntimeError under backend 'triton' where Triton cannot run.
+    """
+    if _backend == "torch":
+        return False
+    reason = why_not_triton(*tensors)
+    if reason is None:
+        return True
+    if _backend == "triton" and not any(t is not None and t.dtype == torch.float64 for t in tensors):
+        raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
+    return False
+
+
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; make that the device of ``x``. Free with one GPU."""
+    if torch.cuda.device_count() < 2 or not x.is_cuda:
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def dot_precision(dtype: torch.dtype, op: Op) -> str:
+    """``input_precision`` for ``tl.dot``: torch's own float32 switches decide, 16-bit operands need none.
+
+    ``op`` 'conv' reads torch.backends.cudnn.conv (tf32 by default), 'matmul' reads torch.backends.cuda.matmul
+    (IEEE by default).
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    switch = torch.backends.cudnn.conv if op == "conv" else torch.backends.cuda.matmul
+    wants_tf32 = switch.fp32_precision == "tf32"
+    return "tf32" if wants_tf32 and targets.current().has_tf32 else "ieee"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype torch.autocast asks for on the device of ``x``, or None where autocast is off."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def cast_for_autocast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast floating tensors (float64 excepted, as torch.autocast does) to ``dtype``; None means no autocast."""
+    if dtype is None:
+        return tensors
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def dropout_seed(x: Tensor) -> Tensor:
+    """A fresh int64 seed, shape (), on the device of ``x``, drawn from that device's generator.
+
+    torch.manual_seed governs it, a CUDA graph replay advances it, and nothing waits for the device.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)

@@ -1,0 +1,108 @@
+"""Ground floor: what a GPU is. Shared memory, registers, multiprocessors and peak rates, from the vendors' sheets."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One GPU as the chooser sees it.
+
+    ``shared_memory``: bytes one program may use (LDS on AMD). ``shared_memory_mp``: bytes a multiprocessor has.
+    ``registers_mp``: 32-bit registers of a multiprocessor. ``tflops``: dense bf16 with float32 accumulation;
+    ``tflops_fp32``: float32 without tensor cores; ``gbps``: memory bandwidth.
+    """
+
+    name: str
+    vendor: str
+    arch: int | str
+    multiprocessors: int
+    warp_size: int
+    max_warps_mp: int
+    max_programs_mp: int
+    shared_memory: int
+    shared_memory_mp: int
+    registers_mp: int
+    tflops: float
+    tflops_fp32: float
+    gbps: float
+    has_tf32: bool
+    max_stages: int
+
+    @property
+    def is_nvidia(self) -> bool:
+        return self.vendor == "nvidia"
+
+
+def _nvidia(arch: int, mps: int, warps: int, programs: int, smem_kib: int, smem_mp_kib: int, tflops: float,
+            fp32: float, gbps: float) -> Target:  # fmt: skip
+    return Target(f"sm_{arch}", "nvidia", arch, mps, 32, warps, programs, smem_kib * 1024, smem_mp_kib * 1024,
+                  65536, tflops, fp32, gbps, has_tf32=True, max_stages=5)  # fmt: skip
+
+
+# Registers on AMD: 128 K (CDNA3, per compute unit, vector and accumulation) and 192 K (RDNA3, per workgroup
+# processor's half) 32-bit registers; occupancy from them is an estimate.
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        _nvidia(80, 108, 64, 32, 163, 164, 312.0, 19.5, 2039.0),  # A100 SXM 80 GB
+        _nvidia(86, 82, 48, 16, 99, 100, 71.0, 35.6, 936.0),  # RTX 3090
+        _nvidia(89, 128, 48, 24, 99, 100, 165.0, 82.6, 1008.0),  # RTX 4090
+        _nvidia(90, 132, 64, 32, 227, 228, 989.0, 66.9, 3350.0),  # H100 SXM
+        _nvidia(100, 148, 64, 32, 227, 228, 2250.0, 80.0, 8000.0),  # B200
+        _nvidia(120, 170, 48, 24, 99, 100, 209.5, 104.8, 1792.0),  # RTX 5090
+        Target("gfx942", "amd", "gfx942", 304, 64, 32, 16, 65536, 65536, 131072, 1307.0, 163.4, 5300.0, True, 2),
+        Target("gfx1100", "amd", "gfx1100", 96, 32, 32, 16, 65536, 65536, 98304, 122.8, 61.4, 960.0, False, 2),
+    )
+}
+
+_pretended: Target | None = None
+
+
+@contextlib.contextmanager
+def pretend(name: str) -> Iterator[Target]:
+    """Let the chooser answer for another GPU (ahead-of-time compilation, tests). Raises KeyError if unknown."""
+    global _pretended
+    before, _pretended = _pretended, TARGETS[name]
+    try:
+        yield _pretended
+    finally:
+        _pretended = before
+
+
+def current() -> Target:
+    """The current CUDA device's target; without a GPU (Triton's interpreter) sm_90's."""
+    if _pretended is not None:
+        return _pretended
+    if not torch.cuda.is_available():
+        return TARGETS["sm_90"]
+    return _of_device(torch.cuda.current_device())
+
+
+def supported() -> bool:
+    """Whether the current device can run the kernels: compute capability 8.0 or newer, or AMD."""
+    if _pretended is not None or torch.version.hip is not None:
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+@functools.cache
+def _of_device(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.split(":")[0]
+        base = TARGETS["gfx942" if arch.startswith("gfx9") else "gfx1100"]
+        # only what was tried: other CDNA generations get no tf32
+        base = dataclasses.replace(base, name=arch, arch=arch, has_tf32=arch == "gfx942")
+    else:
+        arch = properties.major * 10 + properties.minor
+        # an unlisted generation takes the facts of the nearest one not newer than itself
+        known = max(t.arch for t in TARGETS.values() if isinstance(t.arch, int) and t.arch <= max(arch, 80))
+        base = dataclasses.replace(TARGETS[f"sm_{known}"], name=f"sm_{arch}", arch=arch)
+    return dataclasses.replace(base, multiprocessors=properties.multi_processor_count)
