@@ -113,7 +113,7 @@ def dot_precision(dtype: torch.dtype, op: Op) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    switch = torch.backends.cudnn.conv if op == "conv" else torch.backends.cuda.matmul
+    switch: Any = getattr(torch.backends.cudnn, "conv") if op == "conv" else torch.backends.cuda.matmul  # noqa: B009
     wants_tf32 = switch.fp32_precision == "tf32"
     return "tf32" if wants_tf32 and targets.current().has_tf32 else "ieee"
 

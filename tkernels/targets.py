@@ -95,14 +95,20 @@ def supported() -> bool:
 @functools.cache
 def _of_device(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None:
-        arch = properties.gcnArchName.split(":")[0]
-        base = TARGETS["gfx942" if arch.startswith("gfx9") else "gfx1100"]
-        # only what was tried: other CDNA generations get no tf32
-        base = dataclasses.replace(base, name=arch, arch=arch, has_tf32=arch == "gfx942")
-    else:
-        arch = properties.major * 10 + properties.minor
-        # an unlisted generation takes the facts of the nearest one not newer than itself
-        known = max(t.arch for t in TARGETS.values() if isinstance(t.arch, int) and t.arch <= max(arch, 80))
-        base = dataclasses.replace(TARGETS[f"sm_{known}"], name=f"sm_{arch}", arch=arch)
-    return dataclasses.replace(base, multiprocessors=properties.multi_processor_count)
+    target = _of_amd(properties.gcnArchName) if torch.version.hip else _of_nvidia(properties.major, properties.minor)
+    return dataclasses.replace(target, multiprocessors=properties.multi_processor_count)
+
+
+def _of_nvidia(major: int, minor: int) -> Target:
+    """An unlisted generation takes the facts of the nearest listed one that is not newer."""
+    arch = major * 10 + minor
+    listed = [t.arch for t in TARGETS.values() if isinstance(t.arch, int)]
+    nearest = max((a for a in listed if a <= arch), default=min(listed))
+    return dataclasses.replace(TARGETS[f"sm_{nearest}"], name=f"sm_{arch}", arch=arch)
+
+
+def _of_amd(gcn_arch: str) -> Target:
+    arch = gcn_arch.split(":")[0]
+    base = TARGETS["gfx942" if arch.startswith("gfx9") else "gfx1100"]
+    # tf32 only where it was compiled: other CDNA generations do without
+    return dataclasses.replace(base, name=arch, arch=arch, has_tf32=arch == "gfx942")

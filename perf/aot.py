@@ -1,0 +1,278 @@
+"""Compile the launches a piece of code makes, for GPUs that are not there, and read facts off the machine code.
+
+Code runs on fake CUDA tensors (real shapes, no memory, no values); each launch is recorded instead of made, compiled
+for one target, and its registers, spills, shared memory and instruction mix are read with the disassembler that
+triton ships. What such a report cannot see: values, timing, occupancy beyond a formula.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
+
+from tkernels import targets
+
+# Its default changes between releases of Triton; the facts must not.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA", "v_mfma", "v_wmma")
+_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+_MAX_GRID = (2**31 - 1, 65535, 65535)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Code to inspect: ``run()`` makes the launches on fake CUDA tensors it allocates itself.
+
+    ``product``: every launch with a dot is a 16-bit product of aligned operands, so its loop must hold tensor-core
+    instructions and 128-bit operand loads.
+    """
+
+    name: str
+    run: Callable[[], object]
+    product: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel, its arguments (tensors as their dtypes), its grid."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grid: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the machine code of one launch says. ``mix``: instruction counts of the whole kernel; ``loop``: of the
+    innermost loop with tensor-core instructions (empty without one). Names are cut to mnemonic and width."""
+
+    kernel: str
+    target: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    mix: collections.Counter[str]
+    loop: collections.Counter[str]
+
+    @property
+    def tensor_core(self) -> str | None:
+        """The tensor-core mnemonic the kernel uses, or None."""
+        return next((t for t in TENSOR_CORE if any(op.startswith(t) for op in self.mix)), None)
+
+    def wide_loads(self) -> int:
+        """128-bit loads in the product loop (async copies count)."""
+        return sum(n for op, n in self.loop.items() if _is_load(op) and _width(op) == 128)
+
+    def narrow_loads(self) -> int:
+        """Loads from global memory in the product loop that are less than 128 bits wide."""
+        return sum(n for op, n in self.loop.items() if _is_load(op) and _width(op) < 128)
+
+
+class _Driver:
+    """Enough of a driver for Triton to specialise a launch; it never launches."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+def gpu_target(target: targets.Target) -> GPUTarget:
+    """Triton's description of a target."""
+    return GPUTarget("cuda" if target.is_nvidia else "hip", target.arch, target.warp_size)
+
+
+@contextlib.contextmanager
+def recording(target_name: str) -> Iterator[list[Launch]]:
+    """Within the block torch makes fake CUDA tensors and each ``kernel[grid](...)`` is recorded, not made."""
+    recorded: list[Launch] = []
+    jit, fake = cast(Any, JITFunction), cast(Any, FakeTensor)
+    original_run, original_contiguous = jit.run, fake.contiguous
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        recorded.append(_record(self, args, kwargs, grid))
+
+    def contiguous(self: FakeTensor, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+        # the C++ binding takes a CUDA device guard, which a machine without CUDA has not
+        if self.is_contiguous(memory_format=memory_format):
+            return self
+        return self.clone(memory_format=memory_format)
+
+    jit.run, fake.contiguous = run, contiguous
+    had_driver = triton.runtime.driver._active
+    with targets.pretend(target_name) as target:
+        triton.runtime.driver.set_active(_Driver(gpu_target(target)))
+        try:
+            # autograd on fake CUDA tensors needs a CUDA runtime, launch functions do not
+            with torch.no_grad(), FakeTensorMode():
+                yield recorded
+        finally:
+            jit.run, fake.contiguous = original_run, original_contiguous
+            triton.runtime.driver._active = had_driver
+
+
+def _record(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any) -> Launch:
+    bound = dict(zip(kernel.arg_names, args))
+    bound.update({k: v for k, v in kwargs.items() if k in kernel.arg_names})
+    devices = {str(v.device) for v in bound.values() if isinstance(v, torch.Tensor)}
+    if devices != {"cuda:0"}:
+        raise ValueError(f"{kernel.__name__}: tensor arguments are on {sorted(devices)}, not all on cuda:0")
+    blocks = [int(i) for i in (grid(bound) if callable(grid) else grid)]
+    full = [*blocks, 1, 1, 1][:3]
+    for size, limit in zip(full, _MAX_GRID):
+        if not 0 < size <= limit:
+            raise ValueError(f"{kernel.__name__}: grid {full} is outside {_MAX_GRID}")
+
+    def mock(value: Any) -> Any:
+        return MockTensor.wrap_dtype(value.dtype) if isinstance(value, torch.Tensor) else value
+
+    return Launch(
+        kernel, tuple(mock(a) for a in args), {k: mock(v) for k, v in kwargs.items()}, (full[0], full[1], full[2])
+    )
+
+
+def specialisation(launch: Launch, target_name: str) -> str:
+    """The key under which Triton would compile this launch: equal keys share one compiled kernel."""
+    backend = make_backend(gpu_target(targets.TARGETS[target_name]))
+    binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    _, spec, options = binder(*launch.args, **launch.kwargs)
+    return f"{launch.kernel.__module__}.{launch.kernel.__name__} {spec} {options}"
+
+
+def compile_launch(launch: Launch, target_name: str) -> Facts:
+    """Compile one recorded launch for a target and read its facts. Raises what the compiler raises."""
+    target = targets.TARGETS[target_name]
+    backend = make_backend(gpu_target(target))
+    kernel = launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, spec, options = binder(*launch.args, **launch.kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, launch.kwargs, bound, spec, options)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    compiled = triton.compile(source, target=gpu_target(target), options=options.__dict__)
+    read = _read_nvidia if target.is_nvidia else _read_amd
+    registers, spill_bytes, mix, loop = read(compiled)
+    return Facts(
+        kernel.__name__,
+        target_name,
+        launch.grid,
+        compiled.metadata.num_warps,
+        registers,
+        spill_bytes,
+        compiled.metadata.shared,
+        mix,
+        loop,
+    )
+
+
+def inspect(fn: Callable[[], object], target_name: str) -> list[Facts]:
+    """Facts of every distinct launch ``fn`` makes on ``target_name`` ('sm_90', 'gfx942', ...)."""
+    with recording(target_name) as launches:
+        fn()
+    distinct = {specialisation(launch, target_name): launch for launch in launches}
+    return [compile_launch(launch, target_name) for launch in distinct.values()]
+
+
+def _read_nvidia(compiled: Any) -> tuple[int, int, collections.Counter[str], collections.Counter[str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        with open(path, "wb") as f:
+            f.write(compiled.asm["cubin"])
+
+        def dump(flag: str) -> str:
+            command = [os.path.join(_TOOLS, "cuobjdump"), flag, path]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, listing = dump("-res-usage"), dump("-sass")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
+    # STACK is where spills show; LOCAL stays 0
+    registers, spill_bytes = int(found[1]), int(found[2])
+    line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.M)
+    ops = [(int(m[1], 16), m[2], m[3]) for m in line.finditer(listing)]
+    loops = []
+    for address, op, operands in ops:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if op.startswith("BRA") and target is not None and int(target[1], 16) < address:
+            start = int(target[1], 16)
+            loops.append([o for a, o, _ in ops if start <= a <= address])
+    return registers, spill_bytes, collections.Counter(o for _, o, _ in ops), _product_loop(loops)
+
+
+def _read_amd(compiled: Any) -> tuple[int, int, collections.Counter[str], collections.Counter[str]]:
+    listing = compiled.asm["amdgcn"]
+
+    def fact(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", listing)
+        if found is None:
+            raise RuntimeError(f"the listing has no .{name}")
+        return int(found[1])
+
+    labels: dict[str, int] = {}
+    ops: list[str] = []
+    loops = []
+    for text in listing.splitlines():
+        label = re.match(r"(\.LBB\w+):", text)
+        if label:
+            labels[label[1]] = len(ops)
+            continue
+        op = re.match(r"\s+([a-z]\w+)\s*(.*)", text)
+        if not op:
+            continue
+        ops.append(op[1])
+        goal = op[2].strip().split()[0] if op[2].strip() else ""
+        if op[1].startswith(("s_cbranch", "s_branch")) and goal in labels:
+            loops.append(ops[labels[goal] :])
+    spills = 4 * (fact("vgpr_spill_count") + fact("sgpr_spill_count"))
+    return fact("vgpr_count"), spills, collections.Counter(ops), _product_loop(loops)
+
+
+def _product_loop(loops: list[list[str]]) -> collections.Counter[str]:
+    products = [loop for loop in sorted(loops, key=len) if any(op.startswith(TENSOR_CORE) for op in loop)]
+    return collections.Counter(products[0] if products else [])
+
+
+def _is_load(op: str) -> bool:
+    # LDGDEPBAR only closes a group of asynchronous copies
+    return op.startswith(("LDG", "UTMALDG", "global_load", "buffer_load")) and not op.startswith("LDGDEPBAR")
+
+
+def _width(op: str) -> int:
+    """Bits a load instruction moves a thread."""
+    if op.startswith("UTMALDG") or ".128" in op or op.endswith(("dwordx4", "b128")):
+        return 128
+    if ".64" in op or op.endswith(("dwordx2", "b64")):
+        return 64
+    return 32
