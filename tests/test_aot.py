@@ -1,0 +1,93 @@
+"""Every kernel at the CNN's real shapes, compiled for GPUs that are not there: no spills, shared memory within the
+limit, and in each 16-bit product tensor-core instructions fed by 128-bit loads."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import perf.cases
+from perf import aot
+from tkernels import targets
+
+pytestmark = pytest.mark.gate("aot")
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+MODULES = [name for _, name, _ in pkgutil.iter_modules(perf.cases.__path__)]
+CASES = [
+    pytest.param(case, id=f"{name}-{case.name}")
+    for name in MODULES
+    for case in importlib.import_module(f"perf.cases.{name}").cases()
+]
+
+
+def complaints(facts: aot.Facts, product: bool) -> list[str]:
+    """What is wrong with one compiled launch."""
+    found = []
+    limit = targets.TARGETS[facts.target].shared_memory
+    if facts.spill_bytes:
+        found.append(f"spills {facts.spill_bytes} bytes")
+    if facts.shared_bytes > limit:
+        found.append(f"needs {facts.shared_bytes} bytes of shared memory of {limit}")
+    if product and facts.has_dot:
+        if facts.tensor_core is None:
+            found.append("has no tensor-core instruction")
+        elif not facts.wide_loads() or facts.narrow_loads():
+            found.append(f"has {facts.wide_loads()} wide and {facts.narrow_loads()} narrow loads in its loop")
+    return [f"{facts.kernel} on {facts.target} {text}" for text in found]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_clean(case: aot.Case, target: str) -> None:
+    compiled = aot.inspect(case.run, target)
+    assert compiled, "the case launched nothing"
+    if case.product:
+        assert any(facts.has_dot for facts in compiled), "the case says product, but no launch has a dot"
+    problems = [text for facts in compiled for text in complaints(facts, case.product)]
+    assert not problems, "\n".join(problems)
+
+
+@triton.jit
+def _gather_product_kernel(
+    a_ptr, b_ptr, c_ptr, n_rows, n_inner, BLOCK: tl.constexpr, LATE_WHERE: tl.constexpr, WIDE: tl.constexpr
+):
+    offs = tl.arange(0, BLOCK)
+    wide = tl.arange(0, WIDE)
+    acc = tl.zeros((BLOCK, WIDE), tl.float32)
+    for k in range(0, n_inner, BLOCK):
+        inside = offs < n_rows
+        if LATE_WHERE:
+            a_offs = tl.where(inside[:, None], offs[:, None].to(tl.int64) * n_inner + (k + offs)[None, :], 0)
+        else:
+            a_offs = tl.where(inside, offs, 0)[:, None].to(tl.int64) * n_inner + (k + offs)[None, :]
+        a = tl.load(a_ptr + a_offs, mask=inside[:, None], other=0.0)
+        b = tl.load(b_ptr + (k + offs)[:, None] * WIDE + wide[None, :])
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    tl.store(c_ptr + offs[:, None] * WIDE + wide[None, :], acc.to(c_ptr.dtype.element_ty))
+
+
+# ptxas refuses to squeeze HGMMA's accumulators on sm_90 instead of spilling them
+@pytest.mark.parametrize(
+    "fault, target",
+    ((None, "sm_80"), (None, "sm_90"), ("late where", "sm_80"), ("late where", "sm_90"), ("spill", "sm_80")),
+)
+def test_planted_faults_are_seen(fault: str | None, target: str) -> None:
+    wide = 256 if fault == "spill" else 64
+
+    def run() -> None:
+        a = torch.empty(64, 4096, device="cuda", dtype=torch.bfloat16)
+        b = torch.empty(4096, wide, device="cuda", dtype=torch.bfloat16)
+        c = torch.empty(64, wide, device="cuda", dtype=torch.bfloat16)
+        options = {"maxnreg": 64, "num_warps": 4} if fault == "spill" else {"num_warps": 4}
+        _gather_product_kernel[(1,)](a, b, c, 60, 4096, 64, LATE_WHERE=fault == "late where", WIDE=wide, **options)
+
+    (facts,) = aot.inspect(run, target)
+    expected = {None: None, "late where": "narrow loads", "spill": "spills"}[fault]
+    problems = complaints(facts, product=True)
+    assert (not problems) if expected is None else any(expected in text for text in problems), problems
