@@ -66,3 +66,12 @@ def keep_scale(seed, row, col, n_cols, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
     # p = 1 keeps nothing: the factor is 0, not 1 / 0
     factor = tl.where(p < 1.0, 1.0 / (1.0 - p), 0.0)
     return tl.where(uniform >= p, factor, 0.0)
+
+
+@triton.jit
+def grouped_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr = 8):
+    """Tile coordinates (m, n) of program ``pid``: GROUP rows of tiles at a time share their column operand in L2."""
+    first = pid // (GROUP * tiles_n) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = pid % (GROUP * tiles_n)
+    return first + within % height, within // height

@@ -1,0 +1,83 @@
+"""conv2d at the shapes of the CIFAR network: batch 256, 3x3 windows with padding 1, NHWC."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from perf.aot import Case
+from tkernels.kernels import conv, conv_backward
+from tkernels.tuning.conv import Geometry
+
+BATCH = 256
+# (input channels, output channels, rows and columns)
+LAYERS = ((3, 32, 32), (32, 32, 32), (32, 64, 16), (64, 64, 16), (64, 128, 8))
+
+
+def window3x3(c_in: int, c_out: int, size: int, stride: int = 1, groups: int = 1) -> Geometry:
+    """A 3x3 convolution with padding 1 of a square image."""
+    out = (size - 1) // stride + 1
+    return Geometry(c_in, c_out, groups, size, size, 3, 3, stride, stride, 1, 1, 1, 1, out, out)
+
+
+def image(channels: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(BATCH, size, size, channels, device="cuda", dtype=dtype).permute(0, 3, 1, 2)
+
+
+def forward(g: Geometry, dtype: torch.dtype, activation: str | None, keep_input: bool, channels_last: bool) -> None:
+    weight = torch.empty(g.out_channels, g.group_in, g.kernel_h, g.kernel_w, device="cuda")
+    bias = torch.empty(g.out_channels, device="cuda")
+    packed = conv.launch_pack(weight, g, dtype)
+    conv.launch_forward(image(g.in_channels, g.height, dtype), packed, bias, g, activation, keep_input, channels_last)
+
+
+def dgrad(g: Geometry, dtype: torch.dtype, transposed: bool, channels_last: bool) -> None:
+    weight = torch.empty(g.out_channels, g.group_in, g.kernel_h, g.kernel_w, device="cuda")
+    packed = conv.launch_pack(weight, g, dtype, transposed)
+    conv_backward.launch_dgrad(image(g.out_channels, g.out_h, dtype), packed, g, dtype, channels_last, transposed)
+
+
+def wgrad(g: Geometry, dtype: torch.dtype, activation: str | None) -> None:
+    weight = torch.empty(g.out_channels, g.group_in, g.kernel_h, g.kernel_w, device="cuda")
+    bias = torch.empty(g.out_channels, device="cuda")
+    dy = image(g.out_channels, g.out_h, dtype)
+    saved = dy if activation else None
+    workspace = conv_backward.launch_wgrad(image(g.in_channels, g.height, dtype), dy, g, True, True, saved, activation)
+    conv_backward.launch_merge(workspace, g, weight, bias)
+
+
+def mask(g: Geometry, dtype: torch.dtype, nchw: bool) -> None:
+    dy = torch.empty(BATCH, g.out_channels, g.out_h, g.out_w, device="cuda", dtype=dtype) if nchw else None
+    y = image(g.out_channels, g.out_h, dtype)
+    conv_backward.launch_mask(y if dy is None else dy, y if dy is None else dy, "relu", nchw)
+
+
+def cases() -> list[Case]:
+    found = []
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for c_in, c_out, size in LAYERS:
+            g = window3x3(c_in, c_out, size)
+            product = dtype != torch.float32 and not g.flattened
+            label = f"{c_in}-{c_out}@{size} {name}"
+            found += [
+                Case(f"conv forward {label}", functools.partial(forward, g, dtype, "relu", False, True), product),
+                Case(f"conv wgrad {label}", functools.partial(wgrad, g, dtype, None), product),
+            ]
+            if not g.flattened:  # nobody asks for the image's gradient
+                dx = functools.partial(dgrad, g, dtype, dtype == torch.float32, True)
+                found.append(Case(f"conv dgrad {label}", dx, product))
+        g = window3x3(64, 64, 16)
+        strided = window3x3(64, 64, 16, stride=2)
+        label = f"64-64@16 {name}"
+        product = dtype != torch.float32
+        found += [
+            Case(f"conv forward gelu {label}", functools.partial(forward, g, dtype, "gelu", True, True), product),
+            Case(f"conv forward NCHW {label}", functools.partial(forward, g, dtype, None, False, False), product),
+            Case(f"conv dgrad stride 2 {label}", functools.partial(dgrad, strided, dtype, False, True), product),
+            Case(f"conv dgrad NCHW {label}", functools.partial(dgrad, g, dtype, False, False), product),
+            Case(f"conv wgrad relu {label}", functools.partial(wgrad, g, dtype, "relu")),
+            Case(f"conv mask {label}", functools.partial(mask, g, dtype, False)),
+            Case(f"conv mask NCHW {label}", functools.partial(mask, g, dtype, True)),
+        ]
+    return found

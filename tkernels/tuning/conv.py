@@ -1,0 +1,212 @@
+"""What a 2-D convolution is (Geometry) and the launch configurations of its kernels."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from tkernels import targets
+from tkernels.tuning import Config, block, cdiv, next_power_of_two
+
+# Below this many channels a group, one step of the reduction would not fill the tensor cores' 16 lanes:
+# taps and channels are flattened into one axis instead.
+FLATTEN_BELOW = 16
+MAX_ACCUMULATORS = 64  # float32 accumulators a thread
+MIN_STEPS = 8  # pixel steps that make a split of the weight gradient worth its workspace
+
+
+class Geometry(NamedTuple):
+    """A 2-D convolution without its batch. ``pad_h``, ``pad_w``: rows above and columns to the left; what is below
+    and to the right follows from the output's size."""
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    height: int
+    width: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    out_h: int
+    out_w: int
+
+    @property
+    def group_in(self) -> int:
+        """Input channels of a group."""
+        return self.in_channels // self.groups
+
+    @property
+    def group_out(self) -> int:
+        """Output channels of a group."""
+        return self.out_channels // self.groups
+
+    @property
+    def taps(self) -> int:
+        return self.kernel_h * self.kernel_w
+
+    @property
+    def reduction(self) -> int:
+        """Products summed into one output."""
+        return self.taps * self.group_in
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every group has one input channel, so that there is nothing for a matrix product to share."""
+        return self.group_in == 1 and self.groups > 1
+
+    @property
+    def flattened(self) -> bool:
+        """Whether taps and channels form one reduction axis."""
+        return self.group_in < FLATTEN_BELOW
+
+    @property
+    def halo(self) -> bool:
+        """Whether any tap of any output falls outside the input."""
+        reach_h = (self.out_h - 1) * self.stride_h - self.pad_h + (self.kernel_h - 1) * self.dilation_h
+        reach_w = (self.out_w - 1) * self.stride_w - self.pad_w + (self.kernel_w - 1) * self.dilation_w
+        return self.pad_h > 0 or self.pad_w > 0 or reach_h >= self.height or reach_w >= self.width
+
+    @property
+    def phases(self) -> tuple[int, int]:
+        """How many residues of rows and of columns modulo the stride the input has."""
+        return min(self.stride_h, self.height), min(self.stride_w, self.width)
+
+    @property
+    def row_pitch(self) -> int:
+        """Elements from one output channel to the next in a packed weight; padded so that rows start aligned."""
+        return cdiv(self.reduction, 16) * 16 if self.flattened else self.reduction
+
+
+def unit(channels: int) -> int:
+    """The factor taken out of a channel count before a kernel sees it, so that it knows the count to be a multiple
+    of 8 (or 4) where it is: Triton itself finds out multiples of 16 only."""
+    return 1 if channels % 16 == 0 else math.gcd(channels, 8)
+
+
+def reduction_block(length: int, dtype: torch.dtype, precision: str) -> int:
+    """The step along a product's reduction axis."""
+    if dtype == torch.float32:
+        return 16 if precision == "ieee" else block(length, 16, 32)
+    return block(length, 16, 64)
+
+
+def stages(step_bytes: int, target: targets.Target, wanted: int = 4) -> int:
+    """Pipeline stages that fit: at most 2 on AMD, and two programs a multiprocessor on NVIDIA."""
+    budget = target.shared_memory if not target.is_nvidia else min(target.shared_memory, target.shared_memory_mp // 2)
+    return max(1, min(wanted, target.max_stages, (budget - 2048) // step_bytes))
+
+
+def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, precision: str) -> tuple[int, int, int]:
+    """(block of rows, block of columns, warps) of a product tile with at most MAX_ACCUMULATORS a thread.
+
+    ``rows_long``: the rows are pixels, always enough of them; otherwise ``rows`` says how many there are.
+    """
+    if dtype == torch.float32 and precision == "ieee":
+        return (64 if rows_long else block(rows, 16, 64)), block(cols, 16, 64), 8
+    if cols >= 256 and (rows_long or rows >= 256):
+        return 128, 128, 8
+    block_n = block(cols, 16, 64)
+    if rows_long:
+        return 128, block_n, 4
+    # of 128 and 64 rows the one that wastes less; 64 must win by a tenth to pay for loading the columns twice
+    waste = {size: cdiv(rows, size) * size for size in (64, 128)}
+    tall = 128 if waste[128] <= 1.1 * waste[64] else 64
+    return block(rows, 16, tall), block_n, 4
+
+
+@functools.lru_cache(maxsize=4096)
+def _pixels_product(cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target) -> Config:
+    block_m, block_n, warps = product_tile(True, 0, cols, dtype, precision)
+    block_k = reduction_block(length, dtype, precision)
+    return Config.of(warps, stages((block_m + block_n) * block_k * dtype.itemsize, target),
+                     BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
+
+
+def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+    """Tiles of the forward product: BLOCK_M pixels, BLOCK_N output channels, BLOCK_K of the reduction."""
+    length = g.reduction if g.flattened else g.group_in
+    if g.flattened:
+        length = min(length, 32)  # gathered element by element: long steps would hold too many addresses
+    return _pixels_product(g.group_out, length, dtype, precision, targets.current())
+
+
+def dgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+    """Tiles of the input gradient: BLOCK_M input pixels, BLOCK_N input channels, BLOCK_K output channels."""
+    return _pixels_product(g.group_in, g.group_out, dtype, precision, targets.current())
+
+
+@functools.lru_cache(maxsize=4096)
+def _wgrad(reduction: int, group_out: int, dtype: torch.dtype, precision: str, target: targets.Target) -> Config:
+    rows, cols = max(reduction, group_out), min(reduction, group_out)
+    block_m, block_n, warps = product_tile(False, rows, cols, dtype, precision)
+    block_p = 16 if precision == "ieee" and dtype == torch.float32 else 32 if dtype == torch.float32 else 64
+    if not target.is_nvidia:
+        block_p = min(block_p, 32)
+    return Config.of(warps, stages((block_m + block_n) * block_p * dtype.itemsize, target),
+                     BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=block_p)  # fmt: skip
+
+
+def wgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+    """Tiles of the weight gradient: BLOCK_M and BLOCK_N of its longer and its shorter side, BLOCK_P pixels a step."""
+    return _wgrad(g.reduction, g.group_out, dtype, precision, targets.current())
+
+
+def out_channels_on_rows(g: Geometry) -> bool:
+    """Whether the weight gradient has output channels along M: the longer side goes there."""
+    return g.group_out > g.reduction
+
+
+def splits(pixels: int, tiles: int, block_p: int, workspace_bytes: int) -> int:
+    """Into how many runs of pixels a weight gradient is cut: two programs a multiprocessor, at least MIN_STEPS
+    steps a run, at most 32 MiB of workspace (``workspace_bytes`` a split)."""
+    wanted = cdiv(2 * targets.current().multiprocessors, max(tiles, 1))
+    affordable = max(1, (32 << 20) // max(workspace_bytes, 1))
+    return max(1, min(wanted, affordable, cdiv(pixels, block_p * MIN_STEPS), 65535))
+
+
+@functools.lru_cache(maxsize=4096)
+def merge(elements: int) -> Config:
+    """Blocks of the second pass over a split weight gradient: BLOCK elements, BLOCK_S splits at a time."""
+    size = block(elements // 256, 32, 256)
+    return Config.of(4, 1, BLOCK=size, BLOCK_S=4096 // size)
+
+
+@functools.lru_cache(maxsize=4096)
+def pack(columns: int) -> Config:
+    """Blocks of the weight packing kernel: BLOCK_R rows, BLOCK_C columns."""
+    size = block(columns, 16, 256)
+    return Config.of(4, 1, BLOCK_R=max(1, 1024 // size), BLOCK_C=size)
+
+
+@functools.lru_cache(maxsize=4096)
+def mask(channels: int) -> Config:
+    """Blocks of the pass that applies an activation's derivative: BLOCK_P pixels, BLOCK_C channels."""
+    size = block(channels, 8, 64)
+    return Config.of(4, 1, BLOCK_P=2048 // size, BLOCK_C=size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _depthwise(channels: int, target: targets.Target) -> Config:
+    size = block(channels, 8, 64)
+    return Config.of(4, 1, BLOCK_P=1024 // size, BLOCK_C=size)
+
+
+def depthwise(channels: int) -> Config:
+    """Blocks of the depthwise forward and input gradient: BLOCK_P pixels, BLOCK_C channels."""
+    return _depthwise(channels, targets.current())
+
+
+@functools.lru_cache(maxsize=4096)
+def depthwise_wgrad(g: Geometry) -> Config:
+    """Blocks of the depthwise weight gradient: BLOCK_T taps, BLOCK_P pixels a step, BLOCK_C channels."""
+    taps = min(next_power_of_two(g.taps), 16)
+    size = block(g.out_channels, 8, 64)
+    return Config.of(4, 1, BLOCK_T=taps, BLOCK_P=max(1, 4096 // (taps * size)), BLOCK_C=size)
