@@ -1,3 +1,5 @@
 """Floor 3: the public functions, with names and arguments as in torch.nn.functional."""
 
-__all__: list[str] = []
+from tkernels.ops.conv import conv2d
+
+__all__ = ["conv2d"]

@@ -111,7 +111,10 @@ def conv_dgrad_kernel(dy_ptr, saved_ptr, w_ptr, dx_ptr, images, tiles_m, height,
     pixels = rows * cols * images.to(tl.int64)
     if first >= pixels:
         return
-    image, inside, row, col = locate_pixels(first, rows * cols, cols, BLOCK_M)
+    if STRIDE_H == 1 and STRIDE_W == 1:
+        image, inside, row, col = locate_pixels(first, in_pixels, width, BLOCK_M)
+    else:
+        image, inside, row, col = locate_pixels(first, rows * cols, cols, BLOCK_M)
     in_range = first + tl.arange(0, BLOCK_M) < pixels
     offs_n = (pid_n - group * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < group_in
@@ -362,7 +365,7 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     precision = runtime.dot_precision(dy.dtype, "conv")
     config = config or tuning.wgrad(g, dy.dtype, precision)
     block_m, block_n, block_p = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_P"]
-    rows, cols = product_sides(g)
+    rows, cols, out_on_rows = tuning.wgrad_sides(g)
     weight_tiles = g.groups * cdiv(rows, block_m) * cdiv(cols, block_n) if needs_weight else 0
     block_b = min(block_m, block_n)
     tiles = weight_tiles + (cdiv(g.out_channels, block_b) if needs_bias else 0)
@@ -379,15 +382,10 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
         conv_wgrad_kernel[(tiles, runs)](
             x, dy, saved, workspace, pixels, run, weight_tiles, size, weight_size, g.height, g.width, g.out_w,
             g.out_h * g.out_w, g.groups, group_in, group_out, *strides, IN_UNIT=in_unit, OUT_UNIT=out_unit,
-            FLAT=g.flattened, OUT_ON_ROWS=tuning.out_channels_on_rows(g), ACTIVATION=activation, PRECISION=precision, BLOCK_B=block_b,
+            FLAT=g.flattened, OUT_ON_ROWS=out_on_rows, ACTIVATION=activation, PRECISION=precision, BLOCK_B=block_b,
             **window(g), **config.options(),
         )  # fmt: skip
     return workspace
-
-
-def product_sides(g: Geometry) -> tuple[int, int]:
-    """Rows and columns of a group's weight gradient as a product: the longer side is on the rows."""
-    return max(g.reduction, g.group_out), min(g.reduction, g.group_out)
 
 
 def launch_merge(workspace: Tensor, g: Geometry, weight: Tensor | None, bias: Tensor | None,
@@ -398,11 +396,11 @@ def launch_merge(workspace: Tensor, g: Geometry, weight: Tensor | None, bias: Te
     runs, size = workspace.shape
     weight_size = g.out_channels * g.reduction if weight is not None else 0
     config = config or tuning.merge(size)
-    rows, cols = product_sides(g)
+    rows, cols, out_on_rows = tuning.wgrad_sides(g)
     strides = dw.stride() if dw is not None else (0, 0, 0, 0)
     with runtime.device_guard(workspace):
         conv_merge_kernel[(cdiv(size, config["BLOCK"]),)](
             workspace, dw, db, runs, size, weight_size, rows, cols, g.group_in, g.group_out,
-            *strides, KERNEL_W=g.kernel_w, OUT_ON_ROWS=tuning.out_channels_on_rows(g), **config.options(),
+            *strides, KERNEL_W=g.kernel_w, OUT_ON_ROWS=out_on_rows, **config.options(),
         )  # fmt: skip
     return dw, db

@@ -1,3 +1,5 @@
 """Floor 3: modules shaped like their torch.nn twins. Parameters, buffers and one call into an operator."""
 
-__all__: list[str] = []
+from tkernels.nn.conv import Conv2d
+
+__all__ = ["Conv2d"]

@@ -91,11 +91,13 @@ def unit(channels: int) -> int:
     return 1 if channels % 16 == 0 else math.gcd(channels, 8)
 
 
-def reduction_block(length: int, dtype: torch.dtype, precision: str) -> int:
-    """The step along a product's reduction axis."""
-    if dtype == torch.float32:
-        return 16 if precision == "ieee" else block(length, 16, 32)
-    return block(length, 16, 64)
+def reduction_block(length: int, dtype: torch.dtype, precision: str, target: targets.Target) -> int:
+    """The step along a product's reduction axis. Long steps are for targets whose tensor cores read shared memory;
+    elsewhere they hold too many operand registers."""
+    if dtype == torch.float32 and precision == "ieee":
+        return 16
+    reads_shared = isinstance(target.arch, int) and 90 <= target.arch < 120
+    return block(length, 16, 64 if reads_shared and dtype != torch.float32 else 32)
 
 
 def stages(step_bytes: int, target: targets.Target, wanted: int = 4) -> int:
@@ -107,7 +109,7 @@ def stages(step_bytes: int, target: targets.Target, wanted: int = 4) -> int:
 def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, precision: str) -> tuple[int, int, int]:
     """(block of rows, block of columns, warps) of a product tile with at most MAX_ACCUMULATORS a thread.
 
-    ``rows_long``: the rows are pixels, always enough of them; otherwise ``rows`` says how many there are.
+    ``rows_long``: the rows are pixels, of images of ``rows`` each; small images make few tiles, so tiles get smaller.
     """
     if dtype == torch.float32 and precision == "ieee":
         return (64 if rows_long else block(rows, 16, 64)), block(cols, 16, 64), 8
@@ -115,7 +117,7 @@ def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, prec
         return 128, 128, 8
     block_n = block(cols, 16, 64)
     if rows_long:
-        return 128, block_n, 4
+        return (64 if rows <= 64 else 128), block_n, 4
     # of 128 and 64 rows the one that wastes less; 64 must win by a tenth to pay for loading the columns twice
     waste = {size: cdiv(rows, size) * size for size in (64, 128)}
     tall = 128 if waste[128] <= 1.1 * waste[64] else 64
@@ -123,9 +125,11 @@ def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, prec
 
 
 @functools.lru_cache(maxsize=4096)
-def _pixels_product(cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target) -> Config:
-    block_m, block_n, warps = product_tile(True, 0, cols, dtype, precision)
-    block_k = reduction_block(length, dtype, precision)
+def _pixels_product(
+    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target
+) -> Config:
+    block_m, block_n, warps = product_tile(True, pixels, cols, dtype, precision)
+    block_k = reduction_block(length, dtype, precision, target)
     return Config.of(warps, stages((block_m + block_n) * block_k * dtype.itemsize, target),
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
 
@@ -135,21 +139,20 @@ def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     length = g.reduction if g.flattened else g.group_in
     if g.flattened:
         length = min(length, 32)  # gathered element by element: long steps would hold too many addresses
-    return _pixels_product(g.group_out, length, dtype, precision, targets.current())
+    return _pixels_product(g.out_h * g.out_w, g.group_out, length, dtype, precision, targets.current())
 
 
 def dgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     """Tiles of the input gradient: BLOCK_M input pixels, BLOCK_N input channels, BLOCK_K output channels."""
-    return _pixels_product(g.group_in, g.group_out, dtype, precision, targets.current())
+    phase = cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
+    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, targets.current())
 
 
 @functools.lru_cache(maxsize=4096)
 def _wgrad(reduction: int, group_out: int, dtype: torch.dtype, precision: str, target: targets.Target) -> Config:
     rows, cols = max(reduction, group_out), min(reduction, group_out)
     block_m, block_n, warps = product_tile(False, rows, cols, dtype, precision)
-    block_p = 16 if precision == "ieee" and dtype == torch.float32 else 32 if dtype == torch.float32 else 64
-    if not target.is_nvidia:
-        block_p = min(block_p, 32)
+    block_p = reduction_block(64, dtype, precision, target)
     return Config.of(warps, stages((block_m + block_n) * block_p * dtype.itemsize, target),
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=block_p)  # fmt: skip
 
@@ -159,9 +162,13 @@ def wgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     return _wgrad(g.reduction, g.group_out, dtype, precision, targets.current())
 
 
-def out_channels_on_rows(g: Geometry) -> bool:
-    """Whether the weight gradient has output channels along M: the longer side goes there."""
-    return g.group_out > g.reduction
+def wgrad_sides(g: Geometry) -> tuple[int, int, bool]:
+    """Rows and columns of the sums of one group's weight gradient, and whether output channels are the rows: the
+    longer side is. A depthwise gradient is one table of taps and channels."""
+    if g.depthwise:
+        return g.taps, g.out_channels, False
+    out_on_rows = g.group_out > g.reduction
+    return (g.group_out, g.reduction, True) if out_on_rows else (g.reduction, g.group_out, False)
 
 
 def splits(pixels: int, tiles: int, block_p: int, workspace_bytes: int) -> int:
