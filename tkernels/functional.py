@@ -1,5 +1,6 @@
 """Floor 3: the public functions, with names and arguments as in torch.nn.functional."""
 
+from tkernels.ops.batch_norm import batch_norm
 from tkernels.ops.conv import conv2d
 
-__all__ = ["conv2d"]
+__all__ = ["batch_norm", "conv2d"]

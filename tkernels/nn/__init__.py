@@ -1,5 +1,6 @@
 """Floor 3: modules shaped like their torch.nn twins. Parameters, buffers and one call into an operator."""
 
+from tkernels.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from tkernels.nn.conv import Conv2d
 
-__all__ = ["Conv2d"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Conv2d"]

@@ -1,0 +1,73 @@
+"""BatchNorm1d, BatchNorm2d and BatchNorm3d with a fused residual and activation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tkernels.ops import activation as activations
+from tkernels.ops import batch_norm as ops
+
+if TYPE_CHECKING:
+    _Base = torch.nn.modules.batchnorm._BatchNorm
+else:
+    _Base = object
+
+
+class _FusedBatchNorm(_Base):
+    """What the three modules add to torch's: the constructor's ``activation``, ``forward`` with a residual."""
+
+    activation: str | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        activation: str | None = None,
+        **options: Any,
+    ) -> None:
+        activations.check(activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(batch norm of ``input`` + ``residual``); ``residual`` has the input's shape and dtype."""
+        self._check_input_dim(input)
+        tracks = self.training and self.track_running_stats
+        running = not self.training or self.track_running_stats
+        return ops.counted_batch_norm(
+            input,
+            self.running_mean if running else None,
+            self.running_var if running else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            self.momentum,
+            self.eps,
+            self.activation,
+            residual,
+            self.num_batches_tracked if tracks else None,
+        )
+
+    def extra_repr(self) -> str:
+        extra: str = super().extra_repr()
+        return extra if self.activation is None else f"{extra}, activation={self.activation!r}"
+
+
+class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d for (N, C) or (N, C, L) with ``activation`` and ``forward(input, residual=None)``."""
+
+
+class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d for (N, C, H, W) with ``activation`` and ``forward(input, residual=None)``."""
+
+
+class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d for (N, C, D, H, W) with ``activation`` and ``forward(input, residual=None)``."""
