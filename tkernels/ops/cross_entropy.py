@@ -1,0 +1,239 @@
+"""Cross entropy between logits and class indices or probabilities: checks, autograd, and the PyTorch body."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tkernels import runtime
+from tkernels.ops import checks
+
+if runtime.HAS_TRITON:
+    from tkernels.kernels import class_layout
+    from tkernels.kernels import cross_entropy as kernels
+
+__all__ = ["cross_entropy"]
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross entropy between logits and targets, by the formulas of torch.nn.CrossEntropyLoss.
+
+    input: (C), (N, C) or (N, C, d1, ...); target: class indices (int64 or uint8) of shape (), (N) or (N, d1, ...), or
+    probabilities (floating) of the input's shape; weight: (C), of the input's dtype for indices. The result has the
+    shape () or, for reduction 'none', that of class indices; it is computed in float32 and given in the input's dtype
+    (float32 under autocast; for probabilities promoted with target and weight). Rows whose index is ``ignore_index``
+    count neither in the sum nor in the mean.
+
+    Raises TypeError for arguments that are no tensors or numbers, ValueError for an unknown reduction or batch sizes
+    that differ, RuntimeError for other shapes, dtypes or devices that do not go together, a ``label_smoothing`` above
+    1, or a non-negative ``ignore_index`` beside probabilities, and on the CPU IndexError for an index out of range; on
+    a GPU such an index makes the loss NaN.
+    """
+    if not _takes_triton(input, target, weight):
+        return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
+    _check(input, target, weight, ignore_index, reduction, label_smoothing)
+    return _triton_body(input, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def _takes_triton(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """The backend decision. Empty input, and class weights that are learned, are PyTorch's."""
+    checks.tensor(input=input, target=target)
+    checks.optional_tensor(weight=weight)
+    for t in (input, target, weight):
+        if t is not None and (t.layout is not torch.strided or t.is_complex()):
+            return False
+    if input.numel() == 0 or not input.is_floating_point() or input.dim() == 0:
+        return False
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled() and target.is_floating_point():
+        return False
+    return runtime.use_triton(input, target, weight)
+
+
+def _torch_body(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    """PyTorch's own call, with its autograd and autocast. What it refuses is refused in our words."""
+    try:
+        return torch.nn.functional.cross_entropy(
+            input, target, weight, None, ignore_index, None, reduction, label_smoothing
+        )
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        _explain(error, input, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def _explain(error: Exception, input: Tensor, target: Tensor, *rest: Any) -> NoReturn:
+    """Raise an error that names the argument, if it is of the class torch raised; else torch's."""
+    try:
+        _check(input, target, *rest)
+        _check_range(input, target, rest[1])
+    except type(error) as ours:
+        raise ours from None
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        raise error from None
+    raise error
+
+
+def _check(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> None:
+    """Raise for what torch refuses, but for the range of class indices, which takes a look at the values."""
+    if reduction not in REDUCTIONS:
+        checks.one_of("reduction", reduction, REDUCTIONS)
+    if type(ignore_index) is not int and not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a float, got {type(label_smoothing).__name__}")
+    if (weight is not None and weight.device != input.device) or target.device != input.device:
+        checks.same_device(input=input, target=target, weight=weight)
+    if target.shape == input.shape:
+        _check_probabilities(input, target, ignore_index)
+    else:
+        _check_indices(input, target)
+    if weight is not None:
+        _check_weight(input, target, weight)
+    if label_smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+
+
+def _given(input: Tensor, target: Tensor) -> str:
+    return f"got input {checks.shape(input)} and target {checks.shape(target)}"
+
+
+def _check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            f"target of the input's shape {checks.shape(input)} holds class probabilities and must have a "
+            f"floating-point dtype, got {target.dtype} and shape {checks.shape(target)}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError(f"ignore_index must be negative where target holds class probabilities, got {ignore_index}")
+
+
+def _check_indices(input: Tensor, target: Tensor) -> None:
+    if input.dim() == 1:
+        if target.dim() > 1:
+            raise RuntimeError(f"target must have shape [] or [1] for 1-D input, {_given(input, target)}")
+        if target.numel() != 1:
+            raise ValueError(f"target must have shape [] or [1] for 1-D input, {_given(input, target)}")
+    elif target.dim() == 0 or target.shape[0] != input.shape[0]:
+        raise ValueError(f"target must have the input's batch size {input.shape[0]}, {_given(input, target)}")
+    elif target.shape[1:] != input.shape[2:]:
+        allowed = [*input.shape[:1], *input.shape[2:]]
+        raise RuntimeError(
+            f"target must have shape {allowed} for class indices or {checks.shape(input)} for class probabilities, "
+            f"{_given(input, target)}"
+        )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"target must have dtype int64 or uint8 for class indices, got {target.dtype}")
+
+
+def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
+    n_classes = input.shape[1] if input.dim() > 1 else input.shape[0]
+    if weight.dim() != 1 or weight.shape[0] != n_classes:
+        raise RuntimeError(
+            f"weight must have shape [{n_classes}], one value a class, "
+            f"got weight {checks.shape(weight)} and input {checks.shape(input)}"
+        )
+    if target.is_floating_point():
+        return
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("weight must not require grad where target holds class indices: it has no gradient")
+    if weight.dtype != input.dtype and runtime.autocast_dtype(input) is None:
+        raise RuntimeError(f"weight must have the input's dtype {input.dtype}, got {weight.dtype}")
+
+
+def _check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
+    """Raise IndexError for a class index out of range; it reads the values, so only where an error is known."""
+    if target.is_floating_point():
+        return
+    n_classes = input.shape[1] if input.dim() > 1 else input.shape[0]
+    index = target.to(torch.int64)
+    wrong = index[(index != ignore_index) & ((index < 0) | (index >= n_classes))]
+    if wrong.numel():
+        raise IndexError(
+            f"target must hold classes from 0 to {n_classes - 1} or ignore_index = {ignore_index}, "
+            f"got {int(wrong[0])} for input {checks.shape(input)}"
+        )
+
+
+def _triton_body(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    smoothing = label_smoothing if label_smoothing > 0 else 0.0  # negative or NaN is none, as in torch
+    arguments = (input, target, weight, ignore_index, reduction, smoothing, _loss_dtype(input, target, weight))
+    if (input.requires_grad or target.requires_grad) and torch.is_grad_enabled():
+        return _CrossEntropy.apply(*arguments)
+    return _forward(*arguments)[0]
+
+
+def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    dtype = torch.float32 if runtime.autocast_dtype(input) is not None else input.dtype
+    if target.is_floating_point():
+        if target.dtype != dtype:
+            dtype = torch.promote_types(dtype, target.dtype)
+        if weight is not None and weight.dtype != dtype:
+            dtype = torch.promote_types(dtype, weight.dtype)
+    return dtype
+
+
+def _forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]]:
+    """The loss, and what the gradients are made of: logits, target, weight, row statistics, total weight."""
+    x = class_layout.readable(input)
+    target = class_layout.readable(target) if target.is_floating_point() else target.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    loss, stats, count = kernels.launch_forward(
+        x, target, weight, ignore_index, reduction, label_smoothing, loss_dtype
+    )  # fmt: skip
+    return loss, (x, target, weight, stats, count)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+        loss_dtype: torch.dtype,
+    ) -> Tensor:
+        loss, saved = _forward(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype)
+        ctx.save_for_backward(*saved)
+        ctx.options = ignore_index, reduction, label_smoothing
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, target, weight, stats, count = ctx.saved_tensors
+        ignore_index, reduction, smoothing = ctx.options
+        dx = dp = None
+        if ctx.needs_input_grad[0]:
+            dx = kernels.launch_backward(
+                grad, x, target, weight, stats, count, ignore_index, reduction, smoothing
+            )  # fmt: skip
+        if ctx.needs_input_grad[1]:
+            dp = kernels.launch_target_backward(grad, x, target, weight, stats, count, reduction, smoothing)
+        return dx, dp, None, None, None, None, None

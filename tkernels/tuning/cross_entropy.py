@@ -1,0 +1,54 @@
+"""Launch configurations of the cross entropy kernels. Tiles depend on classes and layout, never on the batch."""
+
+from __future__ import annotations
+
+import functools
+
+from tkernels import targets
+from tkernels.tuning import Config, block, cdiv
+
+TILE = 4096  # elements of a tile at 4 warps: 32 a thread
+LONGEST_TILE = 4096  # classes of a row one step takes
+SPATIAL_CLASSES = 32  # classes of a step where the rows are what is contiguous
+MAX_SPLITS = 128  # programs that share a row; one program of the merge reads them all
+ENDS_FROM = 128  # shorter rows are not worth a separate load for their unaligned ends
+
+
+def target_name() -> str:
+    """The current target's name, the key of the chooser of splits."""
+    return targets.current().name
+
+
+@functools.lru_cache(maxsize=1024)
+def rows(n_classes: int, inner: int, classes_contiguous: bool) -> Config:
+    """For every pass over [rows, n_classes] logits: the tile [BLOCK_ROWS, BLOCK_C].
+
+    ``inner``: rows that follow one another in memory where that number is not the batch's, else 0.
+    """
+    if classes_contiguous:
+        block_c = block(n_classes, 2, LONGEST_TILE)
+        return Config.of(num_warps=4, num_stages=1, BLOCK_ROWS=min(TILE // block_c, 256), BLOCK_C=block_c)
+    block_c = block(n_classes, 2, SPATIAL_CLASSES)
+    block_rows = min(TILE // block_c, 256)
+    if inner:
+        block_rows = block(inner, 16, block_rows)
+    return Config.of(num_warps=4, num_stages=1, BLOCK_ROWS=block_rows, BLOCK_C=block_c)
+
+
+@functools.lru_cache(maxsize=1024)
+def splits(tiles: int, n_classes: int, block_c: int, target: str) -> int:
+    """How many programs share a row; 1 where the row tiles alone fill the GPU twice or a row is short."""
+    wanted = cdiv(2 * targets.current().multiprocessors, max(tiles, 1))
+    return max(1, min(wanted, n_classes // block_c, MAX_SPLITS))
+
+
+@functools.lru_cache(maxsize=1)
+def merge() -> Config:
+    """For the pass that merges what the programs of a row found."""
+    return Config.of(num_warps=4, num_stages=1, BLOCK_ROWS=16, BLOCK_SPLITS=MAX_SPLITS)
+
+
+@functools.lru_cache(maxsize=1)
+def total() -> Config:
+    """For the second stage of the sum over rows: LENGTH partial sums a program."""
+    return Config.of(num_warps=8, num_stages=1, BLOCK=2048, LENGTH=65536)
