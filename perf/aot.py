@@ -69,6 +69,7 @@ class Facts:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    has_dot: bool
     mix: collections.Counter[str]
     loop: collections.Counter[str]
 
@@ -191,6 +192,7 @@ def compile_launch(launch: Launch, target_name: str) -> Facts:
         registers,
         spill_bytes,
         compiled.metadata.shared,
+        "tt.dot" in compiled.asm["ttir"],
         mix,
         loop,
     )
