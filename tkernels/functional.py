@@ -2,5 +2,6 @@
 
 from tkernels.ops.batch_norm import batch_norm
 from tkernels.ops.conv import conv2d
+from tkernels.ops.linear import linear, linear_relu
 
-__all__ = ["batch_norm", "conv2d"]
+__all__ = ["batch_norm", "conv2d", "linear", "linear_relu"]

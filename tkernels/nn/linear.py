@@ -1,0 +1,64 @@
+"""Linear layers with a fused activation and dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tkernels.ops import activation as activations
+from tkernels.ops import checks
+from tkernels.ops.linear import linear
+
+
+class Linear(torch.nn.Linear):
+    """torch.nn.Linear followed by an activation and dropout, as one call: (\\*, in_features) to (\\*, out_features).
+
+    Parameters, their initialisation and the state_dict are torch.nn.Linear's. ``activation``: None, 'relu',
+    'leaky_relu', 'gelu' or 'silu'; ``dropout``: the probability of an output to be zeroed in training.
+    Raises ValueError for another activation or a probability outside [0, 1]; otherwise errors as
+    :func:`tkernels.functional.linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str | None = None,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        activations.check(activation)
+        checks.probability("dropout", dropout)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.activation = activation
+        self.dropout = dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias, self.activation, self.dropout, self.training)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
+        return ", ".join(parts)
+
+
+class LinearReLU(Linear):
+    """:class:`Linear` with activation 'relu'."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, "relu", dropout, device, dtype)

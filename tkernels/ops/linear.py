@@ -1,0 +1,173 @@
+"""Linear layer with activation and dropout: checks, autocast, autograd, and the PyTorch body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tkernels import runtime
+from tkernels.ops import activation as activations
+from tkernels.ops import checks
+
+if runtime.HAS_TRITON:
+    from tkernels.kernels import linear as kernels
+
+__all__ = ["linear", "linear_relu"]
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """``dropout(activation(input @ weight.T + bias))`` in one kernel; ``dropout`` only if ``training``.
+
+    input: (\\*, in_features); weight: (out_features, in_features) or (in_features); bias: (out_features) or whatever
+    broadcasts as in torch.nn.functional.linear; result: (\\*, out_features), in the input's or the autocast dtype.
+    activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf) or 'silu'.
+
+    Raises TypeError for an argument that is not a tensor, ValueError for an unknown activation or a ``dropout_p``
+    outside [0, 1], RuntimeError for shapes, dtypes or devices that do not go together.
+    """
+    checks.tensor(input=input, weight=weight)
+    checks.optional_tensor(bias=bias)
+    activations.check(activation)
+    checks.probability("dropout_p", dropout_p)
+    _check_shapes(input, weight, bias)
+    p = float(dropout_p) if training else 0.0
+    if not _takes_triton(input, weight, bias):
+        _check_kinds(input, weight, bias, runtime.autocast_dtype(input))
+        return _torch_body(input, weight, bias, activation, p)
+    cast = runtime.autocast_dtype(input)
+    if cast is not None:
+        input, weight, bias = runtime.cast_for_autocast(cast, input, weight, bias)  # type: ignore[assignment]
+    _check_kinds(input, weight, bias, None)
+    return _triton_body(input, weight, bias, activation, p)
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``relu(input @ weight.T + bias)``: :func:`linear` with activation 'relu'; shapes and errors are the same."""
+    return linear(input, weight, bias, "relu")
+
+
+def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise RuntimeError for the shapes torch refuses."""
+    if input.dim() == 0 or weight.dim() not in (1, 2):
+        raise RuntimeError(
+            "input must have at least one dimension and weight one or two, "
+            f"got input {checks.shape(input)} and weight {checks.shape(weight)}"
+        )
+    if input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"the last dimension of input must be in_features = {weight.shape[-1]}, "
+            f"got input {checks.shape(input)} and weight {checks.shape(weight)}"
+        )
+    if bias is None:
+        return
+    if weight.dim() == 2 and bias.dim() == 1 and bias.shape[0] in (weight.shape[0], 1):
+        return
+    if weight.dim() == 1:
+        allowed = input.dim() == 1 and bias.dim() == 0
+    else:
+        allowed = _broadcasts(bias, (*input.shape[:-1], weight.shape[0]))
+    if not allowed:
+        raise RuntimeError(
+            f"bias must have shape [out_features] or broadcast to the result, "
+            f"got bias {checks.shape(bias)} and weight {checks.shape(weight)} for input {checks.shape(input)}"
+        )
+
+
+def _broadcasts(t: Tensor, shape: tuple[int, ...]) -> bool:
+    sizes = zip(reversed(t.shape), reversed(shape))
+    return t.dim() <= len(shape) and all(size in (1, target) for size, target in sizes)
+
+
+def _check_kinds(input: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None) -> None:
+    """Raise RuntimeError for devices or dtypes that do not go together (autocast makes dtypes agree)."""
+    if weight.device != input.device or (bias is not None and bias.device != input.device):
+        checks.same_device(input=input, weight=weight, bias=bias)
+    if autocast is None and (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)):
+        checks.same_dtype(input=input, weight=weight, bias=bias)
+
+
+def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """The backend decision; integers, complex numbers and sparse tensors are PyTorch's."""
+    for t in (input, weight, bias):
+        if t is not None and not (t.is_floating_point() and t.layout is torch.strided):
+            return False
+    return runtime.use_triton(input, weight, bias)
+
+
+def _torch_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float) -> Tensor:
+    """The same in ATen calls, with PyTorch's own autograd and autocast."""
+    y = activations.apply(torch.nn.functional.linear(input, weight, bias), activation)
+    return torch.nn.functional.dropout(y, p) if p > 0 else y
+
+
+def _triton_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float) -> Tensor:
+    if weight.dim() == 1:
+        return _triton_body(input, weight.unsqueeze(0), bias, activation, p).squeeze(-1)
+    if bias is not None and bias.dim() > 1:
+        # rows of their own: the sum is a separate pass, and what follows it too
+        y = activations.apply(_triton_body(input, weight, None, None, 0.0) + bias, activation)
+        return torch.nn.functional.dropout(y, p) if p > 0 else y
+    seed = runtime.dropout_seed(input) if p > 0 else None
+    differentiable = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if differentiable and torch.is_grad_enabled():
+        return _Linear.apply(input, weight, bias, activation, p, seed)
+    return kernels.launch_forward(
+        kernels.dense_rows(input), kernels.dense_weight(weight), bias, activation, p, seed
+    )[0]  # fmt: skip
+
+
+def _saves_seed(activation: str | None) -> bool:
+    """Whether backward replays dropout from the seed. After a ReLU it need not: where y is 0 the gradient is 0, be it
+    by dropout or by ReLU, and where y is not 0 the element was kept."""
+    return activation != "relu"
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        p: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        x, w = kernels.dense_rows(input), kernels.dense_weight(weight)
+        y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=activations.needs_input(activation))
+        saved = None if activation is None else z if z is not None else y
+        ctx.activation, ctx.p = activation, p
+        ctx.bias_shape = bias.shape if needs_bias and bias is not None else None
+        ctx.save_for_backward(
+            x if needs_weight else None,
+            w if needs_input else None,
+            saved,
+            seed if _saves_seed(activation) else None,
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, saved, seed = ctx.saved_tensors
+        dy = kernels.dense_rows(dy)
+        dx = dw = db = None
+        if w is not None:
+            dx = kernels.launch_dgrad(dy, w, saved, ctx.activation, ctx.p, seed)
+        if x is not None or ctx.bias_shape is not None:
+            with_bias = ctx.bias_shape is not None
+            dw, db = kernels.launch_wgrad(dy, x, saved, ctx.activation, ctx.p, seed, with_bias)
+        if db is not None and db.shape != ctx.bias_shape:
+            db = db.sum().reshape(ctx.bias_shape)
+        return dx, dw, db, None, None, None

@@ -1,0 +1,89 @@
+"""Launch configurations of the linear layer's kernels. Tiles depend on the features only, never on the batch."""
+
+from __future__ import annotations
+
+import functools
+
+from tkernels import targets
+from tkernels.tuning import Config, block, cdiv
+
+MAX_SPLITS = 64
+
+
+def target_name() -> str:
+    """The current target's name, the key of the choosers below."""
+    return targets.current().name
+
+
+def _stages(target: targets.Target, bytes_a_stage: int) -> int:
+    """As many stages as fit in half a multiprocessor's shared memory (two programs overlap), from 2 to 4."""
+    return max(2, min(target.max_stages, 4, target.shared_memory // 2 // bytes_a_stage))
+
+
+def _tensor_core_product(cols: int, reduction: int, itemsize: int, fused_operand: bool) -> tuple[int, int, int, int]:
+    """(rows, columns, reduction, warps) of a tile: at most 64 accumulators a thread."""
+    step = block(reduction, 16, 128 // itemsize)
+    if cols <= 16:
+        return 64, 16, step, 4
+    if cols < 512:
+        return 64, block(cols, 32, 64), step, 4
+    # an operand computed on the way to the product costs registers of its own
+    return (64, 128, step, 8) if fused_operand else (128, 128, step, 8)
+
+
+@functools.lru_cache(maxsize=1024)
+def forward(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
+    """For y[M, n] = x[M, k] @ w[n, k]^T."""
+    if itemsize == 4 and precision == "ieee":
+        return Config.of(num_warps=8, num_stages=2, BLOCK_M=64, BLOCK_N=block(n, 16, 64), BLOCK_K=16)
+    bm, bn, bk, warps = _tensor_core_product(n, k, itemsize, False)
+    stages = _stages(targets.current(), (bm + bn) * bk * itemsize)
+    return Config.of(num_warps=warps, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
+
+
+@functools.lru_cache(maxsize=1024)
+def dgrad(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
+    """For dx[M, k] = dz[M, n] @ w[n, k]."""
+    if itemsize == 4 and precision == "ieee":
+        return Config.of(num_warps=8, num_stages=2, BLOCK_M=64, BLOCK_N=16, BLOCK_K=block(k, 16, 64))
+    bm, bk, bn, warps = _tensor_core_product(k, n, itemsize, True)
+    stages = _stages(targets.current(), (2 * bm + bk) * bn * itemsize)
+    return Config.of(num_warps=warps, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
+
+
+@functools.lru_cache(maxsize=1024)
+def wgrad(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
+    """For dw[n, k] = dz[M, n]^T @ x[M, k]; M is the batch."""
+    if itemsize == 4 and precision == "ieee":
+        return Config.of(num_warps=8, num_stages=2, BLOCK_M=16, BLOCK_N=block(n, 16, 64), BLOCK_K=block(k, 16, 64))
+    bm, bn, bk = 32, block(n, 16, 64), block(k, 16, 64)
+    stages = _stages(targets.current(), (2 * bn + bk) * bm * itemsize)
+    return Config.of(num_warps=4, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_splits(tiles: int, reduction: int, target: str) -> int:
+    """Programs that share the reduction of a tile of y or dx; 0: one program a tile, no second pass.
+
+    A second pass pays only where the reduction is long and most multiprocessors would idle.
+    """
+    multiprocessors = targets.current().multiprocessors
+    if reduction < 1024 or 2 * tiles > multiprocessors:
+        return 0
+    return min(cdiv(multiprocessors, tiles), reduction // 256, MAX_SPLITS)
+
+
+@functools.lru_cache(maxsize=1024)
+def wgrad_splits(tiles: int, rows: int, block_rows: int, target: str) -> int:
+    """Programs that share the batch of a tile of dw; 0 where the tiles alone fill the GPU, whatever the batch."""
+    multiprocessors = targets.current().multiprocessors
+    if 2 * tiles > multiprocessors:
+        return 0
+    return max(1, min(2 * multiprocessors // tiles, rows // (2 * block_rows), MAX_SPLITS))
+
+
+@functools.lru_cache(maxsize=1024)
+def finish(n: int) -> Config:
+    """For the pass that sums partial tiles of n columns: 1024 elements a program."""
+    columns = block(n, 16, 128)
+    return Config.of(num_warps=4, num_stages=2, BLOCK_M=1024 // columns, BLOCK_N=columns)
