@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tkernels import runtime
 from tkernels.ops import activation as activations
 from tkernels.ops import checks
+from tkernels.ops.autograd import once_differentiable
 from tkernels.tuning.conv import Geometry
 
 if runtime.HAS_TRITON:
@@ -48,9 +48,9 @@ def conv2d(
     checks.optional_tensor(bias=bias)
     activations.check(activation)
     if not isinstance(padding, str):
-        padding = _pair("padding", padding)
+        padding = pair("padding", padding)
     g = geometry(
-        tuple(input.shape), tuple(weight.shape), _pair("stride", stride), padding, _pair("dilation", dilation),
+        tuple(input.shape), tuple(weight.shape), pair("stride", stride), padding, pair("dilation", dilation),
         _integer("groups", groups),
     )  # fmt: skip
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != g.out_channels):
@@ -77,7 +77,7 @@ def _integer(name: str, value: Any) -> int:
     return value
 
 
-def _pair(name: str, value: Any) -> tuple[int, int]:
+def pair(name: str, value: Any) -> tuple[int, int]:
     """An int or a sequence of one or two as a pair. Raises TypeError for other types, RuntimeError for lengths."""
     if type(value) is int:
         return value, value
@@ -196,6 +196,8 @@ def _triton_body(
 def suggests_channels_last(t: Tensor) -> bool:
     """Whether the strides of a 4-D tensor make torch choose channels_last for the result."""
     (n, c, h, w), (stride_n, stride_c, stride_h, stride_w) = t.shape, t.stride()
+    if stride_c == 0:
+        return False
     least = 0
     for size, stride in ((c, stride_c), (w, stride_w), (h, stride_h)):
         if size == 0 or stride < least:
