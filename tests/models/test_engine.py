@@ -1,0 +1,122 @@
+"""train_epoch and validate: what they compute, what they leave alone, and that nothing waits for the device."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.engine import train_epoch, validate
+
+pytestmark = pytest.mark.gate("torch")
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+@pytest.fixture
+def batches() -> Batches:
+    """Three batches, the last one smaller: means over batches are not means over images."""
+    return [(torch.randn(n, 3, 4, 4), torch.randint(3, (n,))) for n in (5, 5, 2)]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+
+
+def test_validate(model: nn.Module, batches: Batches) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = validate(model, batches, nn.CrossEntropyLoss(), "cpu")
+    with torch.no_grad():
+        images, target = (torch.cat(parts) for parts in zip(*batches))
+        logits = model.eval()(images)
+    assert result.images == 12
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, target).item(), rel=1e-5)
+    assert result.accuracy == pytest.approx((logits.argmax(1) == target).float().mean().item())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_validate_leaves_the_mode(model: nn.Module, batches: Batches, training: bool) -> None:
+    model.train(training)
+    validate(model, batches, nn.CrossEntropyLoss(), "cpu")
+    assert model.training is training
+
+
+def test_train_epoch_is_the_loop_written_out(model: nn.Module, batches: Batches) -> None:
+    import copy
+
+    twin = copy.deepcopy(model)
+    model.eval()  # train_epoch turns training mode on
+    criterion = nn.CrossEntropyLoss()
+    result = train_epoch(model, batches, criterion, torch.optim.SGD(model.parameters(), lr=0.1), "cpu")
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    loss_sum, correct = 0.0, 0
+    for images, target in batches:
+        optimizer.zero_grad()
+        logits = twin(images.to(memory_format=torch.channels_last))
+        loss = criterion(logits, target)
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item() * len(target)
+        correct += (logits.argmax(1) == target).sum().item()
+    assert result.loss == pytest.approx(loss_sum / 12, rel=1e-6)
+    assert result.accuracy == correct / 12
+    for name, value in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_learns(model: nn.Module, batches: Batches) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    results = [train_epoch(model, batches, nn.CrossEntropyLoss(), optimizer, "cpu") for _ in range(40)]
+    assert results[-1].loss < 0.2 * results[0].loss
+    assert results[-1].accuracy == 1.0
+
+
+def test_batches_of_rows(batches: Batches) -> None:
+    rows = [(images.flatten(1), target) for images, target in batches]
+    assert validate(nn.Linear(48, 3), rows, nn.CrossEntropyLoss(), "cpu").images == 12
+
+
+def test_empty_loader(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="the loader has no batches"):
+        validate(model, [], nn.CrossEntropyLoss(), "cpu")
+
+
+class _Waits(TorchDispatchMode):
+    """Counts the calls that bring a value from the device to Python."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_waits_for_the_device_once_an_epoch(model: nn.Module, batches: Batches) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with _Waits() as watch:
+        train_epoch(model, batches * 3, nn.CrossEntropyLoss(), optimizer, "cpu")
+        validate(model, batches * 3, nn.CrossEntropyLoss(), "cpu")
+    assert watch.count == 4, "two sums read at the end of each pass, none on the way"
+
+
+def test_bar_only_on_a_terminal(model: nn.Module, batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = {}
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        validate(model, batches, nn.CrossEntropyLoss(), "cpu", progress="epoch 1")
+        shown[type(stream)] = stream.getvalue()
+    assert "epoch 1" in shown[Terminal]
+    assert shown[io.StringIO] == ""
