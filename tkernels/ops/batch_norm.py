@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tkernels import runtime
 from tkernels.ops import activation as activations
 from tkernels.ops import checks
+from tkernels.ops.autograd import once_differentiable
 from tkernels.tuning import batch_norm as tuning
 
 if runtime.HAS_TRITON:
@@ -97,12 +97,12 @@ def _check(
     given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     vectors = {name: t for name, t in given.items() if t is not None}
     checks.tensor(**vectors)
+    if training and input.ndim and input.shape[0] == 1 and all(size == 1 for size in input.shape[2:]):
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if input.ndim < 2:
         # torch fails on whichever it meets first: the missing axis, or a vector of the wrong length
         error = RuntimeError if vectors and (input.ndim or not training) else IndexError
         raise error(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
-    if training and input.shape[0] == 1 and all(size == 1 for size in input.shape[2:]):
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if (eps <= 0.0) if training else (eps < 0.0):
         raise ValueError(f"eps must be positive in training and not negative in evaluation, got {eps}")
     if momentum is not None and type(momentum) is not float and not isinstance(momentum, numbers.Real):
@@ -232,8 +232,19 @@ def triton_statistics(
 ) -> Tensor:
     """The batch's statistics [4, C] of dense ``x``; moves running statistics and counter in place."""
     partials = kernels.launch_statistics(x, m, num_batches_tracked)
-    if num_batches_tracked is None and momentum is None:
-        momentum = 0.0
+    return merge_statistics(partials, m, running_mean, running_var, momentum, num_batches_tracked, eps)
+
+
+def merge_statistics(
+    partials: Any,
+    m: tuning.Matrix,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """triton_statistics from a kernels.Partials, whose producer counted the batch."""
     mean, var = _vector(running_mean), _vector(running_var)
     stats = kernels.launch_finalize_statistics(partials, m, eps, mean, var, momentum, num_batches_tracked)
     for running, dense in ((running_mean, mean), (running_var, var)):
