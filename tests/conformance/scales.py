@@ -1,0 +1,104 @@
+"""The magnitudes that roundings are relative to, where a result itself may cancel to nothing.
+
+A sum of products is rounded relative to the sum of their absolute values, a batch-norm gradient relative to the terms
+it subtracts, a loss relative to its logits. Each function takes a float64 call, the incoming gradient and the
+float64 outcome, and returns a magnitude for "output", for each gradient by the argument's name, and for statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.conformance.calls import Call
+
+Scales = dict[str, float]
+
+
+def of(call: Call, incoming: Tensor | None, output: Tensor) -> Scales:
+    """The scales of a float64 ``call`` whose result was ``output``, with ``incoming`` its gradient."""
+    arguments = call.named()
+    if call.operator == "batch_norm":
+        return _batch_norm(arguments, incoming)
+    if call.operator == "cross_entropy":
+        return _cross_entropy(arguments, incoming, output)
+    return _product(call.operator, arguments, incoming)
+
+
+def _largest(t: Tensor | None) -> float:
+    if t is None:
+        return 0.0
+    finite = t.detach()[torch.isfinite(t)].abs()
+    return finite.max().item() if finite.numel() else 0.0
+
+
+def _product(operator: str, arguments: dict[str, Any], incoming: Tensor | None) -> Scales:
+    """linear and conv2d are sums of products: the same operator on absolute values bounds every partial sum."""
+    plain = {k: v for k, v in arguments.items() if k not in ("activation", "dropout_p", "training")}
+    absolute = {k: v.detach().abs().nan_to_num(0, 0) if isinstance(v, Tensor) else v for k, v in plain.items()}
+    leaves = {k: v.requires_grad_() for k, v in absolute.items() if isinstance(v, Tensor)}
+    output = getattr(F, operator)(**absolute)
+    scales = {"output": _largest(output)}
+    if incoming is not None:
+        gradients = torch.autograd.grad(output, list(leaves.values()), incoming.abs())
+        scales.update({name: _largest(g) for name, g in zip(leaves, gradients)})
+    return scales
+
+
+def _batch_norm(arguments: dict[str, Any], incoming: Tensor | None) -> Scales:
+    x = arguments["input"].detach()
+    dims = [d for d in range(x.dim()) if d != 1]
+    per_channel = [1, -1, *[1] * (x.dim() - 2)]
+    eps = arguments.get("eps", 1e-5)
+    mean, var = x.mean(dims), x.var(dims, correction=0)
+    if not arguments.get("training", False):
+        mean, var = arguments["running_mean"].detach(), arguments["running_var"].detach()
+    inverse = (var + eps).rsqrt()
+    weight = arguments.get("weight")
+    gain = inverse if weight is None else weight.detach().abs() * inverse
+    # x * gain and mean * gain may cancel, and so do errors of the mean in x-hat
+    conditioning = 1 + _largest(mean * inverse)
+    shifted = (x.abs() + mean.abs().view(per_channel)) * gain.view(per_channel)
+    scales = {
+        "output": _largest(shifted) + _largest(arguments.get("bias")) + _largest(arguments.get("residual")),
+        "running_mean": _largest(x),
+        "running_var": _largest(var) + _largest(x),
+    }
+    if incoming is None:
+        return scales
+    g = incoming.abs()
+    x_hat = (x - mean.view(per_channel)).abs() * inverse.view(per_channel)
+    sums = g.sum(dims)
+    scales["input"] = _largest(gain) * _largest(g) * (1 + _largest(x_hat) ** 2) * conditioning
+    scales["weight"] = max(_largest(sums), _largest((g * x_hat).sum(dims))) * conditioning
+    scales["bias"] = _largest(sums)
+    scales["residual"] = _largest(g)
+    return scales
+
+
+def _cross_entropy(arguments: dict[str, Any], incoming: Tensor | None, output: Tensor) -> Scales:
+    logits, target = arguments["input"].detach(), arguments["target"].detach()
+    classes = logits.shape[0 if logits.dim() == 1 else 1] if logits.dim() else 1
+    weight = _largest(arguments["weight"]) if arguments.get("weight") is not None else 1.0
+    mass = _largest(target.abs().sum(0 if target.dim() == 1 else 1)) if target.is_floating_point() else 1.0
+    term = (2 * _largest(logits) + math.log(max(classes, 1))) * weight
+    rows = logits.numel() // max(classes, 1)
+    reduction = arguments.get("reduction", "mean")
+    # what a row's loss is multiplied by on its way to the output
+    share = 1.0
+    if reduction == "mean":
+        plain = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        total = F.cross_entropy(**{**plain, "reduction": "sum"}).item()
+        share = abs(output.item() / total) if math.isfinite(total) and total else 1.0
+        share = share if math.isfinite(share) else 1.0
+    factor = share * (_largest(incoming) if incoming is not None else 0.0)
+    summed = rows if reduction != "none" else 1
+    return {
+        "output": term * mass * summed * share,
+        "input": factor * weight * max(mass, 1.0),
+        "target": factor * term,
+    }
