@@ -1,0 +1,43 @@
+"""``python -m perf COMMAND ...``: see ``python -m perf --help``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from perf import options
+
+COMMANDS = {
+    "sweep": "time operators against PyTorch and other libraries, into a CSV",
+    "compare": "what got slower or less exact between two CSVs; exit status 1 if anything did",
+    "plot": "PNGs of a CSV: latency, speedup, roofline, bytes",
+    "static": "what the compiler made of every kernel, for GPUs that are not there",
+    "traffic": "bytes, launches and saved bytes of a training step, layer by layer",
+    "gpu": "all of it on a GPU in one go, into one folder",
+}
+PROGRAM = "python -m perf"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand. Returns its exit status: 0 done, 1 found something bad, 2 refused, 130 interrupted."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    listing = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+    top = options.Parser(PROGRAM, f"Measure tkernels.\n\ncommands:\n{listing}")
+    top.usage = f"{PROGRAM} COMMAND ... (--help after a command lists its options)"
+    top.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    name = top.parse_args(given[:1]).command
+    module = importlib.import_module(f"perf.{name}")
+    parser = options.Parser(f"{PROGRAM} {name}", module.__doc__)
+    module.add_arguments(parser)
+    try:
+        return module.run(parser.parse_args(given[1:]))
+    except options.Refused as refusal:
+        parser.error(str(refusal))
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The machine a measurement ran on: its names, versions and peak rates."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from perf import options, providers
+from tkernels import runtime, targets
+
+
+@functools.cache
+def facts(device: str) -> dict[str, str]:
+    """What is the same for all rows: commit, host, device, driver, versions."""
+    return {
+        "commit": options.commit(),
+        "host": socket.gethostname(),
+        "device": device_name(device),
+        "driver": "" if device == "cpu" else driver(),
+        **providers.versions(),
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the CPU's with torch's number of threads."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu: {cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def cpu_model() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def driver() -> str:
+    """The GPU driver's version, empty where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return told.stdout.strip().splitlines()[0] if told.stdout.strip() else ""
+
+
+def peaks(device: str, dtype: torch.dtype, kind: runtime.Op) -> tuple[float, float]:
+    """Peak 10^12 operations and 10^9 bytes a second: a GPU's from its data sheet, a CPU's as measured.
+
+    ``kind``: whose float32 switch of torch decides between tf32 and IEEE products.
+    """
+    if device != "cpu":
+        target = targets.current()
+        if dtype != torch.float32:
+            return target.tflops, target.gbps
+        # tf32 runs at half the rate of bf16
+        return target.tflops / 2 if runtime.dot_precision(dtype, kind) == "tf32" else target.tflops_fp32, target.gbps
+    return _measured(dtype)
+
+
+@functools.cache
+def _measured(dtype: torch.dtype) -> tuple[float, float]:
+    n = 1024
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    source = torch.zeros(64 * 2**20, dtype=torch.uint8)
+    goal = torch.ones_like(source)
+    return 2 * n**3 / _best(lambda: a @ b) / 1e12, 2 * source.numel() / _best(lambda: goal.copy_(source)) / 1e9
+
+
+def _best(call: Callable[[], object], repetitions: int = 7) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    call()
+    return min(once() for _ in range(repetitions))

@@ -1,0 +1,92 @@
+"""What every subcommand's command line shares: refusals in one line with exit status 2, paths, devices, commits."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+REFUSED = 2
+
+
+class Refused(Exception):
+    """Input that cannot be worked with; the message says in one line what it is and what is allowed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line: no usage before them."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(REFUSED, f"{self.prog}: error: {message}\n")
+
+
+def one_of(what: str, given: str, allowed: Iterable[str]) -> str:
+    """``given``, or Refused with the list of what is allowed."""
+    names = list(allowed)
+    if given not in names:
+        raise Refused(f"unknown {what} {given!r}, allowed: {', '.join(names)}")
+    return given
+
+
+def several(what: str, given: Sequence[str], allowed: Iterable[str]) -> list[str]:
+    """The names given, each once and in the order given. Raises Refused for an unknown one."""
+    names = list(allowed)
+    return [one_of(what, name, names) for name in dict.fromkeys(given)]
+
+
+def new_file(path: Path) -> Path:
+    """A path a file can be written to; its directory is made. Raises Refused, leaving nothing behind."""
+    if path.is_dir():
+        raise Refused(f"{path} is a directory, a file name is needed")
+    directory(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise Refused(f"{path} cannot be written to")
+    return path
+
+
+def directory(path: Path) -> Path:
+    """A directory that can be written to, made if need be. Raises Refused."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"directory {path} cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise Refused(f"directory {path} cannot be written to")
+    return path
+
+
+def device(name: str | None) -> str:
+    """'cpu' or 'cuda[:i]' that can be used here; without a name the GPU if there is one. Raises Refused."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise Refused(f"unknown device {name!r}, allowed: cpu, cuda, cuda:0, cuda:1, ...")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            raise Refused(f"device {name!r} was asked for, but torch sees {count or 'no'} GPU{'s' if count > 1 else ''}")
+    return name
+
+
+def commit() -> str:
+    """The source's commit, with -dirty where it was changed since; 'unknown' outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"

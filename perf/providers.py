@@ -1,0 +1,199 @@
+"""Whose code can be measured: for each provider, a function per operator with torch.nn.functional's arguments.
+
+``module:NAME`` makes a provider of any importable module: its functions called as the operators (linear, conv2d,
+batch_norm, cross_entropy, ...) are measured, positional arguments as in torch.nn.functional.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tkernels
+from perf.options import Refused
+
+BASELINE = "torch"
+Function = Callable[..., Any]
+# arguments of the network -> (network, loss)
+Factory = Callable[[dict[str, Any]], tuple[Callable[..., Any], Callable[..., Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """``functions``: by operator name; what is not there is reported as unsupported. ``context``: entered round
+    every call. ``gpu_only``: whether it cannot run on a CPU."""
+
+    name: str
+    functions: dict[str, Function]
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    gpu_only: bool = False
+
+
+# What each name needs to be imported
+NEEDS = {"tkernels": "tkernels", BASELINE: "torch", "torch.compile": "torch", "attorch": "attorch",
+         "liger-kernel": "liger_kernel", "flag-gems": "flag_gems"}  # fmt: skip
+
+
+def check(names: Iterable[str]) -> list[str]:
+    """The names, each once. Raises Refused for one that is unknown or not installed."""
+    checked = list(dict.fromkeys(names))
+    for name in checked:
+        needed = name.removeprefix("module:") if name.startswith("module:") else NEEDS.get(name)
+        if needed is None:
+            raise Refused(f"unknown provider {name!r}, allowed: {', '.join(NEEDS)}, module:NAME")
+        try:
+            found = importlib.util.find_spec(needed) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            raise Refused(f"provider {name!r} is not installed (there is no module {needed!r})")
+    return checked
+
+
+def load(name: str) -> Provider:
+    """The provider of a checked name. Raises ImportError where its module cannot be loaded."""
+    if name.startswith("module:"):
+        return _from_module(name)
+    return {
+        "tkernels": _tkernels,
+        BASELINE: _torch,
+        "torch.compile": _compiled,
+        "attorch": _attorch,
+        "liger-kernel": _liger,
+        "flag-gems": _flag_gems,
+    }[name]()
+
+
+def _torch() -> Provider:
+    def linear_relu(*args: Any) -> torch.Tensor:
+        return F.relu(F.linear(*args))
+
+    def batch_norm_relu(*args: Any) -> torch.Tensor:
+        return F.relu(F.batch_norm(*args))
+
+    return Provider(
+        BASELINE,
+        {
+            "linear": F.linear,
+            "linear_relu": linear_relu,
+            "conv2d": F.conv2d,
+            "batch_norm": F.batch_norm,
+            "batch_norm_relu": batch_norm_relu,
+            "cross_entropy": F.cross_entropy,
+            "cnn": _plain_cnn,
+        },
+    )
+
+
+def _plain_cnn(arguments: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    from models.cifar_cnn import CNNClassifier
+
+    return CNNClassifier(**arguments), nn.CrossEntropyLoss()
+
+
+def _tkernels() -> Provider:
+    functional: Any = tkernels.functional
+
+    def batch_norm_relu(*args: Any) -> torch.Tensor:
+        return functional.batch_norm(*args, activation="relu")
+
+    def cnn(arguments: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+        from models.cifar_cnn import FusedCNNClassifier
+
+        modules: Any = tkernels.nn
+        return FusedCNNClassifier(**arguments), modules.CrossEntropyLoss()
+
+    own = ("linear", "linear_relu", "conv2d", "batch_norm", "cross_entropy")
+    functions: dict[str, Function] = {name: getattr(functional, name) for name in own}
+    return Provider("tkernels", {**functions, "batch_norm_relu": batch_norm_relu, "cnn": cnn})
+
+
+def _compiled() -> Provider:
+    torch._dynamo.reset()
+    # bwd mode runs the same backward again and again
+    import torch._functorch.config as functorch
+
+    functorch.donated_buffer = False  # type: ignore[attr-defined]
+
+    def compile(function: Function) -> Function:
+        return torch.compile(function, dynamic=False)
+
+    def cnn(arguments: dict[str, Any]) -> tuple[Function, Function]:
+        model, loss = _plain_cnn(arguments)
+        model.compile(dynamic=False)
+        return model, torch.compile(loss, dynamic=False)
+
+    functions = {name: compile(function) for name, function in _torch().functions.items() if name != "cnn"}
+    return Provider("torch.compile", {**functions, "cnn": cnn})
+
+
+def _attorch() -> Provider:
+    """attorch's autograd functions; its linear weights are [in, out], its modules take float32 only."""
+    bn = importlib.import_module("attorch.batch_norm_layer").BatchNormAutoGrad
+    conv = importlib.import_module("attorch.conv_layer").Conv2dAutoGrad
+    lin = importlib.import_module("attorch.linear_layer").LinearAutoGrad
+    loss = importlib.import_module("attorch").CrossEntropyLoss()
+
+    def linear(x: Any, w: Any, b: Any) -> Any:
+        return lin.apply(x, w.t(), b)
+
+    def linear_relu(x: Any, w: Any, b: Any) -> Any:
+        return lin.apply(x, w.t(), b, "relu")
+
+    def conv2d(x: Any, w: Any, b: Any, stride: int, padding: int, dilation: int, groups: int) -> Any:
+        return conv.apply(x, w, b, stride, stride, padding, padding, groups)
+
+    def batch_norm(x: Any, mean: Any, var: Any, w: Any, b: Any, training: bool) -> Any:
+        return bn.apply(x, training, w, b, mean, var)
+
+    functions = {
+        "linear": linear,
+        "linear_relu": linear_relu,
+        "conv2d": conv2d,
+        "batch_norm": batch_norm,
+        "cross_entropy": loss,
+    }
+    return Provider("attorch", functions, gpu_only=True)
+
+
+def _liger() -> Provider:
+    """Liger computes the gradient in forward and writes it over the logits: its forward is timed with it, and only
+    the first call sees the values it was given."""
+    function = importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy
+    return Provider("liger-kernel", {"cross_entropy": function}, gpu_only=True)
+
+
+def _flag_gems() -> Provider:
+    """PyTorch's functions with the ATen operators that FlagGems replaces."""
+    use_gems = importlib.import_module("flag_gems").use_gems
+    functions = {name: function for name, function in _torch().functions.items() if name != "cnn"}
+    return Provider("flag-gems", functions, context=use_gems, gpu_only=True)
+
+
+def _from_module(name: str) -> Provider:
+    module = importlib.import_module(name.removeprefix("module:"))
+    names = _torch().functions
+    return Provider(name, {key: getattr(module, key) for key in names if callable(getattr(module, key, None))})
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """torch's and triton's versions; triton's is empty where it is not installed."""
+    from importlib import metadata
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return ""
+
+    return {"torch": torch.__version__, "triton": version("triton")}

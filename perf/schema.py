@@ -1,0 +1,191 @@
+"""The sweep's CSV: one row a measurement. What each column means, and reading and appending rows safely."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from perf.options import Refused
+
+
+class Column(NamedTuple):
+    """``kind``: 'text', 'whole' (may be empty) or 'number' (may be empty)."""
+
+    name: str
+    kind: str
+    meaning: str
+
+
+SHAPE = (
+    Column("N", "whole", "batch: images, or rows of a matrix"),
+    Column("C", "whole", "input channels, input features or classes"),
+    Column("H", "whole", "rows of the input image"),
+    Column("W", "whole", "columns of the input image"),
+    Column("K", "whole", "output channels or output features"),
+    Column("R", "whole", "rows of the convolution window"),
+    Column("S", "whole", "columns of the convolution window"),
+    Column("stride", "whole", "of the convolution, both axes"),
+    Column("padding", "whole", "of the convolution, both axes"),
+    Column("groups", "whole", "of the convolution"),
+)
+SHAPE_COLUMNS = tuple(column.name for column in SHAPE)
+
+COLUMNS = (
+    Column("timestamp", "text", "when the row was written, UTC, ISO 8601"),
+    Column("commit", "text", "git commit of the source, -dirty where it was changed since; unknown outside git"),
+    Column("host", "text", "name of the machine"),
+    Column("device", "text", "the GPU's name, or cpu with its model and torch's number of threads"),
+    Column("driver", "text", "version of the GPU's driver; empty on a CPU"),
+    Column("torch", "text", "version of torch"),
+    Column("triton", "text", "version of triton; empty where it is not installed"),
+    Column("operator", "text", "a name of perf/operators.py"),
+    Column("mode", "text", "fwd: forward without autograd; bwd: backward alone; full: forward and backward"),
+    Column("dtype", "text", "bf16, fp16 or fp32: of inputs, weights and outputs"),
+    Column("layout", "text", "nhwc (channels_last) or nchw; empty where the operator has no images"),
+    *SHAPE,
+    Column("provider", "text", "whose code was measured"),
+    Column("timing", "text", "wall: the call as a user makes it; cudagraph: replayed from a CUDA graph"),
+    Column("config", "text", "kernels that were launched and their launch configurations; empty without Triton"),
+    Column("ms_p20", "number", "milliseconds a call, 20th percentile of the repetitions"),
+    Column("ms_p50", "number", "milliseconds a call, median"),
+    Column("ms_p80", "number", "milliseconds a call, 80th percentile"),
+    Column("tflops", "number", "flops / ms_p50, in 10^12 a second"),
+    Column("gbps", "number", "bytes / ms_p50, in 10^9 a second"),
+    Column("bytes", "number", "least traffic of the mode: each operand of an operator read once, each result written once"),
+    Column("flops", "number", "operations of the mode's products, a multiply-add counted as two; 0 where there is none"),
+    Column("roofline_pct", "number", "least time at the peak rates (by bytes or by flops, the larger) / ms_p50, in percent"),
+    Column("peak_tflops", "number", "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a product"),
+    Column("peak_gbps", "number", "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a copy"),
+    Column("speedup_vs_torch", "number", "ms_p50 of provider torch / ms_p50, measured in turns with it on a CPU"),
+    Column("err_fp64", "number", "largest error of output and gradients against float64, relative norm"),
+    Column("torch_err_fp64", "number", "the same of PyTorch in this dtype on this device"),
+    Column("peak_memory_mb", "number", "most memory a call allocated, 10^6 bytes; empty on a CPU"),
+    Column("host_us", "number", "microseconds until the call returned, not waiting for the GPU; empty on a CPU"),
+    Column("status", "text", "ok; else wrong, error, out of memory, crashed, timeout or unsupported, with the reason"),
+)
+NAMES = tuple(column.name for column in COLUMNS)
+# What makes two rows the same measurement
+KEY = ("device", "operator", "mode", "dtype", "layout", *SHAPE_COLUMNS, "provider", "timing")
+# The same without the device: what a sweep is asked for
+TASK = KEY[1:]
+OK = "ok"
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One row as a line of CSV. Raises KeyError for a column that is not in the schema."""
+    unknown = set(row) - set(NAMES)
+    if unknown:
+        raise KeyError(f"not in the schema: {sorted(unknown)}")
+    text = {name: str(value).replace("\n", " ").replace("\r", " ") if isinstance(value, str) else value
+            for name, value in row.items()}  # fmt: skip
+    buffer = io.StringIO()
+    pd.DataFrame([text], columns=list(NAMES), dtype=object).to_csv(buffer, header=False, index=False)
+    return buffer.getvalue()
+
+
+class Writer:
+    """Appends rows to a CSV, each in a single write that is on disk before the call returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        if self._file.tell() == 0:
+            self._write(",".join(NAMES) + "\n")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self._write(line(row))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, text: str) -> None:
+        self._file.write(text.encode())
+        os.fsync(self._file.fileno())
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut what a killed writer left of a line behind the last complete one."""
+    with open(path, "r+b") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def table(path: Path) -> pd.DataFrame:
+    """Any CSV as text. Raises Refused for a file that is missing, is not a CSV or has no rows."""
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise Refused(f"{path} does not exist") from None
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
+    except pd.errors.EmptyDataError:
+        raise Refused(f"{path} is empty, a CSV with columns is needed") from None
+    except (pd.errors.ParserError, UnicodeDecodeError):
+        raise Refused(f"{path} is not a CSV") from None
+    return frame
+
+
+def require(frame: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
+    """Raise Refused unless the columns are there."""
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+        raise Refused(f"{path} lacks the columns {shown}")
+
+
+def typed(frame: pd.DataFrame, columns: tuple[Column, ...], path: Path) -> pd.DataFrame:
+    """Columns of text given their kinds. Raises Refused where a cell does not fit."""
+    result = frame.copy()
+    for column in columns:
+        if column.kind == "text":
+            continue
+        values = pd.to_numeric(result[column.name].replace("", None), errors="coerce")
+        bad = values.isna() & (result[column.name] != "")
+        if bad.any():
+            cell = result.loc[bad, column.name].iloc[0]
+            raise Refused(f"{path}, column {column.name}: {cell!r} is not a number")
+        if column.kind == "whole":
+            if (values.dropna() % 1 != 0).any():
+                raise Refused(f"{path}, column {column.name}: a whole number is needed")
+            values = values.astype("Int64")
+        result[column.name] = values
+    return result
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A sweep's CSV with typed columns. Raises Refused for anything else."""
+    frame = table(path)
+    require(frame, NAMES, path)
+    return typed(frame[list(NAMES)], COLUMNS, path)
+
+
+def key(row: Mapping[str, Any], columns: tuple[str, ...] = TASK) -> tuple[str, ...]:
+    """What tells one measurement from another, as text: the same for a row just made and one read back."""
+    def text(value: Any) -> str:
+        return "" if value is None or pd.isna(value) else str(value)
+
+    return tuple(text(row[name]) for name in columns)
+
+
+def shape_label(row: Mapping[str, Any]) -> str:
+    """A row's shape in short: '256 x 32x32x32 -> 64, 3x3 /2'."""
+    def get(name: str) -> int | None:
+        value = row[name]
+        return None if value is None or pd.isna(value) else int(value)
+
+    n, c, h, w, k, r, s = (get(name) for name in ("N", "C", "H", "W", "K", "R", "S"))
+    text = "x".join(str(v) for v in (n, c, h, w) if v is not None)
+    if k is not None:
+        text += f"→{k}"
+    if r is not None:
+        text += f" {r}x{s}"
+    if (get("stride") or 1) > 1:
+        text += f"/{get('stride')}"
+    if (get("groups") or 1) > 1:
+        text += f" g{get('groups')}"
+    return text

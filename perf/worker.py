@@ -1,0 +1,152 @@
+"""The process that measures. It sends rows to its parent, and tells which task it is at, so that the parent can write
+a row for a task that takes the whole process down."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from perf import machine, measure, operators, providers, schema
+from perf.measure import Check, Effort, Problem, Subject, Timing
+from perf.plan import Task
+
+# exit status of a worker whose GPU no longer answers
+BROKEN_GPU = 70
+
+
+def main(todo: Sequence[tuple[int, Task]], device: str, effort: Effort, rows: Connection, current: Any) -> None:
+    """Measure numbered tasks, in order; ``current`` holds the number of the task at hand. Sends (number, row), then None.
+    """
+    try:
+        if device != "cpu":
+            torch.cuda.set_device(torch.device(device))
+        for _, group in groupby(todo, key=lambda item: item[1].problem):
+            for number, row in _Bench(list(group), device, effort, current).rows():
+                rows.send((number, row))
+        rows.send(None)
+    except (BrokenPipeError, KeyboardInterrupt):
+        os._exit(1)  # the parent is gone, or going
+    except Exception:
+        traceback.print_exc()
+        os._exit(BROKEN_GPU if device != "cpu" and not _gpu_answers() else 1)
+
+
+def _gpu_answers() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+class _Bench:
+    """The tasks of one problem: every provider checked once, then timed in each mode."""
+
+    def __init__(self, todo: list[tuple[int, Task]], device: str, effort: Effort, current: Any) -> None:
+        self._todo, self._device, self._effort, self._current = todo, device, effort, current
+        first = todo[0][1]
+        operator = operators.get(first.operator)
+        self._problem = Problem(operator, dict(first.shape), operators.DTYPES[first.dtype], first.layout, device)
+        self._providers: dict[str, providers.Provider] = {}
+        self._checks: dict[str, Check] = {}
+        self._torch_errors: dict[str, float] = {}
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        self._check_all()
+        for _, group in groupby(self._todo, key=lambda item: item[1].contest):
+            yield from self._contest(list(group))
+
+    def _check_all(self) -> None:
+        names = dict.fromkeys(task.provider for _, task in self._todo)
+        try:
+            reference = measure.Reference(self._problem)
+        except Exception as error:
+            self._gpu_must_answer(error)
+            status = measure.failure(error)
+            self._checks = {name: Check(f"{status} (in PyTorch's reference)") for name in names}
+            return
+        self._torch_errors = reference.torch_errors
+        for name in names:
+            self._current.value = next(number for number, task in self._todo if task.provider == name)
+            try:
+                self._providers[name] = providers.load(name)
+            except Exception as error:  # a module of the user's may raise anything when imported
+                self._checks[name] = Check(measure.failure(error))
+                continue
+            self._checks[name] = reference.check(self._providers[name])
+            if self._checks[name].status.startswith("error"):
+                self._gpu_must_answer(None)
+
+    def _gpu_must_answer(self, error: Exception | None) -> None:
+        if self._device != "cpu" and not _gpu_answers():
+            raise RuntimeError("the GPU no longer answers") from error
+
+    def _contest(self, group: list[tuple[int, Task]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Time the providers of one mode that passed their check."""
+        timings: dict[str, Timing] = {}
+        statuses = {task.provider: self._checks[task.provider].status for _, task in group}
+        calls: dict[str, Callable[[], object]] = {}
+        for number, task in group:
+            if statuses[task.provider] != schema.OK:
+                continue
+            self._current.value = number
+            if task.timing == "cudagraph" and self._device == "cpu":
+                statuses[task.provider] = "unsupported: a CPU has no CUDA graphs"
+                continue
+            provider = self._providers[task.provider]
+            try:
+                call = Subject(self._problem, provider, exact=False).call(task.mode)
+                call()
+                if self._device == "cpu":
+                    calls[task.provider] = call
+                else:
+                    timings[task.provider] = measure.on_gpu(call, task.timing, self._effort)
+            except Exception as error:
+                statuses[task.provider] = measure.failure(error)
+                self._gpu_must_answer(error)
+        if calls:
+            timings = measure.interleaved(calls, self._effort)
+        baseline = timings.get(providers.BASELINE)
+        for number, task in group:
+            row = self._row(task, timings.get(task.provider), baseline)
+            yield number, {**row, "status": statuses[task.provider]}
+
+    def _row(self, task: Task, timing: Timing | None, baseline: Timing | None) -> dict[str, Any]:
+        check = self._checks[task.provider]
+        row: dict[str, Any] = {
+            **stamp(),
+            **machine.facts(self._device),
+            **task.columns(),
+            "config": check.config.get(task.mode, ""),
+            "err_fp64": check.errors.get(task.mode),
+            "torch_err_fp64": self._torch_errors.get(task.mode),
+        }
+        row["bytes"], row["flops"] = measure.work(self._problem, task.mode)
+        if timing is None:
+            return row
+        tflops, gbps = machine.peaks(self._device, self._problem.dtype, self._problem.operator.precision)
+        seconds = timing.ms[1] / 1e3
+        least = max(row["bytes"] / gbps / 1e9, row["flops"] / tflops / 1e12)
+        return {
+            **row,
+            **dict(zip(("ms_p20", "ms_p50", "ms_p80"), timing.ms)),
+            "tflops": row["flops"] / seconds / 1e12,
+            "gbps": row["bytes"] / seconds / 1e9,
+            "peak_tflops": tflops,
+            "peak_gbps": gbps,
+            "roofline_pct": 100 * least / seconds,
+            "speedup_vs_torch": baseline.ms[1] / timing.ms[1] if baseline else None,
+            "peak_memory_mb": timing.peak_memory_mb,
+            "host_us": timing.host_us,
+        }
+
+
+def stamp() -> dict[str, str]:
+    return {"timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
