@@ -82,7 +82,7 @@ def finish_tile(acc, b_ptr, y_ptr, z_ptr, seed_ptr, offs_m, first_n, M, N, b_str
 
 
 @triton.jit
-def gradient_tile(dy_ptr, saved_ptr, seed_ptr, rows, first_col, M, N, dy_stride, p, ACTIVATION: tl.constexpr,
+def gradient_tile(dy_ptr, saved_ptr, seed, rows, first_col, M, N, dy_stride, p, ACTIVATION: tl.constexpr,
                   SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """The prologue of both gradient products: a [BLOCK_M, BLOCK_N] tile of dz, in the dtype of dy if nothing is fused
     and in float32 otherwise. ``saved``: y or z, contiguous. SCALED: y alone tells which elements dropout kept."""
@@ -91,10 +91,8 @@ def gradient_tile(dy_ptr, saved_ptr, seed_ptr, rows, first_col, M, N, dy_stride,
     if ACTIVATION is not None:
         saved = load_tile(saved_ptr, rows, cols, N, 1, M, N)
         dz = common.activation_gradient(dz.to(tl.float32), saved.to(tl.float32), ACTIVATION)
-    if seed_ptr is not None:
-        dz = dz.to(tl.float32) * common.keep_scale(
-            tl.load(seed_ptr), rows.to(tl.int64), first_col, N, p, BLOCK_M, BLOCK_N
-        )
+    if seed is not None:
+        dz = dz.to(tl.float32) * common.keep_scale(seed, rows.to(tl.int64), first_col, N, p, BLOCK_M, BLOCK_N)
     if SCALED:
         dz *= tl.where(p < 1.0, 1.0 / (1.0 - p), 0.0)
     return dz
@@ -143,10 +141,11 @@ def linear_dgrad_kernel(dy_ptr, saved_ptr, seed_ptr, w_ptr, dx_ptr, partials_ptr
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     first_step = tl.program_id(1) * steps
     end_step = tl.minimum(first_step + steps, tl.cdiv(N, BLOCK_N))
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for step in range(first_step, end_step):
         offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        dz = gradient_tile(dy_ptr, saved_ptr, seed_ptr, offs_m, step * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,
+        dz = gradient_tile(dy_ptr, saved_ptr, seed, offs_m, step * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,
                            BLOCK_M, BLOCK_N)  # fmt: skip
         if W_TRANSPOSED:
             w = load_tile(w_ptr, offs_n, offs_k, 1, w_stride, N, K)
@@ -179,11 +178,12 @@ def linear_wgrad_kernel(dy_ptr, saved_ptr, seed_ptr, x_ptr, dw_ptr, db_ptr, M, N
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     first_step = tl.program_id(1) * steps
     end_step = tl.minimum(first_step + steps, tl.cdiv(M, BLOCK_M))
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(first_step, end_step):
         offs_m = step * BLOCK_M + tl.arange(0, BLOCK_M)
-        dz = gradient_tile(dy_ptr, saved_ptr, seed_ptr, offs_m, pid_n * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,
+        dz = gradient_tile(dy_ptr, saved_ptr, seed, offs_m, pid_n * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,
                            BLOCK_M, BLOCK_N)  # fmt: skip
         if db_ptr is not None:
             db += dz.to(tl.float32)
@@ -302,7 +302,7 @@ def launch_forward(
     if k == 0:  # an empty sum: a product with one column of zeros, for the epilogue's sake
         return launch_forward(x.new_zeros((*x.shape[:-1], 1)), w.new_zeros((n, 1)), b, activation, p, seed, save_z)
     precision = runtime.dot_precision(x.dtype, "matmul")
-    config = config or tuning.forward(n, k, x.element_size(), precision, tuning.target_name())
+    config = config or tuning.forward(n, k, x.element_size(), precision, seed is not None, tuning.target_name())
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     if splits is None:
         splits = tuning.forward_splits(tiles, k, tuning.target_name())
@@ -387,7 +387,8 @@ def launch_wgrad(
     unit = _unit(dy, n, k, dy_stride, x_stride)
     out_w, out_b = dw, db
     if splits:
-        out_w = None if dw is None else dy.new_empty((parts, n, k), dtype=torch.float32)
+        # one row a split: its length does not depend on the batch
+        out_w = None if dw is None else dy.new_empty((parts, 1, n * k), dtype=torch.float32)
         out_b = None if db is None else dy.new_empty((parts, 1, n), dtype=torch.float32)
     with runtime.device_guard(dy):
         linear_wgrad_kernel[(tiles, parts)](
@@ -397,9 +398,9 @@ def launch_wgrad(
         )  # fmt: skip
         if splits:
             if k > 0:
-                _finish(out_w, None, 0, dw)
+                _finish(out_w, None, 0, dw, config=tuning.finish_row(n * k))
             if db is not None:
-                _finish(out_b, None, 0, db)
+                _finish(out_b, None, 0, db, config=tuning.finish_row(n))
     return dw, db
 
 
@@ -412,10 +413,11 @@ def _finish(
     activation: str | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
+    config: Config | None = None,
 ) -> None:
     """Sum partials [splits, M, N] into y, through the epilogue."""
     splits, m, n = partials.shape
-    config = tuning.finish(n)
+    config = config or tuning.finish(n)
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     linear_finish_kernel[(tiles,)](
         partials, b, y, z, seed, m, n, b_stride, p, splits, ACTIVATION=activation, **config.options()

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tkernels import runtime
 from tkernels.ops import activation as activations
 from tkernels.ops import checks
+from tkernels.ops.autograd import once_differentiable
 
 if runtime.HAS_TRITON:
     from tkernels.kernels import linear as kernels

@@ -20,23 +20,23 @@ def _stages(target: targets.Target, bytes_a_stage: int) -> int:
     return max(2, min(target.max_stages, 4, target.shared_memory // 2 // bytes_a_stage))
 
 
-def _tensor_core_product(cols: int, reduction: int, itemsize: int, fused_operand: bool) -> tuple[int, int, int, int]:
-    """(rows, columns, reduction, warps) of a tile: at most 64 accumulators a thread."""
+def _tensor_core_product(cols: int, reduction: int, itemsize: int, narrow: bool) -> tuple[int, int, int, int]:
+    """(rows, columns, reduction, warps) of a tile: at most 64 accumulators a thread; ``narrow``: 32, where dropout or
+    an operand computed on the way to the product wants registers of its own."""
     step = block(reduction, 16, 128 // itemsize)
     if cols <= 16:
         return 64, 16, step, 4
     if cols < 512:
         return 64, block(cols, 32, 64), step, 4
-    # an operand computed on the way to the product costs registers of its own
-    return (64, 128, step, 8) if fused_operand else (128, 128, step, 8)
+    return (64, 128, step, 8) if narrow else (128, 128, step, 8)
 
 
 @functools.lru_cache(maxsize=1024)
-def forward(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
-    """For y[M, n] = x[M, k] @ w[n, k]^T."""
+def forward(n: int, k: int, itemsize: int, precision: str, drops: bool, target: str) -> Config:
+    """For y[M, n] = x[M, k] @ w[n, k]^T; ``drops``: with dropout."""
     if itemsize == 4 and precision == "ieee":
         return Config.of(num_warps=8, num_stages=2, BLOCK_M=64, BLOCK_N=block(n, 16, 64), BLOCK_K=16)
-    bm, bn, bk, warps = _tensor_core_product(n, k, itemsize, False)
+    bm, bn, bk, warps = _tensor_core_product(n, k, itemsize, drops)
     stages = _stages(targets.current(), (bm + bn) * bk * itemsize)
     return Config.of(num_warps=warps, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
 
@@ -56,19 +56,22 @@ def wgrad(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
     """For dw[n, k] = dz[M, n]^T @ x[M, k]; M is the batch."""
     if itemsize == 4 and precision == "ieee":
         return Config.of(num_warps=8, num_stages=2, BLOCK_M=16, BLOCK_N=block(n, 16, 64), BLOCK_K=block(k, 16, 64))
-    bm, bn, bk = 32, block(n, 16, 64), block(k, 16, 64)
-    stages = _stages(targets.current(), (2 * bn + bk) * bm * itemsize)
-    return Config.of(num_warps=4, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
+    here = targets.current()
+    bm, bn, bk, warps = 32, block(n, 16, 64), block(k, 16, 64), 4
+    if cdiv(n, 128) * cdiv(k, 128) >= here.multiprocessors:
+        bn, bk, warps = 128, 128, 8
+    stages = _stages(here, (2 * bn + bk) * bm * itemsize)
+    return Config.of(num_warps=warps, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
 
 
 @functools.lru_cache(maxsize=1024)
 def forward_splits(tiles: int, reduction: int, target: str) -> int:
     """Programs that share the reduction of a tile of y or dx; 0: one program a tile, no second pass.
 
-    A second pass pays only where the reduction is long and most multiprocessors would idle.
+    A second pass pays only where the reduction is long and three in four multiprocessors would idle.
     """
     multiprocessors = targets.current().multiprocessors
-    if reduction < 1024 or 2 * tiles > multiprocessors:
+    if reduction < 1024 or 4 * tiles > multiprocessors:
         return 0
     return min(cdiv(multiprocessors, tiles), reduction // 256, MAX_SPLITS)
 
@@ -84,6 +87,12 @@ def wgrad_splits(tiles: int, rows: int, block_rows: int, target: str) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def finish(n: int) -> Config:
-    """For the pass that sums partial tiles of n columns: 1024 elements a program."""
+    """For the pass that sums partial tiles of n columns: 512 elements a program."""
     columns = block(n, 16, 128)
-    return Config.of(num_warps=4, num_stages=2, BLOCK_M=1024 // columns, BLOCK_N=columns)
+    return Config.of(num_warps=4, num_stages=2, BLOCK_M=512 // columns, BLOCK_N=columns)
+
+
+@functools.lru_cache(maxsize=1024)
+def finish_row(n: int) -> Config:
+    """The same for partials that are one row of n."""
+    return Config.of(num_warps=4, num_stages=2, BLOCK_M=1, BLOCK_N=block(n, 16, 512))
