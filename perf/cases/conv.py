@@ -7,7 +7,7 @@ import functools
 import torch
 
 from perf.aot import Case
-from tkernels.kernels import conv, conv_backward
+from tkernels.kernels import conv, conv_backward, conv_depthwise
 from tkernels.tuning.conv import Geometry
 
 BATCH = 256
@@ -53,6 +53,15 @@ def mask(g: Geometry, dtype: torch.dtype, nchw: bool) -> None:
     conv_backward.launch_mask(y if dy is None else dy, y if dy is None else dy, "relu", nchw)
 
 
+def depthwise(g: Geometry, dtype: torch.dtype) -> None:
+    weight = torch.empty(g.out_channels, 1, g.kernel_h, g.kernel_w, device="cuda")
+    bias = torch.empty(g.out_channels, device="cuda")
+    x, dy = image(g.in_channels, g.height, dtype), image(g.out_channels, g.out_h, dtype)
+    conv_depthwise.launch_forward(x, weight, bias, g, "relu")
+    conv_depthwise.launch_dgrad(dy, weight, g, dtype)
+    conv_backward.launch_merge(conv_depthwise.launch_wgrad(x, dy, g), g, weight, bias)
+
+
 def cases() -> list[Case]:
     found = []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
@@ -77,6 +86,8 @@ def cases() -> list[Case]:
             Case(f"conv dgrad stride 2 {label}", functools.partial(dgrad, strided, dtype, False, True), product),
             Case(f"conv dgrad NCHW {label}", functools.partial(dgrad, g, dtype, False, False), product),
             Case(f"conv wgrad relu {label}", functools.partial(wgrad, g, dtype, "relu")),
+            Case(f"conv depthwise {label}", functools.partial(depthwise, window3x3(64, 64, 16, groups=64), dtype)),
+            Case(f"conv depthwise stride 2 {label}", functools.partial(depthwise, window3x3(64, 64, 16, 2, 64), dtype)),
             Case(f"conv mask {label}", functools.partial(mask, g, dtype, False)),
             Case(f"conv mask NCHW {label}", functools.partial(mask, g, dtype, True)),
         ]

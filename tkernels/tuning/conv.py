@@ -96,14 +96,29 @@ def reduction_block(length: int, dtype: torch.dtype, precision: str, target: tar
     elsewhere they hold too many operand registers."""
     if dtype == torch.float32 and precision == "ieee":
         return 16
-    reads_shared = isinstance(target.arch, int) and 90 <= target.arch < 120
-    return block(length, 16, 64 if reads_shared and dtype != torch.float32 else 32)
+    return block(length, 16, 64 if reads_shared(target) and dtype != torch.float32 else 32)
+
+
+def reads_shared(target: targets.Target) -> bool:
+    """Whether the tensor cores take operands from shared memory (four warps at a time): sm_90 and sm_100."""
+    return isinstance(target.arch, int) and 90 <= target.arch < 120
 
 
 def stages(step_bytes: int, target: targets.Target, wanted: int = 4) -> int:
     """Pipeline stages that fit: at most 2 on AMD, and two programs a multiprocessor on NVIDIA."""
     budget = target.shared_memory if not target.is_nvidia else min(target.shared_memory, target.shared_memory_mp // 2)
     return max(1, min(wanted, target.max_stages, (budget - 2048) // step_bytes))
+
+
+def wide_warps(block_m: int, block_n: int, block_k: int, warps: int, dtype: torch.dtype, target: targets.Target) -> int:
+    """At most ``warps``, and so few that a thread loads 16 bytes at once of the smaller operand's tile."""
+    enough = min(block_m, block_n) * block_k * dtype.itemsize // 16
+    fewest = 4 if reads_shared(target) else 1
+    while warps > fewest and warps * target.warp_size > enough:
+        if block_m * block_n > MAX_ACCUMULATORS * target.warp_size * warps // 2:
+            break
+        warps //= 2
+    return warps
 
 
 def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, precision: str) -> tuple[int, int, int]:
@@ -126,26 +141,28 @@ def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, prec
 
 @functools.lru_cache(maxsize=4096)
 def _pixels_product(
-    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target
+    pixels: int, cols: int, length: int, wide: bool, dtype: torch.dtype, precision: str, target: targets.Target
 ) -> Config:
     block_m, block_n, warps = product_tile(True, pixels, cols, dtype, precision)
     block_k = reduction_block(length, dtype, precision, target)
+    if wide:
+        warps = wide_warps(block_m, block_n, block_k, warps, dtype, target)
     return Config.of(warps, stages((block_m + block_n) * block_k * dtype.itemsize, target),
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
 
 
 def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     """Tiles of the forward product: BLOCK_M pixels, BLOCK_N output channels, BLOCK_K of the reduction."""
-    length = g.reduction if g.flattened else g.group_in
     if g.flattened:
-        length = min(length, 32)  # gathered element by element: long steps would hold too many addresses
-    return _pixels_product(g.out_h * g.out_w, g.group_out, length, dtype, precision, targets.current())
+        # gathered element by element: a tall tile or a long step would hold too many addresses
+        return _pixels_product(64, g.group_out, min(g.reduction, 32), False, dtype, precision, targets.current())
+    return _pixels_product(g.out_h * g.out_w, g.group_out, g.group_in, True, dtype, precision, targets.current())
 
 
 def dgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     """Tiles of the input gradient: BLOCK_M input pixels, BLOCK_N input channels, BLOCK_K output channels."""
     phase = cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
-    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, targets.current())
+    return _pixels_product(phase, g.group_in, g.group_out, True, dtype, precision, targets.current())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -153,6 +170,7 @@ def _wgrad(reduction: int, group_out: int, dtype: torch.dtype, precision: str, t
     rows, cols = max(reduction, group_out), min(reduction, group_out)
     block_m, block_n, warps = product_tile(False, rows, cols, dtype, precision)
     block_p = reduction_block(64, dtype, precision, target)
+    warps = wide_warps(block_m, block_n, block_p, warps, dtype, target)
     return Config.of(warps, stages((block_m + block_n) * block_p * dtype.itemsize, target),
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=block_p)  # fmt: skip
 
