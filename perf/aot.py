@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import subprocess
@@ -49,12 +50,13 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One recorded launch: the kernel, its arguments (tensors as their dtypes), its grid."""
+    """One recorded launch: the kernel, its arguments (tensors as their dtypes), its grid, and each tensor's bytes."""
 
     kernel: JITFunction
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     grid: tuple[int, int, int]
+    bytes: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +118,32 @@ def gpu_target(target: targets.Target) -> GPUTarget:
 
 
 @contextlib.contextmanager
+def intercepting(target_name: str, launch: Callable[..., None]) -> Iterator[targets.Target]:
+    """Within the block ``launch(kernel, args, kwargs, grid)`` is called for each ``kernel[grid](...)``, nothing runs,
+    and choosers and Triton believe in the target."""
+    jit = cast(Any, JITFunction)
+    original_run = jit.run
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch(self, args, kwargs, grid)
+
+    jit.run = run
+    had_driver = triton.runtime.driver._active
+    with targets.pretend(target_name) as target:
+        triton.runtime.driver.set_active(_Driver(gpu_target(target)))
+        try:
+            yield target
+        finally:
+            jit.run = original_run
+            triton.runtime.driver._active = had_driver
+
+
+@contextlib.contextmanager
 def recording(target_name: str) -> Iterator[list[Launch]]:
     """Within the block torch makes fake CUDA tensors and each ``kernel[grid](...)`` is recorded, not made."""
     recorded: list[Launch] = []
-    jit, fake = cast(Any, JITFunction), cast(Any, FakeTensor)
-    original_run, original_contiguous = jit.run, fake.contiguous
-
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        recorded.append(_record(self, args, kwargs, grid))
+    fake = cast(Any, FakeTensor)
+    original_contiguous = fake.contiguous
 
     def contiguous(self: FakeTensor, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
         # the C++ binding takes a CUDA device guard, which a machine without CUDA has not
@@ -131,25 +151,28 @@ def recording(target_name: str) -> Iterator[list[Launch]]:
             return self
         return self.clone(memory_format=memory_format)
 
-    jit.run, fake.contiguous = run, contiguous
-    had_driver = triton.runtime.driver._active
-    with targets.pretend(target_name) as target:
-        triton.runtime.driver.set_active(_Driver(gpu_target(target)))
-        try:
-            # autograd on fake CUDA tensors needs a CUDA runtime, launch functions do not
-            with torch.no_grad(), FakeTensorMode():
-                yield recorded
-        finally:
-            jit.run, fake.contiguous = original_run, original_contiguous
-            triton.runtime.driver._active = had_driver
+    def launch(*made: Any) -> None:
+        recorded.append(record(*made))
+
+    fake.contiguous = contiguous
+    try:
+        # autograd on fake CUDA tensors needs a CUDA runtime, launch functions do not
+        with intercepting(target_name, launch), torch.no_grad(), FakeTensorMode():
+            yield recorded
+    finally:
+        fake.contiguous = original_contiguous
 
 
-def _record(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any) -> Launch:
+def record(
+    kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any, device: str = "cuda:0"
+) -> Launch:
+    """A launch with its tensors reduced to what the compiler sees of them. Raises ValueError for one no GPU would make."""
     bound = dict(zip(kernel.arg_names, args))
     bound.update({k: v for k, v in kwargs.items() if k in kernel.arg_names})
-    devices = {str(v.device) for v in bound.values() if isinstance(v, torch.Tensor)}
-    if devices != {"cuda:0"}:
-        raise ValueError(f"{kernel.__name__}: tensor arguments are on {sorted(devices)}, not all on cuda:0")
+    tensors = {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}
+    devices = {str(t.device) for t in tensors.values()}
+    if devices != {device}:
+        raise ValueError(f"{kernel.__name__}: tensor arguments are on {sorted(devices)}, not all on {device}")
     blocks = [int(i) for i in (grid(bound) if callable(grid) else grid)]
     full = [*blocks, 1, 1, 1][:3]
     for size, limit in zip(full, _MAX_GRID):
@@ -160,8 +183,18 @@ def _record(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return MockTensor.wrap_dtype(value.dtype) if isinstance(value, torch.Tensor) else value
 
     return Launch(
-        kernel, tuple(mock(a) for a in args), {k: mock(v) for k, v in kwargs.items()}, (full[0], full[1], full[2])
+        kernel,
+        tuple(mock(a) for a in args),
+        {k: mock(v) for k, v in kwargs.items()},
+        (full[0], full[1], full[2]),
+        {name: span(t) for name, t in tensors.items()},
     )
+
+
+def span(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's distinct elements: an expanded axis counts once."""
+    elements = math.prod(size for size, stride in zip(tensor.shape, tensor.stride()) if stride != 0)
+    return elements * tensor.element_size()
 
 
 def specialisation(launch: Launch, target_name: str) -> str:
