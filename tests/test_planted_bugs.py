@@ -3,6 +3,7 @@ unseen. A test here fails when its bug goes unnoticed."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -16,6 +17,22 @@ def faults() -> type[Exception]:
     from ttsem.sanitize import KernelFault
 
     return KernelFault
+
+
+def test_the_faster_fma_is_the_exact_one() -> None:
+    """This gate's own fused multiply-add gives the bits of ttsem's, which computes in rationals."""
+    from tests.gates.ttsem import multiply_add
+    from ttsem import ops
+
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.standard_normal((3, 2000)) * np.exp2(rng.integers(-60, 60, (3, 2000)))).astype(np.float32)
+    # near cancellations, where one rounding and two differ
+    c[::2] = -(a * b)[::2] * (1 + np.exp2(-rng.integers(1, 30, 1000).astype(np.float32)))
+    a[:5] = np.inf, -0.0, np.nan, 3.4e38, 1e-45
+    c[3:5] = np.inf, 1e-45
+    got = multiply_add(*(v.astype(np.float64) for v in (a, b, c))).astype(np.float32)
+    exact = [ops._fma_scalar(float(x), float(y), float(z), ops._FMA_FORMATS["f32"]) for x, y, z in zip(a, b, c)]
+    np.testing.assert_array_equal(got, np.array(exact).astype(np.float32))
 
 
 @triton.jit
