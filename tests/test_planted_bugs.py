@@ -21,8 +21,9 @@ def faults() -> type[Exception]:
 
 def test_the_faster_fma_is_the_exact_one() -> None:
     """This gate's own fused multiply-add gives the bits of ttsem's, which computes in rationals."""
-    from tests.gates.ttsem import multiply_add
     from ttsem import ops
+
+    from tests.gates.ttsem import multiply_add
 
     rng = np.random.default_rng(0)
     a, b, c = (rng.standard_normal((3, 2000)) * np.exp2(rng.integers(-60, 60, (3, 2000)))).astype(np.float32)

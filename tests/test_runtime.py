@@ -58,7 +58,7 @@ def test_environment_variable_sets_the_start_value() -> None:
 
 def test_triton_backend_says_why_it_cannot_run() -> None:
     x = torch.ones(2)
-    with tkernels.backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for, but .*on cpu"):
+    with tkernels.backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was asked for, but .*on cpu"):
         runtime.use_triton(x)
     with tkernels.backend("auto"):
         assert not runtime.use_triton(x)
