@@ -141,28 +141,35 @@ def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, prec
 
 @functools.lru_cache(maxsize=4096)
 def _pixels_product(
-    pixels: int, cols: int, length: int, wide: bool, dtype: torch.dtype, precision: str, target: targets.Target
+    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target
 ) -> Config:
     block_m, block_n, warps = product_tile(True, pixels, cols, dtype, precision)
     block_k = reduction_block(length, dtype, precision, target)
-    if wide:
-        warps = wide_warps(block_m, block_n, block_k, warps, dtype, target)
+    warps = wide_warps(block_m, block_n, block_k, warps, dtype, target)
     return Config.of(warps, stages((block_m + block_n) * block_k * dtype.itemsize, target),
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _flat_product(cols: int, reduction: int, dtype: torch.dtype, precision: str, target: targets.Target) -> Config:
+    # gathered element by element: a tall tile or a long step would hold too many addresses and masks
+    block_k = reduction_block(min(reduction, 32), dtype, precision, target)
+    warps = 8 if precision == "ieee" and dtype == torch.float32 else 4
+    return Config.of(warps, min(cdiv(reduction, block_k), 2), BLOCK_M=64 if target.is_nvidia else 32,
+                     BLOCK_N=block(cols, 16, 64), BLOCK_K=block_k)  # fmt: skip
 
 
 def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     """Tiles of the forward product: BLOCK_M pixels, BLOCK_N output channels, BLOCK_K of the reduction."""
     if g.flattened:
-        # gathered element by element: a tall tile or a long step would hold too many addresses
-        return _pixels_product(64, g.group_out, min(g.reduction, 32), False, dtype, precision, targets.current())
-    return _pixels_product(g.out_h * g.out_w, g.group_out, g.group_in, True, dtype, precision, targets.current())
+        return _flat_product(g.group_out, g.reduction, dtype, precision, targets.current())
+    return _pixels_product(g.out_h * g.out_w, g.group_out, g.group_in, dtype, precision, targets.current())
 
 
 def dgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     """Tiles of the input gradient: BLOCK_M input pixels, BLOCK_N input channels, BLOCK_K output channels."""
     phase = cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
-    return _pixels_product(phase, g.group_in, g.group_out, True, dtype, precision, targets.current())
+    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, targets.current())
 
 
 @functools.lru_cache(maxsize=4096)
