@@ -26,6 +26,8 @@ SHAPES = (
     _Shape("cnn", (256, 10), torch.bfloat16),
     _Shape("cnn", (256, 10), torch.float32),
     _Shape("cnn smoothed", (256, 10), torch.float32, weighted=True, label_smoothing=0.1),
+    _Shape("hundred classes", (256, 100), torch.bfloat16, weighted=True, label_smoothing=0.1),
+    _Shape("forty classes", (256, 40), torch.float32, probabilities=True, weighted=True),
     _Shape("imagenet", (256, 1000), torch.bfloat16, label_smoothing=0.1),
     _Shape("imagenet probabilities", (256, 1000), torch.float32, probabilities=True),
     _Shape("vocabulary", (8192, 32000), torch.bfloat16),

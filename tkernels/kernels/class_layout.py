@@ -36,7 +36,8 @@ class Layout(NamedTuple):
         return 8 if not self.classes_contiguous and self.inner % 8 == 0 else 1
 
     def config(self) -> Config:
-        return tuning.rows(self.n_classes, self.inner if self.outer > 1 else 0, self.classes_contiguous)
+        inner = self.inner if self.outer > 1 else 0  # else it is the batch's
+        return tuning.rows(self.n_classes, inner, self.classes_contiguous, tuning.target_name())
 
     def tiles(self, config: Config) -> int:
         return self.outer * cdiv(self.inner, config["BLOCK_ROWS"])

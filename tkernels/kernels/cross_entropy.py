@@ -198,13 +198,16 @@ def cross_entropy_forward(
     inner, n_rows, n_classes, x_stride_o, x_stride_i, x_stride_c, p_stride_o, p_stride_i, p_stride_c,
     ignore_index, hot, smooth,
     PROBABILITIES: tl.constexpr, WEIGHED: tl.constexpr, REDUCTION: tl.constexpr, ENDS: tl.constexpr,
-    INNER_UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ONE_STEP: tl.constexpr, INNER_UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     outer, i, row, row_ok = _rows(inner, INNER_UNIT, BLOCK_ROWS)
     x_row = outer * x_stride_o + i * x_stride_i
     p_row = outer * p_stride_o + i * p_stride_i
+    end = n_classes
+    if ONE_STEP:
+        end = BLOCK_C  # constant bounds: no loop, and nothing to rescale
     top, total, mass, moment = _scan(
-        x_ptr, target_ptr, weight_ptr, x_row, p_row, row_ok, 0, n_classes, n_classes, x_stride_c, p_stride_c, hot,
+        x_ptr, target_ptr, weight_ptr, x_row, p_row, row_ok, 0, end, n_classes, x_stride_c, p_stride_c, hot,
         smooth, PROBABILITIES, WEIGHED, ENDS, BLOCK_ROWS, BLOCK_C,
     )  # fmt: skip
     _row_loss(
@@ -310,16 +313,17 @@ def _row_gradient(grad_ptr, stride_grad, count_ptr, row, row_ok, REDUCTION: tl.c
 @triton.jit
 def _input_gradient(
     x_ptr, p_ptr, weight_ptr, dx_ptr, x_offsets, p_offsets, dx_offsets, c, ok, n_classes, hot, smooth,
-    top, logsum, mass, at_class, t, grad, PROBABILITIES: tl.constexpr, WEIGHED: tl.constexpr,
+    top, logsum, all_grad, class_grad, grad, t, PROBABILITIES: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of grad * ((mass + at_class) * softmax - k - at_class * one_hot(t))."""
+    """A tile of all_grad * softmax - grad * k - class_grad * one_hot(t)."""
     x = tl.load(x_ptr + x_offsets, mask=ok, other=0.0).to(tl.float32)
-    d = (mass + at_class)[:, None] * tl.exp((x - top[:, None]) - logsum[:, None])
+    d = all_grad[:, None] * tl.exp((x - top[:, None]) - logsum[:, None])
     if WEIGHED:
-        d -= _coefficients(p_ptr, p_offsets, weight_ptr, c, ok, n_classes, hot, smooth, PROBABILITIES)
+        k = _coefficients(p_ptr, p_offsets, weight_ptr, c, ok, n_classes, hot, smooth, PROBABILITIES)
+        d -= grad[:, None] * k
     if not PROBABILITIES:
-        d = tl.where(c == t[:, None], d - at_class[:, None], d)
-    tl.store(dx_ptr + dx_offsets, (d * grad[:, None]).to(dx_ptr.dtype.element_ty), mask=ok)
+        d = tl.where(c == t[:, None], d - class_grad[:, None], d)
+    tl.store(dx_ptr + dx_offsets, d.to(dx_ptr.dtype.element_ty), mask=ok)
 
 
 # A program writes a [BLOCK_ROWS, BLOCK_C] tile of the gradient of the logits from the rows' statistics; those of the
@@ -340,15 +344,15 @@ def cross_entropy_backward(
     grad = _row_gradient(grad_ptr, stride_grad, count_ptr, row, row_ok, REDUCTION)
     top = tl.load(stats_ptr + row, mask=row_ok, other=0.0)
     logsum = tl.load(stats_ptr + n_rows + row, mask=row_ok, other=0.0)
-    mass = tl.zeros_like(top)
-    if WEIGHED:
-        mass = tl.load(stats_ptr + 2 * n_rows + row, mask=row_ok, other=0.0)
     t = row
-    at_class = tl.zeros_like(top)
+    class_grad = tl.zeros_like(top)
     if not PROBABILITIES:
         t, counts, _, w = _class_of(target_ptr, weight_ptr, row, row_ok, n_classes, ignore_index)
-        at_class = hot * w
         grad = tl.where(counts, grad, 0.0)
+        class_grad = grad * (hot * w)
+    all_grad = class_grad
+    if WEIGHED:
+        all_grad += grad * tl.load(stats_ptr + 2 * n_rows + row, mask=row_ok, other=0.0)
     start = tl.program_id(1) * BLOCK_C
     if ENDS > 0:
         lead, interior = _aligned_part(x_row, n_classes, ENDS)
@@ -357,14 +361,14 @@ def cross_entropy_backward(
             offsets = x_row[:, None] + c
             _input_gradient(
                 x_ptr, target_ptr, weight_ptr, dx_ptr, offsets, offsets, offsets, c, ok & row_ok[:, None], n_classes,
-                hot, smooth, top, logsum, mass, at_class, t, grad, PROBABILITIES, WEIGHED,
+                hot, smooth, top, logsum, all_grad, class_grad, grad, t, PROBABILITIES, WEIGHED,
             )  # fmt: skip
         j = start + tl.arange(0, BLOCK_C)[None, :]
         offsets = ((x_row + lead) // ENDS * ENDS)[:, None] + j
         _input_gradient(
             x_ptr, target_ptr, weight_ptr, dx_ptr, offsets, offsets, offsets, lead[:, None] + j,
-            row_ok[:, None] & (j < interior[:, None]), n_classes, hot, smooth, top, logsum, mass, at_class, t, grad,
-            PROBABILITIES, WEIGHED,
+            row_ok[:, None] & (j < interior[:, None]), n_classes, hot, smooth, top, logsum, all_grad, class_grad, grad,
+            t, PROBABILITIES, WEIGHED,
         )  # fmt: skip
     else:
         c = start + tl.arange(0, BLOCK_C)[None, :]
@@ -372,8 +376,8 @@ def cross_entropy_backward(
         _input_gradient(
             x_ptr, target_ptr, weight_ptr, dx_ptr, x_row[:, None] + far * x_stride_c,
             p_row[:, None] + far * p_stride_c, dx_row[:, None] + far * dx_stride_c, c,
-            row_ok[:, None] & (c < n_classes), n_classes, hot, smooth, top, logsum, mass, at_class, t, grad,
-            PROBABILITIES, WEIGHED,
+            row_ok[:, None] & (c < n_classes), n_classes, hot, smooth, top, logsum, all_grad, class_grad, grad,
+            t, PROBABILITIES, WEIGHED,
         )  # fmt: skip
 
 
@@ -464,7 +468,7 @@ def launch_forward(
         else:
             cross_entropy_forward[(tiles,)](
                 x, target, weight, *outputs, inner, n_rows, n_classes, *strides, ignore_index, hot, smooth,
-                REDUCTION=reduction, **kind, **view, **config.options(),
+                REDUCTION=reduction, ONE_STEP=n_classes <= config["BLOCK_C"], **kind, **view, **config.options(),
             )  # fmt: skip
         if several:
             launch_total(partial, loss, count, reduction)

@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tkernels import runtime
 from tkernels.ops import checks
+from tkernels.ops.autograd import once_differentiable
 
 if runtime.HAS_TRITON:
     from tkernels.kernels import class_layout

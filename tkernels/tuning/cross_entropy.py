@@ -7,7 +7,7 @@ import functools
 from tkernels import targets
 from tkernels.tuning import Config, block, cdiv
 
-TILE = 4096  # elements of a tile at 4 warps: 32 a thread
+TILE = 4096  # elements of a tile: 32 a thread at 4 warps
 LONGEST_TILE = 4096  # classes of a row one step takes
 SPATIAL_CLASSES = 32  # classes of a step where the rows are what is contiguous
 MAX_SPLITS = 128  # programs that share a row; one program of the merge reads them all
@@ -20,14 +20,22 @@ def target_name() -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def rows(n_classes: int, inner: int, classes_contiguous: bool) -> Config:
+def rows(n_classes: int, inner: int, classes_contiguous: bool, target: str) -> Config:
     """For every pass over [rows, n_classes] logits: the tile [BLOCK_ROWS, BLOCK_C].
 
     ``inner``: rows that follow one another in memory where that number is not the batch's, else 0.
     """
     if classes_contiguous:
         block_c = block(n_classes, 2, LONGEST_TILE)
-        return Config.of(num_warps=4, num_stages=1, BLOCK_ROWS=min(TILE // block_c, 256), BLOCK_C=block_c)
+        if block_c <= 16:
+            # the rows of a small batch in one program, which then needs no second pass
+            return Config.of(num_warps=8, num_stages=1, BLOCK_ROWS=256, BLOCK_C=block_c)
+        # several rows a program: what is kept for each of them takes registers too
+        if block_c <= 512:
+            # masks are scalar registers on AMD, and 8 elements a thread have too many of them
+            warps = 4 if targets.current().is_nvidia else 8
+            return Config.of(num_warps=warps, num_stages=1, BLOCK_ROWS=TILE // 2 // block_c, BLOCK_C=block_c)
+        return Config.of(num_warps=4, num_stages=1, BLOCK_ROWS=TILE // block_c, BLOCK_C=block_c)
     block_c = block(n_classes, 2, SPATIAL_CLASSES)
     block_rows = min(TILE // block_c, 256)
     if inner:
