@@ -526,3 +526,143 @@ def test_a_million_values_per_channel(ratio: float) -> None:
     tolerance.assert_close(y, want, 1_000_000, scale=ratio, name="output")
     tolerance.assert_close(mean, 0.1 * x.double().mean((0, 2)), name="running_mean")
     tolerance.assert_close(var, 0.9 + 0.1 * x.double().var((0, 2)), name="running_var")
+
+
+SMALL_TILES = [
+    # 3 runs of 5 tiles, the last one short; partial tiles on both axes
+    ((2, 5, 7, 8), "channels_last", {"BLOCK_R": 8, "BLOCK_C": 4}),
+    # planes of 3 tiles, the last ragged, 2 images a tile of which the last has one
+    ((5, 3, 7, 6), "contiguous", {"BLOCK_R": 2, "BLOCK_C": 16}),
+    # columns that share a channel: the merge runs over rows and columns
+    ((13, 5, 3), "contiguous", {"BLOCK_R": 2, "BLOCK_C": 8}),
+]
+
+
+@pytest.mark.gate("ttsem", "cuda")
+@pytest.mark.parametrize("dtype, ratio", [(F32, 1e4), (BF16, 1e2), (F16, 1.0)], ids=str)
+@pytest.mark.parametrize("shape, layout, blocks", SMALL_TILES)
+def test_small_tiles_merge(
+    shape: Any, layout: str, blocks: Any, dtype: Any, ratio: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_small_tiles(Case(shape, layout, dtype, activation="relu", ratio=ratio), blocks, device, monkeypatch)
+
+
+@pytest.mark.gate("interp")
+@pytest.mark.parametrize("shape, layout, blocks", SMALL_TILES)
+def test_small_tiles_interpreted(
+    shape: Any, layout: str, blocks: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_small_tiles(Case(shape, layout, activation="relu", ratio=1e4), blocks, device, monkeypatch)
+
+
+def check_small_tiles(case: Case, blocks: dict[str, int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel in tiny tiles: many programs, several tiles each, many partials a merge, ragged ends."""
+    from tkernels.kernels import batch_norm as kernels
+    from tkernels.tuning import Config
+    from tkernels.tuning import batch_norm as tuning
+
+    made = operands(case)
+    want = evaluate(case, made.like(F64, "cpu"), reference=True)
+    o = made.like(None, device)
+    x, dy = arrange(o.input, case.layout), arrange(o.dy, case.layout)
+    m = tuning.matrix(x.shape, case.layout == "channels_last")
+    # several tiles a program and several partials a merge, whatever the number of multiprocessors
+    monkeypatch.setattr(tuning, "MAX_PARTIALS", 3 * m.spatial)
+    config, merge = Config.of(num_warps=1, **blocks), Config.of(num_warps=1, BLOCK_P=2, BLOCK_C=2)
+    assert tuning.producers(m, config)[0] > 2
+    assert tuning.producers(m, config)[1] > 1
+
+    partials = kernels.launch_statistics(x, m, config=config)
+    stats = kernels.launch_finalize_statistics(
+        partials, m, 1e-3, o.running_mean, o.running_var, momentum=0.3, config=merge
+    )
+    norm = kernels.Norm(stats, None, o.weight, o.bias, 1e-3)
+    got = {"output": kernels.launch_normalize(x, m, norm, "relu", config=config)}
+    sums, dz = kernels.launch_gradient_sums(dy, x, m, norm, "relu", write_dz=True, config=config)
+    got["dweight"], got["dbias"], coefficients = kernels.launch_finalize_gradients(sums, m, norm, config=merge)
+    got["dinput"], _ = kernels.launch_input_gradient(dy, x, m, norm, coefficients, "relu", config=config)
+    from_dz, _ = kernels.launch_input_gradient(dz, x, m, norm, coefficients, config=config)
+    assert torch.equal(from_dz, got["dinput"])
+    got |= {"running_mean": o.running_mean, "running_var": o.running_var}
+    for name, reference in want.items():
+        scale = 1.0 if name in ("dinput", "dweight", "dbias") else None
+        tolerance.assert_close(got[name], reference, m.values, scale=scale, name=name)
+
+
+@pytest.mark.gate("aot")
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_batches_share_specialisations(channels_last: bool) -> None:
+    from perf import aot
+    from perf.cases import batch_norm as cases
+
+    found = []
+    for batch in (256, 250, 17, 1):
+        with pytest.MonkeyPatch.context() as patch, aot.recording("sm_90") as recorded:
+            patch.setattr(cases, "BATCH", batch)
+            cases.training(64, 16, BF16, channels_last, "relu", True)
+        found.append([aot.specialisation(launch, "sm_90") for launch in recorded])
+    assert found[1:] == found[:1] * 3
+
+
+@pytest.mark.gate("aot")
+def test_merges_stay_short_and_gpus_full() -> None:
+    from tkernels import targets
+    from tkernels.tuning import batch_norm as tuning
+
+    for shape, channels_last in (
+        ((10_000_000, 1), False), ((256, 64, 32, 32), True), ((2, 4096), False), ((4, 3, 1000, 1000), False),
+        ((2048, 2048, 2, 2), False), ((1, 1, 3000, 3000), False), ((8, 4096, 28, 28), True),
+    ):  # fmt: skip
+        for name in targets.TARGETS:
+            m = tuning.matrix(shape, channels_last)
+            config = tuning.statistics(m)
+            with targets.pretend(name) as target:
+                programs, each = tuning.producers(m, config)
+            tiles = tuning.tiles(m, config)
+            assert programs * m.spatial <= tuning.MAX_PARTIALS
+            assert (programs - 1) * each < tiles <= programs * each
+            total = programs * tuning.groups(m, config)
+            assert total >= min(target.multiprocessors, tiles * tuning.groups(m, config), 256)
+
+
+MODULES = [
+    (torch.nn.BatchNorm1d, tkernels.nn.BatchNorm1d, (6, 4)),
+    (torch.nn.BatchNorm1d, tkernels.nn.BatchNorm1d, (3, 4, 5)),
+    (torch.nn.BatchNorm2d, tkernels.nn.BatchNorm2d, (3, 4, 3, 2)),
+    (torch.nn.BatchNorm3d, tkernels.nn.BatchNorm3d, (3, 4, 2, 1, 2)),
+]
+
+
+@pytest.mark.gate("torch")
+@pytest.mark.parametrize("theirs_type, ours_type, shape", MODULES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None, "eps": 1e-2}, {"dtype": F64}],
+    ids=str,
+)
+def test_modules_are_their_twins(theirs_type: Any, ours_type: Any, shape: tuple[int, ...], options: Any) -> None:
+    theirs, ours = theirs_type(4, **options), ours_type(4, **options)
+    assert isinstance(ours, theirs_type)
+    assert repr(ours) == repr(theirs)
+    for step in range(3):
+        x = torch.randn(shape, dtype=options.get("dtype", F32)) + step
+        assert torch.equal(ours(x), theirs(x))
+    for a, b in ((ours, theirs), (theirs, ours)):
+        b.load_state_dict(a.state_dict())
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    # statistics switched off after the fact: the batch's own in training, the old ones in evaluation
+    theirs.track_running_stats = ours.track_running_stats = False
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.train()(x), theirs.train()(x))
+    with pytest.raises(ValueError, match="expected"):
+        ours(torch.randn(4))
+
+
+@pytest.mark.gate("torch", "ttsem", "cuda")
+def test_module_adds_residual_then_activation(device: str) -> None:
+    module = tkernels.nn.BatchNorm2d(5, activation="relu").to(device)
+    x, residual = torch.randn(2, 5, 4, 3).to(device), torch.randn(2, 5, 4, 3).to(device)
+    want = torch.relu(torch.nn.functional.batch_norm(x.cpu(), None, None, training=True) + residual.cpu())
+    torch.testing.assert_close(module(x, residual).detach().cpu(), want)
+    assert "activation='relu'" in repr(module)

@@ -273,7 +273,7 @@ def finalize_statistics_kernel(partials_ptr, stats_ptr, running_mean_ptr, runnin
     tl.store(stats_ptr + 3 * channels + offs_c, (invstd - invstd.to(tl.float32)).to(tl.float32), mask=ok)
 
     if running_mean_ptr is not None:
-        factor = momentum.to(tl.float64)
+        factor = tl.full((), 1.0, tl.float64) * momentum
         if counter_ptr is not None:
             factor = 1.0 / tl.load(counter_ptr).to(tl.float64)
         unbiased = m2 / (total - 1.0)
