@@ -31,6 +31,7 @@ from tkernels import targets
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA", "v_mfma", "v_wmma")
+_STORES = ("STG", "UTMASTG", "global_store", "buffer_store")
 _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 
@@ -74,6 +75,7 @@ class Facts:
     has_dot: bool
     mix: collections.Counter[str]
     loop: collections.Counter[str]
+    ttir: str = dataclasses.field(repr=False)
 
     @property
     def tensor_core(self) -> str | None:
@@ -83,6 +85,18 @@ class Facts:
     def wide_loads(self) -> int:
         """128-bit loads in the product loop (async copies count)."""
         return sum(n for op, n in self.loop.items() if _is_load(op) and _width(op) == 128)
+
+    def tensor_core_instructions(self) -> int:
+        """Tensor-core instructions in the kernel."""
+        return sum(n for op, n in self.mix.items() if op.startswith(TENSOR_CORE))
+
+    def loads_128(self) -> int:
+        """128-bit loads from global memory in the kernel (async copies count)."""
+        return sum(n for op, n in self.mix.items() if _is_load(op) and _width(op) == 128)
+
+    def stores_128(self) -> int:
+        """128-bit stores to global memory in the kernel."""
+        return sum(n for op, n in self.mix.items() if op.startswith(_STORES) and _width(op) == 128)
 
     def narrow_loads(self) -> int:
         """Loads from global memory in the product loop that are less than 128 bits wide."""
@@ -228,6 +242,7 @@ def compile_launch(launch: Launch, target_name: str) -> Facts:
         "tt.dot" in compiled.asm["ttir"],
         mix,
         loop,
+        compiled.asm["ttir"],
     )
 
 
@@ -306,7 +321,7 @@ def _is_load(op: str) -> bool:
 
 def _width(op: str) -> int:
     """Bits a load instruction moves a thread."""
-    if op.startswith("UTMALDG") or ".128" in op or op.endswith(("dwordx4", "b128")):
+    if op.startswith(("UTMALDG", "UTMASTG")) or ".128" in op or op.endswith(("dwordx4", "b128")):
         return 128
     if ".64" in op or op.endswith(("dwordx2", "b64")):
         return 64
