@@ -102,6 +102,8 @@ def expected_kernels(case: str, masked: bool) -> set[str]:
 @pytest.mark.gate("torch", "ttsem", "interp", "cuda")
 @pytest.mark.parametrize("case", CASES)
 def test_float32(device: str, case: str, launches: list[str], triton_runs: bool) -> None:
+    if triton_runs and case in ("valid", "one channel"):
+        pytest.skip("what it adds is the geometry, which the PyTorch gate checks")
     x_shape, w_shape, arguments = CASES[case]
     x, w, b = draw(device, x_shape), draw(device, w_shape), draw(device, w_shape[:1])
     check(x, w, b, "relu", arguments)
@@ -112,8 +114,17 @@ def test_float32(device: str, case: str, launches: list[str], triton_runs: bool)
         assert not launches
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("case", ("padded 3x3", "rgb stem", "1x1 expanding", "everything asymmetric", "depthwise"))
+@pytest.mark.parametrize(
+    "case, dtype",
+    (
+        ("padded 3x3", torch.bfloat16),
+        ("padded 3x3", torch.float16),
+        ("rgb stem", torch.float16),
+        ("1x1 expanding", torch.bfloat16),
+        ("everything asymmetric", torch.bfloat16),
+        ("depthwise", torch.float16),
+    ),
+)
 def test_half(device: str, case: str, dtype: torch.dtype, launches: list[str], triton_runs: bool) -> None:
     x_shape, w_shape, arguments = CASES[case]
     x = draw(device, x_shape, dtype).detach().contiguous(memory_format=CL).requires_grad_()
@@ -185,9 +196,10 @@ def test_layouts(device: str, x_format: str, channels: int) -> None:
 
 
 @pytest.mark.parametrize("dy_format", FORMATS)
-@pytest.mark.parametrize("activation", (None, "relu"))
-@pytest.mark.parametrize("x_format", ("contiguous", "channels_last"))
-def test_gradient_layouts(device: str, x_format: str, dy_format: str, activation: str | None) -> None:
+@pytest.mark.parametrize(
+    "activation, x_format", ((None, "contiguous"), ("relu", "contiguous"), ("relu", "channels_last"))
+)
+def test_gradient_layouts(device: str, dy_format: str, activation: str | None, x_format: str) -> None:
     x = FORMATS[x_format](torch.randn(2, 16, 4, 3)).to(device).requires_grad_()
     w = draw(device, (4, 16, 2, 2))
     dy = FORMATS[dy_format](torch.randn(2, 4, 3, 2)).to(device)

@@ -116,13 +116,13 @@ def test_mask_changes_layout(device: str) -> None:
     assert dz.is_contiguous(memory_format=CL)
 
 
-@pytest.mark.parametrize("channels_last", (True, False))
 @pytest.mark.parametrize(
-    "channels, multiplier, window, stride, padding, dilation, dtype",
+    "channels, multiplier, window, stride, padding, dilation, dtype, channels_last",
     (
-        (10, 1, (3, 3), (1, 1), (1, 1), (1, 1), torch.float16),
-        (5, 3, (3, 2), (2, 3), (1, 0), (2, 1), torch.bfloat16),
-        (10, 2, (2, 3), (2, 1), (0, 2), (1, 2), torch.float32),
+        (10, 1, (3, 3), (1, 1), (1, 1), (1, 1), torch.float16, True),
+        (5, 3, (3, 2), (2, 3), (1, 0), (2, 1), torch.bfloat16, True),
+        (10, 2, (2, 3), (2, 1), (0, 2), (1, 2), torch.float32, False),
+        (10, 1, (2, 2), (1, 1), (0, 0), (1, 1), torch.float32, False),
     ),
 )
 def test_depthwise(
