@@ -180,7 +180,7 @@ def recording(target_name: str) -> Iterator[list[Launch]]:
 def record(
     kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any, device: str = "cuda:0"
 ) -> Launch:
-    """A launch with its tensors reduced to what the compiler sees of them. Raises ValueError for one no GPU would make."""
+    """A launch, its tensors reduced to what the compiler sees. Raises ValueError for one that no GPU would make."""
     bound = dict(zip(kernel.arg_names, args))
     bound.update({k: v for k, v in kwargs.items() if k in kernel.arg_names})
     tensors = {name: value for name, value in bound.items() if isinstance(value, torch.Tensor)}

@@ -2,8 +2,8 @@
 
 A row counts as slower where its median grew by more than the threshold and the two bands from p20 to p80 do not
 overlap. On a CPU, where the providers took turns, what the machine did to PyTorch in the same turns is divided out
-first; PyTorch's own rows count as slower only where most of them are. A row counts as less exact where its error
-against float64 grew by a quarter, and as broken where it was ok and no longer is.
+first, with PyTorch's own band as a margin; PyTorch's rows count as slower only where most of them are. A row counts
+as less exact where its error against float64 grew by a quarter, and as broken where it was ok and no longer is.
 
 Exit status: 0 nothing got worse, 1 something did, 2 the files cannot be compared.
 """
@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     """Compare and print; 1 if anything got worse."""
     both = match(schema.read(args.old), schema.read(args.new))
     if both.empty:
-        raise Refused(f"{args.old} and {args.new} have no measurement in common (the same operator, shape, device, ...)")
+        raise Refused(
+            f"{args.old} and {args.new} have no measurement in common (the same operator, shape, device, ...)"
+        )
     verdicts = judge(both, args.threshold, args.absolute)
     worse = verdicts[verdicts.verdict != ""]
     if not worse.empty:
@@ -71,29 +73,29 @@ def match(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
 
 def judge(both: pd.DataFrame, threshold: float, absolute: bool = False) -> pd.DataFrame:
     """For each measurement: what it is, its times, their ratio, and a verdict ('' where nothing is wrong)."""
-    drift = _drift(both) if not absolute else pd.Series(1.0, index=both.index)
+    drift, doubt = _drift(both, absolute)
     baseline_slower = _baseline_slower(both, threshold)
     rows = []
-    for index, row in both.iterrows():
-        ratio = row.ms_p50_new / row.ms_p50_old / drift[index]
+    for row, machine, margin in zip(schema.records(both), drift, doubt):
+        ratio = row["ms_p50_new"] / row["ms_p50_old"] / machine
         verdict = _broken(row) or _less_exact(row)
-        judged_by_drift = not absolute and row.device.startswith("cpu") and row.provider == BASELINE
-        slower = baseline_slower if judged_by_drift else True
-        if not verdict and slower and ratio > 1 + threshold and _apart(row, drift[index]):
+        yardstick = row["provider"] == BASELINE and row["device"].startswith("cpu") and not absolute
+        if (
+            not verdict
+            and ratio > 1 + threshold
+            and _apart(row, machine * margin)
+            and (baseline_slower or not yardstick)
+        ):
             verdict = f"slower by {100 * (ratio - 1):.0f}%"
         rows.append(
             {
-                "operator": row.operator,
-                "mode": row["mode"],
-                "dtype": row.dtype,
-                "layout": row.layout,
+                **{name: row[name] for name in ("operator", "mode", "dtype", "layout")},
                 "shape": schema.shape_label(row),
-                "provider": row.provider,
-                "timing": row.timing,
-                "old ms": _shown(row.ms_p50_old),
-                "new ms": _shown(row.ms_p50_new),
+                **{name: row[name] for name in ("provider", "timing")},
+                "old ms": _shown(row["ms_p50_old"]),
+                "new ms": _shown(row["ms_p50_new"]),
                 "time": ratio,
-                "machine": drift[index],
+                "machine": machine,
                 "verdict": verdict,
             }
         )
@@ -104,19 +106,23 @@ def _shown(ms: float) -> str:
     return "" if pd.isna(ms) else f"{ms:.4g}"
 
 
-def _drift(both: pd.DataFrame) -> pd.Series:
-    """How much slower the machine was the second time: PyTorch's ratio of medians in the same turns, 1 elsewhere."""
+def _drift(both: pd.DataFrame, absolute: bool) -> tuple[pd.Series, pd.Series]:
+    """How much slower the machine was the second time, by PyTorch's medians in the same turns (1 elsewhere), and by
+    which factor that may be off: half of PyTorch's own bands."""
     contest = [name for name in schema.KEY if name != "provider"]
-    timed = both[(both.provider == BASELINE) & both.device.str.startswith("cpu")]
-    ratios = (timed.ms_p50_new / timed.ms_p50_old).groupby([timed[name] for name in contest], dropna=False).first()
-    found = both[contest].merge(ratios.rename("drift").reset_index(), on=contest, how="left").drift
-    found.index = both.index
-    return found.where(both.provider != BASELINE, 1.0).fillna(1.0)
+    timed = both[(both.provider == BASELINE) & both.device.str.startswith("cpu") & (not absolute)]
+    measured = timed[contest].assign(
+        drift=timed.ms_p50_new / timed.ms_p50_old,
+        doubt=(timed.ms_p80_new / timed.ms_p20_new * timed.ms_p80_old / timed.ms_p20_old) ** 0.25,
+    )
+    found = both[[*contest, "provider"]].merge(measured, on=contest, how="left").set_index(both.index)
+    own = found.provider == BASELINE
+    return found.drift.mask(own).fillna(1.0), found.doubt.mask(own).fillna(1.0)
 
 
-def _apart(row: Any, drift: float) -> bool:
+def _apart(row: dict[str, Any], drift: float) -> bool:
     """Whether the new band lies wholly above the old one."""
-    return row.ms_p20_new / drift > row.ms_p80_old
+    return row["ms_p20_new"] / drift > row["ms_p80_old"]
 
 
 def _baseline_slower(both: pd.DataFrame, threshold: float) -> bool:
@@ -126,16 +132,17 @@ def _baseline_slower(both: pd.DataFrame, threshold: float) -> bool:
     return bool(len(timed) and slower.mean() > 0.5)
 
 
-def _broken(row: Any) -> str:
-    if row.status_old == schema.OK and row.status_new != schema.OK:
-        return f"was ok, now {row.status_new}"
+def _broken(row: dict[str, Any]) -> str:
+    if row["status_old"] == schema.OK and row["status_new"] != schema.OK:
+        return f"was ok, now {row['status_new']}"
     return ""
 
 
-def _less_exact(row: Any) -> str:
-    old, new = row.err_fp64_old, row.err_fp64_new
-    # an error that PyTorch's own grew with is the library's below or the machine's
-    yardstick = max(1.0, row.torch_err_fp64_new / row.torch_err_fp64_old) if row.torch_err_fp64_old > 0 else 1.0
-    if row.status_new == schema.OK and new > LESS_EXACT * yardstick * old and new > row.torch_err_fp64_new:
-        return f"error {old:.1e} -> {new:.1e}"
-    return ""
+def _less_exact(row: dict[str, Any]) -> str:
+    if row["status_new"] != schema.OK:
+        return ""
+    old, new = row["err_fp64_old"], row["err_fp64_new"]
+    before, now = row["torch_err_fp64_old"], row["torch_err_fp64_new"]
+    # an error that PyTorch's own grew with is the machine's or the library's below
+    grown = LESS_EXACT * max(1.0, now / before) if before > 0 else LESS_EXACT
+    return f"error {old:.1e} -> {new:.1e}" if new > grown * old and new > now else ""

@@ -17,7 +17,9 @@ class _Counted(Exception):
     """Stops a compilation when its bytes are known."""
 
 
-def bytes_of_step(build: Callable[[], tuple[nn.Module, Callable[..., Tensor]]], batch: int, image_size: int = 32) -> int:
+def bytes_of_step(
+    build: Callable[[], tuple[nn.Module, Callable[..., Tensor]]], batch: int, image_size: int = 32
+) -> int:
     """Bytes of the forward and the backward graph of a classifier with its loss, in bf16 NHWC.
 
     Raises RuntimeError where this torch's Inductor cannot be asked.
@@ -84,7 +86,8 @@ def _backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         results._boxed_call = True  # type: ignore[attr-defined]
         return results
 
-    return compile_fx(graph, inputs, inner_compile=inner)
+    compile_with: Any = compile_fx
+    return compile_with(graph, inputs, inner_compile=inner)
 
 
 def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:

@@ -84,14 +84,15 @@ def _pretended_gpu(target_name: str, meter: _Meter) -> Iterator[FakeTensorMode]:
     """Fake tensors on the CPU that say is_cuda, and launches that go to the meter."""
     fused = torch.nn.functional.dropout
     tensor: Any = torch.Tensor
+    switch: Any = torch.utils.deterministic
 
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         # on a GPU torch takes this one; its C++ does not ask the Python attribute is_cuda
         return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 else fused(input, p, training, inplace)
 
     # filling fresh memory, which deterministic mode may do, would count as calls
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    fill = switch.fill_uninitialized_memory
+    switch.fill_uninitialized_memory = False
     torch.nn.functional.dropout = dropout
     tensor.is_cuda = property(lambda self: True)
     try:
@@ -100,7 +101,7 @@ def _pretended_gpu(target_name: str, meter: _Meter) -> Iterator[FakeTensorMode]:
     finally:
         del tensor.is_cuda
         torch.nn.functional.dropout = fused
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switch.fill_uninitialized_memory = fill
 
 
 def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -174,9 +175,7 @@ class _Meter(TorchDispatchMode):
         for index, storage, size in self._pending:
             if storage in gone:
                 call = self.calls[index]
-                self.calls[index] = dataclasses.replace(
-                    call, bytes=call.bytes - size, workspace=call.workspace + size
-                )
+                self.calls[index] = dataclasses.replace(call, bytes=call.bytes - size, workspace=call.workspace + size)
         self._pending, self._born = [], {}
 
     def saving(self, kept: set[int]) -> Callable[[Tensor], Tensor]:

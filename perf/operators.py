@@ -29,9 +29,9 @@ Tensors = dict[str, Tensor]
 class Sources:
     """Draws the tensors of a measurement: the same values for every provider, rounded to the dtype measured."""
 
-    def __init__(self, dtype: torch.dtype, layout: str, device: str) -> None:
+    def __init__(self, dtype: torch.dtype, layout: str, device: str, seed: int = 0) -> None:
         self.dtype, self.layout, self.device = dtype, layout, torch.device(device)
-        self._generator = torch.Generator(self.device).manual_seed(0)
+        self._generator = torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         values = torch.randn(size, generator=self._generator, device=self.device)
@@ -259,7 +259,7 @@ class CrossEntropy(Operator):
 
 
 class Cnn(Operator):
-    """The CIFAR classifier with its loss: 'fwd' is evaluation, 'full' a training step without the optimizer."""
+    """The CIFAR classifier in training mode with its loss: 'full' is a training step without the optimizer."""
 
     name = function = "cnn"
     precision = "conv"

@@ -78,7 +78,9 @@ def device(name: str | None) -> str:
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
-            raise Refused(f"device {name!r} was asked for, but torch sees {count or 'no'} GPU{'s' if count > 1 else ''}")
+            raise Refused(
+                f"device {name!r} was asked for, but torch sees {count or 'no'} GPU{'s' if count > 1 else ''}"
+            )
     return name
 
 

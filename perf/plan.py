@@ -73,7 +73,9 @@ def tasks(wanted: Wanted) -> list[Task]:
         operator = operators.get(name)
         listed = _shapes_of(operator, wanted)
         if not listed:
-            raise Refused(f"none of the shapes given is for operator {name!r}, which takes {', '.join(operator.required)}")
+            raise Refused(
+                f"none of the shapes given is for operator {name!r}, which takes {', '.join(operator.required)}"
+            )
         layouts = wanted.layouts if operator.images else ("",)
         problems = itertools.product(listed, wanted.dtypes, layouts)
         for shape, dtype, layout in problems:
@@ -94,7 +96,7 @@ def _shapes_of(operator: operators.Operator, wanted: Wanted) -> list[Shape]:
 def missing(planned: Iterable[Task], path: Path, device: str) -> list[Task]:
     """The tasks a CSV has no row of on this device yet."""
     frame = schema.read(path)
-    done = {schema.key(row) for row in frame.to_dict("records") if row["device"] == device}
+    done = {schema.key(row) for row in schema.records(frame) if row["device"] == device}
     return [task for task in planned if task.key() not in done]
 
 
@@ -102,4 +104,4 @@ def baselines(path: Path, device: str) -> dict[Key, dict[str, Any]]:
     """Rows of the provider all others are compared with, by key."""
     frame = schema.read(path)
     rows = frame[(frame.provider == "torch") & (frame.status == schema.OK) & (frame.device == device)]
-    return {schema.key(row): row for row in rows.to_dict("records")}
+    return {schema.key(row): row for row in schema.records(rows)}

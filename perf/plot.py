@@ -32,10 +32,11 @@ PARTS = (
     ("ReLU", r"relu\d*$", "#F0E442"),
     ("max pool", r"pool$", "#009E73"),
     ("dropout", r"dropout\d*$", "#CC79A7"),
+    ("fused stage", r"stage\d*$", "#56B4E9"),
     ("linear, loss, other", r"", "#999999"),
 )
 INDUCTOR_COLOUR = "#BBBBBB"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "figure.dpi": 120,
     "font.size": 10,
     "axes.spines.top": False,
@@ -132,7 +133,7 @@ def latency(rows: pd.DataFrame) -> Figure:
 def _labels(rows: pd.DataFrame) -> list[str]:
     """Shapes in words, the batch apart where it is the same for all, the layout named where there are two."""
     layouts = rows.layout.nunique() > 1
-    return [schema.shape_label(row) + (f"\n{row['layout']}" if layouts else "") for row in rows.to_dict("records")]
+    return [schema.shape_label(row) + (f"\n{row['layout']}" if layouts else "") for row in schema.records(rows)]
 
 
 def _bars(axes: Axes, rows: pd.DataFrame, shapes: list[str], series: list[str]) -> None:
@@ -176,14 +177,14 @@ def roofline(rows: pd.DataFrame) -> Figure:
     markers = dict(zip(dict.fromkeys(rows.operator), "osD^vP*X"))
     _roofs(left, with_products)
     for (operator, provider), part in with_products.groupby(["operator", "provider"], sort=False):
-        left.scatter(part.flops / part.bytes, part.tflops, s=34, marker=markers[operator], color=_colour(provider),
+        left.scatter(part.flops / part.bytes, part.tflops, s=34, marker=markers[operator], color=_colour(str(provider)),
                      edgecolors="white", linewidths=0.5, zorder=3)  # fmt: skip
     left.set(xscale="log", yscale="log", xlabel="operations a byte (least traffic)", ylabel="TFLOP/s",
              title="products")  # fmt: skip
     names = list(dict.fromkeys(without.operator + " " + without["mode"]))
     for provider, part in without.groupby("provider", sort=False):
         heights = [names.index(name) for name in part.operator + " " + part["mode"]]
-        right.scatter(100 * part.gbps / part.peak_gbps, heights, s=34, color=_colour(provider), edgecolors="white",
+        right.scatter(100 * part.gbps / part.peak_gbps, heights, s=34, color=_colour(str(provider)), edgecolors="white",
                       linewidths=0.5, zorder=3)  # fmt: skip
     right.set_yticks(range(len(names)), names)
     right.set(xlabel="least traffic / time, in % of the peak bandwidth", title="memory-bound operators")
@@ -224,21 +225,28 @@ def stacked_bytes(frame: pd.DataFrame) -> Figure:
         for phase, hatch in (("forward", None), ("backward", "///")):
             chosen = layers[(part_of == name) & (layers.phase == phase)]
             width = chosen.groupby("provider").bytes.sum().reindex(providers).fillna(0).astype(float) / batch / 1e3
+            label = name if phase == "forward" and (part_of == name).any() else None
             axes.barh(providers, width, 0.62, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5,
-                      label=name if phase == "forward" else None)  # fmt: skip
+                      label=label)  # fmt: skip
             left = left + width
-    workspace = layers.groupby("provider").workspace_bytes.sum().reindex(providers).fillna(0).astype(float) / batch / 1e3
+    workspace = (
+        layers.groupby("provider").workspace_bytes.sum().reindex(providers).fillna(0).astype(float) / batch / 1e3
+    )
     axes.barh(providers, workspace, 0.62, left=left, color="white", edgecolor="#333333", linewidth=0.8,
               label="workspaces")  # fmt: skip
+    shown = {
+        name: f"{left[name]:,.0f}" + (f" + {workspace[name]:,.0f}" if workspace[name] else "") for name in providers
+    }
     left = left + workspace
     whole = frame[(frame.layer == traffic.STEP) & (frame.provider == "torch.compile") & frame.bytes.notna()]
     if not whole.empty:
         total = float(whole.bytes.iloc[0]) / batch / 1e3
         axes.barh(["torch.compile"], [total], 0.62, color=INDUCTOR_COLOUR, label="Inductor's own count")
         left["torch.compile"] = total
+        shown["torch.compile"] = f"{total:,.0f}"
     for name in providers:
         if left[name]:
-            axes.annotate(f"{left[name]:,.0f}", (left[name], name), xytext=(5, 0), textcoords="offset points",
+            axes.annotate(shown[name], (left[name], name), xytext=(5, 0), textcoords="offset points",
                           va="center")  # fmt: skip
     axes.invert_yaxis()
     axes.margins(x=0.1)

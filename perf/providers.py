@@ -122,7 +122,7 @@ def _compiled() -> Provider:
     # bwd mode runs the same backward again and again
     import torch._functorch.config as functorch
 
-    functorch.donated_buffer = False  # type: ignore[attr-defined]
+    functorch.donated_buffer = False
 
     def compile(function: Function) -> Function:
         return torch.compile(function, dynamic=False)

@@ -56,10 +56,18 @@ COLUMNS = (
     Column("ms_p80", "number", "milliseconds a call, 80th percentile"),
     Column("tflops", "number", "flops / ms_p50, in 10^12 a second"),
     Column("gbps", "number", "bytes / ms_p50, in 10^9 a second"),
-    Column("bytes", "number", "least traffic of the mode: each operand of an operator read once, each result written once"),
-    Column("flops", "number", "operations of the mode's products, a multiply-add counted as two; 0 where there is none"),
-    Column("roofline_pct", "number", "least time at the peak rates (by bytes or by flops, the larger) / ms_p50, in percent"),
-    Column("peak_tflops", "number", "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a product"),
+    Column(
+        "bytes", "number", "least traffic of the mode: each operand of an operator read once, each result written once"
+    ),
+    Column(
+        "flops", "number", "operations of the mode's products, a multiply-add counted as two; 0 where there is none"
+    ),
+    Column(
+        "roofline_pct", "number", "least time at the peak rates (by bytes or by flops, the larger) / ms_p50, in percent"
+    ),
+    Column(
+        "peak_tflops", "number", "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a product"
+    ),
     Column("peak_gbps", "number", "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a copy"),
     Column("speedup_vs_torch", "number", "ms_p50 of provider torch / ms_p50, measured in turns with it on a CPU"),
     Column("err_fp64", "number", "largest error of output and gradients against float64, relative norm"),
@@ -164,8 +172,14 @@ def read(path: Path) -> pd.DataFrame:
     return typed(frame[list(NAMES)], COLUMNS, path)
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as dictionaries."""
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
 def key(row: Mapping[str, Any], columns: tuple[str, ...] = TASK) -> tuple[str, ...]:
     """What tells one measurement from another, as text: the same for a row just made and one read back."""
+
     def text(value: Any) -> str:
         return "" if value is None or pd.isna(value) else str(value)
 
@@ -174,6 +188,7 @@ def key(row: Mapping[str, Any], columns: tuple[str, ...] = TASK) -> tuple[str, .
 
 def shape_label(row: Mapping[str, Any]) -> str:
     """A row's shape in short: '256 x 32x32x32 -> 64, 3x3 /2'."""
+
     def get(name: str) -> int | None:
         value = row[name]
         return None if value is None or pd.isna(value) else int(value)

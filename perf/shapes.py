@@ -128,7 +128,9 @@ def _single(text: str) -> Shape:
     for part in text.split():
         name, equals, value = part.partition("=")
         if not equals or name not in schema.SHAPE_COLUMNS or not value.isdigit():
-            raise Refused(f"shape {text!r}: {part!r} is not NAME=NUMBER with NAME one of {', '.join(schema.SHAPE_COLUMNS)}")
+            raise Refused(
+                f"shape {text!r}: {part!r} is not NAME=NUMBER with NAME one of {', '.join(schema.SHAPE_COLUMNS)}"
+            )
         shape[name] = int(value)
     return shape
 
@@ -141,7 +143,7 @@ def _from_csv(path: Path) -> Shapes:
         raise Refused(f"{path} has none of the columns {', '.join(schema.SHAPE_COLUMNS)}")
     frame = schema.typed(frame, columns, path)
     found: Shapes = {}
-    for record in frame.to_dict("records"):
+    for record in schema.records(frame):
         shape = {c.name: int(record[c.name]) for c in columns if pd.notna(record[c.name])}
         found.setdefault(str(record.get("operator", "")), []).append(shape)
     return found

@@ -39,7 +39,11 @@ COLUMNS = (
     Column("spill_bytes", "whole", "a thread"),
     Column("shared_bytes", "whole", "a program"),
     Column("shared_limit", "whole", "what the target allows a program"),
-    Column("occupancy_estimate", "number", "resident warps of the most a multiprocessor holds, by registers and shared memory"),
+    Column(
+        "occupancy_estimate",
+        "number",
+        "resident warps of the most a multiprocessor holds, by registers and shared memory",
+    ),
     Column("tensor_core", "text", "the tensor-core instruction used; empty without one"),
     Column("tensor_core_instructions", "whole", "in the code, not executed"),
     Column("loads_128", "whole", "128-bit loads in the code, async copies included"),
@@ -79,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         options.new_file(args.csv)
     units = [(name, target, args.case) for name in names for target in chosen]
-    rows = [row for part in tqdm(_mapped(units, args.jobs), total=len(units), unit="target", disable=None) for row in part]
+    rows = [
+        row for part in tqdm(_mapped(units, args.jobs), total=len(units), unit="target", disable=None) for row in part
+    ]
     if not rows:
         raise Refused(f"no case of {', '.join(names)} has a name with {args.case!r} in it")
     frame = pd.DataFrame(rows, columns=list(NAMES))
@@ -204,8 +210,8 @@ def _print(frame: pd.DataFrame) -> None:
         "tensor_core": "tensor core", "tensor_core_instructions": "count", "loads_128": "ld128",
         "stores_128": "st128", "estimate_us": "us~",
     }  # fmt: skip
-    print(frame[list(shown)].rename(columns=shown).astype(object).where(frame[list(shown)].rename(columns=shown).notna(), "")
-          .to_string(index=False))  # fmt: skip
+    table = frame[list(shown)].rename(columns=shown).astype(object)
+    print(table.where(table.notna(), "").to_string(index=False))
     failed = frame[frame.status != "ok"]
     for row in failed.itertuples():
         print(f"{row.operator}, {row.case}, {row.target}: {row.status}")

@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     add("--cudagraph", action="store_true", help="time each call replayed from a CUDA graph too, in rows of their own")
     add("--quick", action="store_true",
-        help=f"few repetitions, batches of at most {operators.QUICK_IMAGES} images or {operators.QUICK_ROWS} rows")  # fmt: skip
+        help=f"few repetitions, batches of at most {operators.QUICK_IMAGES} images or "
+        f"{operators.QUICK_ROWS} rows")  # fmt: skip
     add("--limit", type=float, default=600.0, metavar="SECONDS",
         help="time after which a provider that does not answer is given up (default: 600)")  # fmt: skip
     add("--csv", type=Path, metavar="FILE", help="where rows go, as they come; without it they are only printed")
@@ -105,7 +106,9 @@ def _csv(path: Path | None, resume: bool) -> Iterator[Path]:
 def _warn_of_mixture(path: Path) -> None:
     before = set(schema.read(path).commit) - {options.commit()}
     if before:
-        print(f"note: {path} has rows of commit {', '.join(sorted(before))}, this is {options.commit()}", file=sys.stderr)
+        print(
+            f"note: {path} has rows of commit {', '.join(sorted(before))}, this is {options.commit()}", file=sys.stderr
+        )
 
 
 def sweep(tasks: Sequence[Task], device: str, effort: measure.Effort, path: Path, limit: float) -> None:
@@ -205,7 +208,7 @@ def summary(frame: pd.DataFrame) -> None:
             "mode": frame["mode"],
             "dtype": frame.dtype,
             "layout": frame.layout,
-            "shape": [schema.shape_label(row) for row in frame.to_dict("records")],
+            "shape": [schema.shape_label(row) for row in schema.records(frame)],
             "provider": frame.provider,
             "timing": frame.timing,
             "ms": frame.ms_p50.map("{:.4g}".format, na_action="ignore"),

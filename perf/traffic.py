@@ -38,7 +38,9 @@ COLUMNS = (
     Column("aten_calls", "whole", "ATen calls that compute (no views, no allocations)"),
     Column("saved_bytes", "whole", "distinct storages kept for backward, parameters not counted"),
     Column("specialisations", "whole", "in the row of the step: kernels that Triton compiles for it"),
-    Column("specialisations_added", "whole", "in the row of the step: further kernels for a last batch of another size"),
+    Column(
+        "specialisations_added", "whole", "in the row of the step: further kernels for a last batch of another size"
+    ),
 )
 NAMES = tuple(column.name for column in COLUMNS)
 STEP = "(step)"
@@ -155,7 +157,7 @@ def _print(frame: pd.DataFrame, batch: int) -> None:
         index="layer", columns=["provider", "phase"], values="bytes", aggfunc="sum", sort=False, fill_value=0
     )
     table = (table / batch / 1e3).round(1)
-    table.columns = pd.Index([f"{provider} {phase}" for provider, phase in table.columns])
+    table.columns = table.columns.map(" ".join)
     print(f"KB an image, batch {batch}, bf16 NHWC\n{table.to_string()}\n")
     steps = frame[frame.layer == STEP].set_index("provider")
     eager = steps.loc["torch"]

@@ -26,7 +26,7 @@ _OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "addi": lambda a, b: a + b,
     "subi": lambda a, b: a - b,
     "muli": lambda a, b: a * b,
-    "divsi": lambda a, b: int(math.trunc(a / b)) if abs(a) < 2**52 else a // b,
+    "divsi": lambda a, b: math.trunc(a / b) if abs(a) < 2**52 else a // b,
     "divui": lambda a, b: a // b,
     "remsi": lambda a, b: int(math.fmod(a, b)),
     "remui": lambda a, b: a % b,
@@ -85,7 +85,9 @@ def _spread(size: int, count: int) -> list[int]:
 class _Program:
     """One program's walk through the listing, with the scalars that can be known."""
 
-    def __init__(self, lines: list[str], given: dict[str, int], program: tuple[int, ...], grid: tuple[int, ...]) -> None:
+    def __init__(
+        self, lines: list[str], given: dict[str, int], program: tuple[int, ...], grid: tuple[int, ...]
+    ) -> None:
         self._lines, self._program, self._grid = lines, program, grid
         self._values = dict(given)
         self._labels = {line.split(":")[0].split("(")[0]: i for i, line in enumerate(lines) if line.startswith("^")}
@@ -96,7 +98,7 @@ class _Program:
         i = first
         while True:
             line = self._lines[i]
-            if line.startswith("}") or line.startswith("tt.return"):
+            if line.startswith(("}", "tt.return")):
                 return found
             if line.startswith(("cf.br", "cf.cond_br")):
                 i = self._labels[self._goal(line)]

@@ -22,8 +22,7 @@ BROKEN_GPU = 70
 
 
 def main(todo: Sequence[tuple[int, Task]], device: str, effort: Effort, rows: Connection, current: Any) -> None:
-    """Measure numbered tasks, in order; ``current`` holds the number of the task at hand. Sends (number, row), then None.
-    """
+    """Measure numbered tasks in order, sending (number, row) and at last None; ``current``: the task at hand."""
     try:
         if device != "cpu":
             torch.cuda.set_device(torch.device(device))
