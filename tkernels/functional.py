@@ -2,7 +2,8 @@
 
 from tkernels.ops.batch_norm import batch_norm
 from tkernels.ops.conv import conv2d
+from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
 from tkernels.ops.cross_entropy import cross_entropy
 from tkernels.ops.linear import linear, linear_relu
 
-__all__ = ["batch_norm", "conv2d", "cross_entropy", "linear", "linear_relu"]
+__all__ = ["ConvBNLayer", "MaxPool", "batch_norm", "conv2d", "conv_stage", "cross_entropy", "linear", "linear_relu"]

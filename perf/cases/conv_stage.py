@@ -1,0 +1,106 @@
+"""conv_stage at the shapes of the CIFAR network: batch 256, 3x3 windows with padding 1, 2x2 pooling, NHWC."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from perf.aot import Case
+from perf.cases.conv import BATCH, LAYERS, image, window3x3
+from tkernels.kernels import conv, conv_stage, conv_stage_backward
+from tkernels.kernels.batch_norm import Norm
+from tkernels.tuning.conv import Geometry
+from tkernels.tuning.conv_stage import Pooling, no_pooling
+
+# (channels, rows and columns) of the maps that end a stage
+ENDS = ((32, 32), (64, 16), (128, 8))
+
+
+def norm_of_batch(channels: int) -> Norm:
+    vector = torch.empty(channels, device="cuda")
+    return Norm(torch.empty(4, channels, device="cuda"), None, vector, vector, 1e-5)
+
+
+def norm_given(channels: int) -> Norm:
+    vector = torch.empty(channels, device="cuda")
+    return Norm(vector, vector, vector, vector, 1e-5)
+
+
+def pooled(size: int, kernel: int = 2, stride: int = 2, pad: int = 0) -> Pooling:
+    """Max pooling of a square map."""
+    out = (size + 2 * pad - kernel) // stride + 1
+    return Pooling(size, size, kernel, kernel, stride, stride, pad, pad, out, out)
+
+
+def forward(g: Geometry, dtype: torch.dtype, training: bool, channels_last: bool = True) -> None:
+    weight = torch.empty(g.out_channels, g.group_in, g.kernel_h, g.kernel_w, device="cuda")
+    packed = conv.launch_pack(weight, g, dtype)
+    bias = torch.empty(g.out_channels, device="cuda")
+    norm = None if training else norm_given(g.out_channels)
+    counter = torch.empty((), device="cuda", dtype=torch.int64) if training else None
+    conv_stage.launch_conv(image(g.in_channels, g.height, dtype), packed, bias, g, norm, counter, channels_last)
+
+
+def dgrad(g: Geometry, dtype: torch.dtype) -> None:
+    weight = torch.empty(g.out_channels, g.group_in, g.kernel_h, g.kernel_w, device="cuda")
+    transposed = dtype == torch.float32
+    packed = conv.launch_pack(weight, g, dtype, transposed)
+    raw = image(g.in_channels, g.height, dtype)
+    dy = image(g.out_channels, g.out_h, dtype)
+    conv_stage_backward.launch_dgrad(dy, packed, g, raw, norm_of_batch(g.in_channels), transposed)
+
+
+def end(channels: int, pool: Pooling, dtype: torch.dtype, training: bool, channels_last: bool = True) -> None:
+    raw = image(channels, pool.height, dtype)
+    seed = torch.empty((), device="cuda", dtype=torch.int64) if training else None
+    norm = norm_of_batch(channels) if training else None
+    conv_stage.launch_end(raw, pool, norm, 0.25 if training else 0.0, seed, channels_last)
+
+
+def end_backward(channels: int, pool: Pooling, dtype: torch.dtype, nchw: bool) -> None:
+    raw = image(channels, pool.height, dtype)
+    seed = torch.empty((), device="cuda", dtype=torch.int64)
+    coefficients = torch.empty(2, channels, device="cuda")
+    norm = norm_of_batch(channels)
+    dy = image(channels, pool.out_h, dtype)
+    if nchw:
+        dy = torch.empty(BATCH, channels, pool.out_h, pool.out_w, device="cuda", dtype=dtype)
+    conv_stage_backward.launch_end_sums(dy, raw, pool, norm, 0.25, seed)
+    conv_stage_backward.launch_end_gradient(dy, raw, pool, norm, coefficients, 0.25, seed)
+
+
+def cases() -> list[Case]:
+    found = []
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for c_in, c_out, size in LAYERS:
+            g = window3x3(c_in, c_out, size)
+            product = dtype != torch.float32 and not g.flattened
+            label = f"{c_in}-{c_out}@{size} {name}"
+            run = functools.partial
+            found.append(Case(f"conv_stage forward {label}", run(forward, g, dtype, True), product))
+            found.append(Case(f"conv_stage evaluation {label}", run(forward, g, dtype, False), product))
+            if not g.flattened:
+                found.append(Case(f"conv_stage dgrad {label}", run(dgrad, g, dtype), product))
+        for channels, size in ENDS:
+            label = f"{channels}@{size} {name}"
+            pool = pooled(size)
+            found += [
+                Case(f"conv_stage end {label}", functools.partial(end, channels, pool, dtype, True)),
+                Case(f"conv_stage pool {label}", functools.partial(end, channels, pool, dtype, False)),
+                Case(f"conv_stage end backward {label}", functools.partial(end_backward, channels, pool, dtype, False)),
+            ]
+        label = f"64@16 {name}"
+        overlapping = pooled(16, 3, 2, 1)
+        found += [
+            Case(f"conv_stage end NCHW {label}", functools.partial(end, 64, pooled(16), dtype, True, False)),
+            Case(f"conv_stage dropout {label}", functools.partial(end, 64, no_pooling(16, 16), dtype, True)),
+            Case(f"conv_stage dropout backward NCHW {label}",
+                 functools.partial(end_backward, 64, no_pooling(16, 16), dtype, True)),
+            Case(f"conv_stage overlap {label}", functools.partial(end, 64, overlapping, dtype, True)),
+            Case(f"conv_stage overlap backward {label}",
+                 functools.partial(end_backward, 64, overlapping, dtype, False)),
+            Case(f"conv_stage evaluation NCHW {label}",
+                 functools.partial(forward, window3x3(64, 64, 16), dtype, False, False), dtype != torch.float32),
+        ]  # fmt: skip
+    return found

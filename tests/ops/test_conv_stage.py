@@ -1,0 +1,534 @@
+"""conv_stage against torch's own operators in float64: values, gradients, running statistics, pooling, dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tkernels
+from tests.tolerance import assert_close
+from tkernels.functional import ConvBNLayer, MaxPool, conv_stage
+from tkernels.ops import conv_stage as ops
+
+pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
+
+CL = torch.channels_last
+FIELDS = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+
+# name: input shape, each layer's (channels, window, arguments), the stage's arguments. Images are odd and channels no
+# multiple of any block: every tile is partial, and pooling leaves a remainder outside every window.
+CASES: dict[str, tuple[tuple[int, ...], Sequence[tuple[int, Any, dict[str, Any]]], dict[str, Any]]] = {
+    "rgb, 2 layers, pool": ((2, 3, 7, 9), [(20, 3, {"padding": 1}), (17, 3, {"padding": 1})], {"pool": 2}),
+    "one layer, no end": ((3, 5, 4, 5), [(6, 3, {"padding": 1})], {}),
+    # a window larger than its stride and padded: pixels lie in several windows, some windows reach outside
+    "stem": ((2, 3, 9, 8), [(8, 5, {"stride": 2, "padding": 2})], {"pool": MaxPool(3, 2, 1)}),
+    # a stride larger than the window leaves gaps that no window covers
+    "gaps": ((1, 4, 8, 9), [(5, 1, {})], {"pool": MaxPool((1, 2), (3, 4))}),
+    # more than UNROLLED_TAPS pixels a window
+    "wide pool": ((2, 2, 11, 12), [(3, 3, {"padding": 1})], {"pool": (5, 4)}),
+    # strides give the second layer's input gradient phases of different sizes, some of them without a tap
+    "strided, grouped, depthwise": (
+        (2, 6, 9, 7),
+        [
+            (8, 3, {"padding": 1, "groups": 2}),
+            (18, (2, 3), {"stride": (2, 3), "padding": (0, 1)}),
+            (18, 3, {"groups": 18, "padding": "same"}),
+            (5, 1, {"bias": False}),
+        ],
+        {},
+    ),
+    "3 layers, dropout": (
+        (2, 16, 5, 4),
+        [(8, 1, {}), (24, 3, {"padding": 2, "dilation": 2}), (7, 3, {"padding": 1})],
+        {"dropout_p": 0.4},
+    ),
+    "pool and dropout": ((3, 3, 5, 6), [(9, 3, {"padding": 1})], {"pool": 2, "dropout_p": 0.5}),
+}
+
+
+class _Round(torch.autograd.Function):
+    """Rounding to a dtype, as storing a map does: the derivative is that of the unrounded value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).double()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
+
+
+def layers_for(channels: int, specs: Any, dtype: torch.dtype, device: str, grad: bool = True) -> list[ConvBNLayer]:
+    """Random layers; batch norm's tensors are float32."""
+    found = []
+    for out, window, arguments in specs:
+        arguments = dict(arguments)
+        kernel = (window, window) if isinstance(window, int) else window
+        group_in = channels // arguments.get("groups", 1)
+        weight = torch.randn(out, group_in, *kernel) / (group_in * kernel[0] * kernel[1]) ** 0.5
+        bias = torch.randn(out) if arguments.pop("bias", True) else None
+        vectors = (torch.rand(out) + 0.5, torch.randn(out), torch.randn(out), torch.rand(out) + 0.5)
+        tensors: list[Any] = [None if t is None else t.to(dtype).to(device) for t in (weight, bias)]
+        tensors += [t.to(device) for t in vectors]
+        for t in tensors[:4]:
+            if t is not None:
+                t.requires_grad_(grad)
+        counter = torch.tensor(3, device=device)
+        found.append(ConvBNLayer(*tensors, counter, **arguments))
+        channels = out
+    return found
+
+
+def doubled(layers: Sequence[ConvBNLayer]) -> list[ConvBNLayer]:
+    """The layers in float64 on the CPU, tensors of their own."""
+    return [
+        layer._replace(
+            **{
+                name: t.detach().cpu().double().clone().requires_grad_(t.requires_grad)
+                for name, t in zip(FIELDS, layer)
+                if isinstance(t, Tensor)
+            },
+            num_batches_tracked=None,
+        )
+        for layer in layers
+    ]
+
+
+def reference(
+    x: Tensor,
+    layers: Sequence[ConvBNLayer],
+    dtype: torch.dtype,
+    pool: Any = None,
+    mask: Tensor | None = None,
+    training: bool = True,
+) -> Tensor:
+    """The stage in float64, each stored map rounded to ``dtype``, dropout as an explicit mask of factors."""
+    for layer in layers:
+        z = F.conv2d(x, layer.weight, layer.bias, *layer[7:11])
+        z = _Round.apply(z, dtype)
+        batch = layer.measures(training)
+        z = F.batch_norm(
+            z, layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, batch, 0.1, layer.eps
+        )
+        x = _Round.apply(F.relu(z), dtype)
+    if pool is not None:
+        x = F.max_pool2d(x, *(pool if isinstance(pool, MaxPool) else (pool,)))
+    return x if mask is None else x * mask
+
+
+def factors(y: Tensor, undropped: Tensor, p: float) -> Tensor:
+    """Dropout's factors, read off an output: (N, C, 1, 1). Each channel is dropped whole or kept whole."""
+    y, undropped = y.detach().cpu().double(), undropped.detach().double()
+    kept = y.flatten(2).abs().amax(2) > 0
+    alive = undropped.flatten(2).abs().amax(2) > 0
+    assert alive.any()
+    return (kept & alive)[:, :, None, None].double() / (1 - p)
+
+
+def compare(
+    name: str,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    training: bool = True,
+    change: Callable[[list[ConvBNLayer]], list[ConvBNLayer]] = list,
+) -> None:
+    """One case, forward and backward, against the reference."""
+    shape, specs, arguments = CASES[name]
+    layers = change(layers_for(shape[1], specs, dtype, device))
+    x = torch.randn(shape).to(dtype).to(device).contiguous(memory_format=memory_format).requires_grad_()
+    exact_layers, exact_x = doubled(layers), x.detach().cpu().double().contiguous().requires_grad_()
+    pool, p = arguments.get("pool"), arguments.get("dropout_p", 0.0)
+
+    y = conv_stage(x, layers, training=training, **arguments)
+    mask = None
+    if p and training:
+        with torch.no_grad():
+            mask = factors(y, reference(exact_x, doubled(layers_before(layers)), dtype, pool), p)
+    expected = reference(exact_x, exact_layers, dtype, pool, mask, training)
+    reduction = max(layer.weight[0].numel() for layer in layers) * shape[0] * shape[2] * shape[3]
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=memory_format)
+    assert_close(y, expected, reduction, name="y")
+
+    dy = torch.randn(expected.shape).to(dtype)
+    expected.backward(dy.double())
+    y.backward(dy.to(device))
+    # rounding the maps moves a gradient once a layer, there and back
+    depth = 4 * len(layers)
+    assert x.grad is not None
+    assert x.grad.is_contiguous(memory_format=memory_format)
+    close(x.grad, exact_x.grad, reduction, depth, dtype, "input gradient")
+    for i, (layer, exact) in enumerate(zip(layers, exact_layers)):
+        measured = layer.measures(training)
+        for field, t, want in zip(FIELDS, layer, exact):
+            if not isinstance(t, Tensor) or not isinstance(want, Tensor):
+                continue
+            if not t.requires_grad:
+                assert_close(t, want, reduction, dtype=dtype, name=f"{field} of layer {i}")
+            elif field == "bias" and measured:
+                assert_no_gradient(t, dy)
+            else:
+                assert t.grad is not None
+                assert t.grad.dtype == t.dtype
+                close(t.grad, want.grad, reduction, depth, dtype, f"gradient of {field} of layer {i}")
+        assert layer.num_batches_tracked is not None
+        assert layer.num_batches_tracked.item() == 3 + layer.counts(training)
+
+
+def assert_no_gradient(bias: Tensor, dy: Tensor) -> None:
+    """Batch statistics take a bias away again: its gradient is zero, and ours exactly (torch's is noise)."""
+    assert bias.grad is not None
+    noise = 0.0 if tkernels.get_backend() == "triton" else 1e-2 * dy.abs().sum().item()
+    assert bias.grad.abs().max().item() <= noise
+
+
+def layers_before(layers: Sequence[ConvBNLayer]) -> list[ConvBNLayer]:
+    """The layers without running statistics, so that looking at them moves none."""
+    return [layer._replace(running_mean=None, running_var=None) for layer in layers]
+
+
+def close(a: Tensor, want: Tensor | None, reduction: int, depth: int, dtype: torch.dtype, name: str) -> None:
+    assert want is not None
+    magnitude = want.abs().max().item() * depth
+    assert_close(a, want, reduction * depth, dtype=dtype, scale=magnitude, name=name)
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+@pytest.mark.parametrize("name", CASES)
+def test_equals_torch(name: str, training: bool, device: str) -> None:
+    compare(name, device, training=training, memory_format=CL if training else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision(dtype: torch.dtype, device: str) -> None:
+    compare("rgb, 2 layers, pool", device, dtype)
+
+
+def test_nchw_in_nchw_out(device: str) -> None:
+    compare("3 layers, dropout", device)
+
+
+def test_batch_norm_frozen_or_without_statistics(device: str) -> None:
+    """A layer may keep to its running statistics in training, and have none in evaluation."""
+
+    def freeze(layers: list[ConvBNLayer]) -> list[ConvBNLayer]:
+        return [layers[0]._replace(training=False), layers[1]._replace(running_mean=None, running_var=None)]
+
+    compare("rgb, 2 layers, pool", device, training=True, change=freeze)
+    compare("rgb, 2 layers, pool", device, training=False, change=freeze)
+
+
+@pytest.mark.parametrize("momentum", (None, 0.3))
+def test_momentum(momentum: float | None, device: str) -> None:
+    (layer,) = layers_for(3, [(4, 1, {})], torch.float32, device)
+    layer = layer._replace(momentum=momentum)
+    (exact,) = doubled([layer])
+    x = torch.randn(2, 3, 4, 5)
+    conv_stage(x.to(device), [layer], training=True)
+    factor = 1 / 4 if momentum is None else momentum
+    z = F.conv2d(x.double(), exact.weight, exact.bias)
+    F.batch_norm(z, exact.running_mean, exact.running_var, training=True, momentum=factor)
+    assert_close(layer.running_mean, exact.running_mean, 40, name="running mean")
+    assert_close(layer.running_var, exact.running_var, 40, name="running variance")
+
+
+# Through the second layer's convolution goes a gradient only if something before it asks for one; its epilogue masks
+# and sums where batch norm asks for sums, in training for all but a convolution's bias, whose gradient is zero.
+FUSED = {"conv_stage_dgrad_kernel": 1}
+TRAINING_PRODUCTS: dict[str, dict[str, int]] = {
+    "weight 0": {"conv_wgrad_kernel": 1, **FUSED},
+    "bn_bias 1": {},
+    "bn_weight 0": FUSED,
+    "bias 0": {},
+    "input": {"conv_dgrad_kernel": 1, **FUSED},
+}
+EVALUATION_PRODUCTS: dict[str, dict[str, int]] = {
+    "weight 0": {"conv_wgrad_kernel": 1, "conv_dgrad_kernel": 1},
+    "bn_bias 1": {},
+    "bn_weight 0": FUSED,
+    "bias 0": {"conv_wgrad_kernel": 1, "conv_dgrad_kernel": 1},
+    "input": {"conv_dgrad_kernel": 2},
+}
+
+
+@pytest.mark.parametrize("seen", ("weight 0", "bn_bias 1", "bn_weight 0", "bias 0", "input", "nothing"))
+@pytest.mark.parametrize("training", (True, False))
+def test_only_what_is_asked_for(seen: str, training: bool, device: str, launches: list[str], triton_runs: bool) -> None:
+    shape, specs, _ = CASES["rgb, 2 layers, pool"]
+    layers = layers_for(3, specs, torch.float32, device, grad=False)
+    x = torch.randn(shape, device=device)
+    exact_layers, exact_x = doubled(layers), x.cpu().double()
+    for some, image in ((layers, x), (exact_layers, exact_x)):
+        if seen == "input":
+            image.requires_grad_()
+        elif seen != "nothing":
+            field, i = seen.split()
+            getattr(some[int(i)], field).requires_grad_()
+    y = conv_stage(x, layers, 2, training=training)
+    expected = reference(exact_x, exact_layers, torch.float32, 2, None, training)
+    assert_close(y, expected, 9 * 20 * 63, name="y")
+    assert y.requires_grad == (seen != "nothing")
+    if seen == "nothing":
+        return
+    launches.clear()
+    y.sum().backward()  # a stride-0 gradient
+    expected.sum().backward()
+    names = [(some[int(seen[-1])], seen.split()[0]) if seen != "input" else None for some in (layers, exact_layers)]
+    got, want = (image if at is None else getattr(*at) for at, image in zip(names, (x, exact_x)))
+    if seen == "bias 0" and training:
+        assert_no_gradient(got, y)
+    else:
+        close(got.grad, want.grad, 9 * 20 * 63, 8, torch.float32, seen)
+    if triton_runs:
+        products = {name: launches.count(name) for name in set(launches) if "grad_kernel" in name and "conv" in name}
+        assert products == (TRAINING_PRODUCTS if training else EVALUATION_PRODUCTS)[seen]
+
+
+@pytest.mark.gate("ttsem", "cuda")
+def test_launches(device: str, launches: list[str]) -> None:
+    """What a stage launches, exactly: no kernel more in training, one a layer in evaluation, then the pool."""
+    shape, specs, _ = CASES["rgb, 2 layers, pool"]
+    layers = layers_for(3, specs, torch.float32, device)
+    x = torch.randn(shape, device=device)
+    launches.clear()
+    y = conv_stage(x, layers, 2, 0.25, training=True)
+    measured = ["conv_pack_kernel", "conv_stage_kernel", "finalize_statistics_kernel"]
+    assert launches == [*measured, "normalize_kernel", *measured, "stage_end_kernel"]
+    launches.clear()
+    y.sum().backward()
+    assert launches == [
+        "stage_sums_kernel", "finalize_gradients_kernel", "stage_gradient_kernel", "conv_wgrad_kernel",
+        "conv_merge_kernel", "conv_stage_dgrad_kernel", "finalize_gradients_kernel", "input_gradient_kernel",
+        "conv_wgrad_kernel", "conv_merge_kernel",
+    ]  # fmt: skip
+    launches.clear()
+    with torch.no_grad():
+        conv_stage(x, layers, 2, 0.25, training=False)
+    assert launches == ["conv_pack_kernel", "conv_stage_kernel"] * 2 + ["stage_end_kernel"]
+
+
+def test_ties_and_nan_go_where_torch_sends_them(device: str) -> None:
+    """Equal activations (zeros above all) and NaN: the same element gets the gradient."""
+    x = torch.randint(-1, 2, (3, 1, 6, 7)).float()
+    x[0, 0, 2, 2] = x[0, 0, 3, 2] = float("nan")
+    ones = torch.ones(1)
+    layer = ConvBNLayer(ones[:, None, None, None], running_mean=torch.zeros(1), running_var=ones, eps=1e-30)
+    for pool in (MaxPool(2), MaxPool(3, 2, 1)):
+        inputs = [x.clone().requires_grad_(), x.clone().to(device).detach().requires_grad_()]
+        expected = F.max_pool2d(F.relu(inputs[0]), *pool)
+        on_device = layer._replace(**{name: getattr(layer, name).to(device) for name in (FIELDS[0], *FIELDS[4:])})
+        y = conv_stage(inputs[1], [on_device], pool)
+        assert torch.equal(y.isnan().cpu(), expected.isnan())
+        assert torch.equal(y.nan_to_num(7.0).cpu(), expected.nan_to_num(7.0))
+        expected.backward(torch.ones_like(expected))
+        y.backward(torch.ones_like(y))
+        assert inputs[0].grad is not None
+        assert inputs[1].grad is not None
+        assert torch.equal(inputs[1].grad.cpu(), inputs[0].grad)
+
+
+@pytest.mark.parametrize("layout", ("channels_last", "transposed", "expanded", "offset", "nchw"))
+def test_any_gradient_layout(layout: str, device: str) -> None:
+    (layer,) = layers_for(3, [(6, 3, {"padding": 1})], torch.float32, device)
+    (exact,) = doubled([layer])
+    x = torch.randn(2, 3, 6, 8)
+    y = conv_stage(x.to(device), [layer], 2, training=True)
+    expected = reference(x.double(), [exact], torch.float32, 2)
+    dy = {
+        "channels_last": lambda: torch.randn(2, 6, 3, 4).to(memory_format=CL),
+        "transposed": lambda: torch.randn(4, 3, 6, 2).permute(3, 2, 1, 0),
+        "expanded": lambda: torch.randn(1, 6, 1, 4).expand(2, 6, 3, 4),
+        "offset": lambda: torch.randn(3, 7, 5, 9)[1:, 1:, 1:4, 2:9:2],
+        "nchw": lambda: torch.randn(2, 6, 3, 4),
+    }[layout]()
+    given = torch.empty(0, device=device).new_empty(0)
+    given = dy.to(device) if layout != "expanded" else dy[:, :, :1].to(device).expand(2, 6, 3, 4)
+    y.backward(given)
+    expected.backward(dy.double())
+    assert layer.weight.grad is not None
+    close(layer.weight.grad, exact.weight.grad, 96 * 27, 8, torch.float32, layout)
+
+
+@pytest.mark.parametrize("p", (0.0, 0.3, 1.0))
+def test_dropout_drops_whole_channels(p: float, device: str) -> None:
+    layers = layers_for(2, [(40, 1, {})], torch.float32, device)
+    x = torch.randn(4, 2, 3, 3, device=device)
+    torch.manual_seed(5)
+    y = conv_stage(x, layers, None, p, training=True)
+    torch.manual_seed(5)
+    again = conv_stage(x, layers, None, p, training=True)
+    assert torch.equal(y, again)
+    full = conv_stage(x, layers, None, 0.0, training=True)
+    share = ((y != 0) & (full != 0)).sum() / (full != 0).sum()
+    # 160 draws: 4 standard deviations
+    assert abs(share.item() - (1 - p)) <= 4 * (p * (1 - p) / 160) ** 0.5
+    channel_kept = (y != 0).flatten(2).any(2)[:, :, None, None]
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    assert_close(y, (full * scale * channel_kept).double().cpu(), 8, name="kept channels")
+
+
+@pytest.mark.gate("torch")
+def test_dropout_draws_as_torch_does_on_the_cpu() -> None:
+    stage = tkernels.nn.ConvStage((3, 4), pool=2, dropout=0.5, padding=1)
+    x = torch.randn(2, 3, 6, 6)
+    torch.manual_seed(3)
+    y = stage(x)
+    torch.manual_seed(3)
+    plain = torch.nn.Sequential(stage.conv1, stage.bn1, torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Dropout2d(0.5))
+    torch.testing.assert_close(y, plain(x))
+
+
+def test_two_runs_are_bitwise_equal(device: str) -> None:
+    shape, specs, _ = CASES["rgb, 2 layers, pool"]
+    layers = layers_for(3, specs, torch.float32, device)
+    x = torch.randn(shape, device=device)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        y = conv_stage(x, layers, 2, 0.25, training=True)
+        leaves = [layer.weight for layer in layers]
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_autocast_and_mixed_dtypes(device: str) -> None:
+    """Parameters stay float32 under autocast, maps are bfloat16, gradients have their parameter's dtype."""
+    layers = layers_for(16, [(8, 3, {"padding": 1})], torch.float32, device)
+    x = torch.randn(2, 16, 4, 5, device=device, requires_grad=True)
+    with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16):
+        y = conv_stage(x, layers, 2, training=True)
+    assert y.dtype == torch.bfloat16
+    (exact,) = doubled(layers)
+    exact = exact._replace(running_mean=None, running_var=None)
+    rounded = x.detach().cpu().bfloat16().double()
+    expected = reference(
+        rounded, [exact._replace(weight=exact.weight.bfloat16().double(), bias=exact.bias.bfloat16().double())],
+        torch.bfloat16, 2,
+    )  # fmt: skip
+    assert_close(y, expected, 9 * 16 * 40, name="y")
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert layers[0].weight.grad is not None
+    assert layers[0].weight.grad.dtype == torch.float32
+
+
+def test_empty_batch(device: str) -> None:
+    layers = layers_for(3, [(4, 3, {"padding": 1})], torch.float32, device)
+    y = conv_stage(torch.empty(0, 3, 4, 4, device=device), layers, 2, training=False)
+    assert y.shape == (0, 4, 2, 2)
+
+
+def test_no_second_derivative(device: str, triton_runs: bool) -> None:
+    layers = layers_for(3, [(4, 1, {})], torch.float32, device)
+    x = torch.randn(2, 3, 2, 2, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(conv_stage(x, layers, training=True).sum(), x, create_graph=True)
+    if triton_runs:
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            dx.sum().backward()
+
+
+def test_statistics_stay_right_at_a_large_mean(device: str) -> None:
+    """At mean / std of 1e4, E[x^2] - E[x]^2 would have no digit left."""
+    weight = torch.eye(2)[:, :, None, None].to(device)
+    x = torch.randn(2, 2, 9, 8) + 1e4
+    y = conv_stage(x.to(device), [ConvBNLayer(weight)], training=True)
+    z = F.relu(F.batch_norm(x.double(), None, None, training=True))
+    # the input itself is rounded to 6e-8 of 1e4
+    assert (y.cpu().double() - z).abs().max() < 2e-3
+
+
+BAD: dict[str, tuple[type[Exception], Callable[[Tensor, ConvBNLayer], Any]]] = {
+    "no tensor": (TypeError, lambda x, a: conv_stage([1.0], [a])),  # type: ignore[arg-type]
+    "unbatched": (ValueError, lambda x, a: conv_stage(x[0], [a])),
+    "no layers": (ValueError, lambda x, a: conv_stage(x, [])),
+    "layers of another kind": (TypeError, lambda x, a: conv_stage(x, [a.weight])),  # type: ignore[list-item]
+    "channels that don't follow": (RuntimeError, lambda x, a: conv_stage(x, [a, a])),
+    "probability": (ValueError, lambda x, a: conv_stage(x, [a], None, 1.5)),
+    "pool of 0": (RuntimeError, lambda x, a: conv_stage(x, [a], 0)),
+    "pool too large": (RuntimeError, lambda x, a: conv_stage(x, [a], 9)),
+    "pool's padding": (RuntimeError, lambda x, a: conv_stage(x, [a], MaxPool(2, 2, 2))),
+    "pool's type": (TypeError, lambda x, a: conv_stage(x, [a], 2.5)),  # type: ignore[arg-type]
+    "bias of another length": (RuntimeError, lambda x, a: conv_stage(x, [a._replace(bias=x.new_ones(3))])),
+    "bn_weight of another length": (RuntimeError, lambda x, a: conv_stage(x, [a._replace(bn_weight=x.new_ones(3))])),
+    "half of the statistics": (ValueError, lambda x, a: conv_stage(x, [a._replace(running_var=None)])),
+    "dtypes": (RuntimeError, lambda x, a: conv_stage(x.half(), [a])),
+    "eps": (ValueError, lambda x, a: conv_stage(x, [a._replace(eps=0.0)])),
+    "stride": (RuntimeError, lambda x, a: conv_stage(x, [a._replace(stride=0)])),
+    "one value a channel": (ValueError, lambda x, a: conv_stage(x[:1, :, :1, :1], [a], training=True)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calls(name: str, device: str, launches: list[str]) -> None:
+    error, call = BAD[name]
+    (layer,) = layers_for(3, [(4, 1, {})], torch.float32, device)
+    before = layer.running_mean.clone()
+    x = torch.randn(2, 3, 5, 5, device=device)
+    launches.clear()
+    with pytest.raises(error):
+        call(x, layer)
+    assert not launches
+    assert torch.equal(layer.running_mean, before)
+
+
+@pytest.mark.gate("torch")
+@pytest.mark.parametrize("training", (True, False))
+def test_gradcheck(training: bool) -> None:
+    layers = doubled(layers_for(2, [(3, 3, {"padding": 1}), (2, 1, {})], torch.float32, "cpu"))
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    leaves = [t for layer in layers for t in layer[:4] if t is not None]
+
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        taken = iter(rest)
+        some = [layer._replace(**{name: next(taken) for name in FIELDS[:4]}) for layer in layers]
+        return conv_stage(x, some, 2, training=training)
+
+    assert torch.autograd.gradcheck(call, (x, *leaves))
+
+
+@pytest.mark.gate("torch")
+def test_modules_keep_torch_names_and_draws() -> None:
+    torch.manual_seed(0)
+    stage = tkernels.nn.ConvStage((3, 8, 4), 3, padding=1, pool=2, dropout=0.1)
+    single = tkernels.nn.ConvBNReLU2d(4, 2, 1, bias=False)
+    torch.manual_seed(0)
+    plain = torch.nn.ModuleDict(
+        {
+            "conv1": torch.nn.Conv2d(3, 8, 3, padding=1),
+            "bn1": torch.nn.BatchNorm2d(8),
+            "conv2": torch.nn.Conv2d(8, 4, 3, padding=1),
+            "bn2": torch.nn.BatchNorm2d(4),
+        }
+    )
+    conv = torch.nn.Conv2d(4, 2, 1, bias=False)
+    state = stage.state_dict()
+    assert list(state) == list(plain.state_dict())
+    assert all(torch.equal(state[key], t) for key, t in plain.state_dict().items())
+    assert torch.equal(single.conv.weight, conv.weight)
+    assert list(single.state_dict()) == ["conv.weight", *(f"bn.{key}" for key in torch.nn.BatchNorm2d(2).state_dict())]
+    with pytest.raises(ValueError):
+        tkernels.nn.ConvStage((3,))
+    with pytest.raises(ValueError):
+        tkernels.nn.ConvStage((3, 4), dropout=-1.0)
+
+
+@pytest.mark.gate("torch")
+def test_prologue_is_refused_in_words() -> None:
+    """The chooser knows the estimate and says that the kernel behind it is not built."""
+    from perf.cases.conv import window3x3
+    from tkernels import targets
+    from tkernels.tuning import conv_stage as tuning
+
+    g = window3x3(64, 64, 16)
+    pointwise = g._replace(kernel_h=1, kernel_w=1, pad_h=0, pad_w=0)
+    target = targets.TARGETS["sm_90"]
+    assert tuning.prologue_gain(pointwise, torch.bfloat16, target) > tuning.prologue_gain(g, torch.bfloat16, target)
+    assert not tuning.applies_in_prologue(pointwise, torch.bfloat16)
+    assert ops.ConvBNLayer is ConvBNLayer

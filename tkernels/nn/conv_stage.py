@@ -1,0 +1,110 @@
+"""Conv stages: ConvStage, n x (conv -> batch norm -> ReLU) with pooling and Dropout2d, and ConvBNReLU2d, one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tkernels.ops import checks
+from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
+
+__all__ = ["ConvBNReLU2d", "ConvStage"]
+
+IntOrPair = int | tuple[int, int]
+
+
+def _layer(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ConvBNLayer:
+    """The arguments of one layer, from the modules that own its tensors."""
+    return ConvBNLayer(
+        conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
+        conv.stride, conv.padding, conv.dilation, conv.groups, norm.momentum, norm.eps, norm.training,
+    )  # fmt: skip
+
+
+class ConvStage(torch.nn.Module):
+    """n x (Conv2d -> BatchNorm2d -> ReLU), then max pooling and Dropout2d, as one call on a GPU.
+
+    (N, C_in, H, W) to (N, C_out, H_out, W_out). ``channels``: input channels, then each layer's output channels; the
+    convolution's arguments are those of every layer. ``pool``: a window's size (its stride too), a
+    :class:`tkernels.functional.MaxPool` or None; ``dropout``: the probability that training drops a whole channel.
+
+    Submodules are torch.nn's ``conv1``, ``bn1``, ``conv2``, ``bn2``, ...: their parameters, buffers, initialisation
+    and state_dict. They hold the tensors and are not called themselves: hooks on them don't run.
+
+    Raises ValueError for fewer than two channel counts or a probability outside [0, 1]; otherwise errors as
+    :func:`tkernels.functional.conv_stage`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        kernel_size: IntOrPair = 3,
+        stride: IntOrPair = 1,
+        padding: IntOrPair | str = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        pool: IntOrPair | MaxPool | None = None,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if len(channels) < 2:
+            raise ValueError(f"channels must be the input's and at least one layer's, got {channels}")
+        checks.probability("dropout", dropout)
+        super().__init__()
+        self.pool = pool
+        self.dropout = dropout
+        self.layers = len(channels) - 1
+        for i, (before, after) in enumerate(pairwise(channels), start=1):
+            conv = torch.nn.Conv2d(
+                before, after, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+            )
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", torch.nn.BatchNorm2d(after, eps, momentum, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        own: Any = self._modules
+        layers = [_layer(own[f"conv{i}"], own[f"bn{i}"]) for i in range(1, self.layers + 1)]
+        return conv_stage(input, layers, self.pool, self.dropout, self.training)
+
+    def extra_repr(self) -> str:
+        return f"pool={self.pool}, dropout={self.dropout}"
+
+
+class ConvBNReLU2d(torch.nn.Module):
+    """Conv2d -> BatchNorm2d -> ReLU as one call on a GPU: (N, C_in, H, W) to (N, C_out, H_out, W_out).
+
+    Submodules ``conv`` (torch.nn.Conv2d, arguments as there) and ``bn`` (torch.nn.BatchNorm2d) hold parameters, buffers
+    and state_dict; they are not called themselves. Errors as :func:`tkernels.functional.conv_stage`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair | str = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+        )
+        self.bn = torch.nn.BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return conv_stage(input, [_layer(self.conv, self.bn)], training=self.training)

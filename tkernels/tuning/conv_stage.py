@@ -1,0 +1,138 @@
+"""What the end of a conv stage is (Pooling) and the launch configurations of its kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+
+from tkernels import targets
+from tkernels.tuning import Config, block, cdiv, next_power_of_two
+from tkernels.tuning import conv as conv_tuning
+from tkernels.tuning.conv import Geometry
+
+# A finalise program merges at most this many partial rows; more are folded first.
+MAX_PARTIALS = 512
+UNROLLED_TAPS = 16  # windows of at most this many pixels are unrolled
+
+
+class Pooling(NamedTuple):
+    """Max pooling of a map of height x width; a window of one pixel and stride 1 is no pooling."""
+
+    height: int
+    width: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    out_h: int
+    out_w: int
+
+    @property
+    def taps(self) -> int:
+        return self.kernel_h * self.kernel_w
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a pixel may lie in several windows."""
+        return self.kernel_h > self.stride_h or self.kernel_w > self.stride_w
+
+    @property
+    def border(self) -> bool:
+        """Whether any window reaches outside the map."""
+        return self.pad_h > 0 or self.pad_w > 0
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns of the stride-sized cells, one at each window's corner, that cover the whole map."""
+        return cdiv(self.height + self.pad_h, self.stride_h), cdiv(self.width + self.pad_w, self.stride_w)
+
+
+def no_pooling(height: int, width: int) -> Pooling:
+    """The Pooling that changes nothing."""
+    return Pooling(height, width, 1, 1, 1, 1, 0, 0, height, width)
+
+
+def applies_in_prologue(g: Geometry, dtype: torch.dtype) -> bool:
+    """Whether the next convolution should normalise its input as it loads it, so that the activation between the two
+    is never stored. Always False: that kernel is not built.
+
+    The estimate behind it: the activation's pass costs one read and one write of the map, and its consumers (forward
+    and weight gradient) read it as they would read the raw map. A prologue repeats the arithmetic, about 6
+    instructions an element, once for each tap and each tile of output channels, and its operand comes through
+    registers instead of by asynchronous copy. For a 1x1 window with one tile of output channels the ratio below is
+    favourable on every card; for a 3x3 window it is not.
+    """
+    return PROLOGUE_IS_BUILT and prologue_gain(g, dtype, targets.current()) > 1.0
+
+
+PROLOGUE_IS_BUILT = False
+
+
+def prologue_gain(g: Geometry, dtype: torch.dtype, target: targets.Target) -> float:
+    """Time of the pass a prologue would save over the time of the arithmetic it would repeat."""
+    bytes_saved = 2 * dtype.itemsize
+    repeats = 2 * g.taps * cdiv(g.group_out, 128)
+    pass_time = bytes_saved / target.gbps
+    # a fused multiply-add counts as two of a card's float32 operations
+    repeat_time = repeats * 6 * 2 / (target.tflops_fp32 * 1e3)
+    return pass_time / repeat_time
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_epilogue(config: Config) -> Config:
+    """A product's tiles where an epilogue reduces them: at most 32 accumulators a thread leave it registers enough for
+    two programs a multiprocessor."""
+    tile = config["BLOCK_M"] * config["BLOCK_N"]
+    return dataclasses.replace(config, num_warps=8) if tile >= 128 * 64 else config
+
+
+def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+    """Tiles of the convolution with a batch norm epilogue: those of the plain one, on more warps."""
+    return _with_epilogue(conv_tuning.forward(g, dtype, precision))
+
+
+def dgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+    """Tiles of the input gradient with a batch norm epilogue: those of the plain one, on more warps."""
+    return _with_epilogue(conv_tuning.dgrad(g, dtype, precision))
+
+
+@functools.lru_cache(maxsize=1024)
+def fold(channels: int) -> Config:
+    """Blocks of the kernels that fold partial rows: BLOCK_R rows into one, BLOCK_C channels."""
+    return Config.of(4, 1, BLOCK_R=64, BLOCK_C=block(channels, 1, 32))
+
+
+def tiles_a_program(tiles: int) -> int:
+    """How many tiles a producer of partial rows runs over, so that there are at most MAX_PARTIALS rows."""
+    return cdiv(tiles, MAX_PARTIALS)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile(channels: int, pixels: int, elements: int) -> Config:
+    block_c = block(channels, 8, 64)
+    # a tile lies in one image: no taller than the image
+    block_p = min(block(elements // block_c, 1, 256), next_power_of_two(pixels))
+    return Config.of(4 if block_p * block_c >= 512 else 1, 1, BLOCK_P=block_p, BLOCK_C=block_c)
+
+
+def end(channels: int, pool: Pooling) -> Config:
+    """Blocks of the pass that normalises, activates and pools: BLOCK_P output pixels, BLOCK_C channels."""
+    return _tile(channels, pool.out_h * pool.out_w, 4096 if pool.taps == 1 else 2048)
+
+
+def end_sums(channels: int, pool: Pooling) -> Config:
+    """Blocks of the pass that sums the gradient: BLOCK_P windows a step, BLOCK_C channels."""
+    return _tile(channels, pool.out_h * pool.out_w, 2048)
+
+
+def end_gradient(channels: int, pool: Pooling) -> Config:
+    """Blocks of the pass that makes the raw output's gradient: BLOCK_P cells (pixels where windows overlap)."""
+    if pool.overlaps:
+        return _tile(channels, pool.height * pool.width, 1024)
+    cells_h, cells_w = pool.cells
+    return _tile(channels, cells_h * cells_w, 2048 if pool.taps == 1 else 1024)
