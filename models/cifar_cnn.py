@@ -57,7 +57,7 @@ class CNNClassifier(nn.Module):
         return self.classifier(torch.flatten(features, 1))
 
     @staticmethod
-    def _stage(*channels: int, dropout: float) -> nn.Sequential:
+    def _stage(*channels: int, dropout: float) -> nn.Module:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, (before, after) in enumerate(pairwise(channels), start=1):
             layers[f"conv{i}"] = nn.Conv2d(before, after, 3, padding=1)
@@ -82,18 +82,12 @@ class CNNClassifier(nn.Module):
 class FusedCNNClassifier(CNNClassifier):
     """The network of :class:`CNNClassifier` from fused modules: the same arguments, state_dict and initial weights.
 
-    Batch norm applies ReLU, linear layers apply ReLU and dropout.
+    A stage is one call, its pooling and dropout included; linear layers apply ReLU and dropout.
     """
 
     @staticmethod
-    def _stage(*channels: int, dropout: float) -> nn.Sequential:
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, (before, after) in enumerate(pairwise(channels), start=1):
-            layers[f"conv{i}"] = tnn.Conv2d(before, after, 3, padding=1)
-            layers[f"bn{i}"] = tnn.BatchNorm2d(after, activation="relu")
-        layers["pool"] = nn.MaxPool2d(2)
-        layers["dropout"] = nn.Dropout2d(dropout)
-        return nn.Sequential(layers)
+    def _stage(*channels: int, dropout: float) -> nn.Module:
+        return tnn.ConvStage(channels, 3, padding=1, pool=2, dropout=dropout)
 
     @staticmethod
     def _classifier(*features: int, dropout: float) -> nn.Sequential:
