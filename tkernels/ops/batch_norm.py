@@ -66,7 +66,8 @@ def counted_batch_norm(
 
     ``momentum`` None: running statistics are the average over all batches counted so far.
     """
-    _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not _plainly_right(input, running_mean, running_var, weight, bias, momentum, eps):
+        _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
     activations.check(activation)
     if residual is not None:
         residual = _checked_residual(input, residual)
@@ -80,6 +81,35 @@ def counted_batch_norm(
         activation,
     )  # fmt: skip
     return y
+
+
+def _plainly_right(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> bool:
+    """Whether a call is of the everyday kind, which needs no further checks: every vector there, of one dtype."""
+    if not (isinstance(input, Tensor) and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)):
+        return False
+    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor) and input.ndim > 1 and input.shape[0] > 1):
+        return False
+    shape, dtype, device = input.shape[1:2], input.dtype, input.device
+    wide = running_mean.dtype
+    return (
+        (dtype == wide or (wide == torch.float32 and dtype in (torch.float16, torch.bfloat16)))
+        and input.is_floating_point()
+        and running_mean.shape == running_var.shape == weight.shape == bias.shape == shape
+        and running_var.dtype == weight.dtype == bias.dtype == wide
+        and running_mean.device == running_var.device == weight.device == bias.device == device
+        and not (running_mean.requires_grad or running_var.requires_grad)
+        and (momentum is None or type(momentum) is float)
+        and type(eps) is float
+        and eps > 0.0
+    )
 
 
 def _check(
