@@ -145,8 +145,12 @@ def _pixels_product(
 ) -> Config:
     block_m, block_n, warps = product_tile(True, pixels, cols, dtype, precision)
     block_k = reduction_block(length, dtype, precision, target)
+    if target.warp_size == 32 and not target.is_nvidia:
+        warps = 8  # gfx1100 spills the epilogue of 64 accumulators a thread
     warps = wide_warps(block_m, block_n, block_k, warps, dtype, target)
-    return Config.of(warps, stages((block_m + block_n) * block_k * dtype.itemsize, target),
+    # ptxas spills a few registers of small tiles below a limit it sets itself
+    maxnreg = 128 if block_m * block_n <= 4096 and block_m == 64 and dtype != torch.float32 else None
+    return Config.of(warps, stages((block_m + block_n) * block_k * dtype.itemsize, target), maxnreg,
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
 
 
