@@ -2,7 +2,7 @@
 
 A row counts as slower where its median grew by more than the threshold and the two bands from p20 to p80 do not
 overlap. On a CPU, where the providers took turns, what the machine did to PyTorch in the same turns is divided out
-first, with PyTorch's own band as a margin; PyTorch's rows count as slower only where most of them are. A row counts
+too, with PyTorch's own band as a margin; PyTorch's rows count as slower only where most of them are. A row counts
 as less exact where its error against float64 grew by a quarter, and as broken where it was ok and no longer is.
 
 Exit status: 0 nothing got worse, 1 something did, 2 the files cannot be compared.
@@ -121,8 +121,8 @@ def _drift(both: pd.DataFrame, absolute: bool) -> tuple[pd.Series, pd.Series]:
 
 
 def _apart(row: dict[str, Any], drift: float) -> bool:
-    """Whether the new band lies wholly above the old one."""
-    return row["ms_p20_new"] / drift > row["ms_p80_old"]
+    """Whether the new band lies wholly above the old one, with the machine's drift divided out and without."""
+    return row["ms_p20_new"] / max(drift, 1.0) > row["ms_p80_old"]
 
 
 def _baseline_slower(both: pd.DataFrame, threshold: float) -> bool:

@@ -1,6 +1,7 @@
 """Measuring one operator at one shape: correctness against float64 first, then time, memory and host cost.
 
-On a CPU the providers take turns, one repetition each, so that whatever else the machine does hits all alike. On a
+On a CPU the providers take turns, one repetition each, so that whatever else the machine does hits all alike, and
+repetitions in which another process took the CPU are left out where enough others remain. On a
 GPU triton.testing times each provider with CUDA events, after warm-up and with the L2 cache cleared.
 """
 
@@ -22,6 +23,11 @@ from perf import providers
 from perf.operators import Operator, Sources, Tensors
 from perf.providers import Provider
 from perf.shapes import Shape
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # A result may be so many times as far from float64 as PyTorch's, plus so many roundings, before it counts as wrong
 WORSE_THAN_TORCH = 4.0
@@ -225,7 +231,7 @@ def interleaved(calls: dict[str, Callable[[], object]], effort: Effort) -> dict[
         repeats[name] = max(1, min(1000, round(1e-3 / max(seconds, 1e-7))))
         cost += seconds * repeats[name]
     rounds = int(min(max(effort.seconds * len(calls) / max(cost, 1e-9), effort.repetitions), 200))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[tuple[float, bool]]] = {name: [] for name in calls}
     names = list(calls)
     gc.collect()
     gc.disable()
@@ -233,10 +239,23 @@ def interleaved(calls: dict[str, Callable[[], object]], effort: Effort) -> dict[
         for turn in range(rounds):
             for i in range(len(names)):
                 name = names[(turn + i) % len(names)]
-                samples[name].append(1e3 * _clock(calls[name], repeats[name]) / repeats[name])
+                before = _preemptions()
+                ms = 1e3 * _clock(calls[name], repeats[name]) / repeats[name]
+                samples[name].append((ms, _preemptions() == before))
     finally:
         gc.enable()
-    return {name: Timing(quantiles(taken)) for name, taken in samples.items()}
+    return {name: Timing(quantiles(_undisturbed(taken))) for name, taken in samples.items()}
+
+
+def _undisturbed(samples: list[tuple[float, bool]], least: int = 5) -> list[float]:
+    """The samples in which no other process took the CPU away; all of them where those are too few."""
+    clean = [ms for ms, undisturbed in samples if undisturbed]
+    return clean if len(clean) >= least else [ms for ms, _ in samples]
+
+
+def _preemptions() -> int:
+    """How often the system took the CPU from this process so far; 0 where it does not tell."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
 
 
 def _clock(call: Callable[[], object], times: int) -> float:
