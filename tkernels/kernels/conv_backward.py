@@ -8,6 +8,7 @@ float32 workspace; a second kernel adds the runs in a fixed order, so that resul
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tkernels import runtime
 from tkernels.kernels import common
+from tkernels.kernels.batch_norm import load_scale
 from tkernels.kernels.conv import channel_units, empty_pixels, locate_pixels, pixel_offsets, row_pitch, window
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import conv as tuning
@@ -30,6 +32,19 @@ def load_gradient(dy_ptr, saved_ptr, offsets, mask, ACTIVATION: tl.constexpr):
         saved = tl.load(saved_ptr + offsets, mask=mask, other=0.0)
         dz = common.activation_gradient(dz.to(tl.float32), saved.to(tl.float32), ACTIVATION).to(dy_ptr.dtype.element_ty)
     return dz
+
+
+@triton.jit
+def load_raw_gradient(dz_ptr, raw_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr, offsets, mask, channel, mask_c,
+                      channels):  # fmt: skip
+    """A tile of the gradient of batch norm's input from that of its output (batch_norm's input_gradient_kernel), in
+    the dtype of dz; masked lanes hold anything finite."""
+    dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    raw = tl.load(raw_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    mean, scale, _shift = load_scale(mean_ptr, None, bn_weight_ptr, None, channel, mask_c, channels, 0.0)
+    first = tl.load(coefficients_ptr + channel, mask=mask_c, other=0.0)
+    second = tl.load(coefficients_ptr + channels + channel, mask=mask_c, other=0.0)
+    return (tl.fma(mean - raw, second, dz - first) * scale).to(dz_ptr.dtype.element_ty)
 
 
 @triton.jit
@@ -136,12 +151,13 @@ def conv_dgrad_kernel(dy_ptr, saved_ptr, w_ptr, dx_ptr, images, tiles_m, height,
 
 
 @triton.jit
-def wgrad_product(x_ptr, dy_ptr, saved_ptr, first, last, group, offs_r, mask_r, offs_o, mask_o, height, width, out_w,
-                  out_pixels, group_in, channels_in, channels_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-                  FLAT: tl.constexpr, OUT_ON_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, KERNEL_W: tl.constexpr,
-                  STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-                  DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
+def wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr, first, last, group, offs_r,
+                  mask_r, offs_o, mask_o, height, width, out_w, out_pixels, group_in, channels_in, channels_out,
+                  x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT: tl.constexpr, OUT_ON_ROWS: tl.constexpr,
+                  ACTIVATION: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+                  PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+                  PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_P: tl.constexpr):  # fmt: skip
     """Float32 tile of the weight gradient, summed over pixels first .. last - 1: (tap, input channel) ``offs_r``
     against output channel ``offs_o``, the latter along M if OUT_ON_ROWS. The operand along M is loaded through
     transposed pointers."""
@@ -171,7 +187,12 @@ def wgrad_product(x_ptr, dy_ptr, saved_ptr, first, last, group, offs_r, mask_r, 
             x_offsets = tl.where(in_image, origin + y * width + x, 0) * channels_in + x_channel
         x_tile = tl.load(x_ptr + x_offsets, mask=in_image, other=0.0).to(dy_ptr.dtype.element_ty)
         dy_offsets = tl.expand_dims(pixel * channels_out, P_AXIS) + dy_channel
-        dz = load_gradient(dy_ptr, saved_ptr, dy_offsets, tl.expand_dims(mask_p, P_AXIS) & dy_mask, ACTIVATION)
+        mask = tl.expand_dims(mask_p, P_AXIS) & dy_mask
+        if coefficients_ptr is not None:
+            dz = load_raw_gradient(dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr, dy_offsets, mask,
+                                   dy_channel, dy_mask, channels_out)  # fmt: skip
+        else:
+            dz = load_gradient(dy_ptr, saved_ptr, dy_offsets, mask, ACTIVATION)
         if OUT_ON_ROWS:
             acc = tl.dot(dz, x_tile, acc, input_precision=PRECISION)
         else:
@@ -198,12 +219,13 @@ def advance_pixels(image, row, col, image_pixels, width, STEP: tl.constexpr):
 
 # One program: over one run of pixels, a [BLOCK_M, BLOCK_N] tile of one group's weight gradient or, in the last
 # bias_tiles programs of the first axis, the sums of BLOCK_B channels of dz. A run's workspace: [groups, M, N] weight
-# sums (output channels along M if OUT_ON_ROWS), then [C_out] bias sums. Grid: (weight tiles + bias tiles, runs).
+# sums (output channels along M if OUT_ON_ROWS), then [C_out] bias sums. With coefficients_ptr, dy is the gradient of a
+# batch norm's output and saved its input: it goes through as it is loaded. Grid: (weight tiles + bias tiles, runs).
 @triton.jit(do_not_specialize=["pixels", "run", "weight_tiles", "height", "width", "out_w", "x_stride_n"])
-def conv_wgrad_kernel(x_ptr, dy_ptr, saved_ptr, workspace_ptr, pixels, run, weight_tiles, workspace_size,
-                      weight_size, height, width, out_w, out_pixels, groups, group_in, group_out, x_stride_n,
-                      x_stride_c, x_stride_h, x_stride_w, IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
-                      FLAT: tl.constexpr, OUT_ON_ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
+def conv_wgrad_kernel(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr, workspace_ptr, pixels, run,
+                      weight_tiles, workspace_size, weight_size, height, width, out_w, out_pixels, groups, group_in,
+                      group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, IN_UNIT: tl.constexpr,
+                      OUT_UNIT: tl.constexpr, FLAT: tl.constexpr, OUT_ON_ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
                       KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
                       PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
                       PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -232,17 +254,17 @@ def conv_wgrad_kernel(x_ptr, dy_ptr, saved_ptr, workspace_ptr, pixels, run, weig
     mask_m = offs_m < rows
     mask_n = offs_n < cols
     if OUT_ON_ROWS:
-        acc = wgrad_product(x_ptr, dy_ptr, saved_ptr, first, last, group, offs_n, mask_n, group * group_out + offs_m,
-                            mask_m, height, width, out_w, out_pixels, group_in, groups * group_in, channels_out,
-                            x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT, OUT_ON_ROWS, ACTIVATION, KERNEL_W,
-                            STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, PRECISION, BLOCK_M, BLOCK_N,
-                            BLOCK_P)  # fmt: skip
+        acc = wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr, first, last, group,
+                            offs_n, mask_n, group * group_out + offs_m, mask_m, height, width, out_w, out_pixels,
+                            group_in, groups * group_in, channels_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+                            FLAT, OUT_ON_ROWS, ACTIVATION, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H,
+                            DILATION_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_P)  # fmt: skip
     else:
-        acc = wgrad_product(x_ptr, dy_ptr, saved_ptr, first, last, group, offs_m, mask_m, group * group_out + offs_n,
-                            mask_n, height, width, out_w, out_pixels, group_in, groups * group_in, channels_out,
-                            x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT, OUT_ON_ROWS, ACTIVATION, KERNEL_W,
-                            STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, PRECISION, BLOCK_M, BLOCK_N,
-                            BLOCK_P)  # fmt: skip
+        acc = wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr, first, last, group,
+                            offs_m, mask_m, group * group_out + offs_n, mask_n, height, width, out_w, out_pixels,
+                            group_in, groups * group_in, channels_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+                            FLAT, OUT_ON_ROWS, ACTIVATION, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H,
+                            DILATION_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_P)  # fmt: skip
     offsets = (group * rows + offs_m).to(tl.int64)[:, None] * cols + offs_n[None, :]
     tl.store(workspace_ptr + offsets, acc, mask=mask_m[:, None] & mask_n[None, :])
 
@@ -356,11 +378,13 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, dtype: torch.dtype, ch
 
 def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, needs_bias: bool = True,
                  saved: Tensor | None = None, activation: str | None = None, config: Config | None = None,
-                 runs: int | None = None) -> Tensor:  # fmt: skip
+                 runs: int | None = None, through: Sequence[Tensor | None] = (None, None, None)
+                 ) -> Tensor:  # fmt: skip
     """The workspace [runs, weight sums and bias sums] that launch_merge turns into the gradients.
 
     ``x``: as in launch_forward. ``dy``: NHWC. ``saved``: as in launch_dgrad. ``runs``: into how many runs the pixels
-    are cut (at most).
+    are cut (at most). ``through``: the statistics, weight and coefficients of a batch norm that dy has yet to go
+    through, with ``saved`` its input; no bias gradient then.
     """
     precision = runtime.dot_precision(dy.dtype, "conv")
     config = config or tuning.wgrad(g, dy.dtype, precision)
@@ -380,7 +404,7 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     strides = x.stride() if g.flattened else (0, 0, 0, 0)
     with runtime.device_guard(dy):
         conv_wgrad_kernel[(tiles, runs)](
-            x, dy, saved, workspace, pixels, run, weight_tiles, size, weight_size, g.height, g.width, g.out_w,
+            x, dy, saved, *through, workspace, pixels, run, weight_tiles, size, weight_size, g.height, g.width, g.out_w,
             g.out_h * g.out_w, g.groups, group_in, group_out, *strides, IN_UNIT=in_unit, OUT_UNIT=out_unit,
             FLAT=g.flattened, OUT_ON_ROWS=out_on_rows, ACTIVATION=activation, PRECISION=precision, BLOCK_B=block_b,
             **window(g), **config.options(),

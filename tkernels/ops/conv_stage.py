@@ -363,7 +363,7 @@ def backward(
         if needs[2 + 4 * i] and not tasks[i].bias and layer.bias is not None:
             gradients[2 + 4 * i] = torch.zeros_like(layer.bias)
     # the gradient of a layer's activation, or, if masked, of its batch norm's output
-    d: Any = dy
+    d: Any = conv_ops.as_nhwc(dy) if plan.plain_end else dy
     partials: Any = None
     masked = False
     for i in reversed(range(len(saved))):
@@ -372,7 +372,18 @@ def backward(
             break
         norm = batch_norm.Norm(layer.mean, layer.var, layer.bn_weight, layer.bn_bias, eps[i])
         end = _End(plan, seed) if i == len(saved) - 1 and not plan.plain_end else None
-        draw, gradients[3 + 4 * i], gradients[4 + 4 * i] = _through_norm(d, layer, norm, task, end, partials, masked)
+        coefficients, gradients[3 + 4 * i], gradients[4 + 4 * i] = _norm_gradients(
+            d, layer, norm, task, end, partials, masked
+        )
+        if not task.raw:
+            break
+        if masked and not (task.below or task.bias) and _normalizes_in_wgrad(g, coefficients, d):
+            through = (layer.mean, layer.bn_weight, coefficients)
+            x: Any = layer.x
+            workspace = conv_backward.launch_wgrad(x, d, g, True, False, layer.raw, through=through)
+            gradients[1 + 4 * i], _ = conv_backward.launch_merge(workspace, g, layer.weight, None)
+            break
+        draw = _raw_gradient(d, layer, norm, coefficients, end, masked)
         d, partials, masked = draw, None, False
         if task.weight or task.bias:
             gradients[1 + 4 * i], dbias = _parameters(draw, layer, g, task)
@@ -400,36 +411,45 @@ class _End(NamedTuple):
     seed: Tensor | None
 
 
-def _through_norm(
+def _norm_gradients(
     d: Tensor, layer: SavedLayer, norm: Any, task: Wanted, end: _End | None, partials: Any, masked: bool
-) -> tuple[Any, Tensor | None, Tensor | None]:
-    """Gradients of the raw output, bn_weight and bn_bias, each where ``task`` says so.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """batch_norm's coefficients of its input gradient, and the gradients of bn_weight and bn_bias, where wanted.
 
     ``d``: the stage's incoming gradient where ``end`` is given, else the activation's (``masked``: already multiplied
     by ReLU's derivative, with its ``partials``).
     """
+    if not task.sums:
+        return None, None, None
     raw: Any = layer.raw
     m = _matrix(raw)
-    activation = None if masked else "relu"
-    if end is None and not masked:
-        d = conv_ops.as_nhwc(d)
-    draw: Any
-    coefficients = dweight = dbias = None
-    if task.sums:
-        if end is not None:
-            partials = conv_stage_backward.launch_end_sums(d, raw, end.plan.pool, norm, end.plan.p, end.seed)
-        elif partials is None:
-            partials, _ = batch_norm.launch_gradient_sums(d, raw, m, norm, activation)
-        dweight, dbias, coefficients = batch_norm.launch_finalize_gradients(
-            partials, m, norm, task.bn_weight, task.bn_bias, norm.var is None and task.raw
-        )
-    if not task.raw:
-        return None, dweight, dbias
     if end is not None:
-        draw = conv_stage_backward.launch_end_gradient(d, raw, end.plan.pool, norm, coefficients, end.plan.p, end.seed)
-    else:
-        draw = batch_norm.launch_input_gradient(d, raw, m, norm, coefficients, activation)[0]
-    return draw, dweight, dbias
+        partials = conv_stage_backward.launch_end_sums(d, raw, end.plan.pool, norm, end.plan.p, end.seed)
+    elif partials is None:
+        partials, _ = batch_norm.launch_gradient_sums(d, raw, m, norm, None if masked else "relu")
+    dweight, dbias, coefficients = batch_norm.launch_finalize_gradients(
+        partials, m, norm, task.bn_weight, task.bn_bias, norm.var is None and task.raw
+    )
+    return coefficients, dweight, dbias
+
+
+def _raw_gradient(
+    d: Tensor, layer: SavedLayer, norm: Any, coefficients: Tensor | None, end: _End | None, masked: bool
+) -> Any:
+    """The gradient of the convolution's output; ``d`` as for _norm_gradients."""
+    raw: Any = layer.raw
+    if end is not None:
+        pool, p = end.plan.pool, end.plan.p
+        return conv_stage_backward.launch_end_gradient(d, raw, pool, norm, coefficients, p, end.seed)
+    activation = None if masked else "relu"
+    return batch_norm.launch_input_gradient(d, raw, _matrix(raw), norm, coefficients, activation)[0]
+
+
+def _normalizes_in_wgrad(g: Geometry, coefficients: Tensor | None, d: Tensor) -> bool:
+    """Whether the weight's gradient alone is left to compute and takes batch norm's into its own loop."""
+    if coefficients is None or g.depthwise:
+        return False
+    return tuning.normalizes_in_wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"))
 
 
 def _parameters(draw: Any, layer: SavedLayer, g: Geometry, task: Wanted) -> tuple[Tensor | None, Tensor | None]:

@@ -83,22 +83,37 @@ def prologue_gain(g: Geometry, dtype: torch.dtype, target: targets.Target) -> fl
     return pass_time / repeat_time
 
 
+def normalizes_in_wgrad(g: Geometry, dtype: torch.dtype, precision: str) -> bool:
+    """Whether a layer whose input needs no gradient goes through batch norm's backward as its weight gradient loads it,
+    instead of in a pass of its own.
+
+    The pass reads two maps and writes one, which every tile along the reduction then reads; without it each of those
+    reads two. So up to two such tiles the prologue moves fewer bytes: that is the RGB stem, and 1x1 convolutions.
+    """
+    config = conv_tuning.wgrad(g, dtype, precision)
+    _rows, _cols, out_on_rows = conv_tuning.wgrad_sides(g)
+    tiles = cdiv(g.reduction, config["BLOCK_N" if out_on_rows else "BLOCK_M"])
+    return 2 * tiles < 3 + tiles
+
+
 @functools.lru_cache(maxsize=1024)
-def _with_epilogue(config: Config) -> Config:
+def _with_epilogue(config: Config, target: targets.Target) -> Config:
     """A product's tiles where an epilogue reduces them: at most 32 accumulators a thread leave it registers enough for
     two programs a multiprocessor."""
-    tile = config["BLOCK_M"] * config["BLOCK_N"]
-    return dataclasses.replace(config, num_warps=8) if tile >= 128 * 64 else config
+    warps = config.num_warps
+    while warps < 8 and config["BLOCK_M"] * config["BLOCK_N"] > 32 * target.warp_size * warps:
+        warps *= 2
+    return dataclasses.replace(config, num_warps=warps)
 
 
 def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     """Tiles of the convolution with a batch norm epilogue: those of the plain one, on more warps."""
-    return _with_epilogue(conv_tuning.forward(g, dtype, precision))
+    return _with_epilogue(conv_tuning.forward(g, dtype, precision), targets.current())
 
 
 def dgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     """Tiles of the input gradient with a batch norm epilogue: those of the plain one, on more warps."""
-    return _with_epilogue(conv_tuning.dgrad(g, dtype, precision))
+    return _with_epilogue(conv_tuning.dgrad(g, dtype, precision), targets.current())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -114,10 +129,12 @@ def tiles_a_program(tiles: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _tile(channels: int, pixels: int, elements: int) -> Config:
-    block_c = block(channels, 8, 64)
-    # a tile lies in one image: no taller than the image
-    block_p = min(block(elements // block_c, 1, 256), next_power_of_two(pixels))
-    return Config.of(4 if block_p * block_c >= 512 else 1, 1, BLOCK_P=block_p, BLOCK_C=block_c)
+    """Up to ``elements`` of one image: no taller than the image, and few different sizes, which share compiled
+    kernels."""
+    block_c = block(channels, 8, 32)
+    tallest = elements // block_c
+    block_p = tallest if pixels >= tallest else min(next_power_of_two(pixels), tallest // 2)
+    return Config.of(4 if block_p * block_c >= 1024 else 2, 1, BLOCK_P=block_p, BLOCK_C=block_c)
 
 
 def end(channels: int, pool: Pooling) -> Config:
