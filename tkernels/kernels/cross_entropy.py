@@ -71,12 +71,12 @@ def _take(
     x = tl.load(x_ptr + x_offsets, mask=ok, other=-float("inf")).to(tl.float32)
     new_top = tl.maximum(top, tl.max(x, 1))
     # rows of -inf so far: 0 stands in for the maximum, lest -inf - -inf make NaN of a row that may yet be finite
-    before = tl.where(top == -float("inf"), 0.0, top)
     after = tl.where(new_top == -float("inf"), 0.0, new_top)
     z = x - after[:, None]
-    total = total * tl.where(top == -float("inf"), 0.0, tl.exp(before - after)) + tl.sum(tl.exp(z), 1)
+    total = total * tl.exp(top - after) + tl.sum(tl.exp(z), 1)
     if WEIGHED:
         k = _coefficients(p_ptr, p_offsets, weight_ptr, c, ok, n_classes, hot, smooth, PROBABILITIES)
+        before = tl.where(top == -float("inf"), 0.0, top)
         moment += mass * (before - after) + tl.sum(tl.where(ok, k * z, 0.0), 1)
         mass += tl.sum(k, 1)
     return new_top, total, mass, moment
@@ -265,15 +265,13 @@ def cross_entropy_merge(
     totals = tl.load(state_ptr + plane + offsets, mask=ok, other=0.0)
     top = tl.max(tops, 1)
     zero = tl.where(top == -float("inf"), 0.0, top)
-    gone = tops == -float("inf")
-    # a product, not a choice: a share whose sum is NaN keeps it
-    total = tl.sum(totals * tl.where(gone, 0.0, tl.exp(tops - zero[:, None])), 1)
+    total = tl.sum(totals * tl.exp(tops - zero[:, None]), 1)
     mass = tl.zeros_like(top)
     moment = tl.zeros_like(top)
     if WEIGHED:
         masses = tl.load(state_ptr + 2 * plane + offsets, mask=ok, other=0.0)
         moments = tl.load(state_ptr + 3 * plane + offsets, mask=ok, other=0.0)
-        shift = tl.where(gone, 0.0, tops) - zero[:, None]
+        shift = tl.where(tops == -float("inf"), 0.0, tops) - zero[:, None]
         mass = tl.sum(masses, 1)
         moment = tl.sum(tl.where(ok, moments + masses * shift, 0.0), 1)
     x_row = row // inner * x_stride_o + row % inner * x_stride_i

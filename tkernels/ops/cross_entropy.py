@@ -18,6 +18,7 @@ if runtime.HAS_TRITON:
 __all__ = ["cross_entropy"]
 
 REDUCTIONS = ("none", "mean", "sum")
+NoneType = type(None)
 
 
 def cross_entropy(
@@ -49,13 +50,14 @@ def cross_entropy(
 
 def _takes_triton(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """The backend decision. Empty input, and class weights that are learned, are PyTorch's."""
-    checks.tensor(input=input, target=target)
-    checks.optional_tensor(weight=weight)
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and isinstance(weight, (Tensor, NoneType))):
+        checks.tensor(input=input, target=target)
+        checks.optional_tensor(weight=weight)
+    if not input.is_floating_point() or input.numel() == 0 or input.dim() == 0:
+        return False
     for t in (input, target, weight):
         if t is not None and (t.layout is not torch.strided or t.is_complex()):
             return False
-    if input.numel() == 0 or not input.is_floating_point() or input.dim() == 0:
-        return False
     if weight is not None and weight.requires_grad and torch.is_grad_enabled() and target.is_floating_point():
         return False
     return runtime.use_triton(input, target, weight)
