@@ -17,7 +17,8 @@ from tkernels import runtime
 
 PROGRAM = "python -m models.train"
 MODELS = ("fused", "plain")
-EPOCHS = {"digits": 12, "cifar10": 50}
+EPOCHS = {"digits": 10, "cifar10": 50}
+BATCH_SIZE = {"digits": 32, "cifar10": 128}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     args = parser.parse_args(argv)
     if args.epochs is None:
         args.epochs = EPOCHS[args.data]
+    if args.batch_size is None:
+        args.batch_size = BATCH_SIZE[args.data]
     if args.out is None:
         args.out = Path("runs") / args.data
     if args.out.exists() and not args.out.is_dir():
@@ -113,11 +116,14 @@ def _build_parser() -> argparse.ArgumentParser:
         type=_whole(0),
         default=None,
         metavar="N",
-        help="passes over the training images; 0 only validates the initial weights "
-        f"(default: {', '.join(f'{n} for {name}' for name, n in EPOCHS.items())})",
+        help="passes over the training images; 0 only validates the initial weights " + _by_data(EPOCHS),
     )
     training.add_argument(
-        "--batch-size", type=_whole(1, 2**31 - 1), default=64, metavar="N", help="images a step (default: %(default)s)"
+        "--batch-size",
+        type=_whole(1, 2**31 - 1),
+        default=None,
+        metavar="N",
+        help="images a step " + _by_data(BATCH_SIZE),
     )
     training.add_argument(
         "--lr",
@@ -148,6 +154,10 @@ def _build_parser() -> argparse.ArgumentParser:
         help="where results go; files of an earlier run there are replaced (default: runs/NAME-OF-THE-DATA)",
     )
     return parser
+
+
+def _by_data(defaults: dict[str, int]) -> str:
+    return f"(default: {', '.join(f'{value} for {name}' for name, value in defaults.items())})"
 
 
 def _device(name: str | None) -> torch.device:

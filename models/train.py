@@ -1,7 +1,8 @@
 """Train the CIFAR classifier: ``python -m models.train --help``.
 
-Writes to the output directory history.csv (a line an epoch, as it happens), curves.png, and checkpoint.pt (after
-every epoch). Exit status: 0 trained, 1 training failed, 2 a bad option or data that cannot be had, 130 interrupted.
+Writes to the output directory history.csv (a line an epoch, as it happens), curves.png (at the end) and checkpoint.pt
+(after every epoch). Exit status: 0 trained; 1 the loss diverged, or results could not be written; 2 a bad option, or
+data that cannot be had; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = options.parse(argv)
     try:
         chosen.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return _fail(error, 2)
+    try:
         with tkernels.backend(chosen.backend):
             run(chosen)
-    except (data.DataError, OSError) as error:
+    except data.DataError as error:
         return _fail(error, 2)
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -58,7 +62,11 @@ def run(chosen: options.Options) -> EpochResult:
     validation = fit(model, criterion, optimizer, train_loader, val_loader, history, chosen)
     written = ["history.csv", "checkpoint.pt"]
     if history.rows:
-        draw_curves(history.rows, chosen.out / "curves.png", f"{chosen.model} CNN on {chosen.data}")
+        draw_curves(
+            history.rows,
+            chosen.out / "curves.png",
+            f"{chosen.model} CNN on {chosen.data}: {validation.accuracy:.2%} validation accuracy",
+        )
         written.insert(1, "curves.png")
     correct = round(validation.accuracy * validation.images)
     print(f"validation accuracy {validation.accuracy:.2%} ({correct} of {validation.images} images)")

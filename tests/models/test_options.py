@@ -75,8 +75,8 @@ def test_defaults() -> None:
         "model": "fused",
         "backend": tkernels.get_backend(),
         "device": torch.device(device),
-        "epochs": options.EPOCHS["digits"],
-        "batch_size": 64,
+        "epochs": 10,
+        "batch_size": 32,
         "lr": 1e-3,
         "weight_decay": 1e-4,
         "seed": 0,
@@ -95,9 +95,9 @@ def test_everything_given() -> None:
     )
 
 
-def test_epochs_and_output_depend_on_the_data() -> None:
+def test_defaults_that_depend_on_the_data() -> None:
     chosen = options.parse(["--data", "cifar10"])
-    assert (chosen.epochs, chosen.out) == (50, Path("runs/cifar10"))
+    assert (chosen.epochs, chosen.batch_size, chosen.out) == (50, 128, Path("runs/cifar10"))
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
