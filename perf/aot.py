@@ -216,11 +216,14 @@ def specialisation(launch: Launch, target_name: str) -> str:
     backend = make_backend(gpu_target(targets.TARGETS[target_name]))
     binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     _, spec, options = binder(*launch.args, **launch.kwargs)
-    return f"{launch.kernel.__module__}.{launch.kernel.__name__} {spec} {options}"
+    return f"{target_name} {launch.kernel.__module__}.{launch.kernel.__name__} {spec} {options}"
 
 
-def compile_launch(launch: Launch, target_name: str) -> Facts:
-    """Compile one recorded launch for a target and read its facts. Raises what the compiler raises."""
+def compile_launch(launch: Launch, target_name: str, only_products: bool = False) -> Facts:
+    """Compile one recorded launch for a target and read its facts. Raises what the compiler raises.
+
+    ``only_products``: count instructions only where there is a dot; on NVIDIA that saves disassembling the others.
+    """
     target = targets.TARGETS[target_name]
     backend = make_backend(gpu_target(target))
     kernel = launch.kernel
@@ -229,8 +232,11 @@ def compile_launch(launch: Launch, target_name: str) -> Facts:
     options, signature, constexprs, attrs = kernel._pack_args(backend, launch.kwargs, bound, spec, options)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     compiled = triton.compile(source, target=gpu_target(target), options=options.__dict__)
-    read = _read_nvidia if target.is_nvidia else _read_amd
-    registers, spill_bytes, mix, loop = read(compiled)
+    has_dot = "tt.dot" in compiled.asm["ttir"]
+    if target.is_nvidia:
+        registers, spill_bytes, mix, loop = _read_nvidia(compiled, has_dot or not only_products)
+    else:
+        registers, spill_bytes, mix, loop = _read_amd(compiled)
     return Facts(
         kernel.__name__,
         target_name,
@@ -239,22 +245,30 @@ def compile_launch(launch: Launch, target_name: str) -> Facts:
         registers,
         spill_bytes,
         compiled.metadata.shared,
-        "tt.dot" in compiled.asm["ttir"],
+        has_dot,
         mix,
         loop,
         compiled.asm["ttir"],
     )
 
 
-def inspect(fn: Callable[[], object], target_name: str) -> list[Facts]:
+_inspected: dict[tuple[str, bool], Facts] = {}  # by specialisation: cases share many launches
+
+
+def inspect(fn: Callable[[], object], target_name: str, only_products: bool = False) -> list[Facts]:
     """Facts of every distinct launch ``fn`` makes on ``target_name`` ('sm_90', 'gfx942', ...)."""
     with recording(target_name) as launches:
         fn()
     distinct = {specialisation(launch, target_name): launch for launch in launches}
-    return [compile_launch(launch, target_name) for launch in distinct.values()]
+    for key, launch in distinct.items():
+        if (key, only_products) not in _inspected:
+            _inspected[key, only_products] = compile_launch(launch, target_name, only_products)
+    return [dataclasses.replace(_inspected[key, only_products], grid=launch.grid) for key, launch in distinct.items()]
 
 
-def _read_nvidia(compiled: Any) -> tuple[int, int, collections.Counter[str], collections.Counter[str]]:
+def _read_nvidia(
+    compiled: Any, disassemble: bool
+) -> tuple[int, int, collections.Counter[str], collections.Counter[str]]:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         with open(path, "wb") as f:
@@ -264,7 +278,7 @@ def _read_nvidia(compiled: Any) -> tuple[int, int, collections.Counter[str], col
             command = [os.path.join(_TOOLS, "cuobjdump"), flag, path]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage, listing = dump("-res-usage"), dump("-sass")
+        usage, listing = dump("-res-usage"), dump("-sass") if disassemble else ""
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
