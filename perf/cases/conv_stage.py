@@ -8,7 +8,7 @@ import torch
 
 from perf.aot import Case
 from perf.cases.conv import BATCH, LAYERS, image, window3x3
-from tkernels.kernels import conv, conv_stage, conv_stage_backward
+from tkernels.kernels import conv, conv_backward, conv_stage, conv_stage_backward, conv_stage_weights
 from tkernels.kernels.batch_norm import Norm
 from tkernels.tuning.conv import Geometry
 from tkernels.tuning.conv_stage import Pooling, no_pooling
@@ -51,6 +51,29 @@ def dgrad(g: Geometry, dtype: torch.dtype) -> None:
     conv_stage_backward.launch_dgrad(dy, packed, g, raw, norm_of_batch(g.in_channels), transposed)
 
 
+def wgrad(g: Geometry, dtype: torch.dtype) -> None:
+    """The stem's weight gradient, which goes through batch norm's backward in its loop."""
+    dz, raw = image(g.out_channels, g.out_h, dtype), image(g.out_channels, g.out_h, dtype)
+    norm = norm_of_batch(g.out_channels)
+    through = (norm.mean, norm.weight, torch.empty(2, g.out_channels, device="cuda"))
+    x = image(g.in_channels, g.height, dtype)
+    conv_backward.launch_wgrad(x, dz, g, True, False, raw, through=through)
+
+
+def weights(dtype: torch.dtype) -> None:
+    """Both layers of the first stage: packing, and merging their gradients."""
+    geometries = [window3x3(*layer) for layer in LAYERS[:2]]
+    own = [torch.empty(g.out_channels, g.group_in, 3, 3, device="cuda") for g in geometries]
+    conv_stage_weights.launch_packs(own, geometries, dtype)
+    sums = [
+        conv_stage_weights.WeightSums(
+            torch.empty(100, w.numel(), device="cuda"), g, w, None, torch.empty(g.out_channels, device="cuda")
+        )
+        for w, g in zip(own, geometries)
+    ]
+    conv_stage_weights.launch_merges(sums)
+
+
 def end(channels: int, pool: Pooling, dtype: torch.dtype, training: bool, channels_last: bool = True) -> None:
     raw = image(channels, pool.height, dtype)
     seed = torch.empty((), device="cuda", dtype=torch.int64) if training else None
@@ -82,6 +105,10 @@ def cases() -> list[Case]:
             found.append(Case(f"conv_stage evaluation {label}", run(forward, g, dtype, False), product))
             if not g.flattened:
                 found.append(Case(f"conv_stage dgrad {label}", run(dgrad, g, dtype), product))
+        found += [
+            Case(f"conv_stage stem's wgrad {name}", functools.partial(wgrad, window3x3(*LAYERS[0]), dtype)),
+            Case(f"conv_stage weights {name}", functools.partial(weights, dtype)),
+        ]
         for channels, size in ENDS:
             label = f"{channels}@{size} {name}"
             pool = pooled(size)

@@ -298,19 +298,18 @@ def test_launches(device: str, launches: list[str]) -> None:
     x = torch.randn(shape, device=device)
     launches.clear()
     y = conv_stage(x, layers, 2, 0.25, training=True)
-    measured = ["conv_pack_kernel", "conv_stage_kernel", "finalize_statistics_kernel"]
-    assert launches == [*measured, "normalize_kernel", *measured, "stage_end_kernel"]
+    measured = ["conv_stage_kernel", "finalize_statistics_kernel"]
+    assert launches == ["pack_pair_kernel", *measured, "normalize_kernel", *measured, "stage_end_kernel"]
     launches.clear()
     y.sum().backward()
     assert launches == [
         "stage_sums_kernel", "finalize_gradients_kernel", "stage_gradient_kernel", "conv_wgrad_kernel",
-        "conv_merge_kernel", "conv_stage_dgrad_kernel", "finalize_gradients_kernel", "conv_wgrad_kernel",
-        "conv_merge_kernel",
+        "conv_stage_dgrad_kernel", "finalize_gradients_kernel", "conv_wgrad_kernel", "merge_pair_kernel",
     ]  # fmt: skip
     launches.clear()
     with torch.no_grad():
         conv_stage(x, layers, 2, 0.25, training=False)
-    assert launches == ["conv_pack_kernel", "conv_stage_kernel"] * 2 + ["stage_end_kernel"]
+    assert launches == ["pack_pair_kernel", "conv_stage_kernel", "conv_stage_kernel", "stage_end_kernel"]
 
 
 def test_ties_and_nan_go_where_torch_sends_them(device: str) -> None:

@@ -152,15 +152,14 @@ def conv_forward_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, z_ptr, pixels, tiles_m, h
     tl.store(y_ptr + offsets, common.activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-# One program: a [BLOCK_R, BLOCK_C] tile of the packed weight. Rows are output channels, columns (tap, input channel);
-# TRANSPOSED: rows are input channels of all groups, columns (tap, output channel of the group).
-# Grid: (row tiles, column tiles).
 @triton.jit
-def conv_pack_kernel(w_ptr, packed_ptr, rows, columns, pitch, inner, group_rows, w_stride_o, w_stride_i, w_stride_h,
-                     w_stride_w, KERNEL_W: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_R: tl.constexpr,
-                     BLOCK_C: tl.constexpr):  # fmt: skip
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+def pack_tile(pid_r, pid_c, w_ptr, packed_ptr, rows, columns, pitch, inner, group_rows, w_stride_o, w_stride_i,
+              w_stride_h, w_stride_w, KERNEL_W: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_R: tl.constexpr,
+              BLOCK_C: tl.constexpr):  # fmt: skip
+    """A [BLOCK_R, BLOCK_C] tile of the packed weight. Rows are output channels, columns (tap, input channel);
+    TRANSPOSED: rows are input channels of all groups, columns (tap, output channel of the group)."""
+    offs_r = pid_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     tap = offs_c // inner
     within = offs_c % inner
     spot = tap // KERNEL_W * w_stride_h + tap % KERNEL_W * w_stride_w
@@ -174,6 +173,15 @@ def conv_pack_kernel(w_ptr, packed_ptr, rows, columns, pitch, inner, group_rows,
     w = tl.load(w_ptr + offsets, mask=mask_r[:, None] & (offs_c < columns)[None, :], other=0.0)
     tl.store(packed_ptr + offs_r[:, None] * pitch + offs_c[None, :], w.to(packed_ptr.dtype.element_ty),
              mask=mask_r[:, None] & (offs_c < pitch)[None, :])  # fmt: skip
+
+
+# One program: pack_tile of a weight. Grid: (row tiles, column tiles).
+@triton.jit
+def conv_pack_kernel(w_ptr, packed_ptr, rows, columns, pitch, inner, group_rows, w_stride_o, w_stride_i, w_stride_h,
+                     w_stride_w, KERNEL_W: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_R: tl.constexpr,
+                     BLOCK_C: tl.constexpr):  # fmt: skip
+    pack_tile(tl.program_id(0), tl.program_id(1), w_ptr, packed_ptr, rows, columns, pitch, inner, group_rows,
+              w_stride_o, w_stride_i, w_stride_h, w_stride_w, KERNEL_W, TRANSPOSED, BLOCK_R, BLOCK_C)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -204,6 +212,11 @@ def empty_pixels(x: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype
     return x.new_empty(shape, dtype=dtype)
 
 
+def packs(weight: Tensor, g: Geometry, dtype: torch.dtype) -> bool:
+    """Whether launch_pack (not transposed) has anything to do: the weight does not lie as the product reads it."""
+    return weight.dtype != dtype or g.row_pitch != g.reduction or not is_nhwc(weight)
+
+
 def launch_pack(weight: Tensor, g: Geometry, dtype: torch.dtype, transposed: bool = False,
                 config: Config | None = None) -> Tensor:  # fmt: skip
     """The weight as [C_out, (tap, C_in / groups)] in ``dtype``, rows g.row_pitch apart; ``transposed``: as
@@ -214,7 +227,7 @@ def launch_pack(weight: Tensor, g: Geometry, dtype: torch.dtype, transposed: boo
     else:
         rows, inner, group_rows = g.out_channels, g.group_in, g.group_out
         columns, pitch = g.reduction, g.row_pitch
-        if weight.dtype == dtype and pitch == columns and is_nhwc(weight):
+        if not packs(weight, g, dtype):
             return weight
     packed = weight.new_empty((rows, pitch), dtype=dtype)
     config = config or tuning.pack(columns)

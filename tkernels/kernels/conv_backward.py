@@ -281,13 +281,13 @@ def channel_sums(dy_ptr, saved_ptr, first, last, offs_c, channels, ACTIVATION: t
     return tl.sum(acc, axis=0)
 
 
-# One program: BLOCK elements of the weight's or the bias's gradient, summed over all runs, BLOCK_S at a time, and
-# written in the gradient's own layout and dtype. Grid: (blocks of the workspace's elements,).
-@triton.jit(do_not_specialize=["runs"])
-def conv_merge_kernel(workspace_ptr, dw_ptr, db_ptr, runs, size, weight_size, rows, cols, group_in, group_out,
-                      dw_stride_o, dw_stride_i, dw_stride_h, dw_stride_w, KERNEL_W: tl.constexpr,
-                      OUT_ON_ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def merge_tile(pid, workspace_ptr, dw_ptr, db_ptr, runs, size, weight_size, rows, cols, group_in, group_out,
+               dw_stride_o, dw_stride_i, dw_stride_h, dw_stride_w, KERNEL_W: tl.constexpr, OUT_ON_ROWS: tl.constexpr,
+               BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """BLOCK elements of the weight's or the bias's gradient, summed over all runs, BLOCK_S at a time, and written in
+    the gradient's own layout and dtype."""
+    offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     acc = tl.zeros((BLOCK_S, BLOCK), dtype=tl.float32)
     for s in range(0, runs, BLOCK_S):
@@ -310,6 +310,16 @@ def conv_merge_kernel(workspace_ptr, dw_ptr, db_ptr, runs, size, weight_size, ro
         tl.store(dw_ptr + offsets, total.to(dw_ptr.dtype.element_ty), mask=offs < weight_size)
     if db_ptr is not None:
         tl.store(db_ptr + (offs - weight_size), total.to(db_ptr.dtype.element_ty), mask=mask & (offs >= weight_size))
+
+
+# One program: merge_tile of a workspace. Grid: (blocks of its elements,).
+@triton.jit(do_not_specialize=["runs"])
+def conv_merge_kernel(workspace_ptr, dw_ptr, db_ptr, runs, size, weight_size, rows, cols, group_in, group_out,
+                      dw_stride_o, dw_stride_i, dw_stride_h, dw_stride_w, KERNEL_W: tl.constexpr,
+                      OUT_ON_ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    merge_tile(tl.program_id(0), workspace_ptr, dw_ptr, db_ptr, runs, size, weight_size, rows, cols, group_in,
+               group_out, dw_stride_o, dw_stride_i, dw_stride_h, dw_stride_w, KERNEL_W, OUT_ON_ROWS, BLOCK_S,
+               BLOCK)  # fmt: skip
 
 
 # One program: a [BLOCK_P pixels, BLOCK_C channels] tile of dz = dy * activation'(saved), NHWC, from dy of any strides

@@ -22,6 +22,7 @@ from tkernels.tuning.conv_stage import Pooling
 if runtime.HAS_TRITON:
     from tkernels.kernels import batch_norm, conv, conv_backward, conv_depthwise, conv_stage_backward
     from tkernels.kernels import conv_stage as kernels
+    from tkernels.kernels import conv_stage_weights as weight_kernels
 
 __all__ = ["ConvBNLayer", "MaxPool", "conv_stage"]
 
@@ -240,25 +241,36 @@ def forward(
     )
     seed = runtime.dropout_seed(x) if plan.p > 0 else None
     saved: list[SavedLayer] = []
+    packed = _pack(layers, plan)
     last = len(layers) - 1
     for i, (layer, g) in enumerate(zip(layers, plan.geometries)):
         x = _conv_input(x, g, plan.dtype)
         end = i == last
         given = not layer.measures(plan.training)
         if given and not keep:
-            x = _folded(x, layer, g, plan.dtype, channels_last or not (end and plan.plain_end))
+            x = _folded(x, packed[i], layer, g, channels_last or not (end and plan.plain_end))
             if end and not plan.plain_end:
                 x = kernels.launch_end(x, plan.pool, None, channels_last=channels_last)
             continue
-        raw, packed, norm = _given(x, layer, g, plan.dtype) if given else _measured(x, layer, g, plan)
+        raw, norm = _given(x, packed[i], layer, g) if given else _measured(x, packed[i], layer, g, plan)
         if keep:
-            saved.append(SavedLayer(x, layer.weight, layer.bias, packed, raw, norm.mean, norm.var, norm.weight,
+            saved.append(SavedLayer(x, layer.weight, layer.bias, packed[i], raw, norm.mean, norm.var, norm.weight,
                                     norm.bias))  # fmt: skip
         if end and not (plan.plain_end and channels_last):
             x = kernels.launch_end(raw, plan.pool, norm, plan.p, seed, channels_last)
         else:
             x = batch_norm.launch_normalize(raw, _matrix(raw), norm, "relu")
     return x, saved, seed
+
+
+def _pack(layers: Sequence[ConvBNLayer], plan: Plan) -> list[Any]:
+    """The weights as the products read them, None for depthwise layers."""
+    chosen = [i for i, g in enumerate(plan.geometries) if not g.depthwise]
+    packed: list[Tensor | None] = [None] * len(layers)
+    weights = [layers[i].weight for i in chosen]
+    for i, t in zip(chosen, weight_kernels.launch_packs(weights, [plan.geometries[i] for i in chosen], plan.dtype)):
+        packed[i] = t
+    return packed
 
 
 def _conv_input(x: Tensor, g: Geometry, dtype: torch.dtype) -> Tensor:
@@ -282,7 +294,7 @@ def _given_norm(layer: ConvBNLayer) -> Any:
     return batch_norm.Norm(cast(Tensor, mean), var, _dense(layer.bn_weight), _dense(layer.bn_bias), layer.eps)
 
 
-def _folded(x: Tensor, layer: ConvBNLayer, g: Geometry, dtype: torch.dtype, channels_last: bool) -> Tensor:
+def _folded(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry, channels_last: bool) -> Tensor:
     """relu(batch_norm(conv(x))) by running statistics, in one kernel."""
     norm, bias = _given_norm(layer), _dense(layer.bias)
     if g.depthwise:
@@ -290,36 +302,31 @@ def _folded(x: Tensor, layer: ConvBNLayer, g: Geometry, dtype: torch.dtype, chan
         if channels_last:
             return batch_norm.launch_normalize(raw, _matrix(raw), norm, "relu")
         return kernels.launch_end(raw, tuning.no_pooling(g.out_h, g.out_w), norm, channels_last=False)
-    return kernels.launch_conv(
-        x, conv.launch_pack(layer.weight, g, dtype), bias, g, norm, channels_last=channels_last
-    )[0]  # fmt: skip
+    return kernels.launch_conv(x, packed, bias, g, norm, channels_last=channels_last)[0]
 
 
-def _given(x: Tensor, layer: ConvBNLayer, g: Geometry, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Any]:
-    """(raw output, packed weight, Norm) where running statistics normalise and backward will ask for the raw map."""
+def _given(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry) -> tuple[Tensor, Any]:
+    """(raw output, Norm) where running statistics normalise and backward will ask for the raw map."""
     bias = _dense(layer.bias)
     if g.depthwise:
-        return conv_depthwise.launch_forward(x, layer.weight, bias, g)[0], None, _given_norm(layer)
-    packed = conv.launch_pack(layer.weight, g, dtype)
-    return conv.launch_forward(x, packed, bias, g)[0], packed, _given_norm(layer)
+        return conv_depthwise.launch_forward(x, layer.weight, bias, g)[0], _given_norm(layer)
+    return conv.launch_forward(x, packed, bias, g)[0], _given_norm(layer)
 
 
-def _measured(x: Tensor, layer: ConvBNLayer, g: Geometry, plan: Plan) -> tuple[Tensor, Tensor | None, Any]:
-    """(raw output, packed weight, Norm) by the batch's statistics; in training moves the running ones."""
+def _measured(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry, plan: Plan) -> tuple[Tensor, Any]:
+    """(raw output, Norm) by the batch's statistics; in training moves the running ones."""
     counter = layer.num_batches_tracked if layer.counts(plan.training) else None
     bias = _dense(layer.bias)
-    packed: Tensor | None = None
     partials: Any
     if g.depthwise:
         raw, _ = conv_depthwise.launch_forward(x, layer.weight, bias, g)
         partials = batch_norm.launch_statistics(raw, _matrix(raw), counter)
     else:
-        packed = conv.launch_pack(layer.weight, g, plan.dtype)
         raw, partials = kernels.launch_conv(x, packed, bias, g, None, counter)
     stats = bn_ops.merge_statistics(
         partials, _matrix(raw), layer.running_mean, layer.running_var, layer.momentum, counter, layer.eps
     )
-    return raw, packed, batch_norm.Norm(stats, None, _dense(layer.bn_weight), _dense(layer.bn_bias), layer.eps)
+    return raw, batch_norm.Norm(stats, None, _dense(layer.bn_weight), _dense(layer.bn_bias), layer.eps)
 
 
 class Wanted(NamedTuple):
@@ -359,9 +366,8 @@ def backward(
     bn_weight and bn_bias of each layer, each where ``needs`` says so."""
     gradients: list[Tensor | None] = [None] * len(needs)
     tasks = wanted(needs, saved)
-    for i, layer in enumerate(saved):
-        if needs[2 + 4 * i] and not tasks[i].bias and layer.bias is not None:
-            gradients[2 + 4 * i] = torch.zeros_like(layer.bias)
+    # layers whose weight's gradient waits for its runs to be merged
+    waiting: list[tuple[int, Any]] = []
     # the gradient of a layer's activation, or, if masked, of its batch norm's output
     d: Any = conv_ops.as_nhwc(dy) if plan.plain_end else dy
     partials: Any = None
@@ -381,13 +387,15 @@ def backward(
             through = (layer.mean, layer.bn_weight, coefficients)
             x: Any = layer.x
             workspace = conv_backward.launch_wgrad(x, d, g, True, False, layer.raw, through=through)
-            gradients[1 + 4 * i], _ = conv_backward.launch_merge(workspace, g, layer.weight, None)
+            waiting.append((i, workspace))
             break
         draw = _raw_gradient(d, layer, norm, coefficients, end, masked)
         d, partials, masked = draw, None, False
-        if task.weight or task.bias:
-            gradients[1 + 4 * i], dbias = _parameters(draw, layer, g, task)
-            gradients[2 + 4 * i] = dbias if task.bias else gradients[2 + 4 * i]
+        if task.weight:
+            waiting.append((i, _weight_sums(draw, layer, g, task)))
+        elif task.bias:
+            workspace = conv_backward.launch_wgrad(draw, draw, g, False, True)
+            gradients[2 + 4 * i] = conv_backward.launch_merge(workspace, g, None, layer.bias)[1]
         if not task.below:
             break
         if i == 0:
@@ -401,6 +409,13 @@ def backward(
             masked = True
         else:
             d = _input_gradient(draw, layer, g, draw.dtype, True)
+    sums = [_to_merge(workspace, saved[i], plan.geometries[i], tasks[i], needs[2 + 4 * i]) for i, workspace in waiting]
+    for (i, _workspace), merged in zip(waiting, weight_kernels.launch_merges(sums)):
+        gradients[1 + 4 * i], gradients[2 + 4 * i] = merged
+    for i, layer in enumerate(saved):
+        # batch statistics take a bias away again
+        if needs[2 + 4 * i] and gradients[2 + 4 * i] is None and layer.bias is not None:
+            gradients[2 + 4 * i] = torch.zeros_like(layer.bias)
     return gradients
 
 
@@ -452,18 +467,17 @@ def _normalizes_in_wgrad(g: Geometry, coefficients: Tensor | None, d: Tensor) ->
     return tuning.normalizes_in_wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"))
 
 
-def _parameters(draw: Any, layer: SavedLayer, g: Geometry, task: Wanted) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a convolution's weight and bias, each where ``task`` says so."""
-    bias = layer.bias if task.bias else None
-    if not task.weight:
-        workspace = conv_backward.launch_wgrad(draw, draw, g, False, True)
-        return conv_backward.launch_merge(workspace, g, None, bias)
+def _weight_sums(draw: Any, layer: SavedLayer, g: Geometry, task: Wanted) -> Tensor:
+    """The workspace of the gradients of weight and, where it is to be computed, bias."""
     x: Any = layer.x
     if g.depthwise:
-        workspace = conv_depthwise.launch_wgrad(x, draw, g, bias is not None)
-    else:
-        workspace = conv_backward.launch_wgrad(x, draw, g, True, bias is not None)
-    return conv_backward.launch_merge(workspace, g, layer.weight, bias)
+        return conv_depthwise.launch_wgrad(x, draw, g, task.bias)
+    return conv_backward.launch_wgrad(x, draw, g, True, task.bias)
+
+
+def _to_merge(workspace: Tensor, layer: SavedLayer, g: Geometry, task: Wanted, needs_bias: bool) -> Any:
+    unmoved = layer.bias if needs_bias and not task.bias else None
+    return weight_kernels.WeightSums(workspace, g, layer.weight, layer.bias if task.bias else None, unmoved)
 
 
 def _packed(dy: Tensor, layer: SavedLayer, g: Geometry) -> tuple[Tensor, bool]:
