@@ -1,0 +1,142 @@
+"""Every launch configuration the choosers can return: asked for a spread of shapes, dtypes and all targets."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tkernels import targets
+from tkernels.tuning import Config
+from tkernels.tuning.batch_norm import Matrix
+from tkernels.tuning.conv import Geometry
+
+MODULES = ("linear", "conv", "batch_norm", "cross_entropy")
+# shared by the choosers of its module, which are asked themselves
+HELPERS = ("tile",)
+SIZES = (1, 3, 10, 17, 32, 33, 64, 128, 200, 512, 2048)
+
+
+def _geometries() -> Iterator[Geometry]:
+    """Stem, plain, wide, strided, grouped and depthwise convolutions on small and large images."""
+    channels = ((3, 32), (3, 96), (8, 16), (16, 16), (24, 40), (32, 64), (64, 128), (256, 512), (512, 24))
+    for (cin, cout), kernel, stride, image in itertools.product(channels, (1, 3, 5), (1, 2), (4, 8, 32)):
+        pad = kernel // 2
+        out = (image + 2 * pad - kernel) // stride + 1
+        for groups in (1, 2, cin):
+            if cin % groups == 0 and cout % groups == 0:
+                yield Geometry(
+                    cin, cout, groups, image, image, kernel, kernel, stride, stride, pad, pad, 1, 1, out, out
+                )
+
+
+def _matrices() -> Iterator[Matrix]:
+    for channels, rows in itertools.product((1, 3, 16, 24, 32, 64, 100, 256, 4096), (2, 300, 100_000)):
+        yield Matrix(rows, channels, channels, 1, False)
+        for spatial in (2, 4, 8):
+            yield Matrix(rows, channels, channels * spatial, spatial, False)
+        for plane in (9, 16, 49, 64, 256, 1024, 50176):
+            yield Matrix(rows, channels, plane, 1, True)
+
+
+# Values for every parameter a chooser may have, by its name. A new name is added here, or the enumeration fails.
+POOL: dict[str, tuple[Any, ...]] = {
+    "n": SIZES,
+    "k": SIZES,
+    "g": tuple(_geometries()),
+    "m": tuple(_matrices()),
+    "elements": (1, 30, 500, 9_000, 40_000, 70_000, 10**6, 10**7),
+    "columns": (1, 9, 17, 40, 70, 150, 300, 5000),
+    "channels": (1, 3, 8, 9, 17, 33, 64, 100, 512),
+    "n_classes": (1, 2, 3, 5, 10, 17, 40, 100, 200, 500, 1000, 2000, 4096, 5000, 256_000),
+    "inner": (0, 2, 16, 40, 100, 1000, 50176),
+    "classes_contiguous": (True, False),
+    "drops": (True, False),
+    "itemsize": (2, 4),
+    "dtype": (torch.float32, torch.bfloat16),
+    "precision": ("ieee", "tf32"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A configuration some target gets from ``chooser`` of tkernels.tuning.``module``.
+
+    ``dtype``: one it was chosen for, float32 where the chooser does not ask. ``witness``: the first arguments that led
+    to it.
+    """
+
+    module: str
+    chooser: str
+    config: Config
+    dtype: torch.dtype
+    kind: str
+    witness: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.chooser} {'x'.join(str(size) for _, size in self.config.blocks)}"
+
+
+def choosers(module: ModuleType) -> dict[str, Callable[..., Config]]:
+    """The public functions of a tuning module that return a Config by themselves."""
+    found = {}
+    for name, function in vars(module).items():
+        own = callable(function) and getattr(function, "__module__", "") == module.__name__
+        public = own and not name.startswith("_") and name not in HELPERS
+        if public and inspect.signature(function).return_annotation == "Config":
+            found[name] = function
+    return found
+
+
+def _kind(arguments: dict[str, Any]) -> str:
+    """What of the shape, beside the blocks, makes another kernel of it."""
+    g, m = arguments.get("g"), arguments.get("m")
+    if g is not None:
+        return "depthwise" if g.depthwise else "flat" if g.flattened else "wide"
+    if m is not None:
+        return "planes" if m.planes else "columns"
+    if "n_classes" in arguments:
+        return "classes" if arguments["classes_contiguous"] else "pixels" if arguments["inner"] else "strided"
+    return ""
+
+
+def _arguments(function: Callable[..., Config], target: str) -> Iterator[dict[str, Any]]:
+    names = [name for name in inspect.signature(function).parameters if name != "target"]
+    missing = [name for name in names if name not in POOL]
+    if missing:
+        raise KeyError(
+            f"{function.__module__}.{function.__name__} has parameters {missing} that POOL has no values for"
+        )
+    fixed = {"target": target} if "target" in inspect.signature(function).parameters else {}
+    for values in itertools.product(*(POOL[name] for name in names)):
+        arguments = {**dict(zip(names, values)), **fixed}
+        half = arguments.get("itemsize") == 2 or arguments.get("dtype") == torch.bfloat16
+        if not (half and arguments.get("precision") == "tf32"):
+            yield arguments
+
+
+def enumerate_configs() -> list[Chosen]:
+    """Distinct block sizes by chooser and kind; num_warps, num_stages and maxnreg do not change what is computed.
+
+    Where both dtypes get the same blocks, they are run in bfloat16 and float32 by turns.
+    """
+    found: dict[tuple[Any, ...], list[Chosen]] = {}
+    for name in MODULES:
+        module = importlib.import_module(f"tkernels.tuning.{name}")
+        for chooser, function in choosers(module).items():
+            for target in targets.TARGETS:
+                with targets.pretend(target):
+                    for arguments in _arguments(function, target):
+                        half = arguments.get("itemsize") == 2 or arguments.get("dtype") == torch.bfloat16
+                        dtype, kind = torch.bfloat16 if half else torch.float32, _kind(arguments)
+                        config = function(**arguments)
+                        same = found.setdefault((name, chooser, config.blocks, kind), [])
+                        if dtype not in [chosen.dtype for chosen in same]:
+                            same.append(Chosen(name, chooser, config, dtype, kind, arguments))
+    return [same[i % len(same)] for i, same in enumerate(found.values())]
