@@ -148,7 +148,7 @@ class _Linear(torch.autograd.Function):
         y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=activations.needs_input(activation))
         saved = None if activation is None else z if z is not None else y
         ctx.activation, ctx.p = activation, p
-        ctx.bias_shape = bias.shape if needs_bias and bias is not None else None
+        ctx.needs_bias = needs_bias
         ctx.save_for_backward(
             x if needs_weight else None,
             w if needs_input else None,
@@ -165,9 +165,7 @@ class _Linear(torch.autograd.Function):
         dx = dw = db = None
         if w is not None:
             dx = kernels.launch_dgrad(dy, w, saved, ctx.activation, ctx.p, seed)
-        if x is not None or ctx.bias_shape is not None:
-            with_bias = ctx.bias_shape is not None
-            dw, db = kernels.launch_wgrad(dy, x, saved, ctx.activation, ctx.p, seed, with_bias)
-        if db is not None and db.shape != ctx.bias_shape:
-            db = db.sum().reshape(ctx.bias_shape)
+        if x is not None or ctx.needs_bias:
+            dw, db = kernels.launch_wgrad(dy, x, saved, ctx.activation, ctx.p, seed, ctx.needs_bias)
+        # db has a value for each output feature; autograd sums it for a bias of one element
         return dx, dw, db, None, None, None

@@ -8,6 +8,8 @@ from tkernels import targets
 from tkernels.tuning import Config, block, cdiv
 
 MAX_SPLITS = 64
+# Where ptxas, left alone, aims at 64 or 128 registers and spills a few bytes for it in the gradients' larger tiles.
+MORE_REGISTERS = {"sm_100": 128, "sm_120": 168}
 
 
 def target_name() -> str:
@@ -20,6 +22,11 @@ def _stages(target: targets.Target, bytes_a_stage: int) -> int:
     return max(2, min(target.max_stages, 4, target.shared_memory // 2 // bytes_a_stage))
 
 
+def _ieee(maxnreg: int | None = None, **blocks: int) -> Config:
+    """Float32 without tensor cores (on AMD with): 256 threads a tile."""
+    return Config.of(num_warps=256 // targets.current().warp_size, num_stages=2, maxnreg=maxnreg, **blocks)
+
+
 def _tensor_core_product(cols: int, reduction: int, itemsize: int, narrow: bool) -> tuple[int, int, int, int]:
     """(rows, columns, reduction, warps) of a tile: at most 64 accumulators a thread; ``narrow``: 32, where dropout or
     an operand computed on the way to the product wants registers of its own."""
@@ -28,14 +35,16 @@ def _tensor_core_product(cols: int, reduction: int, itemsize: int, narrow: bool)
         return 64, 16, step, 4
     if cols < 512:
         return 64, block(cols, 32, 64), step, 4
-    return (64, 128, step, 8) if narrow else (128, 128, step, 8)
+    # threads, not warps, share out the accumulators: 4 warps of 64 are 8 of 32
+    warps = 256 // targets.current().warp_size
+    return (64, 128, step, warps) if narrow else (128, 128, step, warps)
 
 
 @functools.lru_cache(maxsize=1024)
 def forward(n: int, k: int, itemsize: int, precision: str, drops: bool, target: str) -> Config:
     """For y[M, n] = x[M, k] @ w[n, k]^T; ``drops``: with dropout."""
     if itemsize == 4 and precision == "ieee":
-        return Config.of(num_warps=8, num_stages=2, BLOCK_M=64, BLOCK_N=block(n, 16, 64), BLOCK_K=16)
+        return _ieee(BLOCK_M=64, BLOCK_N=block(n, 16, 64), BLOCK_K=16)
     bm, bn, bk, warps = _tensor_core_product(n, k, itemsize, drops)
     stages = _stages(targets.current(), (bm + bn) * bk * itemsize)
     return Config.of(num_warps=warps, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
@@ -45,21 +54,25 @@ def forward(n: int, k: int, itemsize: int, precision: str, drops: bool, target: 
 def dgrad(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
     """For dx[M, k] = dz[M, n] @ w[n, k]."""
     if itemsize == 4 and precision == "ieee":
-        return Config.of(num_warps=8, num_stages=2, BLOCK_M=64, BLOCK_N=16, BLOCK_K=block(k, 16, 64))
+        return _ieee(BLOCK_M=64, BLOCK_N=16, BLOCK_K=block(k, 16, 64))
     bm, bk, bn, warps = _tensor_core_product(k, n, itemsize, True)
     stages = _stages(targets.current(), (2 * bm + bk) * bn * itemsize)
-    return Config.of(num_warps=warps, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
+    cap = MORE_REGISTERS.get(target) if warps == 8 else None
+    return Config.of(num_warps=warps, num_stages=stages, maxnreg=cap, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
 
 
 @functools.lru_cache(maxsize=1024)
 def wgrad(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
     """For dw[n, k] = dz[M, n]^T @ x[M, k]; M is the batch."""
     if itemsize == 4 and precision == "ieee":
-        return Config.of(num_warps=8, num_stages=2, BLOCK_M=16, BLOCK_N=block(n, 16, 64), BLOCK_K=block(k, 16, 64))
+        cap = MORE_REGISTERS["sm_120"] if target == "sm_120" else None
+        return _ieee(cap, BLOCK_M=16, BLOCK_N=block(n, 16, 64), BLOCK_K=block(k, 16, 64))
     here = targets.current()
-    bm, bn, bk, warps = 32, block(n, 16, 64), block(k, 16, 64), 4
-    if cdiv(n, 128) * cdiv(k, 128) >= here.multiprocessors:
-        bn, bk, warps = 128, 128, 8
+    # a warp of 64 needs twice the rows to load 16 bytes a thread
+    bm, bn, bk, warps = here.warp_size, block(n, 16, 64), block(k, 16, 64), 4
+    # RDNA's registers do not hold the larger tile
+    if cdiv(n, 128) * cdiv(k, 128) >= here.multiprocessors and (here.is_nvidia or here.warp_size == 64):
+        bm, bn, bk, warps = 32, 128, 128, 256 // here.warp_size
     stages = _stages(here, (2 * bn + bk) * bm * itemsize)
     return Config.of(num_warps=warps, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
 
