@@ -93,10 +93,11 @@ class Operator:
     def of_named(self, named: Shapes) -> list[Shape]:
         """Its shapes in a named list or a file; a file's rows without an operator go to every operator they fit."""
         own = named.get(self.name) or named.get(self.family, [])
-        loose = [s for s in named.get("", []) if self._fits(s)]
+        loose = [s for s in named.get("", []) if self.fits(s)]
         return own + loose
 
-    def _fits(self, shape: Shape) -> bool:
+    def fits(self, shape: Shape) -> bool:
+        """Whether it takes the sizes a shape has."""
         return set(self.required) <= set(shape) <= set(self.required + self.optional)
 
     def tensors(self, shape: Shape, source: Sources) -> Tensors:

@@ -88,6 +88,8 @@ def _shapes_of(operator: operators.Operator, wanted: Wanted) -> list[Shape]:
     found: list[Shape] = []
     for given in wanted.shapes:
         single = not any(isinstance(value, list) for value in given.values())
+        if single and len(wanted.operators) > 1 and not operator.fits(given):  # type: ignore[arg-type]
+            continue  # it is for one of the others
         found += [given] if single else operator.of_named(given)  # type: ignore[list-item, arg-type]
     complete = [operator.complete(shape) for shape in found]
     return shapes.distinct(operator.quick(shape) if wanted.quick else shape for shape in complete)

@@ -28,6 +28,9 @@ from perf import machine, measure, operators, options, plan, providers, schema, 
 from perf.options import Refused
 from perf.plan import Task
 
+# seconds until a worker must have imported what it needs
+START_LIMIT = 300.0
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -143,17 +146,20 @@ def _one_worker(
     process = context.Process(target=worker.main, args=arguments, daemon=True)
     process.start()
     sender.close()
-    fate = ""
+    fate, patience = "", max(limit, START_LIMIT)
     try:
         while True:
             bar.set_postfix_str(str(todo.get(current.value, "")), refresh=False)
-            if not receiver.poll(limit):
-                fate = f"timeout: no answer in {limit:g} s"
+            if not receiver.poll(patience):
+                fate = f"timeout: no answer in {patience:g} s"
                 break
+            patience = limit
             try:
                 message = receiver.recv()
             except EOFError:
                 break
+            if message == worker.READY:
+                continue
             if message is None:
                 break
             number, row = message

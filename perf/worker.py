@@ -19,13 +19,15 @@ from perf.plan import Task
 
 # exit status of a worker whose GPU no longer answers
 BROKEN_GPU = 70
+READY = "ready"
 
 
 def main(todo: Sequence[tuple[int, Task]], device: str, effort: Effort, rows: Connection, current: Any) -> None:
-    """Measure numbered tasks in order, sending (number, row) and at last None; ``current``: the task at hand."""
+    """Measure numbered tasks in order, sending READY, (number, row) and None; ``current``: the task at hand."""
     try:
         if device != "cpu":
             torch.cuda.set_device(torch.device(device))
+        rows.send(READY)
         for _, group in groupby(todo, key=lambda item: item[1].problem):
             for number, row in _Bench(list(group), device, effort, current).rows():
                 rows.send((number, row))
