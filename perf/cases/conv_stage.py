@@ -8,8 +8,10 @@ import torch
 
 from perf.aot import Case
 from perf.cases.conv import BATCH, LAYERS, image, window3x3
+from tkernels import runtime
 from tkernels.kernels import conv, conv_backward, conv_stage, conv_stage_backward, conv_stage_weights
 from tkernels.kernels.batch_norm import Norm
+from tkernels.tuning import conv_stage as tuning
 from tkernels.tuning.conv import Geometry
 from tkernels.tuning.conv_stage import Pooling, no_pooling
 
@@ -57,7 +59,8 @@ def wgrad(g: Geometry, dtype: torch.dtype) -> None:
     norm = norm_of_batch(g.out_channels)
     through = (norm.mean, norm.weight, torch.empty(2, g.out_channels, device="cuda"))
     x = image(g.in_channels, g.height, dtype)
-    conv_backward.launch_wgrad(x, dz, g, True, False, raw, through=through)
+    config = tuning.wgrad(g, dtype, runtime.dot_precision(dtype, "conv"))
+    conv_backward.launch_wgrad(x, dz, g, True, False, raw, config=config, through=through)
 
 
 def weights(dtype: torch.dtype) -> None:

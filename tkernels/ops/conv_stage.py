@@ -386,7 +386,10 @@ def backward(
         if masked and not (task.below or task.bias) and _normalizes_in_wgrad(g, coefficients, d):
             through = (layer.mean, layer.bn_weight, coefficients)
             x: Any = layer.x
-            workspace = conv_backward.launch_wgrad(x, d, g, True, False, layer.raw, through=through)
+            config = tuning.wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"))
+            workspace = conv_backward.launch_wgrad(
+                x, d, g, True, False, layer.raw, config=config, through=through
+            )  # fmt: skip
             waiting.append((i, workspace))
             break
         draw = _raw_gradient(d, layer, norm, coefficients, end, masked)

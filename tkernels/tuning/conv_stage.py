@@ -83,6 +83,13 @@ def prologue_gain(g: Geometry, dtype: torch.dtype, target: targets.Target) -> fl
     return pass_time / repeat_time
 
 
+def wgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+    """Tiles of the weight gradient with batch norm's backward in its prologue: those of the plain one, on at least 4
+    warps, which share out the second map's operand."""
+    config = conv_tuning.wgrad(g, dtype, precision)
+    return dataclasses.replace(config, num_warps=max(config.num_warps, 4))
+
+
 def normalizes_in_wgrad(g: Geometry, dtype: torch.dtype, precision: str) -> bool:
     """Whether a layer whose input needs no gradient goes through batch norm's backward as its weight gradient loads it,
     instead of in a pass of its own.
@@ -103,7 +110,8 @@ def _with_epilogue(config: Config, target: targets.Target) -> Config:
     warps = config.num_warps
     while warps < 8 and config["BLOCK_M"] * config["BLOCK_N"] > 32 * target.warp_size * warps:
         warps *= 2
-    return dataclasses.replace(config, num_warps=warps)
+    # a register limit that suits the plain product is too low for its epilogue
+    return dataclasses.replace(config, num_warps=warps, maxnreg=None)
 
 
 def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
