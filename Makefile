@@ -6,15 +6,23 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # executes Triton's intermediate code on the CPU; states Python >= 3.12, runs on 3.10 and newer, needs only numpy
 TTSEM := ttsem==0.1.0
 
-.PHONY: help demo test test-torch test-ttsem test-aot test-interp lint clean
+.PHONY: help demo perf test test-torch test-ttsem test-aot test-interp lint clean
 
 help:
 	@echo "make demo   train the fused CNN on real handwritten digits (about 2 minutes, no download of data)"
 	@echo "make test   prove every kernel without a GPU, one process a gate: torch, ttsem, aot, interp"
+	@echo "make perf   time the operators against PyTorch and count a training step's bytes: CSVs and PNGs in runs/perf"
 	@echo "make lint   ruff and mypy"
 
 demo: $(VENV)/train.stamp
 	$(BIN)/python -m models.train --data digits --out runs/demo
+
+perf: $(VENV)/test.stamp
+	rm -rf runs/perf
+	$(BIN)/python -m perf sweep --op cnn linear conv2d batch_norm cross_entropy --mode fwd full --quick \
+		--csv runs/perf/sweep.csv
+	$(BIN)/python -m perf traffic --no-inductor --csv runs/perf/traffic.csv
+	$(BIN)/python -m perf plot runs/perf/sweep.csv runs/perf/traffic.csv
 
 test: test-torch test-ttsem test-aot test-interp
 

@@ -205,20 +205,20 @@ class _Meter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def layers(self, model: nn.Module) -> Iterator[None]:
-        """Attribute calls to the modules without children that make them, in forward and in backward."""
+        """Attribute calls to the innermost module that makes them, in forward and in backward."""
         hooks = []
+        outer: list[str] = []
         for name, module in model.named_modules():
-            if any(True for _ in module.children()):
-                continue
 
-            def before(module: nn.Module, inputs: Any, name: str = name) -> None:
+            def before(module: nn.Module, inputs: Any, name: str = name or OTHER) -> None:
                 for t in inputs:
-                    self.claim(t, OTHER)
+                    self.claim(t, self._layer)
+                outer.append(self._layer)
                 self._enter(name)
 
-            def after(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+            def after(module: nn.Module, inputs: Any, output: Any, name: str = name or OTHER) -> None:
                 self.claim(output, name)
-                self._enter(OTHER)
+                self._enter(outer.pop())
 
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
         yield

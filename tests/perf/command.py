@@ -19,8 +19,7 @@ def run(*arguments: object) -> int:
     try:
         return perf.main([str(argument) for argument in arguments])
     except SystemExit as stopped:
-        assert isinstance(stopped.code, int)
-        return stopped.code
+        return int(stopped.code or 0)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -42,17 +41,12 @@ def environment() -> dict[str, str]:
 
 def row(**given: Any) -> dict[str, Any]:
     """A complete row of a sweep."""
-    timed = {"ms_p20": 0.99, "ms_p50": 1.0, "ms_p80": 1.01, "tflops": 1.0, "gbps": 100.0, "bytes": 1e8, "flops": 1e9}
+    shape = dict(N=256, C=32, H=32, W=32, K=32, R=3, S=3, stride=1, padding=1, groups=1)  # noqa: C408
+    names = dict(device="GPU", operator="conv2d", mode="fwd", dtype="bf16", layout="nhwc", provider="tkernels")  # noqa: C408
+    times = dict(timing="wall", ms_p20=0.99, ms_p50=1.0, ms_p80=1.01, tflops=1.0, gbps=100.0, bytes=1e8, flops=1e9)  # noqa: C408
     peaks = {"roofline_pct": 50.0, "peak_tflops": 2.0, "peak_gbps": 200.0, "speedup_vs_torch": 1.0}
-    return {
-        **dict.fromkeys(schema.NAMES),
-        **{"device": "GPU", "operator": "conv2d", "mode": "fwd", "dtype": "bf16", "layout": "nhwc"},
-        **{"N": 256, "C": 32, "H": 32, "W": 32, "K": 32, "R": 3, "S": 3, "stride": 1, "padding": 1, "groups": 1},
-        **{"provider": "tkernels", "timing": "wall", "status": "ok", "err_fp64": 1e-3, "torch_err_fp64": 1e-3},
-        **timed,
-        **peaks,
-        **given,
-    }
+    errors = {"status": "ok", "err_fp64": 1e-3, "torch_err_fp64": 1e-3}
+    return {**dict.fromkeys(schema.NAMES), **shape, **names, **times, **peaks, **errors, **given}
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:

@@ -64,7 +64,7 @@ def test_inputs_are_the_same_for_all_and_lie_as_asked(name: str, layout: str) ->
     shape = operator.complete(operator.of_named(NAMED["tiny"])[0])
     one, two = (operator.tensors(shape, operators.Sources(torch.bfloat16, layout, "cpu")) for _ in range(2))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    image = one.get("images", one["input"] if "input" in one else None)
+    image = one.get("images", one.get("input"))
     if image is not None and image.dim() == 4:
         nhwc = layout == "nhwc"
         assert image.is_contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)

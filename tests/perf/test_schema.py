@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gate("torch")
 # users' scripts read these: a column may be added, none renamed or removed
 PROMISED = """timestamp commit host device driver torch triton operator mode dtype layout provider config ms_p20 ms_p50
 ms_p80 tflops gbps bytes flops roofline_pct speedup_vs_torch err_fp64 torch_err_fp64 peak_memory_mb host_us status
-N C H W K R S stride padding groups timing""".split()
+N C H W K R S stride padding groups timing""".split()  # noqa: SIM905
 
 
 def test_every_column_is_there_and_documented() -> None:
