@@ -53,18 +53,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def _count_launches() -> None:
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
 
-    for kind in (JITFunction, InterpretedFunction):
-        original = kind.run
+    run, interpret = JITFunction.run, GridExecutor.__call__
 
-        def run(self: Any, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
-            if not kwargs.get("warmup"):
-                _launched.append(self.__name__)
-            return _original(self, *args, **kwargs)
+    def counted_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("warmup"):
+            _launched.append(self.__name__)
+        return run(self, *args, **kwargs)
 
-        kind.run = run
+    def counted_interpret(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _launched.append(self.fn.__name__)
+        return interpret(self, *args, **kwargs)
+
+    JITFunction.run, GridExecutor.__call__ = counted_run, counted_interpret
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

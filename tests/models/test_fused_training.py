@@ -45,7 +45,7 @@ def _train(model: nn.Module, criterion: nn.Module, data: list[tuple[torch.Tensor
 REDUCTION = len(BATCHES) * max(BATCHES) * 8 * 8 * 9 * 16
 
 
-@pytest.mark.gate("ttsem", "interp", "cuda")
+@pytest.mark.gate("ttsem", "cuda")
 @pytest.mark.parametrize(
     "memory_format, steps",
     ((torch.contiguous_format, 1), (torch.channels_last, len(BATCHES))),
