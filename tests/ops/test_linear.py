@@ -137,6 +137,11 @@ def test_against_float64(case: Case, device: str, triton_runs: bool, launches: l
     x = leaf(arrange(torch.randn(*case.lead, case.k, device=device, dtype=case.dtype), case.x))
     w = leaf(arrange(torch.randn(case.n, case.k, device=device, dtype=case.dtype), case.w))
     b = None if case.bias is None else leaf(torch.randn(case.bias, device=device, dtype=case.dtype))
+    if case.bias is not None and len(case.bias) > 2:
+        try:
+            torch.nn.functional.linear(*(t.detach().cpu() for t in (x, w, b)))
+        except RuntimeError:
+            pytest.skip("this version of torch refuses a bias of three dimensions")
     y = linear(x, w, b, case.activation)
     dy = arrange(torch.randn(y.shape, device=device, dtype=case.dtype), case.dy)
     check(x, w, b, case.activation, y, dy)
