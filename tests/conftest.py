@@ -105,6 +105,7 @@ def triton_runs() -> bool:
 def _same_start() -> Iterator[None]:
     """Every test starts from the same seed, IEEE float32 products and the strict backend of its gate."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # whatever a command under test has set
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     unchecked = _ttsem_state.races_unchecked if _ttsem_state is not None else 0

@@ -22,7 +22,7 @@ def open_session(stack: contextlib.ExitStack, compute_capability: int = 90) -> A
     _poison_masked_lanes()
     _bound_by_view()
     _compile_once()
-    _fuse_in_arrays()
+    _fused_multiply_add_at_once()
     return stack.enter_context(sanitize.session(compute_capability, "<pytest>"))
 
 
@@ -91,7 +91,6 @@ def _compile_once() -> None:
 
     harness.ir_for_launch = ir_for_launch
     mlir.parse = functools.lru_cache(maxsize=None)(mlir.parse)
-    mlir.parse = functools.lru_cache(maxsize=None)(mlir.parse)
 
 
 def _fused_multiply_add_at_once() -> None:
@@ -124,37 +123,3 @@ def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     even = (np.ascontiguousarray(total).view(np.int64) & 1) == 0
     inexact = np.isfinite(total) & (error != 0) & even
     return np.where(inexact, np.nextafter(total, np.copysign(np.inf, error)), total)
-
-
-def _fuse_in_arrays() -> None:
-    """Execute float32 fma on whole arrays. ttsem takes exact fractions element by element: most of a test's time."""
-    from ttsem import ops
-
-    original = ops.OPS["math.fma"]
-
-    def fma(interp: Any, op: Any, args: Any) -> Any:
-        ty = ops._rty(op)
-        if ty.scalar.name != "f32":
-            return original(interp, op, args)
-        a, b, c = (ops.to_float(x, op.operand_types[i]).astype(np.float64) for i, x in enumerate(args[:3]))
-        with np.errstate(all="ignore"):
-            return [ops.from_float(_fused(a, b, c), ty)]
-
-    ops.OPS["math.fma"] = fma
-
-
-def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c of float32 values, rounded once to float32 (and held in float64).
-
-    The product is exact in float64. The sum is rounded to odd there: its lost part decides the last bit, so that the
-    rounding to float32 that follows sees on which side of a tie it lay.
-    """
-    product = np.asarray(a * b)
-    total = np.asarray(product + c)
-    part = total - product
-    lost = (product - (total - part)) + (c - part)
-    bits = total.view(np.int64) if total.ndim else total.reshape(1).view(np.int64).reshape(())
-    nudge = np.where(np.signbit(lost) == np.signbit(total), 1, -1)
-    inexact = np.isfinite(total) & (lost != 0) & (bits % 2 == 0)
-    odd = np.asarray(np.where(inexact, bits + nudge, bits))
-    return odd.reshape(-1).view(np.float64).reshape(odd.shape).astype(np.float32).astype(np.float64)

@@ -129,10 +129,13 @@ def _check(
     checks.tensor(**vectors)
     if training and input.ndim and input.shape[0] == 1 and all(size == 1 for size in input.shape[2:]):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    if input.ndim < 2:
+    # an empty vector counts as a batch of no channels, as in torch
+    if input.ndim < 2 and not (input.ndim == 1 and input.numel() == 0):
         # torch fails on whichever it meets first: the missing axis, or a vector of the wrong length
         error = RuntimeError if vectors and (input.ndim or not training) else IndexError
         raise error(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
+    if not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if (eps <= 0.0) if training else (eps < 0.0):
         raise ValueError(f"eps must be positive in training and not negative in evaluation, got {eps}")
     if momentum is not None and type(momentum) is not float and not isinstance(momentum, numbers.Real):
@@ -149,7 +152,7 @@ def _check(
 
 def _check_vectors(input: Tensor, vectors: dict[str, Tensor]) -> None:
     """Parameters and statistics: C values each, on the input's device, of dtypes that torch accepts together."""
-    channels, dtype = input.shape[1], input.dtype
+    channels, dtype = input.shape[1] if input.ndim > 1 else 0, input.dtype
     for name, t in vectors.items():
         if t.numel() != channels:
             raise RuntimeError(f"{name} must have one value per channel of input {checks.shape(input)} ({channels}), "
@@ -198,6 +201,10 @@ def _torch_batch_norm(
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
     """The PyTorch body: torch's own batch norm, differentiated by torch; residual and ReLU in place of its output."""
+    # torch's CPU backward takes vectors to be dense; running statistics it moves must be the caller's own
+    weight, bias = _vector(weight), _vector(bias)
+    if not training:
+        running_mean, running_var = _vector(running_mean), _vector(running_var)
     counter = num_batches_tracked if training else None
     if counter is not None:
         counter.add_(1)
