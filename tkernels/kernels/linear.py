@@ -23,6 +23,9 @@ from tkernels.tuning import Config, cdiv
 from tkernels.tuning import linear as tuning
 
 
+STEPS_A_CHAIN = tl.constexpr(4)
+
+
 @triton.jit
 def tile_of_program(pid, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr = 8):
     """Tile coordinates (pid_m, pid_n) of a program. GROUP rows of tiles share their column operand in L2."""
@@ -47,6 +50,21 @@ def product_tile(a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k, 
                  BLOCK_K: tl.constexpr):  # fmt: skip
     """Float32 tile [BLOCK_M, BLOCK_N] of a[M, K] @ b[K, N], over the steps of BLOCK_K in [first_step, end_step)."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if PRECISION == "ieee" and a_ptr.dtype.element_ty == tl.float32:
+        # float32 products round in every term of one long chain; short chains summed on their own halve the error
+        for chain in range(first_step, end_step, STEPS_A_CHAIN):
+            last = tl.minimum(chain + STEPS_A_CHAIN, end_step)
+            acc += product_steps(tl.zeros_like(acc), a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k,
+                                 b_stride_k, b_stride_n, chain, last, PRECISION, BLOCK_K)  # fmt: skip
+        return acc
+    return product_steps(acc, a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k, b_stride_k, b_stride_n,
+                         first_step, end_step, PRECISION, BLOCK_K)  # fmt: skip
+
+
+@triton.jit
+def product_steps(acc, a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k, b_stride_k, b_stride_n,
+                  first_step, end_step, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """``acc`` plus the products of the steps in [first_step, end_step)."""
     for step in range(first_step, end_step):
         offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         a = load_tile(a_ptr, offs_m, offs_k, a_stride_m, a_stride_k, M, K)
