@@ -50,7 +50,7 @@ def complaints(facts: aot.Facts, product: bool) -> list[str]:
     return [f"{facts.kernel} on {facts.target} {text}" for text in found]
 
 
-@pytest.mark.parametrize("case, target", _cases())
+@pytest.mark.parametrize("case, target", list(_cases()))
 def test_compiles_clean(case: aot.Case, target: str) -> None:
     compiled = aot.inspect(case.run, target, only_products=True)
     assert compiled, "the case launched nothing"

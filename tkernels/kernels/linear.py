@@ -22,7 +22,6 @@ from tkernels.kernels import common
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import linear as tuning
 
-
 STEPS_A_CHAIN = tl.constexpr(4)
 
 
