@@ -6,11 +6,12 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # executes Triton's intermediate code on the CPU; states Python >= 3.12, runs on 3.10 and newer, needs only numpy
 TTSEM := ttsem==0.1.0
 
-.PHONY: help demo perf test test-torch test-ttsem test-aot test-interp lint clean
+.PHONY: help demo perf test test-torch test-ttsem test-aot test-interp test-extended lint clean
 
 help:
 	@echo "make demo   train the fused CNN on real handwritten digits (about 2 minutes, no download of data)"
 	@echo "make test   prove every kernel without a GPU, one process a gate: torch, ttsem, aot, interp"
+	@echo "make test-extended   the exhaustive rest: every configuration, module samples on the kernels"
 	@echo "make perf   time the operators against PyTorch and count a training step's bytes: CSVs and PNGs in runs/perf"
 	@echo "make lint   ruff and mypy"
 
@@ -37,6 +38,9 @@ test-aot: $(VENV)/test.stamp
 
 test-interp: $(VENV)/test.stamp
 	TK_GATE=interp $(PYTEST)
+
+test-extended: $(VENV)/test.stamp
+	TK_GATE=ttsem TK_EXTENDED=1 $(PYTEST)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -6,7 +6,8 @@ aot     kernels compiled for GPUs that are not there; facts read off the machine
 interp  Triton's interpreter on CPU tensors.
 cuda    a real GPU.
 
-A module or test is marked ``pytest.mark.gate("ttsem", "cuda")``; the others are not collected.
+A module or test is marked ``pytest.mark.gate("ttsem", "cuda")``; the others are not collected. What is marked
+``pytest.mark.extended("ttsem")`` too is exhaustive and slow there: it runs with TK_EXTENDED=1, and nothing else then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ GATES = ("torch", "ttsem", "aot", "interp", "cuda")
 GATE = os.environ.get("TK_GATE", "torch")
 if GATE not in GATES:
     raise ValueError(f"TK_GATE must be one of {GATES}, got {GATE!r}")
+EXTENDED = os.environ.get("TK_EXTENDED") == "1"
 if GATE == "interp":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
@@ -76,8 +78,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marks = list(item.iter_markers("gate"))
         if not marks:
             raise pytest.UsageError(f"{item.nodeid} does not say which gate it belongs to")
+        extended = any(GATE in mark.args for mark in item.iter_markers("extended"))
         # the closest mark wins: a test's own over its module's
-        (kept if GATE in marks[0].args else left).append(item)
+        (kept if GATE in marks[0].args and extended == EXTENDED else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
 

@@ -20,7 +20,7 @@ from tests.conformance.calls import Call
 from tests.conformance.chosen import Chosen
 from tests.conformance.compare import check_call
 
-pytestmark = pytest.mark.gate("ttsem", "cuda")
+pytestmark = [pytest.mark.gate("ttsem", "cuda"), pytest.mark.extended("ttsem")]
 CHOSEN = chosen.enumerate_configs() if os.environ.get("TK_GATE") in ("ttsem", "cuda") else []
 # The kernels that a call of each kind launches, by their choosers.
 GROUPS = {
@@ -116,6 +116,8 @@ def _cross_entropy(batch: list[Chosen]) -> Call:
         logits = _draws((2, classes, 19), torch.float32)
     elif batch[0].kind == "strided":
         logits = _draws((classes, 5), torch.float32).detach().t().requires_grad_()
+    elif batch[0].chooser == "merge":
+        logits = _draws((20, 40), torch.float32)  # more rows than one program merges: their sums need a second stage
     else:
         logits = _draws((5, min(classes, 5000)), torch.float32)
     target = torch.randint(logits.shape[1], (logits.shape[0], *logits.shape[2:]))

@@ -18,7 +18,7 @@ from tests.conformance.calls import Call, Outcome, replica, run
 from tests.conformance.compare import STATISTICS, check_errors, check_gradients, check_output, close, normal_cotangent
 
 GATES = ("torch", "ttsem", "cuda")
-pytestmark = pytest.mark.gate(*GATES)
+pytestmark = [pytest.mark.gate(*GATES), pytest.mark.extended("ttsem")]
 MODULES = {
     "Linear": "linear",
     "Conv2d": "conv2d",
