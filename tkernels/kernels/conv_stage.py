@@ -293,7 +293,7 @@ def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, nor
     n = x.shape[0]
     y = empty_pixels(x, (n, g.out_channels, g.out_h, g.out_w), packed.dtype, channels_last)
     precision = runtime.dot_precision(packed.dtype, "conv")
-    config = config or tuning.forward(g, packed.dtype, precision)
+    config = config or tuning.forward(g, packed.dtype, precision, channels_last)
     group_in, group_out, in_unit, out_unit = channel_units(g)
     out_pixels = g.out_h * g.out_w
     tiles_m = cdiv(n * out_pixels, config["BLOCK_M"])

@@ -114,9 +114,17 @@ def _with_epilogue(config: Config, target: targets.Target) -> Config:
     return dataclasses.replace(config, num_warps=warps, maxnreg=None)
 
 
-def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
-    """Tiles of the convolution with a batch norm epilogue: those of the plain one, on more warps."""
-    return _with_epilogue(conv_tuning.forward(g, dtype, precision), targets.current())
+def forward(g: Geometry, dtype: torch.dtype, precision: str, channels_last: bool = True) -> Config:
+    """Tiles of the convolution with a batch norm epilogue: those of the plain one, on more warps.
+
+    An NCHW store holds an offset for every element: half the pixels where a tile would have 8192 of them.
+    """
+    config = _with_epilogue(conv_tuning.forward(g, dtype, precision), targets.current())
+    if channels_last or config["BLOCK_M"] * config["BLOCK_N"] < 8192:
+        return config
+    return dataclasses.replace(
+        config, blocks=tuple((name, size // 2 if name == "BLOCK_M" else size) for name, size in config.blocks)
+    )
 
 
 def dgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
