@@ -13,7 +13,8 @@ import tkernels.nn as tnn
 from models import data
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 
-pytestmark = pytest.mark.gate("torch", "cuda")
+# Not the cuda gate: where fused and plain round differently, a ReLU that flips grows past any such bound in 60 steps.
+pytestmark = pytest.mark.gate("torch")
 
 STEPS = 60
 BATCH_SIZE = 32
