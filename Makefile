@@ -11,7 +11,7 @@ TTSEM := ttsem==0.1.0
 help:
 	@echo "make demo   train the fused CNN on real handwritten digits (about 2 minutes, no download of data)"
 	@echo "make test   prove every kernel without a GPU, one process a gate: torch, ttsem, aot, interp"
-	@echo "make test-extended   the exhaustive rest: every configuration, module samples on the kernels"
+	@echo "make test-extended   the exhaustive rest: every configuration, module samples on the kernels, long sweeps"
 	@echo "make perf   time the operators against PyTorch and count a training step's bytes: CSVs and PNGs in runs/perf"
 	@echo "make lint   ruff and mypy"
 
@@ -40,6 +40,7 @@ test-interp: $(VENV)/test.stamp
 	TK_GATE=interp $(PYTEST)
 
 test-extended: $(VENV)/test.stamp
+	TK_GATE=torch TK_EXTENDED=1 $(PYTEST)
 	TK_GATE=ttsem TK_EXTENDED=1 $(PYTEST)
 
 lint: $(VENV)/dev.stamp

@@ -22,6 +22,7 @@ GATE = os.environ.get("TK_GATE", "torch")
 if GATE not in GATES:
     raise ValueError(f"TK_GATE must be one of {GATES}, got {GATE!r}")
 EXTENDED = os.environ.get("TK_EXTENDED") == "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # xdist runs a worker per core; commands under test inherit it
 if GATE == "interp":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 

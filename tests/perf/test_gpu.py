@@ -15,6 +15,7 @@ from tests.perf.command import environment, refused, run
 pytestmark = pytest.mark.gate("torch")
 
 
+@pytest.mark.extended("torch")
 def test_a_dry_run_walks_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment().items():
         monkeypatch.setenv(name, value)

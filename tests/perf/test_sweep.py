@@ -43,6 +43,7 @@ def _wait(seconds: float, happened: object) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.extended("torch")
 def test_a_killed_sweep_resumed_has_the_rows_of_an_unbroken_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +98,7 @@ def batch_norm_relu(*arguments):
 """
 
 
+@pytest.mark.extended("torch")
 def test_providers_that_misbehave_get_rows_that_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "misbehaving.py").write_text(BAD)
     monkeypatch.syspath_prepend(tmp_path)
@@ -121,6 +123,7 @@ def test_providers_that_misbehave_get_rows_that_say_so(tmp_path: Path, monkeypat
     assert frame[frame.provider != "torch"].ms_p50.isna().all()
 
 
+@pytest.mark.extended("torch")
 def test_cuda_graphs_have_rows_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     options = ["--mode", "full", "--dtype", "fp32", "bf16", "--shapes", "tiny", "--device", "cpu", "--quick"]
