@@ -402,17 +402,17 @@ def test_writing_running_statistics_is_noticed(device: str) -> None:
 @pytest.mark.parametrize(
     "case, kept",
     [
-        (Case((4, 3), activation="relu"), {"x"}),
-        (Case((4, 3), activation="gelu"), {"x"}),
-        (Case((4, 3), activation="relu", residual="contiguous"), {"x", "y"}),
-        (Case((4, 3), activation="silu", residual="contiguous"), {"x", "residual"}),
-        (Case((4, 3), training=False, activation="relu", frozen=("weight", "bias")), {"y"}),
-        (Case((4, 3), training=False, frozen=("weight", "bias")), set()),
-        (Case((4, 3), residual="contiguous", frozen=("weight", "bias", "input")), set()),
+        (Case((4, 3), activation="relu"), "x"),
+        (Case((4, 3), activation="gelu"), "x"),
+        (Case((4, 3), activation="relu", residual="contiguous"), "x y"),
+        (Case((4, 3), activation="silu", residual="contiguous"), "x residual"),
+        (Case((4, 3), training=False, activation="relu", frozen=("weight", "bias")), "y"),
+        (Case((4, 3), training=False, frozen=("weight", "bias")), ""),
+        (Case((4, 3), residual="contiguous", frozen=("weight", "bias", "input")), ""),
     ],
     ids=str,
 )
-def test_saves_the_least(case: Case, kept: set[str], device: str) -> None:
+def test_saves_the_least(case: Case, kept: str, device: str) -> None:
     o = operands(case).like(None, device)
     for name in ("input", "weight", "bias", "residual"):
         t = getattr(o, name)
@@ -432,7 +432,7 @@ def test_saves_the_least(case: Case, kept: set[str], device: str) -> None:
     names = {o.input.data_ptr(): "x", y.data_ptr(): "y"}
     if o.residual is not None:
         names[o.residual.data_ptr()] = "residual"
-    assert {names[t.data_ptr()] for t in saved if t.data_ptr() in names} == kept
+    assert {names[t.data_ptr()] for t in saved if t.data_ptr() in names} == set(kept.split())
 
 
 @pytest.mark.gate("torch")
