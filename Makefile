@@ -42,6 +42,7 @@ test-interp: $(VENV)/test.stamp
 test-extended: $(VENV)/test.stamp
 	TK_GATE=torch TK_EXTENDED=1 $(PYTEST)
 	TK_GATE=ttsem TK_EXTENDED=1 $(PYTEST)
+	TK_GATE=aot TK_EXTENDED=1 $(PYTEST)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

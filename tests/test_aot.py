@@ -27,11 +27,20 @@ TARGETS = tuple(targets.TARGETS) if EVERYTHING else ("sm_80", "sm_90", "sm_100",
 FLOAT32_TARGETS = TARGETS if EVERYTHING else ("sm_80",)
 
 
+# Cases that are no part of the CIFAR network's training or evaluation: compiled by make test-extended
+BEYOND_THE_NETWORK = (
+    "gelu", "NCHW", "residual", "48x7x7", "40x2x2", "3x32x32", "overlap", "1024->", "1000->", "hundred", "imagenet",
+    "vocabulary", "few rows", "segmentation", "stride 2", "depthwise", "mask", "smoothed",
+)  # fmt: skip
+
+
 def _cases() -> Iterator[Any]:
     for _, module, _ in pkgutil.iter_modules(perf.cases.__path__):
         for case in importlib.import_module(f"perf.cases.{module}").cases():
             for target in FLOAT32_TARGETS if "fp32" in case.name or "float32" in case.name else TARGETS:
-                yield pytest.param(case, target, id=f"{module}-{case.name}-{target}")
+                beyond = any(word in case.name for word in BEYOND_THE_NETWORK)
+                marks = [pytest.mark.extended("aot")] if beyond else []
+                yield pytest.param(case, target, id=f"{module}-{case.name}-{target}", marks=marks)
 
 
 def complaints(facts: aot.Facts, product: bool) -> list[str]:
