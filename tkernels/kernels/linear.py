@@ -26,14 +26,9 @@ STEPS_A_CHAIN = tl.constexpr(4)
 
 
 @triton.jit
-def tile_of_program(pid, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr = 8):
-    """Tile coordinates (pid_m, pid_n) of a program. GROUP rows of tiles share their column operand in L2."""
-    tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles_n = tl.cdiv(cols, BLOCK_N)
-    first = pid // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    within = pid % (GROUP * tiles_n)
-    return first + within % height, within // height
+def tile_of_program(pid, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tile coordinates (pid_m, pid_n) of a program, in the order of common.grouped_tile."""
+    return common.grouped_tile(pid, tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N))
 
 
 @triton.jit

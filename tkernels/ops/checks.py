@@ -44,6 +44,14 @@ def same_dtype(**named: Tensor | None) -> None:
         raise RuntimeError(f"expected all tensors to have the same dtype, got {listed}")
 
 
+def matching_kinds(input: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None) -> None:
+    """Raise RuntimeError for devices or dtypes that do not go together (autocast makes dtypes agree)."""
+    if weight.device != input.device or (bias is not None and bias.device != input.device):
+        same_device(input=input, weight=weight, bias=bias)
+    if autocast is None and (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)):
+        same_dtype(input=input, weight=weight, bias=bias)
+
+
 def probability(name: str, p: float) -> None:
     """Raise ValueError unless 0 <= p <= 1."""
     if not 0.0 <= p <= 1.0:

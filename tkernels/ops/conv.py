@@ -59,7 +59,7 @@ def conv2d(
             f"{checks.shape(weight)}, got {checks.shape(bias)}"
         )
     autocast = runtime.autocast_dtype(input)
-    _check_kinds(input, weight, bias, autocast)
+    checks.matching_kinds(input, weight, bias, autocast)
     if not _takes_triton(input, weight, bias):
         z = torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
         return activations.apply(z, activation)
@@ -161,14 +161,6 @@ def _padding(
     if min(padding) < 0:
         raise RuntimeError(f"negative padding is not supported, got padding={padding}")
     return padding, (2 * padding[0], 2 * padding[1])
-
-
-def _check_kinds(input: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None) -> None:
-    """Raise RuntimeError for devices or dtypes that do not go together (autocast makes dtypes agree)."""
-    if weight.device != input.device or (bias is not None and bias.device != input.device):
-        checks.same_device(input=input, weight=weight, bias=bias)
-    if autocast is None and (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)):
-        checks.same_dtype(input=input, weight=weight, bias=bias)
 
 
 def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

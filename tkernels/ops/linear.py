@@ -42,12 +42,12 @@ def linear(
     _check_shapes(input, weight, bias)
     p = float(dropout_p) if training else 0.0
     if not _takes_triton(input, weight, bias):
-        _check_kinds(input, weight, bias, runtime.autocast_dtype(input))
+        checks.matching_kinds(input, weight, bias, runtime.autocast_dtype(input))
         return _torch_body(input, weight, bias, activation, p)
     cast = runtime.autocast_dtype(input)
     if cast is not None:
         input, weight, bias = runtime.cast_for_autocast(cast, input, weight, bias)  # type: ignore[assignment]
-    _check_kinds(input, weight, bias, None)
+    checks.matching_kinds(input, weight, bias, None)
     return _triton_body(input, weight, bias, activation, p)
 
 
@@ -86,14 +86,6 @@ def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _broadcasts(t: Tensor, shape: tuple[int, ...]) -> bool:
     sizes = zip(reversed(t.shape), reversed(shape))
     return t.dim() <= len(shape) and all(size in (1, target) for size, target in sizes)
-
-
-def _check_kinds(input: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None) -> None:
-    """Raise RuntimeError for devices or dtypes that do not go together (autocast makes dtypes agree)."""
-    if weight.device != input.device or (bias is not None and bias.device != input.device):
-        checks.same_device(input=input, weight=weight, bias=bias)
-    if autocast is None and (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)):
-        checks.same_dtype(input=input, weight=weight, bias=bias)
 
 
 def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
