@@ -106,7 +106,7 @@ def triton_runs() -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> Iterator[None]:
+def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test starts from the same seed, IEEE float32 products and the strict backend of its gate."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # whatever a command under test has set
@@ -115,7 +115,7 @@ def _same_start() -> Iterator[None]:
     unchecked = _ttsem_state.races_unchecked if _ttsem_state is not None else 0
     with tkernels.backend("triton" if GATE in ("ttsem", "interp", "cuda") else "auto"):
         yield
-    if _ttsem_state is not None:
+    if _ttsem_state is not None and not request.node.get_closest_marker("races_unchecked"):
         assert _ttsem_state.races_unchecked == unchecked, "a launch was too large for the race check: shrink the test"
 
 
