@@ -560,8 +560,12 @@ def test_module(device: str, triton_runs: bool, launches: list[str]) -> None:
         tolerance.assert_close(ours.to(device)(x, labels), expected, 20)
     with pytest.warns(UserWarning, match="size_average"):
         assert tkernels.nn.CrossEntropyLoss(size_average=False).reduction == "sum"
+    x, labels = x[:, :4], target[:2]
+    with pytest.warns(UserWarning, match="elementwise_mean"):
+        old_name = cross_entropy(x[:2], labels, reduction="elementwise_mean")
+    assert torch.equal(old_name, cross_entropy(x[:2], labels))
     if triton_runs:
-        assert launches == [FORWARD] * 3
+        assert launches == [FORWARD] * 5
 
 
 @pytest.mark.gate("aot")

@@ -30,7 +30,8 @@ def linear(
 
     input: (\\*, in_features); weight: (out_features, in_features) or (in_features); bias: (out_features) or whatever
     broadcasts as in torch.nn.functional.linear; result: (\\*, out_features), in the input's or the autocast dtype.
-    activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf) or 'silu'.
+    activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf) or 'silu'. A dropped element passes a gradient
+    of 0 behind a ReLU, even where an infinite one comes in (torch: NaN).
 
     Raises TypeError for an argument that is not a tensor, ValueError for an unknown activation or a ``dropout_p``
     outside [0, 1], RuntimeError for shapes, dtypes or devices that do not go together.
