@@ -42,6 +42,12 @@ CASES: dict[str, tuple[tuple[int, ...], Sequence[tuple[int, Any, dict[str, Any]]
         ],
         {},
     ),
+    # the 1x1 layers but the first form their input from the raw map before; longer side first and second
+    "bottleneck": (
+        (2, 16, 5, 7),
+        [(20, 1, {}), (24, 3, {"padding": 1}), (40, 1, {"bias": False}), (17, 1, {})],
+        {"pool": 2},
+    ),
     "3 layers, dropout": (
         (2, 16, 5, 4),
         [(8, 1, {}), (24, 3, {"padding": 2, "dilation": 2}), (7, 3, {"padding": 1})],
@@ -310,6 +316,29 @@ def test_launches(device: str, launches: list[str]) -> None:
     with torch.no_grad():
         conv_stage(x, layers, 2, 0.25, training=False)
     assert launches == ["pack_pair_kernel", "conv_stage_kernel", "conv_stage_kernel", "stage_end_kernel"]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_pointwise_layers_form_their_input_themselves(
+    dtype: torch.dtype, device: str, triton_runs: bool, launches: list[str]
+) -> None:
+    """No pass between a layer and a 1x1 layer, no stored activation, and only what is asked for kept."""
+    shape, specs, arguments = CASES["bottleneck"]
+    layers = layers_for(16, specs, dtype, device, grad=False)
+    layers[2].weight.requires_grad_()  # nothing before it: its input's raw map is kept for it alone
+    exact = doubled(layers)
+    x = torch.randn(shape, device=device).to(dtype)
+    launches.clear()
+    y = conv_stage(x, layers, **arguments, training=True)
+    expected = reference(x.cpu().double(), exact, dtype, **arguments)
+    y.sum().backward()
+    expected.sum().backward()
+    assert layers[2].weight.grad is not None
+    close(layers[2].weight.grad, exact[2].weight.grad, 70 * 40, 16, dtype, "gradient of the 1x1 weight")
+    if triton_runs:
+        assert launches.count("pointwise_forward_kernel") == 2
+        assert launches.count("normalize_kernel") == 1  # before the 3x3 layer
+        assert launches.count("pointwise_wgrad_kernel") == 1
 
 
 def test_ties_and_nan_go_where_torch_sends_them(device: str) -> None:

@@ -406,9 +406,7 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     weight_size = g.out_channels * g.reduction if needs_weight else 0
     size = weight_size + (g.out_channels if needs_bias else 0)
     pixels = dy.shape[0] * g.out_h * g.out_w
-    runs = runs or tuning.splits(pixels, tiles, block_p, size * 4)
-    run = max(cdiv(cdiv(pixels, runs), block_p), 1) * block_p
-    runs = max(cdiv(pixels, run), 1)
+    run, runs = tuning.runs(pixels, tiles, block_p, size * 4, runs)
     workspace = dy.new_empty((runs, size), dtype=torch.float32)
     group_in, group_out, in_unit, out_unit = channel_units(g)
     strides = x.stride() if g.flattened else (0, 0, 0, 0)

@@ -93,18 +93,25 @@ def conv_stage_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, partials_ptr, counter_ptr, 
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, y, mask=in_range[:, None] & mask_n[None, :])
     if partials_ptr is not None:
-        # statistics are of what is stored
-        EXACT: tl.constexpr = y_ptr.dtype.element_ty == tl.float32
-        value = tl.where(in_range[:, None], y.to(tl.float32), 0.0)
-        n = tl.minimum(pixels - first, BLOCK_M).to(tl.float32)
-        shift = tl.sum(value, axis=0) / n
-        shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-        d = tl.where(in_range[:, None], value - shift[None, :], 0.0)
-        total, rest = column_sums(d, EXACT)
-        mean = (total + rest) / n
-        # below 0 only by rounding; NaN stays
-        m2 = common.relu(tl.sum(d * d, axis=0) - mean * (total + rest))
-        store_statistics(partials_ptr, pid_m, tiles_m, channels, channel, mask_n, shift, mean, m2, n, pid_n == 0)
+        tile_statistics(y, partials_ptr, pid_m, tiles_m, in_range, tl.minimum(pixels - first, BLOCK_M), channels,
+                        channel, mask_n, pid_n == 0)  # fmt: skip
+
+
+@triton.jit
+def tile_statistics(y, partials_ptr, producer, producers, in_range, rows, channels, channel, mask, counts):
+    """Write a tile's row of statistics partials: those of ``y`` [pixels, channels] as it is stored, of which ``rows``
+    pixels are ``in_range``."""
+    EXACT: tl.constexpr = y.dtype == tl.float32
+    value = tl.where(in_range[:, None], y.to(tl.float32), 0.0)
+    n = rows.to(tl.float32)
+    shift = tl.sum(value, axis=0) / n
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+    d = tl.where(in_range[:, None], value - shift[None, :], 0.0)
+    total, rest = column_sums(d, EXACT)
+    mean = (total + rest) / n
+    # below 0 only by rounding; NaN stays
+    m2 = common.relu(tl.sum(d * d, axis=0) - mean * (total + rest))
+    store_statistics(partials_ptr, producer, producers, channels, channel, mask, shift, mean, m2, n, counts)
 
 
 @triton.jit

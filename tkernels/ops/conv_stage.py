@@ -22,6 +22,7 @@ from tkernels.tuning.conv_stage import Pooling
 if runtime.HAS_TRITON:
     from tkernels.kernels import batch_norm, conv, conv_backward, conv_depthwise, conv_stage_backward
     from tkernels.kernels import conv_stage as kernels
+    from tkernels.kernels import conv_stage_pointwise as pointwise
     from tkernels.kernels import conv_stage_weights as weight_kernels
 
 __all__ = ["ConvBNLayer", "MaxPool", "conv_stage"]
@@ -84,8 +85,9 @@ class Plan(NamedTuple):
 
 
 class SavedLayer(NamedTuple):
-    """What a layer's backward needs. ``x``: its input; ``raw``: its convolution's output; ``mean``: of the batch
-    [4, C] (then ``var`` is None) or the running one; ``packed``: the weight as forward laid it out."""
+    """What a layer's backward needs. ``x``: its input, None where it formed that from the layer before's ``raw`` as it
+    loaded it; ``raw``: its convolution's output; ``mean``: of the batch [4, C] (then ``var`` is None) or the running
+    one; ``packed``: the weight as forward laid it out."""
 
     x: Tensor | None
     weight: Tensor
@@ -243,24 +245,34 @@ def forward(
     saved: list[SavedLayer] = []
     packed = _pack(layers, plan)
     last = len(layers) - 1
+    before: Any = None  # the norm that x, a raw map, has yet to go through
     for i, (layer, g) in enumerate(zip(layers, plan.geometries)):
-        x = _conv_input(x, g, plan.dtype)
         end = i == last
         given = not layer.measures(plan.training)
+        if before is None:
+            x = _conv_input(x, g, plan.dtype)
         if given and not keep:
             x = _folded(x, packed[i], layer, g, channels_last or not (end and plan.plain_end))
             if end and not plan.plain_end:
                 x = kernels.launch_end(x, plan.pool, None, channels_last=channels_last)
             continue
-        raw, norm = _given(x, packed[i], layer, g) if given else _measured(x, packed[i], layer, g, plan)
+        raw, norm = _given(x, packed[i], layer, g) if given else _measured(x, before, packed[i], layer, g, plan)
         if keep:
-            saved.append(SavedLayer(x, layer.weight, layer.bias, packed[i], raw, norm.mean, norm.var, norm.weight,
-                                    norm.bias))  # fmt: skip
-        if end and not (plan.plain_end and channels_last):
+            saved.append(SavedLayer(x if before is None else None, layer.weight, layer.bias, packed[i], raw, norm.mean,
+                                    norm.var, norm.weight, norm.bias))  # fmt: skip
+        before = norm if not end and _normalizes_in_next(layers[i + 1], plan, i + 1) else None
+        if before is not None:
+            x = raw
+        elif end and not (plan.plain_end and channels_last):
             x = kernels.launch_end(raw, plan.pool, norm, plan.p, seed, channels_last)
         else:
             x = batch_norm.launch_normalize(raw, _matrix(raw), norm, "relu")
     return x, saved, seed
+
+
+def _normalizes_in_next(layer: ConvBNLayer, plan: Plan, i: int) -> bool:
+    """Whether layer ``i`` normalises and activates its input itself."""
+    return layer.measures(plan.training) and tuning.applies_in_prologue(plan.geometries[i], plan.dtype)
 
 
 def _pack(layers: Sequence[ConvBNLayer], plan: Plan) -> list[Any]:
@@ -313,14 +325,17 @@ def _given(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry) -> tuple[Ten
     return conv.launch_forward(x, packed, bias, g)[0], _given_norm(layer)
 
 
-def _measured(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry, plan: Plan) -> tuple[Tensor, Any]:
-    """(raw output, Norm) by the batch's statistics; in training moves the running ones."""
+def _measured(x: Tensor, before: Any, packed: Any, layer: ConvBNLayer, g: Geometry, plan: Plan) -> tuple[Tensor, Any]:
+    """(raw output, Norm) by the batch's statistics; in training moves the running ones. ``before``: the Norm that x has
+    yet to go through, or None."""
     counter = layer.num_batches_tracked if layer.counts(plan.training) else None
     bias = _dense(layer.bias)
     partials: Any
     if g.depthwise:
         raw, _ = conv_depthwise.launch_forward(x, layer.weight, bias, g)
         partials = batch_norm.launch_statistics(raw, _matrix(raw), counter)
+    elif before is not None:
+        raw, partials = pointwise.launch_forward(x, before, packed, bias, g, counter)
     else:
         raw, partials = kernels.launch_conv(x, packed, bias, g, None, counter)
     stats = bn_ops.merge_statistics(
@@ -376,14 +391,15 @@ def backward(
         task, layer, g = tasks[i], saved[i], plan.geometries[i]
         if not (task.raw or task.sums):
             break
-        norm = batch_norm.Norm(layer.mean, layer.var, layer.bn_weight, layer.bn_bias, eps[i])
+        norm = _norm_of(layer, eps[i])
         end = _End(plan, seed) if i == len(saved) - 1 and not plan.plain_end else None
         coefficients, gradients[3 + 4 * i], gradients[4 + 4 * i] = _norm_gradients(
             d, layer, norm, task, end, partials, masked
         )
         if not task.raw:
             break
-        if masked and not (task.below or task.bias) and _normalizes_in_wgrad(g, coefficients, d):
+        recomputes = task.weight and layer.x is None
+        if masked and not (task.below or task.bias or recomputes) and _normalizes_in_wgrad(g, coefficients, d):
             through = (layer.mean, layer.bn_weight, coefficients)
             x: Any = layer.x
             config = tuning.wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"))
@@ -394,7 +410,9 @@ def backward(
             break
         draw = _raw_gradient(d, layer, norm, coefficients, end, masked)
         d, partials, masked = draw, None, False
-        if task.weight:
+        if recomputes:
+            waiting.append((i, pointwise.launch_wgrad(*_input_of(saved, i, eps), draw, g)))
+        elif task.weight:
             waiting.append((i, _weight_sums(draw, layer, g, task)))
         elif task.bias:
             workspace = conv_backward.launch_wgrad(draw, draw, g, False, True)
@@ -406,7 +424,7 @@ def backward(
         elif tasks[i - 1].sums and not g.depthwise:
             before = saved[i - 1]
             raw: Any = before.raw
-            norm = batch_norm.Norm(before.mean, before.var, before.bn_weight, before.bn_bias, eps[i - 1])
+            norm = _norm_of(before, eps[i - 1])
             packed, transposed = _packed(draw, layer, g)
             d, partials = conv_stage_backward.launch_dgrad(draw, packed, g, raw, norm, transposed)
             masked = True
@@ -420,6 +438,15 @@ def backward(
         if needs[2 + 4 * i] and gradients[2 + 4 * i] is None and layer.bias is not None:
             gradients[2 + 4 * i] = torch.zeros_like(layer.bias)
     return gradients
+
+
+def _norm_of(layer: SavedLayer, eps: float) -> Any:
+    return batch_norm.Norm(layer.mean, layer.var, layer.bn_weight, layer.bn_bias, eps)
+
+
+def _input_of(saved: Sequence[SavedLayer], i: int, eps: Sequence[float]) -> tuple[Any, Any]:
+    """(raw output, Norm) of the layer before, of which layer ``i`` formed its input as it loaded it."""
+    return saved[i - 1].raw, _norm_of(saved[i - 1], eps[i - 1])
 
 
 class _End(NamedTuple):
@@ -501,19 +528,21 @@ def _input_gradient(draw: Tensor, layer: SavedLayer, g: Geometry, dtype: torch.d
 
 
 class _ConvStage(torch.autograd.Function):
-    """Saved are, of each layer, the input (the activation of the layer before) and the raw output, and vectors."""
+    """Saved are, of each layer, the raw output, vectors, and the input (the activation of the layer before) unless the
+    layer formed it from the raw output before as it loaded it."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, layers: Sequence[ConvBNLayer], x: Tensor, *parameters: Tensor | None) -> Tensor:
         y, saved, seed = forward(x, layers, plan, True)
         tasks = wanted(ctx.needs_input_grad[2:], saved)
         kept: list[Tensor | None] = [seed]
-        for layer, task, needs_bias in zip(saved, tasks, ctx.needs_input_grad[4::4]):
+        for i, (layer, task, needs_bias) in enumerate(zip(saved, tasks, ctx.needs_input_grad[4::4])):
+            above = i + 1 < len(saved) and saved[i + 1].x is None and tasks[i + 1].weight
             kept += layer._replace(
                 x=layer.x if task.weight else None,
                 bias=layer.bias if needs_bias else None,
                 packed=layer.packed if task.below and layer.packed is not layer.weight else None,
-                raw=layer.raw if task.raw or task.sums else None,
+                raw=layer.raw if task.raw or task.sums or above else None,
             )
         ctx.save_for_backward(*kept)
         ctx.plan, ctx.eps = plan, [layer.eps for layer in layers]

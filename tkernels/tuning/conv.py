@@ -208,6 +208,13 @@ def splits(pixels: int, tiles: int, block_p: int, workspace_bytes: int) -> int:
     return max(1, min(wanted, affordable, cdiv(pixels, block_p * MIN_STEPS), 65535))
 
 
+def runs(pixels: int, tiles: int, block_p: int, workspace_bytes: int, wanted: int | None = None) -> tuple[int, int]:
+    """(pixels a run, runs) of a weight gradient: whole steps, and no more runs than ``wanted`` or splits says."""
+    count = wanted or splits(pixels, tiles, block_p, workspace_bytes)
+    run = max(cdiv(cdiv(pixels, count), block_p), 1) * block_p
+    return run, max(cdiv(pixels, run), 1)
+
+
 @functools.lru_cache(maxsize=4096)
 def merge(elements: int) -> Config:
     """Blocks of the second pass over a split weight gradient: BLOCK elements, BLOCK_S splits at a time."""

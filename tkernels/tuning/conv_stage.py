@@ -58,19 +58,16 @@ def no_pooling(height: int, width: int) -> Pooling:
 
 
 def applies_in_prologue(g: Geometry, dtype: torch.dtype) -> bool:
-    """Whether the next convolution should normalise its input as it loads it, so that the activation between the two
-    is never stored. Always False: that kernel is not built.
+    """Whether a convolution should normalise and activate its input as it loads it, so that the activation between it
+    and the layer before is never stored: where the estimate says so, which is for 1x1 windows alone.
 
-    The estimate behind it: the activation's pass costs one read and one write of the map, and its consumers (forward
-    and weight gradient) read it as they would read the raw map. A prologue repeats the arithmetic, about 6
-    instructions an element, once for each tap and each tile of output channels, and its operand comes through
-    registers instead of by asynchronous copy. For a 1x1 window with one tile of output channels the ratio below is
-    favourable on every card; for a 3x3 window it is not.
+    The activation's pass costs one read and one write of the map, and its consumers (forward and weight gradient) read
+    it as they would read the raw map. A prologue repeats the arithmetic, about 6 instructions an element, once for each
+    tap and each tile of output channels, and its operand comes through registers instead of by asynchronous copy. For a
+    3x3 window that costs more than the bytes are worth, on every card.
     """
-    return PROLOGUE_IS_BUILT and prologue_gain(g, dtype, targets.current()) > 1.0
-
-
-PROLOGUE_IS_BUILT = False
+    pointwise = g.taps == 1 and g.stride_h == g.stride_w == 1 and not g.halo and g.groups == 1 and not g.flattened
+    return pointwise and prologue_gain(g, dtype, targets.current()) > 1.0
 
 
 def prologue_gain(g: Geometry, dtype: torch.dtype, target: targets.Target) -> float:
