@@ -9,7 +9,14 @@ import torch
 from perf.aot import Case
 from perf.cases.conv import BATCH, LAYERS, image, window3x3
 from tkernels import runtime
-from tkernels.kernels import conv, conv_backward, conv_stage, conv_stage_backward, conv_stage_weights
+from tkernels.kernels import (
+    conv,
+    conv_backward,
+    conv_stage,
+    conv_stage_backward,
+    conv_stage_pointwise,
+    conv_stage_weights,
+)
 from tkernels.kernels.batch_norm import Norm
 from tkernels.tuning import conv_stage as tuning
 from tkernels.tuning.conv import Geometry
@@ -61,6 +68,16 @@ def wgrad(g: Geometry, dtype: torch.dtype) -> None:
     x = image(g.in_channels, g.height, dtype)
     config = tuning.wgrad(g, dtype, runtime.dot_precision(dtype, "conv"))
     conv_backward.launch_wgrad(x, dz, g, True, False, raw, config=config, through=through)
+
+
+def pointwise(c_in: int, c_out: int, size: int, dtype: torch.dtype) -> None:
+    """A 1x1 layer that normalises its input as it loads it, forward and weight gradient."""
+    g = Geometry(c_in, c_out, 1, size, size, 1, 1, 1, 1, 0, 0, 1, 1, size, size)
+    x, norm = image(c_in, size, dtype), norm_of_batch(c_in)
+    packed = conv.launch_pack(torch.empty(c_out, c_in, 1, 1, device="cuda"), g, dtype)
+    counter = torch.empty((), device="cuda", dtype=torch.int64)
+    conv_stage_pointwise.launch_forward(x, norm, packed, None, g, counter)
+    conv_stage_pointwise.launch_wgrad(x, norm, image(c_out, size, dtype), g)
 
 
 def weights(dtype: torch.dtype) -> None:
@@ -120,6 +137,10 @@ def cases() -> list[Case]:
                 Case(f"conv_stage pool {label}", functools.partial(end, channels, pool, dtype, False)),
                 Case(f"conv_stage end backward {label}", functools.partial(end_backward, channels, pool, dtype, False)),
             ]
+        for c_in, c_out, size in ((64, 256, 56), (256, 64, 56), (24, 144, 56)):
+            label = f"{c_in}-{c_out}@{size} {name}"
+            run_it = functools.partial(pointwise, c_in, c_out, size, dtype)
+            found.append(Case(f"conv_stage pointwise {label}", run_it))
         label = f"64@16 {name}"
         overlapping = pooled(16, 3, 2, 1)
         found += [

@@ -16,8 +16,9 @@ from tkernels import targets
 from tkernels.tuning import Config
 from tkernels.tuning.batch_norm import Matrix
 from tkernels.tuning.conv import Geometry
+from tkernels.tuning.conv_stage import Pooling
 
-MODULES = ("linear", "conv", "batch_norm", "cross_entropy")
+MODULES = ("linear", "conv", "conv_stage", "batch_norm", "cross_entropy")
 # shared by the choosers of its module, which are asked themselves
 HELPERS = ("tile",)
 SIZES = (1, 3, 10, 17, 32, 33, 64, 128, 200, 512, 2048)
@@ -45,12 +46,21 @@ def _matrices() -> Iterator[Matrix]:
             yield Matrix(rows, channels, plane, 1, True)
 
 
+def _poolings() -> Iterator[Pooling]:
+    """No pooling, 2x2, and windows that overlap, on maps of few and many pixels."""
+    for size, (kernel, stride, pad) in itertools.product((2, 3, 5, 8, 16, 32, 112), ((1, 1, 0), (2, 2, 0), (3, 2, 1))):
+        out = (size + 2 * pad - kernel) // stride + 1
+        yield Pooling(size, size, kernel, kernel, stride, stride, pad, pad, out, out)
+
+
 # Values for every parameter a chooser may have, by its name. A new name is added here, or the enumeration fails.
 POOL: dict[str, tuple[Any, ...]] = {
     "n": SIZES,
     "k": SIZES,
     "g": tuple(_geometries()),
     "m": tuple(_matrices()),
+    "pool": tuple(_poolings()),
+    "channels_last": (True, False),
     "elements": (1, 30, 500, 9_000, 40_000, 70_000, 10**6, 10**7),
     "columns": (1, 9, 17, 40, 70, 150, 300, 5000),
     "channels": (1, 3, 8, 9, 17, 33, 64, 100, 512),
@@ -101,6 +111,8 @@ def _kind(arguments: dict[str, Any]) -> str:
         return "depthwise" if g.depthwise else "flat" if g.flattened else "wide"
     if m is not None:
         return "planes" if m.planes else "columns"
+    if "pool" in arguments:
+        return "overlapping" if arguments["pool"].overlaps else "apart"
     if "n_classes" in arguments:
         return "classes" if arguments["classes_contiguous"] else "pixels" if arguments["inner"] else "strided"
     return ""

@@ -122,7 +122,7 @@ def launch_forward(x: Tensor, norm: Norm, packed: Tensor, bias: Tensor | None, g
     """
     y = empty_pixels(x, (x.shape[0], g.out_channels, g.out_h, g.out_w), packed.dtype, True)
     precision = runtime.dot_precision(packed.dtype, "conv")
-    config = config or tuning.forward(g, packed.dtype, precision)
+    config = config or tuning.pointwise_forward(g, packed.dtype, precision)
     group_in, group_out, in_unit, out_unit = channel_units(g)
     pixels = x.shape[0] * g.out_h * g.out_w
     tiles_m = cdiv(pixels, config["BLOCK_M"])
@@ -141,7 +141,7 @@ def launch_wgrad(x: Tensor, norm: Norm, dy: Tensor, g: Geometry, config: Config 
     ``x``, ``norm``: as in launch_forward. ``dy``: NHWC, the gradient of the raw output.
     """
     precision = runtime.dot_precision(dy.dtype, "conv")
-    config = config or tuning.wgrad(g, dy.dtype, precision)
+    config = config or tuning.pointwise_wgrad(g, dy.dtype, precision)
     rows, cols, out_on_rows = conv_tuning.wgrad_sides(g)
     tiles = cdiv(rows, config["BLOCK_M"]) * cdiv(cols, config["BLOCK_N"])
     pixels, block_p = dy.shape[0] * g.out_h * g.out_w, config["BLOCK_P"]

@@ -117,7 +117,12 @@ def forward(g: Geometry, dtype: torch.dtype, precision: str, channels_last: bool
     An NCHW store holds an offset for every element: half the pixels where a tile would have 8192 of them.
     """
     config = _with_epilogue(conv_tuning.forward(g, dtype, precision), targets.current())
-    if channels_last or config["BLOCK_M"] * config["BLOCK_N"] < 8192:
+    return config if channels_last else _half_the_pixels(config, 8192)
+
+
+def _half_the_pixels(config: Config, elements: int) -> Config:
+    """Tiles with half the pixels where they would have ``elements`` or more."""
+    if config["BLOCK_M"] * config["BLOCK_N"] < elements:
         return config
     return dataclasses.replace(
         config, blocks=tuple((name, size // 2 if name == "BLOCK_M" else size) for name, size in config.blocks)
@@ -127,6 +132,27 @@ def forward(g: Geometry, dtype: torch.dtype, precision: str, channels_last: bool
 def dgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     """Tiles of the input gradient with a batch norm epilogue: those of the plain one, on more warps."""
     return _with_epilogue(conv_tuning.dgrad(g, dtype, precision), targets.current())
+
+
+def pointwise_forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+    """Tiles of a 1x1 convolution with batch norm in prologue and epilogue (the widest spill on sm_100)."""
+    config = _with_prologue(forward(g, dtype, precision), "BLOCK_K", dtype, targets.current())
+    return _half_the_pixels(config, 16384)
+
+
+def pointwise_wgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+    """Tiles of its weight gradient, with the same prologue."""
+    return _with_prologue(wgrad(g, dtype, precision), "BLOCK_P", dtype, targets.current())
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_prologue(config: Config, step: str, dtype: torch.dtype, target: targets.Target) -> Config:
+    """Tiles of a product whose operand passes through registers: short steps, which hold half as much of it."""
+    shorter = tuple((name, min(size, 32) if name == step else size) for name, size in config.blocks)
+    warps = config.num_warps
+    if not target.is_nvidia and dtype == torch.float32:
+        warps = max(warps, 8)  # gfx942 spills the float32 operand of 4
+    return dataclasses.replace(config, blocks=shorter, num_warps=warps)
 
 
 @functools.lru_cache(maxsize=1024)
