@@ -45,7 +45,7 @@ def cross_entropy(
     if not _takes_triton(input, target, weight):
         return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
     if reduction == "elementwise_mean":  # torch's old name for it, with torch's warning
-        torch.nn.functional._Reduction.get_enum(reduction)
+        torch.nn._reduction.get_enum(reduction)
         reduction = "mean"
     _check(input, target, weight, ignore_index, reduction, label_smoothing)
     return _triton_body(input, target, weight, ignore_index, reduction, label_smoothing)
