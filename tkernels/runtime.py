@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from typing import Any, Literal
@@ -61,6 +62,7 @@ def get_backend() -> str:
     return _backend
 
 
+@functools.cache  # triton itself asks once, as it defines a kernel
 def interpreting() -> bool:
     """Whether Triton's interpreter is on (TRITON_INTERPRET=1), which runs kernels on CPU tensors."""
     return HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -90,12 +92,25 @@ def use_triton(*tensors: Tensor | None) -> bool:
     """
     if _backend == "torch":
         return False
-    reason = why_not_triton(*tensors)
-    if reason is None:
+    if _can_run(tensors):
         return True
     if _backend == "triton" and not any(t is not None and t.dtype == torch.float64 for t in tensors):
-        raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
+        raise RuntimeError(f"backend 'triton' was asked for, but {why_not_triton(*tensors)}")
     return False
+
+
+def _can_run(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether why_not_triton has no reason; every call asks this, so nothing is put into words."""
+    if not HAS_TRITON:
+        return False
+    anywhere = interpreting()
+    for t in tensors:
+        if t is not None:
+            if not (anywhere or t.is_cuda):
+                return False
+            if t.dtype not in TRITON_DTYPES and t.is_floating_point():
+                return False
+    return anywhere or targets.supported()
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:

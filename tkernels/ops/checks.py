@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
+
+
+def explain(error: Exception, check: Callable[[], None]) -> NoReturn:
+    """Raise what ``check`` raises, which names the argument, if it is of the class of torch's ``error``; else that.
+
+    PyTorch bodies call torch first and check only what it refused: checks cost more than a small operator.
+    """
+    try:
+        check()
+    except type(error) as ours:
+        raise ours from None
+    except REFUSALS:
+        raise error from None
+    raise error
 
 
 def tensor(**named: Any) -> None:

@@ -47,6 +47,24 @@ def conv2d(
     checks.tensor(input=input, weight=weight)
     checks.optional_tensor(bias=bias)
     activations.check(activation)
+    if not _takes_triton(input, weight, bias):
+        return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
+    g, autocast = _checked(input, weight, bias, stride, padding, dilation, groups)
+    if input.dim() == 3:
+        return _triton_body(input.unsqueeze(0), weight, bias, g, activation, autocast).squeeze(0)
+    return _triton_body(input, weight, bias, g, activation, autocast)
+
+
+def _checked(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
+    groups: int,
+) -> tuple[Geometry, torch.dtype | None]:
+    """What the call describes, and autocast's dtype. Raises what torch raises."""
     if not isinstance(padding, str):
         padding = pair("padding", padding)
     g = geometry(
@@ -60,12 +78,29 @@ def conv2d(
         )
     autocast = runtime.autocast_dtype(input)
     checks.matching_kinds(input, weight, bias, autocast)
-    if not _takes_triton(input, weight, bias):
+    return g, autocast
+
+
+def _torch_body(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    activation: str | None,
+) -> Tensor:
+    """PyTorch's own call, with its autograd and autocast. What it refuses is refused in our words."""
+    try:
         z = torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
-        return activations.apply(z, activation)
-    if input.dim() == 3:
-        return _triton_body(input.unsqueeze(0), weight, bias, g, activation, autocast).squeeze(0)
-    return _triton_body(input, weight, bias, g, activation, autocast)
+    except checks.REFUSALS as error:
+
+        def check() -> None:
+            _checked(input, weight, bias, stride, padding, dilation, groups)
+
+        checks.explain(error, check)
+    return activations.apply(z, activation)
 
 
 def _integer(name: str, value: Any) -> int:
@@ -168,7 +203,8 @@ def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     for t in (input, weight, bias):
         if t is not None and not (t.is_floating_point() and t.layout is torch.strided):
             return False
-    return input.shape[-3] > 0 and runtime.use_triton(input, weight, bias)
+    channels = input.shape[-3] if input.dim() > 2 else 1
+    return channels > 0 and runtime.use_triton(input, weight, bias)
 
 
 def _triton_body(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,20 +74,13 @@ def _torch_body(
         return torch.nn.functional.cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        _explain(error, input, target, weight, ignore_index, reduction, label_smoothing)
+    except checks.REFUSALS as error:
 
+        def check() -> None:
+            _check(input, target, weight, ignore_index, reduction, label_smoothing)
+            _check_range(input, target, ignore_index)
 
-def _explain(error: Exception, input: Tensor, target: Tensor, *rest: Any) -> NoReturn:
-    """Raise an error that names the argument, if it is of the class torch raised; else torch's."""
-    try:
-        _check(input, target, *rest)
-        _check_range(input, target, rest[1])
-    except type(error) as ours:
-        raise ours from None
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        raise error from None
-    raise error
+        checks.explain(error, check)
 
 
 def _check(

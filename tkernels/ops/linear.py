@@ -40,11 +40,10 @@ def linear(
     checks.optional_tensor(bias=bias)
     activations.check(activation)
     checks.probability("dropout_p", dropout_p)
-    _check_shapes(input, weight, bias)
     p = float(dropout_p) if training else 0.0
     if not _takes_triton(input, weight, bias):
-        checks.matching_kinds(input, weight, bias, runtime.autocast_dtype(input))
         return _torch_body(input, weight, bias, activation, p)
+    _check_shapes(input, weight, bias)
     cast = runtime.autocast_dtype(input)
     if cast is not None:
         input, weight, bias = runtime.cast_for_autocast(cast, input, weight, bias)  # type: ignore[assignment]
@@ -99,7 +98,16 @@ def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _torch_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float) -> Tensor:
     """The same in ATen calls, with PyTorch's own autograd and autocast."""
-    y = activations.apply(torch.nn.functional.linear(input, weight, bias), activation)
+    try:
+        z = torch.nn.functional.linear(input, weight, bias)
+    except checks.REFUSALS as error:
+
+        def check() -> None:
+            _check_shapes(input, weight, bias)
+            checks.matching_kinds(input, weight, bias, runtime.autocast_dtype(input))
+
+        checks.explain(error, check)
+    y = activations.apply(z, activation)
     return torch.nn.functional.dropout(y, p) if p > 0 else y
 
 
