@@ -13,7 +13,6 @@ from torch import Tensor
 import tkernels
 from tests.tolerance import assert_close
 from tkernels.functional import ConvBNLayer, MaxPool, conv_stage
-from tkernels.ops import conv_stage as ops
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 
