@@ -20,7 +20,7 @@ demo: $(VENV)/train.stamp
 
 perf: $(VENV)/test.stamp
 	rm -rf runs/perf
-	$(BIN)/python -m perf sweep --op cnn linear conv2d batch_norm cross_entropy --mode fwd full --quick \
+	$(BIN)/python -m perf sweep --op cnn conv_stage linear conv2d batch_norm cross_entropy --mode fwd full --quick \
 		--csv runs/perf/sweep.csv
 	$(BIN)/python -m perf traffic --no-inductor --csv runs/perf/traffic.csv
 	$(BIN)/python -m perf plot runs/perf/sweep.csv runs/perf/traffic.csv

@@ -259,6 +259,55 @@ class CrossEntropy(Operator):
         return 2 * shape["N"] * shape["C"] * itemsize + 8 * shape["N"], 0
 
 
+class ConvStage(Operator):
+    """Two 3x3 convolutions, each with batch norm (training) and ReLU, then 2x2 max pooling: a stage of the network.
+
+    Providers' functions take (input, layers, pool), a layer being (weight, bn_weight, bn_bias, running_mean,
+    running_var).
+    """
+
+    name = function = "conv_stage"
+    precision = "conv"
+    required = ("N", "C", "H", "W", "K")
+    images = True
+    differentiable = ("input", *(f"{name}{i}" for i in (1, 2) for name in ("weight", "bn_weight", "bn_bias")))
+
+    def _convolutions(self, shape: Shape) -> list[Shape]:
+        second = {**shape, "C": shape["K"]}
+        return [OPERATORS["conv2d"].complete(each) for each in (shape, second)]
+
+    def tensors(self, shape: Shape, source: Sources) -> Tensors:
+        found = {"input": source.image(shape["N"], shape["C"], shape["H"], shape["W"])}
+        for i, layer in enumerate(self._convolutions(shape), 1):
+            k = shape["K"]
+            vectors = OPERATORS["batch_norm"].tensors({**shape, "N": 1, "C": k, "H": 1, "W": 1}, source)
+            found[f"weight{i}"] = OPERATORS["conv2d"].tensors({**layer, "N": 1}, source)["weight"]
+            found[f"bn_weight{i}"], found[f"bn_bias{i}"] = vectors["weight"], vectors["bias"]
+            found[f"running_mean{i}"], found[f"running_var{i}"] = vectors["running_mean"], vectors["running_var"]
+        return found
+
+    def bind(self, function: Callable[..., Any], tensors: Tensors, shape: Shape, exact: bool) -> Callable[[], Tensor]:
+        names = ("weight", "bn_weight", "bn_bias", "running_mean", "running_var")
+        layers = [tuple(tensors[f"{name}{i}"] for name in names) for i in (1, 2)]
+        return functools.partial(function, tensors["input"], layers, 2)
+
+    def _outer(self, shape: Shape, itemsize: int) -> tuple[int, int, int]:
+        """Bytes of the input, of the pooled output and of the weights."""
+        n, size = shape["N"], shape["H"] * shape["W"]
+        weights = 9 * (shape["C"] + shape["K"]) * shape["K"]
+        pooled = n * shape["K"] * (shape["H"] // 2) * (shape["W"] // 2)
+        return n * shape["C"] * size * itemsize, pooled * itemsize, weights * itemsize
+
+    def _forward(self, shape: Shape, itemsize: int) -> tuple[int, int]:
+        flops = sum(OPERATORS["conv2d"].work(layer, "fwd", itemsize)[1] for layer in self._convolutions(shape))
+        return sum(self._outer(shape, itemsize)), flops
+
+    def _backward(self, shape: Shape, itemsize: int) -> tuple[int, int]:
+        images, pooled, weights = self._outer(shape, itemsize)
+        flops = sum(OPERATORS["conv2d"].work(layer, "bwd", itemsize)[1] for layer in self._convolutions(shape))
+        return pooled + 2 * (images + weights), flops
+
+
 class Cnn(Operator):
     """The CIFAR classifier in training mode with its loss: 'full' is a training step without the optimizer."""
 
@@ -343,6 +392,7 @@ OPERATORS: dict[str, Operator] = {
         BatchNorm(),
         BatchNorm("batch_norm_relu"),
         CrossEntropy(),
+        ConvStage(),
         Cnn(),
     )
 }

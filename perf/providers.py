@@ -89,9 +89,16 @@ def _torch() -> Provider:
             "batch_norm": F.batch_norm,
             "batch_norm_relu": batch_norm_relu,
             "cross_entropy": F.cross_entropy,
+            "conv_stage": _plain_stage,
             "cnn": _plain_cnn,
         },
     )
+
+
+def _plain_stage(x: torch.Tensor, layers: Iterable[tuple[torch.Tensor, ...]], pool: int) -> torch.Tensor:
+    for weight, bn_weight, bn_bias, mean, var in layers:
+        x = F.relu(F.batch_norm(F.conv2d(x, weight, padding=1), mean, var, bn_weight, bn_bias, True))
+    return F.max_pool2d(x, pool)
 
 
 def _plain_cnn(arguments: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
@@ -106,6 +113,10 @@ def _tkernels() -> Provider:
     def batch_norm_relu(*args: Any) -> torch.Tensor:
         return functional.batch_norm(*args, activation="relu")
 
+    def conv_stage(x: torch.Tensor, layers: Iterable[tuple[torch.Tensor, ...]], pool: int) -> torch.Tensor:
+        stage = [functional.ConvBNLayer(weight, None, *norm, padding=1) for weight, *norm in layers]
+        return functional.conv_stage(x, stage, pool, training=True)
+
     def cnn(arguments: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
         from models.cifar_cnn import FusedCNNClassifier
 
@@ -114,7 +125,7 @@ def _tkernels() -> Provider:
 
     own = ("linear", "linear_relu", "conv2d", "batch_norm", "cross_entropy")
     functions: dict[str, Function] = {name: getattr(functional, name) for name in own}
-    return Provider("tkernels", {**functions, "batch_norm_relu": batch_norm_relu, "cnn": cnn})
+    return Provider("tkernels", {**functions, "batch_norm_relu": batch_norm_relu, "conv_stage": conv_stage, "cnn": cnn})
 
 
 def _compiled() -> Provider:

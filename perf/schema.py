@@ -195,6 +195,8 @@ def shape_label(row: Mapping[str, Any]) -> str:
 
     n, c, h, w, k, r, s = (get(name) for name in ("N", "C", "H", "W", "K", "R", "S"))
     text = "x".join(str(v) for v in (n, c, h, w) if v is not None)
+    if c is None:
+        text = f"batch {n}"
     if k is not None:
         text += f"→{k}"
     if r is not None:

@@ -37,11 +37,13 @@ def _cnn(n: int) -> Shapes:
     layers = ((3, 32, 32), (32, 32, 32), (32, 16, 64), (64, 16, 64), (64, 8, 128))
     maps = ((32, 32), (64, 16), (128, 8))
     features = ((2048, 256), (256, 128), (128, 10))
+    stages = ((3, 32, 32), (32, 16, 64))
     return {
         "conv2d": [conv(n, c, size, k) for c, size, k in layers],
         "batch_norm": [image(n, c, size) for c, size in maps],
         "linear": [linear(n, c, k) for c, k in features],
         "cross_entropy": [rows(n, 10)],
+        "conv_stage": [{**image(n, c, size), "K": k} for c, size, k in stages],
         "cnn": [{"N": n}],
     }
 
@@ -69,6 +71,7 @@ def _resnet(n: int, bottleneck: bool) -> Shapes:
         "batch_norm": distinct([image(n, c, size) for c, size in maps]),
         "linear": [linear(n, channels, 1000)],
         "cross_entropy": [rows(n, 1000)],
+        "conv_stage": [{**image(n, 64, 56), "K": 64}],
     }
 
 
@@ -80,6 +83,7 @@ def _vgg(n: int) -> Shapes:
         "batch_norm": distinct([image(n, k, size) for _, size, k in layers]),
         "linear": [linear(n, c, k) for c, k in ((25088, 4096), (4096, 4096), (4096, 1000))],
         "cross_entropy": [rows(n, 1000)],
+        "conv_stage": [{**image(n, c, size), "K": k} for c, size, k in ((3, 224, 64), (64, 112, 128))],
     }
 
 
@@ -101,6 +105,7 @@ NAMED: dict[str, Shapes] = {
         "batch_norm": [image(2, 8, 9)],
         "linear": [linear(8, 32, 16)],
         "cross_entropy": [rows(8, 10)],
+        "conv_stage": [{**image(2, 4, 8), "K": 8}],
         "cnn": [{"N": 4}],
     },
 }
