@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -151,9 +152,7 @@ def _bars(axes: Axes, rows: pd.DataFrame, shapes: list[str], series: list[str], 
     if wide:
         axes.set_yscale("log")
         axes.set_ylim(bottom=rows.ms_p20.min() / 2)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _plain_logarithmic(axes.yaxis)
     axes.grid(axis="x", visible=False)
 
 
@@ -177,37 +176,53 @@ def _speedups(axes: Axes, rows: pd.DataFrame, shapes: list[str], series: list[st
 
 def roofline(rows: pd.DataFrame) -> Figure:
     """Each measurement against what the device can do: by bytes where it computes little, by operations elsewhere."""
-    with_products = rows[rows.flops > 0]
-    without = rows[rows.flops == 0]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 4.8), width_ratios=(3, 2), layout="constrained"
+    products, memory_bound = rows[rows.flops > 0], rows[rows.flops == 0]
+    draw = [(panel, part) for panel, part in ((_products, products), (_memory_bound, memory_bound)) if not part.empty]
+    figure, axes = plt.subplots(
+        1, len(draw), figsize=(11 if len(draw) == 2 else 7, 4.8), width_ratios=(3, 2)[: len(draw)], squeeze=False,
+        layout="constrained",
     )  # fmt: skip
     markers = dict(zip(dict.fromkeys(rows.operator), "osD^vP*X"))
-    _roofs(left, with_products)
-    for (operator, provider), part in with_products.groupby(["operator", "provider"], sort=False):
-        left.scatter(part.flops / part.bytes, part.tflops, s=34, marker=markers[operator], color=_colour(str(provider)),
-                     edgecolors="white", linewidths=0.5, zorder=3)  # fmt: skip
-    left.set(xscale="log", yscale="log", xlabel="operations a byte (least traffic)", ylabel="TFLOP/s",
-             title="products")  # fmt: skip
-    names = list(dict.fromkeys(without.operator + " " + without["mode"]))
-    for provider, part in without.groupby("provider", sort=False):
-        heights = [names.index(name) for name in part.operator + " " + part["mode"]]
-        right.scatter(100 * part.gbps / part.peak_gbps, heights, s=34, color=_colour(str(provider)), edgecolors="white",
-                      linewidths=0.5, zorder=3)  # fmt: skip
-    right.set_yticks(range(len(names)), names)
-    right.set(xlabel="least traffic / time, in % of the peak bandwidth", title="memory-bound operators")
-    right.set_xlim(left=0)
-    right.margins(y=0.15)
-    if not names:
-        right.set_visible(False)
+    for (panel, part), place in zip(draw, axes[0]):
+        panel(place, part, markers)
     handles = [plt.Line2D([], [], linestyle="", marker=markers[name], color="#666666", label=name)
-               for name in dict.fromkeys(with_products.operator)]  # fmt: skip
+               for name in dict.fromkeys(products.operator)]  # fmt: skip
     handles += [plt.Line2D([], [], linestyle="", marker="s", color=_colour(name), label=name)
                 for name in _ordered(rows.provider)]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
     first = rows.iloc[0]
     figure.suptitle(f"roofline, {first['dtype']}   ({first.device})", fontsize=11)
     return figure
+
+
+def _products(axes: Axes, rows: pd.DataFrame, markers: dict[str, str]) -> None:
+    _roofs(axes, rows)
+    for (operator, provider), part in rows.groupby(["operator", "provider"], sort=False):
+        axes.scatter(part.flops / part.bytes, part.tflops, s=34, marker=markers[operator], color=_colour(str(provider)),
+                     edgecolors="white", linewidths=0.5, zorder=3)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte (least traffic)", ylabel="TFLOP/s",
+             title="products")  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        _plain_logarithmic(axis)
+
+
+def _memory_bound(axes: Axes, rows: pd.DataFrame, markers: dict[str, str]) -> None:
+    names = list(dict.fromkeys(rows.operator + " " + rows["mode"]))
+    for provider, part in rows.groupby("provider", sort=False):
+        heights = [names.index(name) for name in part.operator + " " + part["mode"]]
+        axes.scatter(100 * part.gbps / part.peak_gbps, heights, s=34, color=_colour(str(provider)), edgecolors="white",
+                     linewidths=0.5, zorder=3)  # fmt: skip
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="least traffic / time, in % of the peak bandwidth", title="memory-bound operators")
+    axes.set_xlim(left=0)
+    axes.margins(y=0.15)
+
+
+def _plain_logarithmic(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 of each decade, written out."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _roofs(axes: Axes, rows: pd.DataFrame) -> None:
