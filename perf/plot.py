@@ -198,8 +198,8 @@ def roofline(rows: pd.DataFrame) -> Figure:
 def _products(axes: Axes, rows: pd.DataFrame, markers: dict[str, str]) -> None:
     _roofs(axes, rows)
     for (operator, provider), part in rows.groupby(["operator", "provider"], sort=False):
-        axes.scatter(part.flops / part.bytes, part.tflops, s=34, marker=markers[operator], color=_colour(str(provider)),
-                     edgecolors="white", linewidths=0.5, zorder=3)  # fmt: skip
+        look: Any = {"marker": markers[str(operator)], "color": _colour(str(provider))}
+        axes.scatter(part.flops / part.bytes, part.tflops, s=34, edgecolors="white", linewidths=0.5, zorder=3, **look)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte (least traffic)", ylabel="TFLOP/s",
              title="products")  # fmt: skip
     for axis in (axes.xaxis, axes.yaxis):
