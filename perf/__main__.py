@@ -14,6 +14,7 @@ COMMANDS = {
     "plot": "PNGs of a CSV: latency, speedup, roofline, bytes",
     "static": "what the compiler made of every kernel, for GPUs that are not there",
     "traffic": "bytes, launches and saved bytes of a training step, layer by layer",
+    "host": "what a training step costs the host in Python, without a GPU",
     "gpu": "all of it on a GPU in one go, into one folder",
 }
 PROGRAM = "python -m perf"

@@ -103,7 +103,7 @@ class Facts:
         return sum(n for op, n in self.loop.items() if _is_load(op) and _width(op) < 128)
 
 
-class _Driver:
+class StubDriver:
     """Enough of a driver for Triton to specialise a launch; it never launches."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -144,7 +144,7 @@ def intercepting(target_name: str, launch: Callable[..., None]) -> Iterator[targ
     jit.run = run
     had_driver = triton.runtime.driver._active
     with targets.pretend(target_name) as target:
-        triton.runtime.driver.set_active(_Driver(gpu_target(target)))
+        triton.runtime.driver.set_active(StubDriver(gpu_target(target)))
         try:
             yield target
         finally:

@@ -114,10 +114,14 @@ def _can_run(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; make that the device of ``x``. Free with one GPU."""
-    if torch.cuda.device_count() < 2 or not x.is_cuda:
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
+    """Triton launches on the current device; make that the device of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache  # torch asks the driver each time where there is none
+def several_gpus() -> bool:
+    """Whether the current device may be another than a tensor's."""
+    return torch.cuda.device_count() > 1
 
 
 def dot_precision(dtype: torch.dtype, op: Op) -> str:

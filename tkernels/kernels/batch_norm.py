@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels import runtime
 from tkernels.kernels import common
+from tkernels.launch import launch
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import batch_norm as tuning
 from tkernels.tuning.batch_norm import Matrix
@@ -462,11 +462,11 @@ def launch_statistics(
     config = config or tuning.statistics(m)
     producers, each = tuning.producers(m, config)
     partials = x.new_empty(producers * (3 * _line(m) + 1), dtype=torch.float32)
-    with runtime.device_guard(x):
-        statistics_kernel[(tuning.groups(m, config) * producers,)](
-            x, partials, num_batches_tracked, m.rows, tuning.tiles(m, config), each, producers, m.channels,
-            m.width // m.unit, UNIT=m.unit, PLANES=m.planes, **config.options(),
-        )  # fmt: skip
+    launch(
+        statistics_kernel, (tuning.groups(m, config) * producers,),
+        x, partials, num_batches_tracked, m.rows, tuning.tiles(m, config), each, producers, m.channels,
+        m.width // m.unit, UNIT=m.unit, PLANES=m.planes, **config.options(),
+    )  # fmt: skip
     return Partials(partials, producers)
 
 
@@ -487,11 +487,11 @@ def launch_finalize_statistics(
     config = config or tuning.finalize(m)
     stats = partials.data.new_empty((4, m.channels))
     counter = num_batches_tracked if momentum is None else None
-    with runtime.device_guard(stats):
-        finalize_statistics_kernel[(cdiv(m.channels, config["BLOCK_C"]),)](
-            partials.data, stats, running_mean, running_var, counter, partials.producers, m.values, eps,
-            momentum or 0.0, m.channels, SPATIAL=m.spatial, **config.options(),
-        )  # fmt: skip
+    launch(
+        finalize_statistics_kernel, (cdiv(m.channels, config["BLOCK_C"]),),
+        partials.data, stats, running_mean, running_var, counter, partials.producers, m.values, eps,
+        momentum or 0.0, m.channels, SPATIAL=m.spatial, **config.options(),
+    )  # fmt: skip
     return stats
 
 
@@ -506,12 +506,12 @@ def launch_normalize(
     """The output, laid out as dense ``x``; ``residual`` must be laid out so too."""
     config = config or tuning.normalize(m)
     y = _like(x)
-    with runtime.device_guard(x):
-        normalize_kernel[(tuning.groups(m, config) * tuning.tiles(m, config),)](
-            x, residual, y, norm.mean, norm.var, norm.weight, norm.bias, m.rows, norm.eps, m.channels,
-            m.width // m.unit, UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes, ACTIVATION=activation,
-            **config.options(),
-        )  # fmt: skip
+    launch(
+        normalize_kernel, (tuning.groups(m, config) * tuning.tiles(m, config),),
+        x, residual, y, norm.mean, norm.var, norm.weight, norm.bias, m.rows, norm.eps, m.channels,
+        m.width // m.unit, UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes, ACTIVATION=activation,
+        **config.options(),
+    )  # fmt: skip
     return y
 
 
@@ -531,13 +531,13 @@ def launch_gradient_sums(
     producers, each = tuning.producers(m, config)
     partials = x.new_empty(producers * 4 * _line(m), dtype=torch.float32)
     dz = _like(x) if write_dz else None
-    with runtime.device_guard(x):
-        # fusing the products' additions would count what they lose twice
-        gradient_sums_kernel[(tuning.groups(m, config) * producers,)](
-            dy, x, saved, dz, partials, norm.mean, norm.var, norm.weight, norm.bias, m.rows, tuning.tiles(m, config),
-            each, producers, norm.eps, m.channels, m.width // m.unit, UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes,
-            ACTIVATION=activation, SAVED=saved_is, enable_fp_fusion=False, **config.options(),
-        )  # fmt: skip
+    # fusing the products' additions would count what they lose twice
+    launch(
+        gradient_sums_kernel, (tuning.groups(m, config) * producers,),
+        dy, x, saved, dz, partials, norm.mean, norm.var, norm.weight, norm.bias, m.rows, tuning.tiles(m, config),
+        each, producers, norm.eps, m.channels, m.width // m.unit, UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes,
+        ACTIVATION=activation, SAVED=saved_is, enable_fp_fusion=False, **config.options(),
+    )  # fmt: skip
     return Partials(partials, producers), dz
 
 
@@ -555,11 +555,11 @@ def launch_finalize_gradients(
     dweight = _gradient_like(norm.weight) if needs_weight else None
     dbias = _gradient_like(norm.bias) if needs_bias else None
     coefficients = partials.data.new_empty((2, m.channels)) if needs_input else None
-    with runtime.device_guard(partials.data):
-        finalize_gradients_kernel[(cdiv(m.channels, config["BLOCK_C"]),)](
-            partials.data, dweight, dbias, coefficients, norm.mean, norm.var, partials.producers, m.values, norm.eps,
-            m.channels, SPATIAL=m.spatial, **config.options(),
-        )  # fmt: skip
+    launch(
+        finalize_gradients_kernel, (cdiv(m.channels, config["BLOCK_C"]),),
+        partials.data, dweight, dbias, coefficients, norm.mean, norm.var, partials.producers, m.values, norm.eps,
+        m.channels, SPATIAL=m.spatial, **config.options(),
+    )  # fmt: skip
     return dweight, dbias, coefficients
 
 
@@ -584,10 +584,10 @@ def launch_input_gradient(
     config = config or tuning.gradient(m)
     dx = _like(x) if needs_input else None
     dz = _like(x) if write_dz else None
-    with runtime.device_guard(x):
-        input_gradient_kernel[(tuning.groups(m, config) * tuning.tiles(m, config),)](
-            dy, x, saved, dx, dz, coefficients, norm.mean, norm.var, norm.weight, norm.bias, m.rows, norm.eps,
-            m.channels, m.width // m.unit, UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes, ACTIVATION=activation,
-            SAVED=saved_is, **config.options(),
-        )  # fmt: skip
+    launch(
+        input_gradient_kernel, (tuning.groups(m, config) * tuning.tiles(m, config),),
+        dy, x, saved, dx, dz, coefficients, norm.mean, norm.var, norm.weight, norm.bias, m.rows, norm.eps,
+        m.channels, m.width // m.unit, UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes, ACTIVATION=activation,
+        SAVED=saved_is, **config.options(),
+    )  # fmt: skip
     return dx, dz

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tkernels import runtime
 from tkernels.kernels import common
+from tkernels.launch import launch
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import conv as tuning
 from tkernels.tuning.conv import Geometry
@@ -232,9 +233,8 @@ def launch_pack(weight: Tensor, g: Geometry, dtype: torch.dtype, transposed: boo
     packed = weight.new_empty((rows, pitch), dtype=dtype)
     config = config or tuning.pack(columns)
     grid = (cdiv(rows, config["BLOCK_R"]), cdiv(pitch, config["BLOCK_C"]))
-    with runtime.device_guard(weight):
-        conv_pack_kernel[grid](weight, packed, rows, columns, pitch, inner, group_rows, *weight.stride(),
-                               KERNEL_W=g.kernel_w, TRANSPOSED=transposed, **config.options())  # fmt: skip
+    launch(conv_pack_kernel, grid, weight, packed, rows, columns, pitch, inner, group_rows, *weight.stride(),
+                           KERNEL_W=g.kernel_w, TRANSPOSED=transposed, **config.options())  # fmt: skip
     return packed
 
 
@@ -259,10 +259,10 @@ def launch_forward(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, 
     tiles_m = cdiv(n * out_pixels, config["BLOCK_M"])
     grid = (tiles_m * g.groups * cdiv(g.group_out, config["BLOCK_N"]),)
     strides = x.stride() if g.flattened else (0, 0, 0, 0)
-    with runtime.device_guard(x):
-        conv_forward_kernel[grid](
-            x, packed, bias, y, z, n * out_pixels, tiles_m, g.height, g.width, g.out_w, out_pixels, g.groups,
-            group_in, group_out, *strides, IN_UNIT=in_unit, OUT_UNIT=out_unit, FLAT=g.flattened, HALO=g.halo,
-            NCHW=not channels_last, ACTIVATION=activation, PRECISION=precision, **window(g), **config.options(),
-        )  # fmt: skip
+    launch(
+        conv_forward_kernel, grid,
+        x, packed, bias, y, z, n * out_pixels, tiles_m, g.height, g.width, g.out_w, out_pixels, g.groups,
+        group_in, group_out, *strides, IN_UNIT=in_unit, OUT_UNIT=out_unit, FLAT=g.flattened, HALO=g.halo,
+        NCHW=not channels_last, ACTIVATION=activation, PRECISION=precision, **window(g), **config.options(),
+    )  # fmt: skip
     return y, z

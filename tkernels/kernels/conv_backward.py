@@ -19,6 +19,7 @@ from tkernels import runtime
 from tkernels.kernels import common
 from tkernels.kernels.batch_norm import load_scale
 from tkernels.kernels.conv import channel_units, empty_pixels, locate_pixels, pixel_offsets, row_pitch, window
+from tkernels.launch import launch
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import conv as tuning
 from tkernels.tuning.conv import Geometry
@@ -350,9 +351,11 @@ def launch_mask(dy: Tensor, saved: Tensor, activation: str, saved_nchw: bool, co
     config = config or tuning.mask(channels)
     pixels = n * height * width
     grid = (cdiv(pixels, config["BLOCK_P"]), cdiv(channels, config["BLOCK_C"]))
-    with runtime.device_guard(dy):
-        conv_mask_kernel[grid](dy, saved, dz, pixels, width, height * width, channels, *dy.stride(), NCHW=saved_nchw,
-                               ACTIVATION=activation, **config.options())  # fmt: skip
+    launch(
+        conv_mask_kernel, grid,
+        dy, saved, dz, pixels, width, height * width, channels, *dy.stride(), NCHW=saved_nchw, ACTIVATION=activation,
+        **config.options(),
+    )  # fmt: skip
     return dz
 
 
@@ -375,14 +378,14 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, dtype: torch.dtype, ch
     tiles_m = cdiv(largest, config["BLOCK_M"])
     phases_h, phases_w = g.phases
     grid = (tiles_m * g.groups * cdiv(g.group_in, config["BLOCK_N"]), phases_h * phases_w)
-    with runtime.device_guard(dy):
-        conv_dgrad_kernel[grid](
-            dy, saved, packed, dx, n, tiles_m, g.height, g.width, g.out_h, g.out_w, g.height * g.width, g.groups,
-            group_in, group_out, PHASES_W=phases_w, IN_UNIT=in_unit, OUT_UNIT=out_unit, PADDED=g.flattened,
-            TRANSPOSED=transposed, TAP_STEP_H=g.stride_h // math.gcd(g.stride_h, g.dilation_h),
-            TAP_STEP_W=g.stride_w // math.gcd(g.stride_w, g.dilation_w), NCHW=not channels_last,
-            ACTIVATION=activation, PRECISION=precision, **window(g), **config.options(),
-        )  # fmt: skip
+    launch(
+        conv_dgrad_kernel, grid,
+        dy, saved, packed, dx, n, tiles_m, g.height, g.width, g.out_h, g.out_w, g.height * g.width, g.groups,
+        group_in, group_out, PHASES_W=phases_w, IN_UNIT=in_unit, OUT_UNIT=out_unit, PADDED=g.flattened,
+        TRANSPOSED=transposed, TAP_STEP_H=g.stride_h // math.gcd(g.stride_h, g.dilation_h),
+        TAP_STEP_W=g.stride_w // math.gcd(g.stride_w, g.dilation_w), NCHW=not channels_last,
+        ACTIVATION=activation, PRECISION=precision, **window(g), **config.options(),
+    )  # fmt: skip
     return dx
 
 
@@ -410,13 +413,13 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     workspace = dy.new_empty((runs, size), dtype=torch.float32)
     group_in, group_out, in_unit, out_unit = channel_units(g)
     strides = x.stride() if g.flattened else (0, 0, 0, 0)
-    with runtime.device_guard(dy):
-        conv_wgrad_kernel[(tiles, runs)](
-            x, dy, saved, *through, workspace, pixels, run, weight_tiles, size, weight_size, g.height, g.width, g.out_w,
-            g.out_h * g.out_w, g.groups, group_in, group_out, *strides, IN_UNIT=in_unit, OUT_UNIT=out_unit,
-            FLAT=g.flattened, OUT_ON_ROWS=out_on_rows, ACTIVATION=activation, PRECISION=precision, BLOCK_B=block_b,
-            **window(g), **config.options(),
-        )  # fmt: skip
+    launch(
+        conv_wgrad_kernel, (tiles, runs),
+        x, dy, saved, *through, workspace, pixels, run, weight_tiles, size, weight_size, g.height, g.width, g.out_w,
+        g.out_h * g.out_w, g.groups, group_in, group_out, *strides, IN_UNIT=in_unit, OUT_UNIT=out_unit,
+        FLAT=g.flattened, OUT_ON_ROWS=out_on_rows, ACTIVATION=activation, PRECISION=precision, BLOCK_B=block_b,
+        **window(g), **config.options(),
+    )  # fmt: skip
     return workspace
 
 
@@ -430,9 +433,9 @@ def launch_merge(workspace: Tensor, g: Geometry, weight: Tensor | None, bias: Te
     config = config or tuning.merge(size)
     rows, cols, out_on_rows = tuning.wgrad_sides(g)
     strides = dw.stride() if dw is not None else (0, 0, 0, 0)
-    with runtime.device_guard(workspace):
-        conv_merge_kernel[(cdiv(size, config["BLOCK"]),)](
-            workspace, dw, db, runs, size, weight_size, rows, cols, g.group_in, g.group_out,
-            *strides, KERNEL_W=g.kernel_w, OUT_ON_ROWS=out_on_rows, **config.options(),
-        )  # fmt: skip
+    launch(
+        conv_merge_kernel, (cdiv(size, config["BLOCK"]),),
+        workspace, dw, db, runs, size, weight_size, rows, cols, g.group_in, g.group_out,
+        *strides, KERNEL_W=g.kernel_w, OUT_ON_ROWS=out_on_rows, **config.options(),
+    )  # fmt: skip
     return dw, db

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels import runtime
 from tkernels.kernels import common
 from tkernels.kernels.conv import empty_pixels, locate_pixels, pixel_offsets, window
 from tkernels.kernels.conv_backward import advance_pixels, phase_taps
+from tkernels.launch import launch
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import conv as tuning
 from tkernels.tuning.conv import Geometry
@@ -185,12 +185,12 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, 
     pixels = x.shape[0] * out_pixels
     grid = (cdiv(pixels, config["BLOCK_P"]), cdiv(g.out_channels, config["BLOCK_C"]))
     stride_o, _, stride_h, stride_w = weight.stride()
-    with runtime.device_guard(x):
-        conv_depthwise_forward_kernel[grid](
-            x, weight, bias, y, z, pixels, g.height, g.width, g.out_w, out_pixels, channels, stride_o, stride_h,
-            stride_w, UNIT=unit, MULTIPLIER=multiplier, NCHW=not channels_last, ACTIVATION=activation,
-            UNROLL=g.kernel_w if g.kernel_w <= 7 else 1, **window(g), **config.options(),
-        )  # fmt: skip
+    launch(
+        conv_depthwise_forward_kernel, grid,
+        x, weight, bias, y, z, pixels, g.height, g.width, g.out_w, out_pixels, channels, stride_o, stride_h,
+        stride_w, UNIT=unit, MULTIPLIER=multiplier, NCHW=not channels_last, ACTIVATION=activation,
+        UNROLL=g.kernel_w if g.kernel_w <= 7 else 1, **window(g), **config.options(),
+    )  # fmt: skip
     return y, z
 
 
@@ -207,14 +207,14 @@ def launch_dgrad(dy: Tensor, weight: Tensor, g: Geometry, dtype: torch.dtype, ch
     phases_h, phases_w = g.phases
     grid = (cdiv(largest, config["BLOCK_P"]), cdiv(g.in_channels, config["BLOCK_C"]), phases_h * phases_w)
     stride_o, _, stride_h, stride_w = weight.stride()
-    with runtime.device_guard(dy):
-        conv_depthwise_dgrad_kernel[grid](
-            dy, weight, dx, n, g.height, g.width, g.out_h, g.out_w, g.height * g.width, channels, stride_o, stride_h,
-            stride_w, PHASES_W=phases_w, UNIT=unit, MULTIPLIER=multiplier,
-            TAP_STEP_H=g.stride_h // math.gcd(g.stride_h, g.dilation_h),
-            TAP_STEP_W=g.stride_w // math.gcd(g.stride_w, g.dilation_w), NCHW=not channels_last, **window(g),
-            **config.options(),
-        )  # fmt: skip
+    launch(
+        conv_depthwise_dgrad_kernel, grid,
+        dy, weight, dx, n, g.height, g.width, g.out_h, g.out_w, g.height * g.width, channels, stride_o, stride_h,
+        stride_w, PHASES_W=phases_w, UNIT=unit, MULTIPLIER=multiplier,
+        TAP_STEP_H=g.stride_h // math.gcd(g.stride_h, g.dilation_h),
+        TAP_STEP_W=g.stride_w // math.gcd(g.stride_w, g.dilation_w), NCHW=not channels_last, **window(g),
+        **config.options(),
+    )  # fmt: skip
     return dx
 
 
@@ -231,9 +231,9 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_bias: bool = True, co
     runs = max(cdiv(pixels, run), 1)
     workspace = dy.new_empty((runs, size), dtype=torch.float32)
     channels, unit, multiplier = _unit(g)
-    with runtime.device_guard(dy):
-        conv_depthwise_wgrad_kernel[(*tiles, runs)](
-            x, dy, workspace, pixels, run, size, g.height, g.width, g.out_w, g.out_h * g.out_w, channels, UNIT=unit,
-            MULTIPLIER=multiplier, HAS_BIAS=needs_bias, **window(g), **config.options(),
-        )  # fmt: skip
+    launch(
+        conv_depthwise_wgrad_kernel, (*tiles, runs),
+        x, dy, workspace, pixels, run, size, g.height, g.width, g.out_w, g.out_h * g.out_w, channels, UNIT=unit,
+        MULTIPLIER=multiplier, HAS_BIAS=needs_bias, **window(g), **config.options(),
+    )  # fmt: skip
     return workspace

@@ -27,6 +27,7 @@ from tkernels.kernels.conv import (
     pixel_offsets,
     window,
 )
+from tkernels.launch import launch
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import conv as conv_tuning
 from tkernels.tuning import conv_stage as tuning
@@ -309,13 +310,13 @@ def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, nor
     partials = None
     if norm is None:
         partials = Partials(x.new_empty(tiles_m * (3 * g.out_channels + 1), dtype=torch.float32), tiles_m)
-    with runtime.device_guard(x):
-        conv_stage_kernel[grid](
-            x, packed, bias, y, partials and partials.data, num_batches_tracked, *(norm or NO_NORM), n * out_pixels,
-            tiles_m, g.height, g.width, g.out_w, out_pixels, g.groups, group_in, group_out, *strides,
-            IN_UNIT=in_unit, OUT_UNIT=out_unit, FLAT=g.flattened, HALO=g.halo, NCHW=not channels_last,
-            PRECISION=precision, **window(g), **config.options(),
-        )  # fmt: skip
+    launch(
+        conv_stage_kernel, grid,
+        x, packed, bias, y, partials and partials.data, num_batches_tracked, *(norm or NO_NORM), n * out_pixels,
+        tiles_m, g.height, g.width, g.out_w, out_pixels, g.groups, group_in, group_out, *strides,
+        IN_UNIT=in_unit, OUT_UNIT=out_unit, FLAT=g.flattened, HALO=g.halo, NCHW=not channels_last,
+        PRECISION=precision, **window(g), **config.options(),
+    )  # fmt: skip
     return y, partials and launch_fold(partials, g.out_channels, fold_statistics_kernel)
 
 
@@ -326,10 +327,15 @@ def launch_fold(partials: Partials, channels: int, kernel: Any, config: Config |
         rows = cdiv(partials.producers, config["BLOCK_R"])
         line = 3 * channels + 1 if kernel is fold_statistics_kernel else 4 * channels
         folded = partials.data.new_empty(rows * line)
-        with runtime.device_guard(folded):
-            kernel[(rows, cdiv(channels, config["BLOCK_C"]))](
-                partials.data, folded, partials.producers, channels, **config.options()
-            )
+        launch(
+            kernel,
+            (rows, cdiv(channels, config["BLOCK_C"])),
+            partials.data,
+            folded,
+            partials.producers,
+            channels,
+            **config.options(),
+        )
         partials = Partials(folded, rows)
     return partials
 
@@ -346,9 +352,9 @@ def launch_end(x: Tensor, pool: Pooling, norm: Norm | None, p: float = 0.0, seed
     unit = conv_tuning.unit(channels)
     out_pixels = pool.out_h * pool.out_w
     tiles = cdiv(out_pixels, config["BLOCK_P"])
-    with runtime.device_guard(x):
-        stage_end_kernel[(n * tiles, cdiv(channels, config["BLOCK_C"]))](
-            x, y, seed, *(norm or NO_NORM), p, tiles, pool.height, pool.width, pool.out_w, out_pixels,
-            channels // unit, UNIT=unit, NCHW=not channels_last, **pooling_window(pool), **config.options(),
-        )  # fmt: skip
+    launch(
+        stage_end_kernel, (n * tiles, cdiv(channels, config["BLOCK_C"])),
+        x, y, seed, *(norm or NO_NORM), p, tiles, pool.height, pool.width, pool.out_w, out_pixels,
+        channels // unit, UNIT=unit, NCHW=not channels_last, **pooling_window(pool), **config.options(),
+    )  # fmt: skip
     return y

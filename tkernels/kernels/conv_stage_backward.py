@@ -31,6 +31,7 @@ from tkernels.kernels.conv_stage import (
     store_sums,
     window_best,
 )
+from tkernels.launch import launch
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import conv as conv_tuning
 from tkernels.tuning import conv_stage as tuning
@@ -274,12 +275,12 @@ def launch_end_sums(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, p: float =
     producers = cdiv(n * tiles, each)
     partials = x.new_empty(producers * 4 * channels, dtype=torch.float32)
     dense, strides = gradient_strides(dy)
-    with runtime.device_guard(x):
-        stage_sums_kernel[(producers, cdiv(channels, config["BLOCK_C"]))](
-            dy, x, partials, seed, *norm, p, n * tiles, each, producers, tiles, pool.height, pool.width, pool.out_w,
-            out_pixels, channels // unit, *strides, UNIT=unit, DENSE=dense, **pooling_window(pool),
-            **config.options(),
-        )  # fmt: skip
+    launch(
+        stage_sums_kernel, (producers, cdiv(channels, config["BLOCK_C"])),
+        dy, x, partials, seed, *norm, p, n * tiles, each, producers, tiles, pool.height, pool.width, pool.out_w,
+        out_pixels, channels // unit, *strides, UNIT=unit, DENSE=dense, **pooling_window(pool),
+        **config.options(),
+    )  # fmt: skip
     return Partials(partials, producers)
 
 
@@ -300,11 +301,11 @@ def launch_end_gradient(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, coeffi
     if not pool.overlaps:
         kernel = stage_gradient_kernel
         sizes += (spots, cells_w)
-    with runtime.device_guard(x):
-        kernel[(n * tiles, cdiv(channels, config["BLOCK_C"]))](
-            dy, x, dx, seed, coefficients, *norm, p, tiles, *sizes, channels // unit, *strides, UNIT=unit,
-            DENSE=dense, **pooling_window(pool), **config.options(),
-        )  # fmt: skip
+    launch(
+        kernel, (n * tiles, cdiv(channels, config["BLOCK_C"])),
+        dy, x, dx, seed, coefficients, *norm, p, tiles, *sizes, channels // unit, *strides, UNIT=unit,
+        DENSE=dense, **pooling_window(pool), **config.options(),
+    )  # fmt: skip
     return dx
 
 
@@ -326,10 +327,10 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, x: Tensor, norm: Norm,
     tiles_m = cdiv(n * cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w), config["BLOCK_M"])
     partials = dy.new_empty(tiles_m * phases * 4 * g.in_channels, dtype=torch.float32)
     grid = (tiles_m * g.groups * cdiv(g.group_in, config["BLOCK_N"]), phases)
-    with runtime.device_guard(dy):
-        conv_stage_dgrad_kernel[grid](
-            dy, packed, x, dz, partials, *norm, n, tiles_m, g.height, g.width, g.out_h, g.out_w, g.height * g.width,
-            g.groups, group_in, group_out, IN_UNIT=in_unit, OUT_UNIT=out_unit, PADDED=g.flattened,
-            TRANSPOSED=transposed, PRECISION=precision, **_strides_of_phases(g), **window(g), **config.options(),
-        )  # fmt: skip
+    launch(
+        conv_stage_dgrad_kernel, grid,
+        dy, packed, x, dz, partials, *norm, n, tiles_m, g.height, g.width, g.out_h, g.out_w, g.height * g.width,
+        g.groups, group_in, group_out, IN_UNIT=in_unit, OUT_UNIT=out_unit, PADDED=g.flattened,
+        TRANSPOSED=transposed, PRECISION=precision, **_strides_of_phases(g), **window(g), **config.options(),
+    )  # fmt: skip
     return dz, launch_fold(Partials(partials, tiles_m * phases), g.in_channels, fold_sums_kernel)

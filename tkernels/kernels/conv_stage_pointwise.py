@@ -16,6 +16,7 @@ from tkernels.kernels import common
 from tkernels.kernels.batch_norm import Norm, Partials, load_scale
 from tkernels.kernels.conv import channel_units, empty_pixels
 from tkernels.kernels.conv_stage import fold_statistics_kernel, launch_fold, tile_statistics
+from tkernels.launch import launch
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import conv as conv_tuning
 from tkernels.tuning import conv_stage as tuning
@@ -127,11 +128,11 @@ def launch_forward(x: Tensor, norm: Norm, packed: Tensor, bias: Tensor | None, g
     pixels = x.shape[0] * g.out_h * g.out_w
     tiles_m = cdiv(pixels, config["BLOCK_M"])
     partials = Partials(x.new_empty(tiles_m * (3 * g.out_channels + 1), dtype=torch.float32), tiles_m)
-    with runtime.device_guard(x):
-        pointwise_forward_kernel[(tiles_m * cdiv(g.out_channels, config["BLOCK_N"]),)](
-            x, *norm, packed, bias, y, partials.data, num_batches_tracked, pixels, tiles_m, group_in, group_out,
-            IN_UNIT=in_unit, OUT_UNIT=out_unit, PRECISION=precision, **config.options(),
-        )  # fmt: skip
+    launch(
+        pointwise_forward_kernel, (tiles_m * cdiv(g.out_channels, config["BLOCK_N"]),),
+        x, *norm, packed, bias, y, partials.data, num_batches_tracked, pixels, tiles_m, group_in, group_out,
+        IN_UNIT=in_unit, OUT_UNIT=out_unit, PRECISION=precision, **config.options(),
+    )  # fmt: skip
     return y, launch_fold(partials, g.out_channels, fold_statistics_kernel)
 
 
@@ -148,9 +149,9 @@ def launch_wgrad(x: Tensor, norm: Norm, dy: Tensor, g: Geometry, config: Config 
     run, runs = conv_tuning.runs(pixels, tiles, block_p, rows * cols * 4)
     workspace = dy.new_empty((runs, rows * cols), dtype=torch.float32)
     group_in, group_out, in_unit, out_unit = channel_units(g)
-    with runtime.device_guard(dy):
-        pointwise_wgrad_kernel[(tiles, runs)](
-            x, *norm, dy, workspace, pixels, run, group_in, group_out, IN_UNIT=in_unit, OUT_UNIT=out_unit,
-            OUT_ON_ROWS=out_on_rows, PRECISION=precision, **config.options(),
-        )  # fmt: skip
+    launch(
+        pointwise_wgrad_kernel, (tiles, runs),
+        x, *norm, dy, workspace, pixels, run, group_in, group_out, IN_UNIT=in_unit, OUT_UNIT=out_unit,
+        OUT_ON_ROWS=out_on_rows, PRECISION=precision, **config.options(),
+    )  # fmt: skip
     return workspace

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels import runtime
 from tkernels.kernels.conv import launch_pack, pack_tile, packs
 from tkernels.kernels.conv_backward import merge_tile
+from tkernels.launch import launch
 from tkernels.tuning import cdiv
 from tkernels.tuning import conv as tuning
 from tkernels.tuning.conv import Geometry
@@ -102,12 +102,12 @@ def _pack_pair(w0: Tensor, g0: Geometry, w1: Tensor, g1: Geometry, dtype: torch.
     tiles = [
         cdiv(g.out_channels, config["BLOCK_R"]) * cdiv(g.row_pitch, config["BLOCK_C"]) for g in (g0, g1)
     ]  # fmt: skip
-    with runtime.device_guard(w0):
-        pack_pair_kernel[(sum(tiles),)](
-            w0, packed0, g0.out_channels, g0.reduction, g0.row_pitch, g0.group_in, *w0.stride(),
-            w1, packed1, g1.out_channels, g1.reduction, g1.row_pitch, g1.group_in, *w1.stride(),
-            KERNEL_W0=g0.kernel_w, KERNEL_W1=g1.kernel_w, **config.options(),
-        )  # fmt: skip
+    launch(
+        pack_pair_kernel, (sum(tiles),),
+        w0, packed0, g0.out_channels, g0.reduction, g0.row_pitch, g0.group_in, *w0.stride(),
+        w1, packed1, g1.out_channels, g1.reduction, g1.row_pitch, g1.group_in, *w1.stride(),
+        KERNEL_W0=g0.kernel_w, KERNEL_W1=g1.kernel_w, **config.options(),
+    )  # fmt: skip
     return packed0, packed1
 
 
@@ -121,11 +121,11 @@ def launch_merges(layers: Sequence[WeightSums]) -> list[tuple[Tensor, Tensor | N
         blocks = sum(cdiv(layer.workspace.shape[1], config["BLOCK"]) for layer in pair)
         windows = [(layer.geometry.kernel_w, tuning.wgrad_sides(layer.geometry)[2]) for layer in pair]
         second = arguments[1] if len(pair) == 2 else _NOTHING
-        with runtime.device_guard(pair[0].workspace):
-            merge_pair_kernel[(blocks,)](
-                *arguments[0], *second, KERNEL_W0=windows[0][0], OUT_ON_ROWS0=windows[0][1],
-                KERNEL_W1=windows[-1][0], OUT_ON_ROWS1=windows[-1][1], **config.options(),
-            )  # fmt: skip
+        launch(
+            merge_pair_kernel, (blocks,),
+            *arguments[0], *second, KERNEL_W0=windows[0][0], OUT_ON_ROWS0=windows[0][1],
+            KERNEL_W1=windows[-1][0], OUT_ON_ROWS1=windows[-1][1], **config.options(),
+        )  # fmt: skip
         for _workspace, dw, db, zeros, *_rest in arguments:
             found.append((dw, zeros if db is None else db))
     return found

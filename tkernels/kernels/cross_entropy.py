@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels import runtime
 from tkernels.kernels.class_layout import layout_of, like
+from tkernels.launch import launch
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import cross_entropy as tuning
 
@@ -450,26 +450,28 @@ def launch_forward(
     view = {"ENDS": layout.ends(x.element_size()), "INNER_UNIT": layout.inner_unit}
     inner = layout.inner // layout.inner_unit
 
-    with runtime.device_guard(x):
-        if splits > 1:
-            length = cdiv(cdiv(n_classes, config["BLOCK_C"]), splits)
-            splits = cdiv(n_classes, length * config["BLOCK_C"])
-            state = x.new_empty((4 if weighed else 2, splits, n_rows), dtype=torch.float32)
-            cross_entropy_partial[(tiles, splits)](
-                x, target, weight, state, inner, n_rows, n_classes, length, *strides, hot, smooth,
-                **kind, **view, **config.options(),
-            )  # fmt: skip
-            cross_entropy_merge[(programs,)](
-                state, x, target, weight, *outputs, splits, layout.inner, n_rows, n_classes, *layout.strides[0],
-                ignore_index, hot, REDUCTION=reduction, **kind, **finish.options(),
-            )  # fmt: skip
-        else:
-            cross_entropy_forward[(tiles,)](
-                x, target, weight, *outputs, inner, n_rows, n_classes, *strides, ignore_index, hot, smooth,
-                REDUCTION=reduction, ONE_STEP=n_classes <= config["BLOCK_C"], **kind, **view, **config.options(),
-            )  # fmt: skip
-        if several:
-            launch_total(partial, loss, count, reduction)
+    if splits > 1:
+        length = cdiv(cdiv(n_classes, config["BLOCK_C"]), splits)
+        splits = cdiv(n_classes, length * config["BLOCK_C"])
+        state = x.new_empty((4 if weighed else 2, splits, n_rows), dtype=torch.float32)
+        launch(
+            cross_entropy_partial, (tiles, splits),
+            x, target, weight, state, inner, n_rows, n_classes, length, *strides, hot, smooth,
+            **kind, **view, **config.options(),
+        )  # fmt: skip
+        launch(
+            cross_entropy_merge, (programs,),
+            state, x, target, weight, *outputs, splits, layout.inner, n_rows, n_classes, *layout.strides[0],
+            ignore_index, hot, REDUCTION=reduction, **kind, **finish.options(),
+        )  # fmt: skip
+    else:
+        launch(
+            cross_entropy_forward, (tiles,),
+            x, target, weight, *outputs, inner, n_rows, n_classes, *strides, ignore_index, hot, smooth,
+            REDUCTION=reduction, ONE_STEP=n_classes <= config["BLOCK_C"], **kind, **view, **config.options(),
+        )  # fmt: skip
+    if several:
+        launch_total(partial, loss, count, reduction)
     return loss, stats, count
 
 
@@ -482,9 +484,10 @@ def launch_total(
     while left > 1:
         programs = cdiv(left, config["LENGTH"])
         sums = partial.new_empty((2, programs)) if programs > 1 else partial
-        cross_entropy_total[(programs,)](
-            partial, sums, loss, partial if count is None else count, left, REDUCTION=reduction, **config.options()
-        )
+        launch(
+            cross_entropy_total, (programs,),
+            partial, sums, loss, partial if count is None else count, left, REDUCTION=reduction, **config.options(),
+        )  # fmt: skip
         partial, left = sums, programs
 
 
@@ -518,14 +521,14 @@ def launch_backward(
     grad, stride_grad = _row_gradients(grad)
     hot, smooth = _factors(label_smoothing, layout.n_classes)
     grid = (layout.tiles(config), cdiv(layout.n_classes, config["BLOCK_C"]))
-    with runtime.device_guard(x):
-        cross_entropy_backward[grid](
-            grad, x, target, weight, stats, stats if count is None else count, dx,
-            stride_grad, layout.inner // layout.inner_unit, layout.n_rows, layout.n_classes, *layout.strides[0],
-            *(layout.strides[2] if probabilities else (0, 0, 0)), *layout.strides[1], ignore_index, hot, smooth,
-            PROBABILITIES=probabilities, WEIGHED=probabilities or label_smoothing > 0, REDUCTION=reduction,
-            ENDS=layout.ends(x.element_size()), INNER_UNIT=layout.inner_unit, **config.options(),
-        )  # fmt: skip
+    launch(
+        cross_entropy_backward, grid,
+        grad, x, target, weight, stats, stats if count is None else count, dx,
+        stride_grad, layout.inner // layout.inner_unit, layout.n_rows, layout.n_classes, *layout.strides[0],
+        *(layout.strides[2] if probabilities else (0, 0, 0)), *layout.strides[1], ignore_index, hot, smooth,
+        PROBABILITIES=probabilities, WEIGHED=probabilities or label_smoothing > 0, REDUCTION=reduction,
+        ENDS=layout.ends(x.element_size()), INNER_UNIT=layout.inner_unit, **config.options(),
+    )  # fmt: skip
     return dx
 
 
@@ -546,11 +549,11 @@ def launch_target_backward(
     config = config or layout.config()
     grad, stride_grad = _row_gradients(grad)
     grid = (layout.tiles(config), cdiv(layout.n_classes, config["BLOCK_C"]))
-    with runtime.device_guard(x):
-        cross_entropy_target_backward[grid](
-            grad, x, weight, stats, stats if count is None else count, dp,
-            stride_grad, layout.inner // layout.inner_unit, layout.n_rows, layout.n_classes,
-            *layout.strides[0], *layout.strides[1], 1.0 - label_smoothing,
-            REDUCTION=reduction, INNER_UNIT=layout.inner_unit, **config.options(),
-        )  # fmt: skip
+    launch(
+        cross_entropy_target_backward, grid,
+        grad, x, weight, stats, stats if count is None else count, dp,
+        stride_grad, layout.inner // layout.inner_unit, layout.n_rows, layout.n_classes,
+        *layout.strides[0], *layout.strides[1], 1.0 - label_smoothing,
+        REDUCTION=reduction, INNER_UNIT=layout.inner_unit, **config.options(),
+    )  # fmt: skip
     return dp

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tkernels import runtime
 from tkernels.kernels import common
+from tkernels.launch import launch
 from tkernels.tuning import Config, cdiv
 from tkernels.tuning import linear as tuning
 
@@ -323,13 +324,13 @@ def launch_forward(
     x_stride, (w_stride, w_transposed) = _stride(x), _checked_weight_stride(w)
     unit = _unit(x, k, x_stride, w_stride)
     b_stride = 0 if b is None or b.numel() == 1 else b.stride(0)
-    with runtime.device_guard(x):
-        linear_forward_kernel[(tiles, parts)](
-            x, w, b, y, z, seed, partials, m, n, k // unit, x_stride // unit, w_stride // unit, b_stride, p, steps,
-            UNIT=unit, W_TRANSPOSED=w_transposed, ACTIVATION=activation, PRECISION=precision, **config.options(),
-        )  # fmt: skip
-        if partials is not None:
-            _finish(partials, b, b_stride, y, z, activation, p, seed)
+    launch(
+        linear_forward_kernel, (tiles, parts),
+        x, w, b, y, z, seed, partials, m, n, k // unit, x_stride // unit, w_stride // unit, b_stride, p, steps,
+        UNIT=unit, W_TRANSPOSED=w_transposed, ACTIVATION=activation, PRECISION=precision, **config.options(),
+    )  # fmt: skip
+    if partials is not None:
+        _finish(partials, b, b_stride, y, z, activation, p, seed)
     return y, z
 
 
@@ -359,14 +360,14 @@ def launch_dgrad(
     partials = dy.new_empty((parts, m, k), dtype=torch.float32) if splits else None
     dy_stride, (w_stride, w_transposed) = _stride(dy), _checked_weight_stride(w)
     unit = _unit(dy, n, k, dy_stride, w_stride)
-    with runtime.device_guard(dy):
-        linear_dgrad_kernel[(tiles, parts)](
-            dy, saved, seed, w, dx, partials, m, n // unit, k // unit, dy_stride // unit, w_stride // unit, p, steps,
-            UNIT=unit, W_TRANSPOSED=w_transposed, ACTIVATION=activation, SCALED=p > 0 and seed is None,
-            PRECISION=precision, **config.options(),
-        )  # fmt: skip
-        if partials is not None:
-            _finish(partials, None, 0, dx)
+    launch(
+        linear_dgrad_kernel, (tiles, parts),
+        dy, saved, seed, w, dx, partials, m, n // unit, k // unit, dy_stride // unit, w_stride // unit, p, steps,
+        UNIT=unit, W_TRANSPOSED=w_transposed, ACTIVATION=activation, SCALED=p > 0 and seed is None,
+        PRECISION=precision, **config.options(),
+    )  # fmt: skip
+    if partials is not None:
+        _finish(partials, None, 0, dx)
     return dx
 
 
@@ -402,17 +403,17 @@ def launch_wgrad(
         # one row a split: its length does not depend on the batch
         out_w = None if dw is None else dy.new_empty((parts, 1, n * k), dtype=torch.float32)
         out_b = None if db is None else dy.new_empty((parts, 1, n), dtype=torch.float32)
-    with runtime.device_guard(dy):
-        linear_wgrad_kernel[(tiles, parts)](
-            dy, saved, seed, x, out_w, out_b, m, n // unit, k // unit, dy_stride // unit, x_stride // unit, p, steps,
-            UNIT=unit, ACTIVATION=activation, SCALED=p > 0 and seed is None, WITH_WEIGHT=k > 0, PRECISION=precision,
-            **config.options(),
-        )  # fmt: skip
-        if splits:
-            if k > 0:
-                _finish(out_w, None, 0, dw, config=tuning.finish_row(n * k))
-            if db is not None:
-                _finish(out_b, None, 0, db, config=tuning.finish_row(n))
+    launch(
+        linear_wgrad_kernel, (tiles, parts),
+        dy, saved, seed, x, out_w, out_b, m, n // unit, k // unit, dy_stride // unit, x_stride // unit, p, steps,
+        UNIT=unit, ACTIVATION=activation, SCALED=p > 0 and seed is None, WITH_WEIGHT=k > 0, PRECISION=precision,
+        **config.options(),
+    )  # fmt: skip
+    if splits:
+        if k > 0:
+            _finish(out_w, None, 0, dw, config=tuning.finish_row(n * k))
+        if db is not None:
+            _finish(out_b, None, 0, db, config=tuning.finish_row(n))
     return dw, db
 
 
@@ -431,8 +432,21 @@ def _finish(
     splits, m, n = partials.shape
     config = config or tuning.finish(n)
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
-    linear_finish_kernel[(tiles,)](
-        partials, b, y, z, seed, m, n, b_stride, p, splits, ACTIVATION=activation, **config.options()
+    launch(
+        linear_finish_kernel,
+        (tiles,),
+        partials,
+        b,
+        y,
+        z,
+        seed,
+        m,
+        n,
+        b_stride,
+        p,
+        splits,
+        ACTIVATION=activation,
+        **config.options(),
     )
 
 

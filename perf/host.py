@@ -1,0 +1,204 @@
+"""What a training step costs the host, without a GPU: everything is run but the driver's launch call.
+
+The step (forward, loss, backward) of the fused CIFAR network on CPU tensors that say they are on a GPU: checks,
+choosers, allocations, autograd and Triton's own Python run as on a GPU; what is compiled and launched is a stand-in.
+Once through Triton's JITFunction.run and once with TKERNELS_FAST_LAUNCH's shortcut, in turns. Beside it PyTorch's own
+step on the CPU at the smallest size, an estimate of what its calls cost a host. Microseconds differ from machine to
+machine: a bare JITFunction.run in a loop is the yardstick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pandas as pd
+import torch
+import triton
+from torch import Tensor, nn
+from triton.backends.nvidia import driver as nvidia
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+import tkernels
+from models.cifar_cnn import CNNClassifier
+from perf import aot, traffic
+from perf.options import Refused
+from tkernels import launch, targets
+from tkernels.kernels import conv_stage
+
+# what the C launcher was given: grid, stream, function, ..., the kernel's arguments
+Made = tuple[Any, ...]
+
+
+class _Utils:
+    """The driver's C functions."""
+
+    def __init__(self, made: Callable[..., None]) -> None:
+        self.launch = made
+
+    @staticmethod
+    def build_signature_metadata(signature: list[str]) -> bytes:
+        return b""
+
+
+class _Compiled(CompiledKernel):
+    """A kernel that was not compiled; its launcher is Triton's."""
+
+    def __init__(self, source: Any, target: Any, options: dict[str, Any]) -> None:
+        self.src, self.name, self.module = source, source.fn.__name__, None
+        # equal for equal specialisations, so that two runs can be compared
+        self.function = self.hash = f"{self.name} {source.signature} {source.constants} {source.attrs} {options}"
+        self.packed_metadata = (options["num_warps"], options["num_ctas"], 0)
+        self.metadata = cast(Any, SimpleNamespace(
+            num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
+            launch_cooperative_grid=False, launch_pdl=False, tensordesc_meta=None,
+        ))  # fmt: skip
+        self._run = nvidia.CudaLauncher(source, self.metadata)
+
+    def _init_handles(self) -> None:
+        """Nothing to load."""
+
+
+@contextlib.contextmanager
+def stubbed_driver(made: Callable[..., None], target_name: str = "sm_90") -> Iterator[None]:
+    """Within the block CPU tensors say is_cuda, operators take Triton, and each launch ends in ``made(...)`` with what
+    the driver's launch call would have been given."""
+    tensor, compiler, module = cast(Any, torch.Tensor), cast(Any, triton.compiler), cast(Any, nvidia)
+    compile_for_real, active = compiler.compile, triton.runtime.driver._active
+    module.PyKernelArg, module.ARG_CONSTEXPR, module.ARG_KERNEL, module.ARG_TUPLE = SimpleNamespace, 0, 1, 2
+    _forget_compiled()
+    with targets.pretend(target_name) as target, tkernels.backend("triton"):
+        driver: Any = aot.StubDriver(aot.gpu_target(target))
+        driver.utils, driver.launcher_cls = _Utils(made), nvidia.CudaLauncher
+        triton.runtime.driver.set_active(driver)
+        compiler.compile = _Compiled
+        tensor.is_cuda = property(lambda self: True)
+        try:
+            yield
+        finally:
+            del tensor.is_cuda
+            compiler.compile = compile_for_real
+            triton.runtime.driver._active = active
+            _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Kernels remember what they were compiled to by device number."""
+    launch.forget()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("tkernels.kernels"):
+            for kernel in vars(module).values():
+                if isinstance(kernel, JITFunction):
+                    kernel.device_caches.clear()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--batch", type=int, default=256, metavar="N", help="images a step (default: 256)")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="timed steps of each (default: 200)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    if args.batch < 2 or args.steps < 1:
+        raise Refused(f"--batch must be at least 2 and --steps at least 1, got {args.batch} and {args.steps}")
+    frame = measure(args.batch, args.steps)
+    print(f"host time of a training step, batch {args.batch}, 1 thread, medians of {args.steps} steps in turns")
+    print(frame.round(1).to_string())
+    return 0
+
+
+def measure(batch: int, steps: int) -> pd.DataFrame:
+    """Microseconds a step and a call: Triton's launch, the shortcut, PyTorch's calls; and of a bare launch."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _keep_freed_memory()
+    launches = []
+    plain, plain_calls = _plain_step()
+    try:
+        with stubbed_driver(lambda *made: launches.append(1)):
+            fused = step(*traffic.fused(), batch)
+            bodies = {
+                "tkernels, JITFunction.run": (False, fused),
+                "tkernels, TKERNELS_FAST_LAUNCH=1": (True, fused),
+                "bare JITFunction.run": (False, bare_launch()),
+                "bare launch, fast": (True, bare_launch()),
+            }
+            times = _in_turns(bodies, steps)
+            launches.clear()
+            fused()
+        times["torch.nn, smallest CPU tensors"] = _median(plain, steps)
+    finally:
+        torch.set_num_threads(threads)
+    calls = dict.fromkeys(times, 1) | {name: len(launches) for name in list(times)[:2]}
+    calls["torch.nn, smallest CPU tensors"] = plain_calls
+    rows = {name: {"us a step": t, "calls": calls[name], "us a call": t / calls[name]} for name, t in times.items()}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def step(model: nn.Module, loss: Callable[..., Tensor], batch: int) -> Callable[[], None]:
+    """Forward, loss and backward in bf16 NHWC."""
+    model = model.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    images = torch.zeros(batch, 3, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    target = torch.zeros(batch, dtype=torch.int64)
+    parameters = list(model.parameters())
+
+    def body() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        loss(model(images), target).backward()
+
+    return body
+
+
+def bare_launch() -> Callable[[], None]:
+    """One launch of a small kernel and nothing else."""
+    x = torch.zeros(256)
+    options = {"BLOCK_R": 32, "BLOCK_C": 32, "num_warps": 4}
+    return lambda: launch.launch(conv_stage.fold_sums_kernel, (1, 1), x, x, 2, 32, **options)
+
+
+def _plain_step() -> tuple[Callable[[], None], int]:
+    """PyTorch's step on images of 8 x 8, and how many ATen calls that compute it makes at any size."""
+    model, loss = CNNClassifier(width=1, image_size=8), nn.CrossEntropyLoss()
+    images, target = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
+    counted = traffic.step(traffic.plain, 2, "sm_90")
+
+    def body() -> None:
+        model.zero_grad()
+        loss(model(images), target).backward()
+
+    return body, len(counted.calls)
+
+
+def _in_turns(bodies: dict[str, tuple[bool, Callable[[], None]]], steps: int) -> dict[str, float]:
+    """Medians in microseconds; the bodies take turns so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in bodies}
+    for turn in range(steps + 3):
+        for name, (fast, body) in bodies.items():
+            with launch.fast(fast):
+                start = time.perf_counter()
+                body()
+                if turn >= 3:
+                    times[name].append(time.perf_counter() - start)
+    return {name: 1e6 * statistics.median(found) for name, found in times.items()}
+
+
+def _median(body: Callable[[], None], steps: int) -> float:
+    return _in_turns({"": (False, body)}, steps)[""]
+
+
+def _keep_freed_memory() -> None:
+    """A GPU's caching allocator asks no system for memory in each step; let glibc do likewise."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

@@ -1,0 +1,129 @@
+"""Ground floor: how kernels are launched, on the device of their tensors; optionally past Triton's Python.
+
+TKERNELS_FAST_LAUNCH=1 keeps each kernel that Triton compiled under what it is specialised for and hands it to the
+driver at once, which leaves out most of JITFunction.run. It is off by default until a GPU has run it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tkernels import runtime
+
+if runtime.HAS_TRITON:
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    _RUN = JITFunction.run
+
+# whoever sees this many specialisations of a kernel has shapes that never come back
+_MOST_ENTRIES = 4096
+_fast = os.environ.get("TKERNELS_FAST_LAUNCH", "0").lower() in ("1", "true", "on", "yes")
+
+
+@contextlib.contextmanager
+def fast(on: bool) -> Iterator[None]:
+    """Within the block launches take the shortcut, or do not, whatever the environment says."""
+    global _fast
+    before, _fast = _fast, on
+    try:
+        yield
+    finally:
+        _fast = before
+
+
+def forget() -> None:
+    """Drop what the shortcut keeps: Triton is asked again."""
+    _shortcuts.clear()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor."""
+    if runtime.several_gpus():
+        with runtime.device_guard(args[0]):
+            _launch(kernel, grid, args, options)
+    else:
+        _launch(kernel, grid, args, options)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    if _fast and type(kernel) is JITFunction and JITFunction.run is _RUN and not _watched(kernel):
+        shortcut = _shortcuts.get(kernel.__name__)
+        if shortcut is None or shortcut.kernel is not kernel:
+            shortcut = _shortcuts[kernel.__name__] = Shortcut(kernel)
+        shortcut.launch(grid, args, options)
+    else:
+        kernel[grid](*args, **options)
+
+
+def _watched(kernel: Any) -> bool:
+    """Whether a profiler or a hook wants to see each launch, or an option changes how kernels are compiled."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    hooks = (enter is not None and enter.calls) or (leave is not None and leave.calls) or kernel.pre_run_hooks
+    return bool(hooks or knobs.runtime.debug)
+
+
+class Shortcut:
+    """A kernel's compiled forms by what Triton specialises for: dtypes, alignment, widths and values of integers."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._bind = _binder(kernel)
+        self._compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+
+    def launch(self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        key, bound = self._bind(*args, **options)
+        active = driver.active
+        device = active.get_current_device()
+        found = self._compiled.get((device, key))
+        if found is None:
+            self._first(grid, args, options, (device, key))
+            return
+        run, function, metadata = found
+        height = grid[1] if len(grid) > 1 else 1
+        depth = grid[2] if len(grid) > 2 else 1
+        stream = active.get_current_stream(device)
+        run(grid[0], height, depth, stream, function, metadata, None, None, None, *bound)
+
+    def _first(
+        self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], key: tuple[Any, ...]
+    ) -> None:
+        """Let Triton compile and launch it, and keep what it compiled."""
+        compiled = self.kernel[grid](*args, **options)
+        if len(self._compiled) >= _MOST_ENTRIES:
+            self._compiled.clear()
+        self._compiled[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+
+
+_shortcuts: dict[str, Shortcut] = {}
+
+
+def _binder(kernel: Any) -> Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """A function of the kernel's arguments and launch options that gives the key of their specialisation and the
+    arguments in the order of the signature. Generated, as Triton's own binder is: a loop would cost as much as it
+    saves. Finer than Triton's key, never coarser: equal keys mean the same compiled kernel."""
+    names = [p.name for p in kernel.params]
+    head = ", ".join(f"{p.name}=_default_{p.name}" if p.has_default else p.name for p in kernel.params)
+    key = ", ".join(_key_of(p) for p in kernel.params)
+    text = f"def bind({head}, **options):\n    return ({key}, *options.items()), ({', '.join(names)},)\n"
+    space: dict[str, Any] = {f"_default_{p.name}": p.default for p in kernel.params if p.has_default}
+    exec(text, space)
+    bind: Callable[..., Any] = space["bind"]
+    return bind
+
+
+def _key_of(p: Any) -> str:
+    """The part of a key that stands for one parameter. Pointers' names end in ``_ptr``."""
+    name = p.name
+    if p.is_constexpr:
+        return name
+    if name.endswith("_ptr"):
+        return f"{name} if {name} is None else {name}.dtype, 0 if {name} is None else {name}.data_ptr() & 15"
+    if p.do_not_specialize:
+        # only the type counts: float, or the integer that holds it
+        return f"{name}.__class__, -2147483648 <= {name} < 2147483648"
+    return f"{name} if {name}.__class__ is int else {name}.__class__"
