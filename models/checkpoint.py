@@ -21,7 +21,7 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: 
     state = {
         "epoch": epoch,
         "model_state_dict": model.state_dict(),
-        "optimizer_state_dict": optimizer.state_dict(),
+        "optimizer_state_dict": _portable(optimizer.state_dict()),
         "val_acc": val_acc,
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -34,6 +34,16 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _portable(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without the marks of a CUDA graph, which a CPU refuses: a learning rate that is a tensor."""
+    groups = []
+    for group in state["param_groups"]:
+        lr = group["lr"]
+        changed = {"lr": lr.item(), "capturable": False} if isinstance(lr, torch.Tensor) else {}
+        groups.append({**group, **changed})
+    return {**state, "param_groups": groups}
 
 
 def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

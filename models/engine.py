@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.cuda_graph import Step
+
 Loader = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -26,23 +28,36 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     device: torch.device | str,
     *,
+    step: Step | None = None,
     progress: str | None = None,
 ) -> EpochResult:
-    """Train on every batch once. ``criterion`` returns the mean loss of a batch; ``progress`` labels a progress bar.
+    """Train on every batch once. ``criterion`` returns the mean loss of a batch; ``step``: what to do with a batch,
+    :func:`training_step` if not given; ``progress`` labels a progress bar.
 
     Loss and accuracy are those of each batch as it was trained on, dropout included.
     Raises ValueError for an empty loader.
     """
     model.train()
+    step = step or training_step(model, criterion, optimizer)
     totals = _Totals(device)
     for images, target in _batches(loader, device, progress):
+        loss, logits = step(images, target)
+        totals.add(loss, logits, target)
+    return totals.result()
+
+
+def training_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """Forward, loss, backward and the optimizer's step on a batch; gives (loss, logits)."""
+
+    def step(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
         logits = model(images)
         loss = criterion(logits, target)
         loss.backward()
         optimizer.step()
-        totals.add(loss, logits, target)
-    return totals.result()
+        return loss.detach(), logits.detach()
+
+    return step
 
 
 @torch.no_grad()
@@ -78,8 +93,8 @@ class _Totals:
 
     def add(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
         count = target.shape[0]
-        self.loss += loss.detach().float() * count
-        self.correct += (logits.detach().argmax(1) == target).sum()
+        self.loss += loss.float() * count
+        self.correct += (logits.argmax(1) == target).sum()
         self.images += count
 
     def result(self) -> EpochResult:

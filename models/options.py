@@ -34,6 +34,7 @@ class Options:
     batch_size: int
     lr: float
     weight_decay: float
+    cuda_graph: bool
     seed: int
     out: Path
 
@@ -67,6 +68,11 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         reason = runtime.why_not_triton(torch.empty(0, device=args.device))
         if reason is not None:
             parser.error(f"argument --backend: 'triton' cannot run here: {reason}")
+    on_gpu = args.device.type == "cuda"
+    if args.cuda_graph and not on_gpu:
+        parser.error(f"argument --cuda-graph: needs a GPU, the device is {args.device}")
+    if args.cuda_graph is None:
+        args.cuda_graph = on_gpu
     return Options(**vars(args))
 
 
@@ -138,6 +144,12 @@ def _build_parser() -> argparse.ArgumentParser:
         default=1e-4,
         metavar="RATE",
         help="Adam's L2 penalty (default: %(default)s)",
+    )
+    training.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="replay the training step as a CUDA graph, which saves the host's time (default: on a GPU yes)",
     )
     training.add_argument(
         "--seed",

@@ -19,7 +19,8 @@ import tkernels
 import tkernels.nn as tnn
 from models import checkpoint, data, options
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
-from models.engine import EpochResult, Loader, train_epoch, validate
+from models.cuda_graph import GraphedStep
+from models.engine import EpochResult, Loader, train_epoch, training_step, validate
 from models.history import History, Row, draw_curves
 from tkernels import runtime
 
@@ -55,7 +56,7 @@ def run(chosen: options.Options) -> EpochResult:
     )
     torch.manual_seed(chosen.seed)
     model, criterion = build(chosen.model, images.num_classes, chosen.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay)
+    optimizer = adam(model, chosen)
     print(_headline(chosen, model, images), flush=True)
 
     history = History(chosen.out / "history.csv")
@@ -86,6 +87,12 @@ def build(name: str, num_classes: int, device: torch.device) -> tuple[nn.Module,
     return model.to(memory_format=torch.channels_last).to(device), criterion
 
 
+def adam(model: nn.Module, chosen: options.Options) -> torch.optim.Adam:
+    """The optimizer; for a CUDA graph all that changes from step to step is a tensor, the learning rate too."""
+    lr: float | torch.Tensor = torch.tensor(chosen.lr, device=chosen.device) if chosen.cuda_graph else chosen.lr
+    return torch.optim.Adam(model.parameters(), lr, weight_decay=chosen.weight_decay, capturable=chosen.cuda_graph)
+
+
 def fit(
     model: nn.Module,
     criterion: nn.Module,
@@ -101,13 +108,16 @@ def fit(
     """
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(chosen.epochs, 1))
     path = chosen.out / "checkpoint.pt"
+    step = training_step(model, criterion, optimizer)
+    if chosen.cuda_graph:
+        step = GraphedStep(step)
     if chosen.epochs == 0:
         validation = validate(model, val_loader, criterion, chosen.device)
         checkpoint.save(path, model, optimizer, 0, validation.accuracy)
     for epoch in range(1, chosen.epochs + 1):
         label = f"epoch {epoch:{len(str(chosen.epochs))}}/{chosen.epochs}"
         start = time.perf_counter()
-        training = train_epoch(model, train_loader, criterion, optimizer, chosen.device, progress=label)
+        training = train_epoch(model, train_loader, criterion, optimizer, chosen.device, step=step, progress=label)
         seconds = time.perf_counter() - start
         validation = validate(model, val_loader, criterion, chosen.device, progress=f"{label} validation")
         scheduler.step()

@@ -79,6 +79,7 @@ def test_defaults() -> None:
         "batch_size": 32,
         "lr": 1e-3,
         "weight_decay": 1e-4,
+        "cuda_graph": device == "cuda",
         "seed": 0,
         "out": Path("runs/digits"),
     }
@@ -87,11 +88,11 @@ def test_defaults() -> None:
 def test_everything_given() -> None:
     line = (
         "--data cifar10 --data-dir d --model plain --backend torch --device cpu --epochs 0 --batch-size 7 --lr 0.5"
-        " --weight-decay 0 --seed 9 --out o"
+        " --weight-decay 0 --no-cuda-graph --seed 9 --out o"
     )
     chosen = options.parse(line.split())
     assert dataclasses.astuple(chosen) == (
-        *("cifar10", Path("d"), "plain", "torch", torch.device("cpu"), 0, 7, 0.5, 0.0, 9, Path("o")),
+        *("cifar10", Path("d"), "plain", "torch", torch.device("cpu"), 0, 7, 0.5, 0.0, False, 9, Path("o")),
     )
 
 

@@ -6,7 +6,7 @@ Block sizes never depend on the batch: batches 256, 17 and 1 share one compiled 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
 
 from tkernels import targets
 
@@ -27,16 +27,22 @@ class Config:
     def of(cls, num_warps: int = 4, num_stages: int = 2, maxnreg: int | None = None, **blocks: int) -> Config:
         return cls(tuple(blocks.items()), num_warps, num_stages, maxnreg)
 
-    def __getitem__(self, name: str) -> int:
-        return dict(self.blocks)[name]
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        return dict(self.blocks)
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of the launch: the blocks, num_warps, num_stages and, on NVIDIA, maxnreg."""
-        launch: dict[str, Any] = dict(self.blocks)
-        launch.update(num_warps=self.num_warps, num_stages=self.num_stages)
+    @functools.cached_property
+    def _options(self) -> dict[str, int]:
+        return {**self._sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def __getitem__(self, name: str) -> int:
+        return self._sizes[name]
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch, not to be changed: blocks, num_warps, num_stages and, on NVIDIA, maxnreg."""
         if self.maxnreg is not None and targets.current().is_nvidia:
-            launch["maxnreg"] = self.maxnreg
-        return launch
+            return {**self._options, "maxnreg": self.maxnreg}
+        return self._options
 
 
 def cdiv(a: int, b: int) -> int:
