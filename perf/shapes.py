@@ -87,6 +87,20 @@ def _vgg(n: int) -> Shapes:
     }
 
 
+def _mobilenet(n: int) -> Shapes:
+    """Layers of MobileNetV2 at 224x224 whose channels fit no tile: 24 and 40 wide, depthwise ones among them."""
+    pointwise = ((24, 56, 144), (144, 56, 24), (40, 28, 240), (240, 28, 40))
+    return {
+        "conv2d": [conv(n, 3, 224, 32, 3, 2), *(conv(n, c, size, k, 1) for c, size, k in pointwise),
+                   *({**conv(n, c, size, c, 3, stride), "groups": c}
+                     for c, size, stride in ((144, 56, 1), (144, 56, 2), (240, 28, 1)))],
+        "batch_norm": [image(n, c, size) for c, size in ((24, 56), (144, 56), (40, 28), (240, 28))],
+        "linear": [linear(n, 1280, 1000)],
+        "cross_entropy": [rows(n, 1000)],
+        "conv_stage": [{**image(n, 24, 56), "K": 40}],
+    }  # fmt: skip
+
+
 def distinct(shapes: Iterable[Shape]) -> list[Shape]:
     """The shapes without repetitions, in order."""
     return list({tuple(sorted(shape.items())): shape for shape in shapes}.values())
@@ -96,6 +110,7 @@ NAMED: dict[str, Shapes] = {
     "cnn": _cnn(256),
     "resnet18": _resnet(64, bottleneck=False),
     "resnet50": _resnet(64, bottleneck=True),
+    "mobilenet": _mobilenet(64),
     "vgg": _vgg(32),
     "mlp": {"linear": [linear(n, c, k) for n in (256, 4096) for c, k in ((4096, 4096), (4096, 16384), (16384, 4096))]},
     "vocab": {"cross_entropy": [rows(4096, c) for c in (32000, 50257, 128256, 256000)]},

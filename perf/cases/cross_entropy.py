@@ -12,7 +12,7 @@ from perf import aot
 from tkernels.kernels import cross_entropy as kernels
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     name: str
     input: tuple[int, ...]
     dtype: torch.dtype
@@ -25,18 +25,18 @@ class _Shape(NamedTuple):
 # the CNN's loss; rows off 16-byte boundaries, several and one a program; a row split over programs; classes that are
 # not contiguous
 SHAPES = (
-    _Shape("cnn", (256, 10), torch.bfloat16),
-    _Shape("cnn", (256, 10), torch.float32),
-    _Shape("cnn smoothed", (256, 10), torch.float32, weighted=True, label_smoothing=0.1),
-    _Shape("hundred classes", (256, 100), torch.bfloat16, weighted=True, label_smoothing=0.1),
-    _Shape("imagenet", (256, 1000), torch.bfloat16, label_smoothing=0.1),
-    _Shape("odd vocabulary", (8192, 50257), torch.bfloat16),
-    _Shape("few rows, probabilities", (8, 50257), torch.bfloat16, probabilities=True, weighted=True),
-    _Shape("segmentation", (8, 21, 512, 512), torch.bfloat16, weighted=True),
+    Shape("cnn", (256, 10), torch.bfloat16),
+    Shape("cnn", (256, 10), torch.float32),
+    Shape("cnn smoothed", (256, 10), torch.float32, weighted=True, label_smoothing=0.1),
+    Shape("hundred classes", (256, 100), torch.bfloat16, weighted=True, label_smoothing=0.1),
+    Shape("imagenet", (256, 1000), torch.bfloat16, label_smoothing=0.1),
+    Shape("odd vocabulary", (8192, 50257), torch.bfloat16),
+    Shape("few rows, probabilities", (8, 50257), torch.bfloat16, probabilities=True, weighted=True),
+    Shape("segmentation", (8, 21, 512, 512), torch.bfloat16, weighted=True),
 )
 
 
-def _run(shape: _Shape) -> None:
+def run(shape: Shape) -> None:
     x = torch.empty(shape.input, dtype=shape.dtype, device="cuda")
     rows = shape.input[:1] + shape.input[2:]
     target = torch.empty_like(x) if shape.probabilities else torch.empty(rows, dtype=torch.int64, device="cuda")
@@ -52,5 +52,5 @@ def _run(shape: _Shape) -> None:
 def cases() -> list[aot.Case]:
     """Forward, merge, total and gradients at each shape."""
     return [
-        aot.Case(f"{s.name} {list(s.input)} {str(s.dtype).split('.')[1]}", functools.partial(_run, s)) for s in SHAPES
+        aot.Case(f"{s.name} {list(s.input)} {str(s.dtype).split('.')[1]}", functools.partial(run, s)) for s in SHAPES
     ]

@@ -22,23 +22,25 @@ def _seed(activation: str | None, p: float, backward: bool) -> torch.Tensor | No
     return torch.empty((), dtype=torch.int64, device="cuda")
 
 
-def forward(k: int, n: int, activation: str | None, p: float, dtype: torch.dtype) -> None:
+def forward(k: int, n: int, activation: str | None, p: float, dtype: torch.dtype, batch: int = BATCH) -> None:
     make = functools.partial(torch.empty, device="cuda", dtype=dtype)
     save_z = activation in ("gelu", "silu")
-    linear.launch_forward(make(BATCH, k), make(n, k), make(n), activation, p, _seed(activation, p, False), save_z)
+    linear.launch_forward(make(batch, k), make(n, k), make(n), activation, p, _seed(activation, p, False), save_z)
 
 
-def dgrad(k: int, n: int, activation: str | None, p: float, dtype: torch.dtype) -> None:
+def dgrad(k: int, n: int, activation: str | None, p: float, dtype: torch.dtype, batch: int = BATCH) -> None:
     make = functools.partial(torch.empty, device="cuda", dtype=dtype)
-    saved = make(BATCH, n) if activation else None
-    linear.launch_dgrad(make(BATCH, n), make(n, k), saved, activation, p, _seed(activation, p, True))
+    saved = make(batch, n) if activation else None
+    linear.launch_dgrad(make(batch, n), make(n, k), saved, activation, p, _seed(activation, p, True))
 
 
-def wgrad(k: int, n: int, activation: str | None, p: float, dtype: torch.dtype, weight: bool = True) -> None:
+def wgrad(
+    k: int, n: int, activation: str | None, p: float, dtype: torch.dtype, weight: bool = True, batch: int = BATCH
+) -> None:
     make = functools.partial(torch.empty, device="cuda", dtype=dtype)
-    saved = make(BATCH, n) if activation else None
-    x = make(BATCH, k) if weight else None
-    linear.launch_wgrad(make(BATCH, n), x, saved, activation, p, _seed(activation, p, True), with_bias=True)
+    saved = make(batch, n) if activation else None
+    x = make(batch, k) if weight else None
+    linear.launch_wgrad(make(batch, n), x, saved, activation, p, _seed(activation, p, True), with_bias=True)
 
 
 def tf32(run: functools.partial[None]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tkernels import runtime
 from tkernels.kernels import common
 from tkernels.launch import launch
-from tkernels.tuning import Config, cdiv
+from tkernels.tuning import Config, autotune, cdiv
 from tkernels.tuning import conv as tuning
 from tkernels.tuning.conv import Geometry
 
@@ -253,7 +253,11 @@ def launch_forward(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, 
     if y.numel() == 0:
         return y, z
     precision = runtime.dot_precision(packed.dtype, "conv")
-    config = config or tuning.forward(g, packed.dtype, precision)
+    config = config or autotune.pick(
+        "conv2d forward", n, (g, packed.dtype, precision, activation, channels_last),
+        tuning.forward(g, packed.dtype, precision),
+        lambda c: launch_forward(x, packed, bias, g, activation, keep_input, channels_last, c),
+    )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     out_pixels = g.out_h * g.out_w
     tiles_m = cdiv(n * out_pixels, config["BLOCK_M"])

@@ -20,7 +20,7 @@ from tkernels.kernels import common
 from tkernels.kernels.batch_norm import load_scale
 from tkernels.kernels.conv import channel_units, empty_pixels, locate_pixels, pixel_offsets, row_pitch, window
 from tkernels.launch import launch
-from tkernels.tuning import Config, cdiv
+from tkernels.tuning import Config, autotune, cdiv
 from tkernels.tuning import conv as tuning
 from tkernels.tuning.conv import Geometry
 
@@ -372,7 +372,10 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, dtype: torch.dtype, ch
     if dx.numel() == 0:
         return dx
     precision = runtime.dot_precision(dy.dtype, "conv")
-    config = config or tuning.dgrad(g, dy.dtype, precision)
+    config = config or autotune.pick(
+        "conv2d dgrad", n, (g, dy.dtype, precision, activation, channels_last), tuning.dgrad(g, dy.dtype, precision),
+        lambda c: launch_dgrad(dy, packed, g, dtype, channels_last, transposed, saved, activation, c),
+    )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     largest = n * cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
     tiles_m = cdiv(largest, config["BLOCK_M"])
@@ -400,7 +403,11 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     through, with ``saved`` its input; no bias gradient then.
     """
     precision = runtime.dot_precision(dy.dtype, "conv")
-    config = config or tuning.wgrad(g, dy.dtype, precision)
+    config = config or autotune.pick(
+        "conv2d wgrad", dy.shape[0], (g, dy.dtype, precision, activation, needs_weight, needs_bias),
+        tuning.wgrad(g, dy.dtype, precision),
+        lambda c: launch_wgrad(x, dy, g, needs_weight, needs_bias, saved, activation, c, runs, through),
+    )  # fmt: skip
     block_m, block_n, block_p = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_P"]
     rows, cols, out_on_rows = tuning.wgrad_sides(g)
     weight_tiles = g.groups * cdiv(rows, block_m) * cdiv(cols, block_n) if needs_weight else 0

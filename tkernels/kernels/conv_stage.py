@@ -28,7 +28,7 @@ from tkernels.kernels.conv import (
     window,
 )
 from tkernels.launch import launch
-from tkernels.tuning import Config, cdiv
+from tkernels.tuning import Config, autotune, cdiv
 from tkernels.tuning import conv as conv_tuning
 from tkernels.tuning import conv_stage as tuning
 from tkernels.tuning.conv import Geometry
@@ -301,7 +301,12 @@ def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, nor
     n = x.shape[0]
     y = empty_pixels(x, (n, g.out_channels, g.out_h, g.out_w), packed.dtype, channels_last)
     precision = runtime.dot_precision(packed.dtype, "conv")
-    config = config or tuning.forward(g, packed.dtype, precision, channels_last)
+    config = config or autotune.pick(
+        "conv_stage forward", n, (g, packed.dtype, precision, norm is None, channels_last),
+        tuning.forward(g, packed.dtype, precision, channels_last),
+        # nothing is counted while it is timed
+        lambda c: launch_conv(x, packed, bias, g, norm, None, channels_last, c),
+    )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     out_pixels = g.out_h * g.out_w
     tiles_m = cdiv(n * out_pixels, config["BLOCK_M"])

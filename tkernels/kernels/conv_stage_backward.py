@@ -32,7 +32,7 @@ from tkernels.kernels.conv_stage import (
     window_best,
 )
 from tkernels.launch import launch
-from tkernels.tuning import Config, cdiv
+from tkernels.tuning import Config, autotune, cdiv
 from tkernels.tuning import conv as conv_tuning
 from tkernels.tuning import conv_stage as tuning
 from tkernels.tuning.conv import Geometry
@@ -321,7 +321,10 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, x: Tensor, norm: Norm,
     n = dy.shape[0]
     dz = empty_pixels(dy, (n, g.in_channels, g.height, g.width), x.dtype, channels_last=True)
     precision = runtime.dot_precision(dy.dtype, "conv")
-    config = config or tuning.dgrad(g, dy.dtype, precision)
+    config = config or autotune.pick(
+        "conv_stage dgrad", n, (g, dy.dtype, precision), tuning.dgrad(g, dy.dtype, precision),
+        lambda c: launch_dgrad(dy, packed, g, x, norm, transposed, c),
+    )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     phases = math.prod(g.phases)
     tiles_m = cdiv(n * cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w), config["BLOCK_M"])

@@ -20,7 +20,7 @@ from torch import Tensor
 from tkernels import runtime
 from tkernels.kernels import common
 from tkernels.launch import launch
-from tkernels.tuning import Config, cdiv
+from tkernels.tuning import Config, autotune, cdiv
 from tkernels.tuning import linear as tuning
 
 STEPS_A_CHAIN = tl.constexpr(4)
@@ -315,7 +315,11 @@ def launch_forward(
     if k == 0:  # an empty sum: a product with one column of zeros, for the epilogue's sake
         return launch_forward(x.new_zeros((*x.shape[:-1], 1)), w.new_zeros((n, 1)), b, activation, p, seed, save_z)
     precision = runtime.dot_precision(x.dtype, "matmul")
-    config = config or tuning.forward(n, k, x.element_size(), precision, seed is not None, tuning.target_name())
+    config = config or autotune.pick(
+        "linear forward", m, (n, k, x.dtype, precision, activation, seed is not None, save_z),
+        tuning.forward(n, k, x.element_size(), precision, seed is not None, tuning.target_name()),
+        lambda c: launch_forward(x, w, b, activation, p, seed, save_z, c, splits),
+    )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     if splits is None:
         splits = tuning.forward_splits(tiles, k, tuning.target_name())
@@ -352,7 +356,11 @@ def launch_dgrad(
     if dx.numel() == 0 or n == 0:
         return dx.zero_()
     precision = runtime.dot_precision(dy.dtype, "matmul")
-    config = config or tuning.dgrad(n, k, dy.element_size(), precision, tuning.target_name())
+    config = config or autotune.pick(
+        "linear dgrad", m, (n, k, dy.dtype, precision, activation, seed is not None),
+        tuning.dgrad(n, k, dy.element_size(), precision, tuning.target_name()),
+        lambda c: launch_dgrad(dy, w, saved, activation, p, seed, c, splits),
+    )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(k, config["BLOCK_K"])
     if splits is None:
         splits = tuning.forward_splits(tiles, n, tuning.target_name())
@@ -391,7 +399,12 @@ def launch_wgrad(
     if m == 0 or n == 0 or (k == 0 and not with_bias):
         return (None if dw is None else dw.zero_()), (None if db is None else db.zero_())
     precision = runtime.dot_precision(dy.dtype, "matmul")
-    config = config or tuning.wgrad(n, k, dy.element_size(), precision, tuning.target_name())
+    config = config or autotune.pick(
+        "linear wgrad", m, (n, k, dy.dtype, precision, activation, seed is not None, with_bias),
+        tuning.wgrad(n, k, dy.element_size(), precision, tuning.target_name()),
+        lambda c: launch_wgrad(dy, x, saved, activation, p, seed, with_bias, c, splits),
+        rows="",  # BLOCK_M is a step of the reduction here
+    )  # fmt: skip
     tiles = max(cdiv(k, config["BLOCK_K"]), 1) * cdiv(n, config["BLOCK_N"])
     if splits is None:
         splits = tuning.wgrad_splits(tiles, m, config["BLOCK_M"], tuning.target_name())

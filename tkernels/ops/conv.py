@@ -13,6 +13,7 @@ from tkernels import runtime
 from tkernels.ops import activation as activations
 from tkernels.ops import checks
 from tkernels.ops.autograd import once_differentiable
+from tkernels.tuning import autotune, routing
 from tkernels.tuning.conv import Geometry
 
 if runtime.HAS_TRITON:
@@ -50,6 +51,8 @@ def conv2d(
     if not _takes_triton(input, weight, bias):
         return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
     g, autocast = _checked(input, weight, bias, stride, padding, dilation, groups)
+    if runtime.get_backend() == "auto" and _torch_is_faster(input, weight, bias, g, activation, autocast):
+        return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
     if input.dim() == 3:
         return _triton_body(input.unsqueeze(0), weight, bias, g, activation, autocast).squeeze(0)
     return _triton_body(input, weight, bias, g, activation, autocast)
@@ -205,6 +208,32 @@ def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             return False
     channels = input.shape[-3] if input.dim() > 2 else 1
     return channels > 0 and runtime.use_triton(input, weight, bias)
+
+
+def _torch_is_faster(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, activation: str | None, autocast: torch.dtype | None
+) -> bool:
+    """Whether backend 'auto' leaves this convolution to PyTorch: by estimate, or as measured where autotuning is on."""
+    dtype = autocast or x.dtype
+    images = x.shape[0] if x.dim() == 4 else 1
+    precision = runtime.dot_precision(dtype, "conv")
+    if not autotune.enabled:
+        return routing.compute_bound(g, images, dtype, precision, activation)
+    if x.dim() == 3:
+        x = x.unsqueeze(0)
+    # an odd total of 'same' padding is PyTorch's to work out: only what it takes as numbers is compared
+    pad = (g.pad_h, g.pad_w)
+
+    def theirs() -> Tensor:
+        y = torch.nn.functional.conv2d(x, weight, bias, (g.stride_h, g.stride_w), pad,
+                                       (g.dilation_h, g.dilation_w), g.groups)  # fmt: skip
+        return activations.apply(y, activation)
+
+    with torch.no_grad():
+        return autotune.torch_is_faster(
+            "conv2d", images, (g, dtype, precision, activation, suggests_channels_last(x)),
+            lambda: _triton_body(x, weight, bias, g, activation, autocast), theirs,
+        )  # fmt: skip
 
 
 def _triton_body(

@@ -1,0 +1,184 @@
+"""The opt-in tuner, with a clock that says what each candidate takes; and what goes to PyTorch under 'auto'."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import tkernels
+from perf import host
+from perf.cases.conv import LAYERS, window3x3
+from perf.cases.networks import geometry, layers
+from tkernels import runtime, targets
+from tkernels.ops import conv as conv_ops
+from tkernels.tuning import Config, autotune, routing
+from tkernels.tuning.autotune import Tuner
+
+pytestmark = pytest.mark.gate("torch")
+
+FIRST = Config.of(num_warps=4, num_stages=3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32)
+
+
+class Clock:
+    """Milliseconds by candidate; an exception is raised. Counts what it timed."""
+
+    def __init__(self, times: dict[str, float | Exception]) -> None:
+        self.times, self.asked = times, list[str]()
+
+    def candidate(self, name: str) -> Callable[[], object]:
+        return lambda: name
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        name = str(call())
+        self.asked.append(name)
+        found = self.times[name]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def candidates(self) -> dict[str, Callable[[], object]]:
+        return {name: self.candidate(name) for name in self.times}
+
+
+BEST = {
+    "the fastest": ({"a": 1.0, "b": 0.8, "c": 0.9}, "b"),
+    "the first wins a tie": ({"a": 1.0, "b": 1.0}, "a"),
+    "noise is no reason to leave the closed form": ({"a": 1.0, "b": 0.98}, "a"),
+    "what does not compile is left out": ({"a": 1.0, "b": RuntimeError("out of resources"), "c": 0.5}, "c"),
+    "the closed form's own failure": ({"a": RuntimeError("no"), "b": 2.0}, "b"),
+    "nothing runs": ({"a": RuntimeError("no"), "b": RuntimeError("no")}, "a"),
+    "PyTorch": ({autotune.KERNEL: 1.0, autotune.PYTORCH: 0.5}, autotune.PYTORCH),
+}
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_what_is_chosen(name: str, tmp_path: Path) -> None:
+    times, best = BEST[name]
+    clock = Clock(dict(times))
+    assert Tuner(tmp_path / "cache.json", clock).best("key", clock.candidates()) == best
+    assert clock.asked == list(times)
+
+
+def test_a_choice_is_measured_once_and_found_by_the_next_process(tmp_path: Path) -> None:
+    clock = Clock({"a": 1.0, "b": 0.5})
+    path = tmp_path / "not" / "there" / "cache.json"
+    first = Tuner(path, clock)
+    assert [first.best("key", clock.candidates()) for _ in range(3)] == ["b"] * 3
+    assert Tuner(path, clock).best("key", clock.candidates()) == "b"
+    assert clock.asked == ["a", "b"]
+    first.best("another shape", clock.candidates())
+    assert clock.asked == ["a", "b"] * 2
+    assert json.loads(path.read_text())["key"] == {"best": "b", "ms": {"a": 1.0, "b": 0.5}}
+    assert [file.name for file in path.parent.iterdir()] == ["cache.json"]
+
+
+def test_two_processes_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    clock, path = Clock({"a": 1.0, "b": 0.5}), tmp_path / "cache.json"
+    one, other = Tuner(path, clock), Tuner(path, clock)
+    one.best("one", clock.candidates())
+    other.best("other", clock.candidates())
+    assert set(json.loads(path.read_text())) == {"one", "other"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"key": 3}', '{"key": {"best": 7}}', '{"key": {"best": "gone"}}'])
+def test_a_file_that_is_none_or_old_is_measured_again(content: str, tmp_path: Path) -> None:
+    clock, path = Clock({"a": 1.0, "b": 0.5}), tmp_path / "cache.json"
+    path.write_text(content)
+    assert Tuner(path, clock).best("key", clock.candidates()) == "b"
+    assert json.loads(path.read_text())["key"]["best"] == "b"
+
+
+def test_a_cache_that_cannot_be_written_is_not_kept(tmp_path: Path) -> None:
+    clock = Clock({"a": 1.0, "b": 0.5})
+    (tmp_path / "file").touch()
+    assert Tuner(tmp_path / "file" / "cache.json", clock).best("key", clock.candidates()) == "b"
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    clock = Clock({"a": 1.0, "b": 0.5})
+    tuner = Tuner(tmp_path / "cache.json", clock)
+    assert tuner.best("key", clock.candidates()) == "a"
+    assert not clock.asked
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tuner.best("key", clock.candidates()) == "b"
+
+
+def test_neighbours_keep_how_sums_are_formed() -> None:
+    found = autotune.neighbours(FIRST)
+    assert found[0] == FIRST
+    assert len(set(found)) == len(found) == 7
+    for config in found:
+        assert (config["BLOCK_N"], config["BLOCK_K"]) == (32, 32)
+        changed = [config.num_warps != 4, config.num_stages != 3, config["BLOCK_M"] != 64]
+        assert sum(changed) == (config != FIRST)
+    assert all(config["BLOCK_M"] == 64 for config in autotune.neighbours(FIRST, rows=""))
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Autotuning on, on a stubbed driver; half as many warps are fastest. Gives the keys that were asked for."""
+    keys: list[str] = []
+
+    class Spy(Tuner):
+        def best(self, key: str, candidates: dict[str, Callable[[], object]]) -> str:
+            keys.append(key)
+            for call in candidates.values():
+                call()
+            return next((name for name in candidates if "warps=2 " in name), next(iter(candidates)))
+
+    monkeypatch.setattr(autotune, "enabled", True)
+    monkeypatch.setattr(autotune, "tuner", lambda: Spy(tmp_path / "cache.json", lambda call: 1.0))
+    return keys
+
+
+def test_operators_launch_what_was_chosen(tuned: list[str]) -> None:
+    """Every candidate is launched, then the one that was chosen, and nothing is counted or drawn on the way."""
+    made: list[host.Made] = []
+    with host.stubbed_driver(lambda *given: made.append(given)):
+        x = torch.zeros(8, 32, 16, 16).contiguous(memory_format=torch.channels_last).bfloat16().requires_grad_()
+        weight = torch.zeros(32, 32, 3, 3, dtype=torch.bfloat16, requires_grad=True)
+        tkernels.functional.conv2d(x, weight, padding=1).sum().backward()
+    names = [key.split(",")[0] for key in tuned]
+    assert names == ["conv2d forward", "conv2d dgrad", "conv2d wgrad"]
+    assert "up to 8," in tuned[0]
+    warps = [call[7][0] for call in made if "conv_forward_kernel" in str(call[4])]
+    assert len(set(warps)) > 1
+    assert warps[-1] == 2
+
+
+def test_without_the_switch_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "tuner", lambda: pytest.fail("asked the tuner"))
+    assert not autotune.enabled, "TKERNELS_AUTOTUNE is set"
+    assert autotune.pick("op", 8, (), FIRST, lambda config: pytest.fail("launched")) is FIRST
+
+
+def test_only_large_convolutions_go_to_pytorch() -> None:
+    with targets.pretend("sm_90"):
+        for layer in LAYERS:
+            assert not routing.compute_bound(window3x3(*layer), 256, torch.bfloat16, "ieee", "relu"), layer
+        large = [g for g in map(geometry, layers("conv2d")) if g.taps == 9 and g.in_channels >= 256 and g.height >= 14]
+        assert large
+        for g in large:
+            assert routing.compute_bound(g, 64, torch.bfloat16, "ieee", None), g
+            assert not routing.compute_bound(g, 64, torch.float32, "ieee", None), g
+    with targets.pretend("gfx942"):
+        assert not any(routing.compute_bound(g, 64, torch.bfloat16, "ieee", None) for g in large)
+
+
+def test_under_triton_no_convolution_goes_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    went: list[str] = []
+    monkeypatch.setattr(routing, "compute_bound", lambda *_: True)
+    monkeypatch.setattr(conv_ops, "_torch_body", lambda *_: went.append("torch"))
+    monkeypatch.setattr(conv_ops, "_triton_body", lambda *_: went.append("triton"))
+    monkeypatch.setattr(runtime, "_can_run", lambda tensors: True)
+    x, weight = torch.zeros(2, 8, 4, 4), torch.zeros(8, 8, 3, 3)
+    for backend in ("auto", "triton", "torch"):
+        with tkernels.backend(backend):
+            tkernels.functional.conv2d(x, weight)
+    assert went == ["torch", "triton", "torch"]
