@@ -96,6 +96,17 @@ def linear(conditioning: str, rows: int, features: int, outputs: int, shift: flo
     return Case("linear", conditioning, make, fixed)
 
 
+def matmul(conditioning: str, a: tuple[int, ...], b: tuple[int, ...], shift: float = 0.0) -> Case:
+    def make() -> dict[str, Tensor]:
+        scale = a[-1] ** 0.5
+        return {
+            "a": torch.randn(a, dtype=torch.float64) + shift,
+            "b": torch.randn(b, dtype=torch.float64) / scale,
+        }
+
+    return Case("matmul", conditioning, make)
+
+
 def conv2d(conditioning: str, image: tuple[int, ...], outputs: int, kernel: int, **fixed: Any) -> Case:
     def make() -> dict[str, Tensor]:
         inputs = image[1] // fixed.get("groups", 1)
@@ -138,6 +149,9 @@ SMALL = (
     linear("mean/std 100", 37, 200, 24, shift=100.0),
     linear("relu", 37, 200, 24, activation="relu"),
     linear("gelu", 37, 200, 24, activation="gelu"),
+    matmul("well", (37, 200), (200, 24)),
+    matmul("batches, mean/std 100", (3, 20, 72), (3, 72, 19), shift=100.0),
+    matmul("vector", (1, 700), (700, 40)),
     conv2d("3x3", (2, 20, 7, 6), 18, 3, padding=1),
     conv2d("stem 3x3", (2, 3, 9, 9), 18, 3, padding=1),
     conv2d("stride 2", (2, 20, 9, 7), 18, 3, padding=1, stride=2),
@@ -163,6 +177,9 @@ FULL = (
     linear("gelu", 256, 512, 256, activation="gelu"),
     linear("features 1e6", 3, 1_000_000, 2),
     linear("rows 1e6", 1_000_000, 3, 2),
+    matmul("well", (128, 1024), (1024, 96)),
+    matmul("batches, mean/std 100", (8, 64, 200), (8, 200, 48), shift=100.0),
+    matmul("vector", (1, 100_000), (100_000, 40)),
     conv2d("3x3", (8, 64, 16, 16), 64, 3, padding=1),
     conv2d("stem 3x3", (16, 3, 32, 32), 32, 3, padding=1),
     conv2d("stride 2", (8, 32, 17, 17), 48, 3, padding=1, stride=2),
@@ -253,7 +270,7 @@ def measure(case: Case, dtype: torch.dtype, gate: str) -> list[Row]:
     dtypes: dict[str, torch.dtype] = {}
     torch.manual_seed(2)
     tensors = case.make()
-    for _ in range(min(DRAWS[gate], max(1, ENOUGH // tensors["input"].numel()))):
+    for _ in range(min(DRAWS[gate], max(1, ENOUGH // next(iter(tensors.values())).numel()))):
         call = _call(case, tensors, dtype)
         theirs = _results(torchs(case.operator), call.on(device), normal_cotangent)
         incoming = normal_cotangent(theirs["forward"].detach()).cpu().double()
@@ -265,7 +282,7 @@ def measure(case: Case, dtype: torch.dtype, gate: str) -> list[Row]:
             errors[1].add(theirs[name], reference)
             dtypes[name] = theirs[name].dtype
         tensors = case.make()
-    shape = "x".join(map(str, tensors["input"].shape))
+    shape = "x".join(map(str, next(iter(tensors.values())).shape))
     if case.operator != "batch_norm" and "weight" in tensors:
         shape += f" -> {tensors['weight'].shape[0]}"
     rows = []

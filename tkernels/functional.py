@@ -5,5 +5,16 @@ from tkernels.ops.conv import conv2d
 from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
 from tkernels.ops.cross_entropy import cross_entropy
 from tkernels.ops.linear import linear, linear_relu
+from tkernels.ops.matmul import matmul
 
-__all__ = ["ConvBNLayer", "MaxPool", "batch_norm", "conv2d", "conv_stage", "cross_entropy", "linear", "linear_relu"]
+__all__ = [
+    "ConvBNLayer",
+    "MaxPool",
+    "batch_norm",
+    "conv2d",
+    "conv_stage",
+    "cross_entropy",
+    "linear",
+    "linear_relu",
+    "matmul",
+]

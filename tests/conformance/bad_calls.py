@@ -40,6 +40,11 @@ class Bad:
     cpu_only: bool = False
 
 
+def _matmul(functions: Any) -> Callable[..., Tensor]:
+    """matmul of ours or, where ``functions`` is torch.nn.functional, of torch."""
+    return getattr(functions, "matmul", torch.matmul)
+
+
 LONG, INT, BOOL = torch.int64, torch.int32, torch.bool
 HALF, DOUBLE = torch.bfloat16, torch.float64
 
@@ -61,6 +66,16 @@ FUNCTIONS = (
     Bad("linear: boolean input", lambda f, t: f.linear(t(2, 3, dtype=BOOL), t(4, 3)), ("input", "bool")),
     Bad("linear: missing weight", lambda f, t: f.linear(t(2, 3)), ("weight",)),
     Bad("linear: unknown keyword", lambda f, t: f.linear(t(2, 3), t(4, 3), slope=1), ("slope",)),
+    # matmul, of torch itself
+    Bad("matmul: scalar", lambda f, t: _matmul(f)(t(), t(4, 5)), ("a", "[]")),
+    Bad("matmul: inner sizes differ", lambda f, t: _matmul(f)(t(2, 3), t(4, 5)), ("a", "[2, 3]", "b", "[4, 5]")),
+    Bad("matmul: vectors of other lengths", lambda f, t: _matmul(f)(t(3), t(4)), ("[3]", "[4]")),
+    Bad("matmul: vector of another length", lambda f, t: _matmul(f)(t(2, 2, 3), t(4)), ("[2, 2, 3]", "[4]")),
+    Bad("matmul: batches differ", lambda f, t: _matmul(f)(t(2, 3, 4), t(3, 4, 5)), ("[2, 3, 4]", "[3, 4, 5]")),
+    Bad("matmul: dtypes differ", lambda f, t: _matmul(f)(t(2, 3), t(3, 4, dtype=HALF)), ("float32", "bfloat16")),
+    Bad("matmul: integers and numbers", lambda f, t: _matmul(f)(t(2, 3), t(3, 4, dtype=LONG)), ("int64",)),
+    Bad("matmul: a list", lambda f, t: _matmul(f)([[1.0, 2.0]], t(2, 4)), ("a", "list")),
+    Bad("matmul: None", lambda f, t: _matmul(f)(t(2, 3), None), ("b", "NoneType")),
     # conv2d
     Bad("conv2d: 2-D input", lambda f, t: f.conv2d(t(3, 4), t(2, 3, 3, 3)), ("input", "[3, 4]")),
     Bad("conv2d: 5-D input", lambda f, t: f.conv2d(t(1, 1, 3, 4, 4), t(2, 3, 3, 3)), ("input", "[1, 1, 3, 4, 4]")),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PARAMETERS = {
@@ -19,7 +20,13 @@ PARAMETERS = {
     "cross_entropy": (
         *("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing"),
     ),
+    "matmul": ("a", "b"),
 }
+
+
+def of_torch(operator: str) -> Callable[..., Tensor]:
+    """torch's own function of that name; matmul is no part of torch.nn.functional and names its operands otherwise."""
+    return (lambda a, b: torch.matmul(a, b)) if operator == "matmul" else getattr(F, operator)
 
 
 @dataclasses.dataclass(frozen=True)

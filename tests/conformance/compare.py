@@ -12,13 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import tkernels
 from tests import tolerance
 from tests.conformance import scales
-from tests.conformance.calls import Call, Outcome, run
+from tests.conformance.calls import Call, Outcome, of_torch, run
 from tkernels.ops import activation as activations
 
 Cotangent = Callable[[Tensor], Tensor]
@@ -37,7 +36,7 @@ def torchs(operator: str) -> Callable[..., Tensor]:
     def composed(*args: Any, activation: str | None = None, residual: Tensor | None = None, **kwargs: Any) -> Tensor:
         if operator == "batch_norm":
             args, kwargs = _with_dense_vectors(args, kwargs)
-        y = getattr(F, operator)(*args, **kwargs)
+        y = of_torch(operator)(*args, **kwargs)
         return activations.apply(y if residual is None else y + residual, activation)
 
     return composed

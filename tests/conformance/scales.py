@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.conformance.calls import Call
+from tests.conformance.calls import Call, of_torch
 
 Scales = dict[str, float]
 
@@ -37,11 +37,11 @@ def _largest(t: Tensor | None) -> float:
 
 
 def _product(operator: str, arguments: dict[str, Any], incoming: Tensor | None) -> Scales:
-    """linear and conv2d are sums of products: the same operator on absolute values bounds every partial sum."""
+    """linear, conv2d and matmul are sums of products: the same operator on absolute values bounds every partial sum."""
     plain = {k: v for k, v in arguments.items() if k not in ("activation", "dropout_p", "training")}
     absolute = {k: v.detach().abs().nan_to_num(0, 0) if isinstance(v, Tensor) else v for k, v in plain.items()}
     leaves = {k: v.requires_grad_() for k, v in absolute.items() if isinstance(v, Tensor)}
-    output = getattr(F, operator)(**absolute)
+    output = of_torch(operator)(**absolute)
     scales = {"output": _largest(output)}
     if incoming is not None:
         gradients = torch.autograd.grad(output, list(leaves.values()), incoming.abs())

@@ -1,4 +1,4 @@
-"""PyTorch's own sample inputs and error inputs for the four functions go through ours."""
+"""PyTorch's own sample inputs and error inputs for our functions go through ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conformance.compare import check_call, check_errors, ours, torchs
 
 GATES = ("torch", "ttsem", "cuda")
 pytestmark = pytest.mark.gate(*GATES)
-OPERATORS = ("linear", "conv2d", "batch_norm", "cross_entropy")
+OPERATORS = ("linear", "conv2d", "batch_norm", "cross_entropy", "matmul")
 
 
 @functools.cache
@@ -23,7 +23,8 @@ def info(operator: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
-    return next(op for op in op_db if op.name == f"nn.functional.{operator}")
+    name = operator if operator == "matmul" else f"nn.functional.{operator}"
+    return next(op for op in op_db if op.name == name)
 
 
 @functools.cache

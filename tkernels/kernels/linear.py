@@ -286,7 +286,7 @@ def _stride(t: Tensor) -> int:
     return stride
 
 
-def _split(reduction: int, block: int, splits: int) -> tuple[int, int]:
+def split(reduction: int, block: int, splits: int) -> tuple[int, int]:
     """Steps of ``block`` each split takes and the number of splits that have any."""
     total = cdiv(reduction, block)
     steps = max(cdiv(total, max(splits, 1)), 1)
@@ -323,7 +323,7 @@ def launch_forward(
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     if splits is None:
         splits = tuning.forward_splits(tiles, k, tuning.target_name())
-    steps, parts = _split(k, config["BLOCK_K"], splits)
+    steps, parts = split(k, config["BLOCK_K"], splits)
     partials = x.new_empty((parts, m, n), dtype=torch.float32) if splits else None
     x_stride, (w_stride, w_transposed) = _stride(x), _checked_weight_stride(w)
     unit = _unit(x, k, x_stride, w_stride)
@@ -334,7 +334,7 @@ def launch_forward(
         UNIT=unit, W_TRANSPOSED=w_transposed, ACTIVATION=activation, PRECISION=precision, **config.options(),
     )  # fmt: skip
     if partials is not None:
-        _finish(partials, b, b_stride, y, z, activation, p, seed)
+        finish(partials, b, b_stride, y, z, activation, p, seed)
     return y, z
 
 
@@ -364,7 +364,7 @@ def launch_dgrad(
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(k, config["BLOCK_K"])
     if splits is None:
         splits = tuning.forward_splits(tiles, n, tuning.target_name())
-    steps, parts = _split(n, config["BLOCK_N"], splits)
+    steps, parts = split(n, config["BLOCK_N"], splits)
     partials = dy.new_empty((parts, m, k), dtype=torch.float32) if splits else None
     dy_stride, (w_stride, w_transposed) = _stride(dy), _checked_weight_stride(w)
     unit = _unit(dy, n, k, dy_stride, w_stride)
@@ -375,7 +375,7 @@ def launch_dgrad(
         PRECISION=precision, **config.options(),
     )  # fmt: skip
     if partials is not None:
-        _finish(partials, None, 0, dx)
+        finish(partials, None, 0, dx)
     return dx
 
 
@@ -408,7 +408,7 @@ def launch_wgrad(
     tiles = max(cdiv(k, config["BLOCK_K"]), 1) * cdiv(n, config["BLOCK_N"])
     if splits is None:
         splits = tuning.wgrad_splits(tiles, m, config["BLOCK_M"], tuning.target_name())
-    steps, parts = _split(m, config["BLOCK_M"], splits)
+    steps, parts = split(m, config["BLOCK_M"], splits)
     dy_stride, x_stride = _stride(dy), 0 if x is None else _stride(x)
     unit = _unit(dy, n, k, dy_stride, x_stride)
     out_w, out_b = dw, db
@@ -424,13 +424,13 @@ def launch_wgrad(
     )  # fmt: skip
     if splits:
         if k > 0:
-            _finish(out_w, None, 0, dw, config=tuning.finish_row(n * k))
+            finish(out_w, None, 0, dw, config=tuning.finish_row(n * k))
         if db is not None:
-            _finish(out_b, None, 0, db, config=tuning.finish_row(n))
+            finish(out_b, None, 0, db, config=tuning.finish_row(n))
     return dw, db
 
 
-def _finish(
+def finish(
     partials: Tensor,
     b: Tensor | None,
     b_stride: int,

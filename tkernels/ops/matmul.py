@@ -1,0 +1,144 @@
+"""Matrix products of any rank: checks, autocast, autograd, and the PyTorch body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tkernels import runtime
+from tkernels.ops import checks
+
+if runtime.HAS_TRITON:
+    from tkernels.kernels import matmul as kernels
+
+__all__ = ["matmul"]
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` as torch.matmul has it.
+
+    a: (K) or (\\*, M, K); b: (K) or (\\*, K, N), batch dimensions broadcast; result: (\\*, M, N) without the dimensions
+    that a vector lacks, in the operands' or the autocast dtype. Gradients can be differentiated again.
+
+    Raises TypeError for an argument that is not a tensor, RuntimeError for a scalar, and for shapes, dtypes or devices
+    that do not go together.
+    """
+    checks.tensor(a=a, b=b)
+    if not _takes_triton(a, b):
+        return _torch_body(a, b)
+    _check_shapes(a, b)
+    cast = runtime.autocast_dtype(a)
+    if cast is not None:
+        a, b = runtime.cast_for_autocast(cast, a, b)  # type: ignore[assignment]
+    _check_kinds(a, b)
+    return _triton_body(a, b)
+
+
+def _check_shapes(a: Tensor, b: Tensor) -> None:
+    """Raise RuntimeError for the shapes torch refuses."""
+    given = f"got a {checks.shape(a)} and b {checks.shape(b)}"
+    if a.dim() == 0 or b.dim() == 0:
+        raise RuntimeError(f"a and b must have at least one dimension, {given}")
+    inner = b.shape[-2] if b.dim() > 1 else b.shape[0]
+    if a.shape[-1] != inner:
+        raise RuntimeError(f"the last dimension of a must be b's {'second to ' if b.dim() > 1 else ''}last, {given}")
+    try:
+        torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except RuntimeError:
+        raise RuntimeError(f"the batch dimensions of a and b must broadcast, {given}") from None
+
+
+def _check_kinds(a: Tensor, b: Tensor) -> None:
+    """Raise RuntimeError for devices or dtypes that do not go together."""
+    checks.same_device(a=a, b=b)
+    checks.same_dtype(a=a, b=b)
+
+
+def _takes_triton(a: Tensor, b: Tensor) -> bool:
+    """The backend decision; integers, complex numbers and sparse tensors are PyTorch's."""
+    for t in (a, b):
+        if not (t.is_floating_point() and t.layout is torch.strided):
+            return False
+    return runtime.use_triton(a, b)
+
+
+def _torch_body(a: Tensor, b: Tensor) -> Tensor:
+    try:
+        return torch.matmul(a, b)
+    except checks.REFUSALS as error:
+
+        def check() -> None:
+            _check_shapes(a, b)
+            _check_kinds(a, b)
+
+        checks.explain(error, check)
+
+
+def _triton_body(a: Tensor, b: Tensor) -> Tensor:
+    if a.dim() == 1:
+        return _triton_body(a.unsqueeze(0), b if b.dim() > 1 else b.unsqueeze(1)).squeeze(
+            (-2, -1) if b.dim() == 1 else -2
+        )
+    if b.dim() == 1:
+        return _triton_body(a, b.unsqueeze(1)).squeeze(-1)
+    if b.dim() == 2 and a.dim() > 2:
+        # one tall product, where the rows of all batches follow each other
+        folded = _as_rows(a)
+        if folded is not None:
+            return _apply(folded, b).view(*a.shape[:-1], b.shape[-1])
+    return _apply(a, b)
+
+
+def _as_rows(a: Tensor) -> Tensor | None:
+    """[*, M, K] as a matrix without a copy, or None where its rows do not fold."""
+    if a.numel() == 0:
+        return None
+    sizes, (strides,) = kernels.fold_batches(a.shape[:-1], [a.stride()[:-1]])
+    if len(sizes) > 1:
+        return None
+    return a.as_strided((sizes[0], a.shape[-1]), (strides[0], a.stride(-1))) if sizes else a.view(1, -1)
+
+
+def _apply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """a [*, M, K] @ b [*, K, N], differentiable where that is asked for, in ``dtype`` (default: theirs)."""
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _Matmul.apply(a, b, dtype)
+    return kernels.launch_matmul(kernels.dense_matrices(a), kernels.dense_matrices(b), dtype)
+
+
+def _apply_summed(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """a @ b summed over the batch dimensions that ``shape`` lacks: the gradient of an operand that was broadcast."""
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    if batch == shape[:-2]:
+        return _apply(a, b)
+    if batch == a.shape[:-2] == b.shape[:-2] and shape[:-2].numel() == 1:
+        # sums over all batches: one longer reduction
+        (m, k), n = a.shape[-2:], b.shape[-1]
+        terms = batch.numel() * k
+        return _apply(a.movedim(-2, 0).reshape(m, terms), b.reshape(terms, n)).reshape(shape)
+    # added in float32, as the terms of a product are
+    products = _apply(a, b, torch.float32)
+    return products.sum_to_size(shape).to(a.dtype)
+
+
+class _Matmul(torch.autograd.Function):
+    """Its gradients are products by the same function, so that they can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
+        needs_a, needs_b, _ = ctx.needs_input_grad
+        ctx.shapes = a.shape, b.shape
+        ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
+        return kernels.launch_matmul(kernels.dense_matrices(a), kernels.dense_matrices(b), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        da = db = None
+        if b is not None:
+            da = _apply_summed(dy.to(b.dtype), b.mT, ctx.shapes[0])
+        if a is not None:
+            db = _apply_summed(a.mT, dy.to(a.dtype), ctx.shapes[1])
+        return da, db, None

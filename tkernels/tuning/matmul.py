@@ -1,0 +1,40 @@
+"""Launch configurations of matrix products: the linear layer's tiles, lower ones for few rows, and those of vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from tkernels import targets
+from tkernels.tuning import Config, block, linear
+from tkernels.tuning.linear import target_name
+
+__all__ = ["product", "splits", "target_name", "vector"]
+
+
+@functools.lru_cache(maxsize=1024)
+def product(m: int, n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
+    """For out[m, n] = a[m, k] @ b[k, n]; of ``m`` only the height of a tile that holds few rows."""
+    config = linear.forward(n, k, itemsize, precision, False, target)
+    if config.maxnreg is None and (config.num_warps == 4 or (itemsize == 4 and precision == "ieee")):
+        # ptxas, left alone, spills a few bytes to stay below 80, 96 or 128 registers
+        config = dataclasses.replace(config, maxnreg=168 if config.num_warps == 4 else 128)
+    height = block(m, 16, config["BLOCK_M"])
+    if height == config["BLOCK_M"]:
+        return config
+    low = {**dict(config.blocks), "BLOCK_M": height}
+    # few enough threads that each loads 16 bytes
+    warps = max(1, min(config.num_warps, height * config["BLOCK_N"] // (16 * targets.current().warp_size)))
+    return dataclasses.replace(config, blocks=tuple(low.items()), num_warps=warps)
+
+
+@functools.lru_cache(maxsize=1024)
+def vector(n: int, k: int, transposed: bool) -> Config:
+    """For out[n] = a[k] @ b[k, n]; ``transposed``: b is dense along k. A tile is long where b is dense."""
+    if transposed:
+        return Config.of(num_warps=4, num_stages=2, BLOCK_N=8, BLOCK_K=block(k, 64, 512))
+    return Config.of(num_warps=4, num_stages=2, BLOCK_N=block(n, 16, 128), BLOCK_K=32)
+
+
+# Programs that share the reduction of a tile; 0: one program a tile, no second pass.
+splits = linear.forward_splits
