@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from tkernels import functional, nn
+from tkernels import functional, library, nn
 from tkernels.runtime import backend, get_backend
 
-__all__ = ["__version__", "backend", "functional", "get_backend", "nn"]
+__all__ = ["__version__", "backend", "functional", "get_backend", "library", "nn"]

@@ -62,25 +62,28 @@ def get_backend() -> str:
     return _backend
 
 
-@functools.cache  # triton itself asks once, as it defines a kernel
+# triton itself asks once, as it defines a kernel
+_INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter is on (TRITON_INTERPRET=1), which runs kernels on CPU tensors."""
-    return HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    return _INTERPRETING
 
 
 def why_not_triton(*tensors: Tensor | None) -> str | None:
     """The reason why these tensors cannot go through Triton, or None where they can."""
     if not HAS_TRITON:
         return "triton is not installed"
+    if _transformed():
+        return "kernels are not defined under torch.func transforms (grad, vmap, jvp, ...)"
     for t in tensors:
         if t is not None and t.is_floating_point() and t.dtype not in TRITON_DTYPES:
             return f"{t.dtype} is left to PyTorch"
-    if interpreting():
-        return None
     for t in tensors:
-        if t is not None and not t.is_cuda:
+        if t is not None and not t.is_cuda and (t.is_meta or not interpreting()):
             return f"a tensor is on {t.device}, not on a GPU"
-    if not targets.supported():
+    if not (interpreting() or targets.supported()):
         return "the GPU is older than compute capability 8.0"
     return None
 
@@ -99,18 +102,42 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return False
 
 
+def _transformed() -> bool:
+    """Whether a torch.func transform is at work: it differentiates or batches PyTorch's operators only."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _can_run(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether why_not_triton has no reason; every call asks this, so nothing is put into words."""
-    if not HAS_TRITON:
+    if not HAS_TRITON or _transformed():
         return False
     anywhere = interpreting()
     for t in tensors:
         if t is not None:
-            if not (anywhere or t.is_cuda):
+            if not (t.is_cuda or (anywhere and not t.is_meta)):
                 return False
             if t.dtype not in TRITON_DTYPES and t.is_floating_point():
                 return False
     return anywhere or targets.supported()
+
+
+def traced() -> bool:
+    """Whether torch records this call rather than runs it (compile, export, fake tensors, make_fx) or counts its FLOPs:
+    then it goes through a registered operator, torch.ops.tkernels.*, instead of an autograd function."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and _recorded()
+
+
+def _recorded() -> bool:
+    """Whether one of the dispatch modes that are on records or counts operators. Launches on a pretended GPU are
+    intercepted, fake tensors or not."""
+    modes = torch._C._TorchDispatchModeKey
+    for key in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL):
+        if torch._C._get_dispatch_mode(key) is not None:
+            return not targets.pretending()
+    stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__name__ == "_FlopCounterMode" for mode in stack)
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -157,4 +184,6 @@ def dropout_seed(x: Tensor) -> Tensor:
 
     torch.manual_seed governs it, a CUDA graph replay advances it, and nothing waits for the device.
     """
+    if torch.compiler.is_compiling():  # Inductor's own generator overflows on the full range
+        return torch.randint(0, 2**62, (), dtype=torch.int64, device=x.device)
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)

@@ -76,6 +76,11 @@ def pretend(name: str) -> Iterator[Target]:
         _pretended = before
 
 
+def pretending() -> bool:
+    """Whether :func:`pretend` is in force."""
+    return _pretended is not None
+
+
 def current() -> Target:
     """The current CUDA device's target; without a GPU (Triton's interpreter) sm_90's."""
     if _pretended is not None:

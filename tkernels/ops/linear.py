@@ -119,6 +119,8 @@ def _triton_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation:
         y = activations.apply(_triton_body(input, weight, None, None, 0.0) + bias, activation)
         return torch.nn.functional.dropout(y, p) if p > 0 else y
     seed = runtime.dropout_seed(input) if p > 0 else None
+    if runtime.traced():
+        return torch.ops.tkernels.linear(input, weight, bias, activation, p, seed)[0]
     differentiable = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if differentiable and torch.is_grad_enabled():
         return _Linear.apply(input, weight, bias, activation, p, seed)

@@ -1,0 +1,44 @@
+"""What the tests of the registered operators share: compiled against eager, and operators seen in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests.tolerance import assert_close
+
+
+def operators(graph: torch.fx.Graph) -> set[str]:
+    """Names of the registered operators a graph calls."""
+    return {str(node.target).split(".")[1] for node in graph.nodes if str(node.target).startswith("tkernels.")}
+
+
+def compare_compiled(
+    model: torch.nn.Module, draw: Callable[[int], Tensor], batches: Sequence[int], reduction: int, device: str
+) -> CompileCounterWithBackend:
+    """Assert that forward and backward of the model, compiled without graph breaks, give eager's values and gradients
+    at each batch size. Returns what counted the compilations."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
+    for n in batches:
+        outcomes = []
+        state = {name: t.clone() for name, t in model.state_dict().items()}
+        for call in (model, compiled):
+            model.load_state_dict(state)
+            model.zero_grad()
+            torch.manual_seed(0)
+            x = draw(n).to(device).requires_grad_()
+            y = call(x)
+            torch.manual_seed(1)
+            (y.float() * torch.randn(y.shape, device=device)).sum().backward()
+            buffers = {name: b.clone() for name, b in model.named_buffers()}
+            outcomes.append({"output": y, "input gradient": x.grad, **buffers,
+                             **{name: p.grad for name, p in model.named_parameters()}})  # fmt: skip
+        eager, ours = outcomes
+        for name, value in eager.items():
+            assert_close(ours[name], value.detach().double(), reduction, name=f"{name} at batch {n}")
+    return counter
