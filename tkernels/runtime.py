@@ -88,6 +88,14 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def leaves_to_torch(first: Any) -> bool:
+    """Whether a call whose first argument is ``first``, a tensor or not, is PyTorch's whatever the others are.
+
+    The everyday answer on a CPU, in a tenth of use_triton's time: a small layer takes 10 us there.
+    """
+    return _backend == "torch" or (_backend == "auto" and not getattr(first, "is_cuda", False) and not interpreting())
+
+
 def use_triton(*tensors: Tensor | None) -> bool:
     """The one decision between Triton and PyTorch. ``None`` entries are skipped.
 

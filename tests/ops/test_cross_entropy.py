@@ -386,7 +386,10 @@ def error(actual: Tensor, exact: Tensor) -> tuple[float, float]:
 def test_no_less_accurate_than_torch(
     shift: float, label_smoothing: float, probabilities: bool, device: str, triton_runs: bool
 ) -> None:
-    """Rule 11, and the reason why a row's maximum and logarithm are kept apart."""
+    """Rule 11, and the reason why a row's maximum and logarithm are kept apart.
+
+    An error below one rounding counts as one, as in tests.numerics: torch's own differs by CPU.
+    """
     x = torch.randn(64, 50) + shift
     target = torch.randn(64, 50).softmax(1) if probabilities else torch.randint(50, (64,))
     grad = torch.randn(64)
@@ -400,8 +403,12 @@ def test_no_less_accurate_than_torch(
     our_dx = torch.autograd.grad(ours, on, grad.to(device))[0]
     for name, mine, other, truth in (("loss", ours, theirs, exact), ("gradient", our_dx, their_dx, exact_dx)):
         (norm, worst), (their_norm, their_worst) = error(mine, truth), error(other, truth)
-        assert norm <= 1.25 * their_norm, f"{name}: relative error {norm:.2e}, torch's {their_norm:.2e}"
-        assert worst <= 2 * their_worst, f"{name}: worst error {worst:.2e}, torch's {their_worst:.2e}"
+        eps = torch.finfo(torch.float32).eps
+        assert norm <= 1.25 * max(their_norm, eps), f"{name}: relative error {norm:.2e}, torch's {their_norm:.2e}"
+        largest = truth.abs().max().item()
+        assert worst <= 2 * max(their_worst, eps * largest), (
+            f"{name}: worst error {worst:.2e}, torch's {their_worst:.2e}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
@@ -541,7 +548,7 @@ def test_options_that_are_refused(device: str, launches: list[str]) -> None:
     ):
         with pytest.raises(kind, match=words):
             cross_entropy(x, target, **options)
-    with pytest.raises(RuntimeError, match="target must have dtype int64 or uint8"):
+    with pytest.raises(RuntimeError, match="target must have dtype int64 for class indices"):
         cross_entropy(x, target.int())
     with pytest.raises(RuntimeError, match="ignore_index must be negative"):
         cross_entropy(x, x, ignore_index=2)

@@ -22,6 +22,8 @@ class Conv2d(torch.nn.Conv2d):
     other than 'zeros' pad in a pass of their own.
     """
 
+    activation: str | None = None  # what a torch.nn.Conv2d turned into this class does
+
     def __init__(
         self,
         in_channels: int,

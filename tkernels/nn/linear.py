@@ -21,6 +21,9 @@ class Linear(torch.nn.Linear):
     :func:`tkernels.functional.linear`.
     """
 
+    activation: str | None = None  # what a torch.nn.Linear turned into this class does
+    dropout: float = 0.0
+
     def __init__(
         self,
         in_features: int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, cast
 
 import torch
@@ -66,21 +65,43 @@ def counted_batch_norm(
 
     ``momentum`` None: running statistics are the average over all batches counted so far.
     """
-    if not _plainly_right(input, running_mean, running_var, weight, bias, momentum, eps):
-        _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    activations.check(activation)
+    if activation is not None:
+        activations.check(activation)
     if residual is not None:
         residual = _checked_residual(input, residual)
-    if input.numel() == 0 or not runtime.use_triton(input, weight, bias, running_mean, running_var, residual):
+    if runtime.leaves_to_torch(input) or not _takes_triton(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual
+    ):
         return _torch_batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
             num_batches_tracked,
         )  # fmt: skip
+    momentum = None if momentum is None else checks.number("momentum", momentum)
+    eps = checks.number("eps", eps)
     y: Tensor = _BatchNorm.apply(
-        input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, float(eps),
+        input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
         activation,
     )  # fmt: skip
     return y
+
+
+def _takes_triton(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+) -> bool:
+    """The backend decision; empty input is PyTorch's. Raises for a bad call before any kernel runs."""
+    if isinstance(input, Tensor) and input.numel() == 0:
+        return False
+    if not _plainly_right(input, running_mean, running_var, weight, bias, training, momentum, eps):
+        _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return runtime.use_triton(input, weight, bias, running_mean, running_var, residual)
 
 
 def _plainly_right(
@@ -89,6 +110,7 @@ def _plainly_right(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    training: bool,
     momentum: float | None,
     eps: float,
 ) -> bool:
@@ -109,6 +131,7 @@ def _plainly_right(
         and (momentum is None or type(momentum) is float)
         and type(eps) is float
         and eps > 0.0
+        and type(training) is bool
     )
 
 
@@ -127,6 +150,8 @@ def _check(
     given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     vectors = {name: t for name, t in given.items() if t is not None}
     checks.tensor(**vectors)
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be a bool, got {type(training).__name__}")
     if training and input.ndim and input.shape[0] == 1 and all(size == 1 for size in input.shape[2:]):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     # an empty vector counts as a batch of no channels, as in torch
@@ -134,12 +159,11 @@ def _check(
         # torch fails on whichever it meets first: the missing axis, or a vector of the wrong length
         error = RuntimeError if vectors and (input.ndim or not training) else IndexError
         raise error(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
-    if not isinstance(eps, numbers.Real):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    eps = checks.number("eps", eps)
     if (eps <= 0.0) if training else (eps < 0.0):
         raise ValueError(f"eps must be positive in training and not negative in evaluation, got {eps}")
-    if momentum is not None and type(momentum) is not float and not isinstance(momentum, numbers.Real):
-        raise TypeError(f"momentum must be a number, got {type(momentum).__name__}")
+    if momentum is not None:
+        checks.number("momentum", momentum)
     if (running_mean is None) != (running_var is None) and training:
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if not training and (running_mean is None or running_var is None):
@@ -176,7 +200,7 @@ def _check_vectors(input: Tensor, vectors: dict[str, Tensor]) -> None:
 
 
 def _checked_residual(input: Tensor, residual: Tensor) -> Tensor:
-    checks.tensor(residual=residual)
+    checks.tensor(input=input, residual=residual)
     if residual.shape != input.shape:
         raise RuntimeError(f"residual must have the input's shape {checks.shape(input)}, got {checks.shape(residual)}")
     checks.same_device(input=input, residual=residual)
@@ -200,25 +224,56 @@ def _torch_batch_norm(
     residual: Tensor | None,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
-    """The PyTorch body: torch's own batch norm, differentiated by torch; residual and ReLU in place of its output."""
+    """The PyTorch body: torch's own batch norm, differentiated by torch; residual and ReLU in place of its output.
+
+    What torch refuses is refused in our words.
+    """
+    try:
+        if eps <= 0.0:  # torch before 2.14 takes any
+            _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        y = _torch_normalize(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+        )  # fmt: skip
+    except checks.REFUSALS as error:
+
+        def check() -> None:
+            _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+        checks.explain(error, check)
+    if residual is not None:
+        y = y.add_(residual)
+    if activation is None:
+        return y
+    return torch.relu_(y) if activation == "relu" else activations.apply(y, activation)
+
+
+def _torch_normalize(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
     # torch's CPU backward takes vectors to be dense; running statistics it moves must be the caller's own
     weight, bias = _vector(weight), _vector(bias)
     if not training:
         running_mean, running_var = _vector(running_mean), _vector(running_var)
     counter = num_batches_tracked if training else None
+    if momentum is None and counter is not None:
+        if counter.is_cuda and running_mean is not None:
+            return _average_on_device(input, running_mean, running_var, weight, bias, eps, counter)
+        momentum = 1.0 / (float(counter) + 1.0)
+    y = torch.nn.functional.batch_norm(
+        # torch's modules stand still (a factor of 0) where there is nothing to average by
+        input, running_mean, running_var, weight, bias, training, 0.0 if momentum is None else momentum, eps
+    )  # fmt: skip
     if counter is not None:
         counter.add_(1)
-    if momentum is None and counter is not None and counter.is_cuda and running_mean is not None:
-        y = _average_on_device(input, running_mean, running_var, weight, bias, eps, counter)
-    else:
-        # torch's modules stand still (a factor of 0) where there is nothing to average by
-        factor = momentum if momentum is not None else 0.0 if counter is None else 1.0 / float(counter)
-        y = torch.batch_norm(
-            input, weight, bias, running_mean, running_var, training, factor, eps, torch.backends.cudnn.enabled
-        )
-    if residual is not None:
-        y = y.add_(residual)
-    return torch.relu_(y) if activation == "relu" else activations.apply(y, activation)
+    return y
 
 
 def _average_on_device(
@@ -233,7 +288,8 @@ def _average_on_device(
     """torch's batch norm in training with a cumulative average that does not wait for the device's counter."""
     batch = [(running, torch.zeros_like(running)) for running in (running_mean, running_var) if running is not None]
     mean, var = (fresh for _, fresh in batch)
-    y = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
+    y = torch.nn.functional.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+    counter.add_(1)
     # an empty batch has no statistics, and torch then leaves the running ones
     if input.numel() > 0:
         for running, fresh in batch:
@@ -255,7 +311,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _vector(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.is_contiguous() else t.contiguous()
+    return t if not isinstance(t, Tensor) or t.is_contiguous() else t.contiguous()
 
 
 def triton_statistics(

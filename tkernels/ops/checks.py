@@ -68,6 +68,30 @@ def matching_kinds(input: Tensor, weight: Tensor, bias: Tensor | None, autocast:
         same_dtype(input=input, weight=weight, bias=bias)
 
 
+def integer(name: str, value: Any) -> int:
+    """A whole number as an int: what Python counts as an index, but no boolean, as in torch.
+
+    Raises TypeError for anything else, ValueError for one that 64 bits do not hold.
+    """
+    if type(value) is not int:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        value = value.__index__()
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """A real number as a float: Python's, NumPy's or a tensor of shape () without a gradient. TypeError for others."""
+    if type(value) is not float:
+        scalar = getattr(value, "ndim", None) == 0 and not getattr(value, "requires_grad", False)
+        if not (isinstance(value, (int, float)) or scalar):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        value = float(value)
+    return value
+
+
 def probability(name: str, p: float) -> None:
     """Raise ValueError unless 0 <= p <= 1."""
     if not 0.0 <= p <= 1.0:

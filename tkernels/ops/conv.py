@@ -45,10 +45,9 @@ def conv2d(
     Raises TypeError for an argument of the wrong type, ValueError for an unknown activation, RuntimeError for values,
     shapes, dtypes or devices that do not go together.
     """
-    checks.tensor(input=input, weight=weight)
-    checks.optional_tensor(bias=bias)
-    activations.check(activation)
-    if not _takes_triton(input, weight, bias):
+    if activation is not None:
+        activations.check(activation)
+    if runtime.leaves_to_torch(input) or not _takes_triton(input, weight, bias):
         return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
     g, autocast = _checked(input, weight, bias, stride, padding, dilation, groups)
     if runtime.get_backend() == "auto" and _torch_is_faster(input, weight, bias, g, activation, autocast):
@@ -72,7 +71,7 @@ def _checked(
         padding = pair("padding", padding)
     g = geometry(
         tuple(input.shape), tuple(weight.shape), pair("stride", stride), padding, pair("dilation", dilation),
-        _integer("groups", groups),
+        checks.integer("groups", groups),
     )  # fmt: skip
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != g.out_channels):
         raise RuntimeError(
@@ -100,31 +99,22 @@ def _torch_body(
     except checks.REFUSALS as error:
 
         def check() -> None:
+            checks.tensor(input=input, weight=weight)
+            checks.optional_tensor(bias=bias)
             _checked(input, weight, bias, stride, padding, dilation, groups)
 
         checks.explain(error, check)
-    return activations.apply(z, activation)
-
-
-def _integer(name: str, value: Any) -> int:
-    """An integer argument. Raises TypeError for anything else (a bool too, as torch)."""
-    if type(value) is not int:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        value = value.__index__()
-    return value
+    return z if activation is None else activations.apply(z, activation)
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
     """An int or a sequence of one or two as a pair. Raises TypeError for other types, RuntimeError for lengths."""
-    if type(value) is int:
-        return value, value
     if isinstance(value, (tuple, list)):
-        items = tuple(_integer(f"each element of {name}", v) for v in value)
+        items = tuple(checks.integer(f"each element of {name}", v) for v in value)
         if len(items) not in (1, 2):
             raise RuntimeError(f"{name} must be an int or a pair of ints, got {value}")
         return items[0], items[-1]
-    number = _integer(f"{name} (or each of its two elements)", value)
+    number = checks.integer(f"{name} (or each of its two elements)", value)
     return number, number
 
 
@@ -143,6 +133,9 @@ def geometry(
         raise RuntimeError(f"non-positive stride is not supported, got stride={stride}")
     if min(dilation) <= 0:
         raise RuntimeError(f"dilation should be greater than zero, got dilation={dilation}")
+    if max(*stride, *dilation, *(padding if isinstance(padding, tuple) else ())) >= 2**31:
+        # as cuDNN: kernels hold them in 32 bits
+        raise RuntimeError(f"stride, padding and dilation must be below 2**31, got {stride}, {padding}, {dilation}")
     channels, height, width = input_shape[-3:]
     kernel_h, kernel_w = weight_shape[2:]
     reach = dilation[0] * (kernel_h - 1), dilation[1] * (kernel_w - 1)
@@ -203,6 +196,8 @@ def _padding(
 
 def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """The backend decision; integers, complex numbers, sparse tensors and zero channels are PyTorch's."""
+    checks.tensor(input=input, weight=weight)
+    checks.optional_tensor(bias=bias)
     for t in (input, weight, bias):
         if t is not None and not (t.is_floating_point() and t.layout is torch.strided):
             return False

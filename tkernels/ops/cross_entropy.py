@@ -28,6 +28,9 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
 ) -> Tensor:
     """Cross entropy between logits and targets, by the formulas of torch.nn.CrossEntropyLoss.
 
@@ -35,27 +38,29 @@ def cross_entropy(
     probabilities (floating) of the input's shape; weight: (C), of the input's dtype for indices. The result has the
     shape () or, for reduction 'none', that of class indices; it is computed in float32 and given in the input's dtype
     (float32 under autocast; for probabilities promoted with target and weight). Rows whose index is ``ignore_index``
-    count neither in the sum nor in the mean.
+    count neither in the sum nor in the mean. size_average and reduce are torch's old way to name a reduction.
 
     Raises TypeError for arguments that are no tensors or numbers, ValueError for an unknown reduction or batch sizes
     that differ, RuntimeError for other shapes, dtypes or devices that do not go together, a ``label_smoothing`` above
     1, or a non-negative ``ignore_index`` beside probabilities, and on the CPU IndexError for an index out of range; on
     a GPU such an index makes the loss NaN.
     """
-    if not _takes_triton(input, target, weight):
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    if runtime.leaves_to_torch(input) or not _takes_triton(input, target, weight):
         return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
     if reduction == "elementwise_mean":  # torch's old name for it, with torch's warning
         torch.nn._reduction.get_enum(reduction)
         reduction = "mean"
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    label_smoothing = checks.number("label_smoothing", label_smoothing)
     _check(input, target, weight, ignore_index, reduction, label_smoothing)
     return _triton_body(input, target, weight, ignore_index, reduction, label_smoothing)
 
 
 def _takes_triton(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """The backend decision. Empty input, and class weights that are learned, are PyTorch's."""
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and isinstance(weight, (Tensor, NoneType))):
-        checks.tensor(input=input, target=target)
-        checks.optional_tensor(weight=weight)
+    _check_tensors(input, target, weight)
     if not input.is_floating_point() or input.numel() == 0 or input.dim() == 0:
         return False
     for t in (input, target, weight):
@@ -64,6 +69,12 @@ def _takes_triton(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     if weight is not None and weight.requires_grad and torch.is_grad_enabled() and target.is_floating_point():
         return False
     return runtime.use_triton(input, target, weight)
+
+
+def _check_tensors(input: Any, target: Any, weight: Any) -> None:
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and isinstance(weight, (Tensor, NoneType))):
+        checks.tensor(input=input, target=target)
+        checks.optional_tensor(weight=weight)
 
 
 def _torch_body(
@@ -77,6 +88,7 @@ def _torch_body(
     except checks.REFUSALS as error:
 
         def check() -> None:
+            _check_tensors(input, target, weight)
             _check(input, target, weight, ignore_index, reduction, label_smoothing)
             _check_range(input, target, ignore_index)
 
@@ -89,10 +101,8 @@ def _check(
     """Raise for what torch refuses, but for the range of class indices, which takes a look at the values."""
     if reduction not in REDUCTIONS:
         checks.one_of("reduction", reduction, REDUCTIONS)
-    if type(ignore_index) is not int and not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing must be a float, got {type(label_smoothing).__name__}")
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    label_smoothing = checks.number("label_smoothing", label_smoothing)
     if (weight is not None and weight.device != input.device) or target.device != input.device:
         checks.same_device(input=input, target=target, weight=weight)
     if target.shape == input.shape:
@@ -133,8 +143,11 @@ def _check_indices(input: Tensor, target: Tensor) -> None:
             f"target must have shape {allowed} for class indices or {checks.shape(input)} for class probabilities, "
             f"{_given(input, target)}"
         )
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"target must have dtype int64 or uint8 for class indices, got {target.dtype}")
+    if target.dtype is not torch.int64 and (target.dtype is not torch.uint8 or input.dim() > 2):
+        raise RuntimeError(
+            f"target must have dtype int64 for class indices (or uint8 where input has one or two dimensions), "
+            f"got {target.dtype} for input {checks.shape(input)}"
+        )
 
 
 def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:

@@ -36,12 +36,12 @@ def linear(
     Raises TypeError for an argument that is not a tensor, ValueError for an unknown activation or a ``dropout_p``
     outside [0, 1], RuntimeError for shapes, dtypes or devices that do not go together.
     """
-    checks.tensor(input=input, weight=weight)
-    checks.optional_tensor(bias=bias)
-    activations.check(activation)
-    checks.probability("dropout_p", dropout_p)
+    if activation is not None:
+        activations.check(activation)
+    if not 0.0 <= dropout_p <= 1.0:
+        checks.probability("dropout_p", dropout_p)
     p = float(dropout_p) if training else 0.0
-    if not _takes_triton(input, weight, bias):
+    if runtime.leaves_to_torch(input) or not _takes_triton(input, weight, bias):
         return _torch_body(input, weight, bias, activation, p)
     _check_shapes(input, weight, bias)
     cast = runtime.autocast_dtype(input)
@@ -90,6 +90,8 @@ def _broadcasts(t: Tensor, shape: tuple[int, ...]) -> bool:
 
 def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """The backend decision; integers, complex numbers and sparse tensors are PyTorch's."""
+    checks.tensor(input=input, weight=weight)
+    checks.optional_tensor(bias=bias)
     for t in (input, weight, bias):
         if t is not None and not (t.is_floating_point() and t.layout is torch.strided):
             return False
@@ -103,11 +105,13 @@ def _torch_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: 
     except checks.REFUSALS as error:
 
         def check() -> None:
+            checks.tensor(input=input, weight=weight)
+            checks.optional_tensor(bias=bias)
             _check_shapes(input, weight, bias)
             checks.matching_kinds(input, weight, bias, runtime.autocast_dtype(input))
 
         checks.explain(error, check)
-    y = activations.apply(z, activation)
+    y = z if activation is None else activations.apply(z, activation)
     return torch.nn.functional.dropout(y, p) if p > 0 else y
 
 
