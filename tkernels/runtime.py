@@ -76,10 +76,12 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if _transformed():
-        return "kernels are not defined under torch.func transforms (grad, vmap, jvp, ...)"
+        return "kernels are not defined under torch.func transforms (grad, vmap, jvp, ...) and forward-mode AD"
     for t in tensors:
         if t is not None and t.is_floating_point() and t.dtype not in TRITON_DTYPES:
             return f"{t.dtype} is left to PyTorch"
+        if t is not None and _wraps_others(t):
+            return f"a {type(t).__name__} has no storage of its own"
     for t in tensors:
         if t is not None and not t.is_cuda and (t.is_meta or not interpreting()):
             return f"a tensor is on {t.device}, not on a GPU"
@@ -110,9 +112,17 @@ def use_triton(*tensors: Tensor | None) -> bool:
     return False
 
 
+def _wraps_others(t: Tensor) -> bool:
+    """Whether ``t`` is made of other tensors (a DTensor, a quantised weight): PyTorch's operators know what to do."""
+    return type(t) not in (Tensor, torch.nn.Parameter) and hasattr(t, "__tensor_flatten__")
+
+
 def _transformed() -> bool:
-    """Whether a torch.func transform is at work: it differentiates or batches PyTorch's operators only."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a torch.func transform or forward-mode AD is at work: they see PyTorch's operators only, and a kernel's
+    output would have no tangent, silently."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def _can_run(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -125,6 +135,8 @@ def _can_run(tensors: tuple[Tensor | None, ...]) -> bool:
             if not (t.is_cuda or (anywhere and not t.is_meta)):
                 return False
             if t.dtype not in TRITON_DTYPES and t.is_floating_point():
+                return False
+            if _wraps_others(t):
                 return False
     return anywhere or targets.supported()
 
