@@ -48,8 +48,10 @@ REDUCTION = len(BATCHES) * max(BATCHES) * 8 * 8 * 9 * 16
 @pytest.mark.gate("ttsem", "cuda")
 @pytest.mark.parametrize(
     "memory_format, steps",
-    ((torch.contiguous_format, 1), (torch.channels_last, len(BATCHES))),
-    ids=("nchw", "nhwc"),
+    (
+        pytest.param(torch.contiguous_format, 1, id="nchw", marks=pytest.mark.extended("ttsem")),
+        pytest.param(torch.channels_last, len(BATCHES), id="nhwc"),
+    ),
 )
 def test_steps_equal_plain_pytorch(
     device: str, launches: list[str], memory_format: torch.memory_format, steps: int

@@ -204,13 +204,21 @@ def close(a: Tensor, want: Tensor | None, reduction: int, depth: int, dtype: tor
     assert_close(a, want, reduction * depth, dtype=dtype, scale=magnitude, name=name)
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-@pytest.mark.parametrize("name", CASES)
+SLOW = pytest.mark.extended("ttsem")
+# what a case adds in evaluation to the others is the geometry, which training has been through
+EVALUATED = ("rgb, 2 layers, pool", "one layer, no end", "gaps", "pool and dropout")
+
+
+@pytest.mark.parametrize(
+    "name, training",
+    [(name, True) for name in CASES]
+    + [pytest.param(name, False, marks=() if name in EVALUATED else SLOW) for name in CASES],
+)
 def test_equals_torch(name: str, training: bool, device: str) -> None:
     compare(name, device, training=training, memory_format=CL if training else torch.contiguous_format)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float16, marks=SLOW)))
 def test_half_precision(dtype: torch.dtype, device: str) -> None:
     compare("rgb, 2 layers, pool", device, dtype)
 
