@@ -1,7 +1,9 @@
 """Everything a GPU can tell in one go, into one folder: facts, the test suite, sweeps, a training run, plots, summary.
 
-Each part runs in a process of its own with a time limit; a part that fails is reported and the rest goes on. The
-folder holds a log a part, the sweeps' CSVs, PNGs, the training's results and summary.md.
+Each part runs in a process of its own within its share of the minutes that are left; one that fails or is stopped is
+reported, keeps what it has, and the rest goes on. The folder: summary.md, sweep.csv (every operator and the network,
+with and without CUDA graph; perf compare takes it) and traffic.csv, PNGs, the training's results in train/, the parts'
+own output in logs/.
 
 With --dry-run the same path is walked on the CPU with tiny shapes.
 
@@ -11,6 +13,7 @@ Exit status: 0 every part succeeded, 1 one did not, 2 refused.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -21,11 +24,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
-from perf import machine, operators, options, providers, schema
+from perf import machine, operators, options, providers, report
 from perf.options import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -38,19 +39,25 @@ SWEEPS = {
     ("batch_norm", "batch_norm_relu"): ("cnn", "resnet50"),
     ("cross_entropy",): ("cnn", "vocab"),
 }
-# of the whole run's time; the sweep's is each sweep's
-SHARES = {"facts": 0.02, "tests": 0.25, "sweep": 0.085, "train": 0.1, "traffic": 0.06, "plots": 0.06}
+# Shares of the time: a part gets its share of what is left and of what the parts after it are due
+WEIGHTS = {"facts": 2.0, "tests ops": 9.0, "tests rest": 7.0, "train": 5.0, "traffic": 4.0, "plots": 4.0}
+SWEEP_WEIGHTS = {"cnn": 12.0, "conv2d": 7.0}
+OTHER_SWEEPS_WEIGHT = 4.0
+# a provider that is silent for so many seconds is given up: compiling a training step's kernels takes about half
+SILENCE = 120
+# seconds that a part has to end by itself when its time is over
+GRACE = 20.0
 # what a dry run tests: the parts of the suite that take a moment
 QUICK_TESTS = ("tests/test_runtime.py",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One command, and its share of the run's time."""
+    """One command, and the weight of its share of the run's time."""
 
     name: str
     command: Sequence[str]
-    share: float
+    weight: float
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -62,6 +69,11 @@ class Outcome:
     status: str
     seconds: float
 
+    @property
+    def log(self) -> str:
+        """Where its output is, in the run's folder."""
+        return f"logs/{self.name.replace(' ', '-')}.log"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -71,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="walk the same path on the CPU with tiny shapes")
     add("--only", nargs="+", metavar="PART", help="only parts whose names begin so: facts, tests, sweep, train, ...")
     add("--minutes", type=float, default=10.0, metavar="N",
-        help="for the whole run; each part stops after its share of them (default: 10)")  # fmt: skip
+        help="for the whole run; a part that takes more than its share is stopped (default: 10)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,20 +95,23 @@ def run(args: argparse.Namespace) -> int:
         raise Refused("a GPU is needed: --device cuda, cuda:1, ..., or --dry-run to try this on the CPU")
     if args.minutes <= 0:
         raise Refused(f"--minutes must be above 0, got {args.minutes:g}")
-    wanted = [part for part in parts(args.out, device, args.dry_run) if _chosen(part.name, args.only)]
+    wanted = [part for part in parts(args.out.resolve(), device, args.dry_run) if _chosen(part.name, args.only)]
     if not wanted:
         raise Refused(f"no part is named {' or '.join(args.only)}, allowed: facts, tests, sweep, train, traffic, plots")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise Refused(f"{args.out} exists and is not an empty folder: name another")
-    options.directory(args.out)
-    (args.out / "logs").mkdir()
+    args.out = options.directory(args.out).resolve()
+    for folder in ("logs", "sweeps"):
+        (args.out / folder).mkdir()
     outcomes: list[Outcome] = []
+    end = time.monotonic() + 60 * args.minutes
     with tqdm(wanted, unit="part", disable=None) as bar:
-        for part in bar:
+        for i, part in enumerate(bar):
             bar.set_postfix_str(part.name)
-            outcomes.append(execute(part, 60 * args.minutes * part.share, args.out / "logs"))
+            limit = (end - time.monotonic()) * part.weight / sum(later.weight for later in wanted[i:])
+            outcomes.append(execute(part, max(limit, 1.0), args.out))
             # after every part: an interrupted run keeps a summary of what it has
-            (args.out / "summary.md").write_text(summary(args.out, device, outcomes))
+            (args.out / "summary.md").write_text(report.summary(args.out, device, args.minutes, outcomes))
     print((args.out / "summary.md").read_text())
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
 
@@ -108,26 +123,32 @@ def _chosen(name: str, only: Sequence[str] | None) -> bool:
 def parts(out: Path, device: str, dry: bool) -> list[Part]:
     """Every part of a run, in order."""
     python = [sys.executable, "-m"]
-    gate = "torch" if dry else "cuda"
-    tests = [*python, "pytest", "-q", "-p", "no:cacheprovider", *(QUICK_TESTS if dry else ("-n", "4"))]
-    found = [
-        Part("facts", _facts(device), SHARES["facts"]),
-        Part("tests", tests, SHARES["tests"], (("TK_GATE", gate),)),
-    ]
+    found = [Part("facts", _facts(device), WEIGHTS["facts"]), *_tests(dry)]
     names = _installed(device)
     for swept, shapes in SWEEPS.items():
         command = [*python, "perf", "sweep", "--op", *swept, "--device", device, "--provider", *names]
-        command += ["--mode", *operators.MODES, "--csv", str(out / f"sweep-{swept[0]}.csv"), "--cudagraph"]
+        command += ["--mode", *operators.MODES, "--cudagraph", "--limit", str(SILENCE)]
+        command += ["--csv", str(out / "sweeps" / f"{swept[0]}.csv")]
         command += ["--shapes", "tiny", "--quick"] if dry else ["--shapes", *shapes]
-        found.append(Part(f"sweep {swept[0]}", command, SHARES["sweep"]))
+        found.append(Part(f"sweep {swept[0]}", command, SWEEP_WEIGHTS.get(swept[0], OTHER_SWEEPS_WEIGHT)))
     train = [*python, "models.train", "--data", "digits", "--device", device, "--out", str(out / "train")]
-    found.append(Part("train", [*train, *(["--epochs", "0"] if dry else [])], SHARES["train"]))
+    found.append(Part("train", [*train, *(["--epochs", "0"] if dry else [])], WEIGHTS["train"]))
     traffic = [*python, "perf", "traffic", "--csv", str(out / "traffic.csv")]
     traffic += ["--batch", "4", "--last-batch", "3", "--no-inductor"] if dry else []
-    found.append(Part("traffic", traffic, SHARES["traffic"]))
+    found.append(Part("traffic", traffic, WEIGHTS["traffic"]))
     drawn = "import sys; from perf.gpu import draw; sys.exit(draw(sys.argv[1]))"
-    found.append(Part("plots", [sys.executable, "-c", drawn, str(out)], SHARES["plots"]))
+    found.append(Part("plots", [sys.executable, "-c", drawn, str(out)], WEIGHTS["plots"]))
     return found
+
+
+def _tests(dry: bool) -> list[Part]:
+    """The suite on the GPU, operators first; a part stopped by its time tells what failed so far."""
+    python = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if dry:
+        return [Part("tests", [*python, *QUICK_TESTS], WEIGHTS["tests ops"], (("TK_GATE", "torch"),))]
+    python += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal", "--tb", "short"]
+    chosen = {"tests ops": ["tests/ops"], "tests rest": ["tests", "--ignore=tests/ops"]}
+    return [Part(name, [*python, *paths], WEIGHTS[name], (("TK_GATE", "cuda"),)) for name, paths in chosen.items()]
 
 
 def _installed(device: str) -> list[str]:
@@ -161,16 +182,22 @@ def tell(device: str, *smi: str) -> None:
 
 
 def draw(folder: str) -> int:
-    """Plot every CSV of a run that has something to plot."""
+    """Put the sweeps together in one CSV, and plot it and the traffic."""
     from perf.__main__ import main
 
-    return max((main(["plot", str(path)]) for path in sorted(Path(folder).glob("*.csv"))), default=0)
+    out = Path(folder)
+    rows = report.sweeps(out)
+    if rows is not None:
+        rows.to_csv(out / "sweep.csv", index=False)
+    given = [str(out / name) for name in ("sweep.csv", "traffic.csv") if (out / name).exists()]
+    return main(["plot", *given]) if given else 0
 
 
-def execute(part: Part, limit: float, logs: Path) -> Outcome:
+def execute(part: Part, limit: float, out: Path) -> Outcome:
     """Run a part to its end or its limit, its output in a log; whatever it started ends with it."""
     start = time.monotonic()
-    with open(logs / f"{part.name.replace(' ', '-')}.log", "wb") as log:
+    done = Outcome(part.name, "ok", 0.0)
+    with open(out / done.log, "wb") as log:
         environment = {**os.environ, **dict(part.environment)}
         process = subprocess.Popen(
             part.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -180,81 +207,17 @@ def execute(part: Part, limit: float, logs: Path) -> Outcome:
             code = process.wait(limit)
             status = "ok" if code == 0 else f"exit status {code}"
         except subprocess.TimeoutExpired:
-            status = f"stopped after its {limit:g} s"
+            status = f"stopped after its {limit:.0f} s"
+            _interrupt(process)
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return Outcome(part.name, status, time.monotonic() - start)
+            process.wait()
+    return dataclasses.replace(done, status=status, seconds=time.monotonic() - start)
 
 
-def summary(out: Path, device: str, outcomes: Sequence[Outcome]) -> str:
-    """The run in Markdown: facts, how each part ended, and what the sweeps say."""
-    lines = ["# tkernels on " + machine.device_name(device), ""]
-    lines += [f"- {name}: {value}" for name, value in machine.facts(device).items() if value]
-    lines += ["", "| part | result | seconds |", "|---|---|---|"]
-    lines += [f"| {o.name} | {o.status} | {o.seconds:.0f} |" for o in outcomes]
-    failed = [o for o in outcomes if o.status != "ok"]
-    for outcome in failed:
-        log = out / "logs" / f"{outcome.name.replace(' ', '-')}.log"
-        tail = log.read_text(errors="replace").strip().splitlines()[-15:]
-        lines += ["", f"## {outcome.name}: {outcome.status}", "", "```", *tail, "```"]
-    lines += _sweeps(out)
-    log = out / "logs" / "train.log"
-    if log.exists():
-        accuracy = [line for line in log.read_text(errors="replace").splitlines() if "validation accuracy" in line]
-        lines += ["", "## training on digits", "", *(accuracy or ["no validation accuracy was printed"])]
-    pictures = sorted(path.name for path in out.glob("*.png"))
-    lines += ["", "## plots", "", *(f"![{name}]({name})" for name in pictures)] if pictures else []
-    return "\n".join(lines) + "\n"
-
-
-def _read(path: Path) -> pd.DataFrame | None:
-    """A sweep's rows; None where it was stopped before its header was whole."""
-    try:
-        schema.drop_torn_line(path)
-        frame = schema.read(path)
-    except Refused:
-        return None
-    return None if frame.empty else frame
-
-
-def _sweeps(out: Path) -> list[str]:
-    """Speedups over PyTorch by operator, mode and dtype, and what failed."""
-    read = [_read(path) for path in sorted(out.glob("sweep-*.csv"))]
-    frames = [frame for frame in read if frame is not None]
-    frame = pd.concat(frames) if frames else pd.DataFrame()
-    if frame.empty:
-        return []
-    lines = ["", "## speedup over PyTorch", "", "Geometric mean over shapes, least and most.", ""]
-    lines += ["| operator | mode | dtype | timing | provider | shapes | mean | least | most | roofline % |"]
-    lines += ["|" + "---|" * 10]
-    timed = frame[(frame.status == schema.OK) & frame.speedup_vs_torch.notna() & (frame.provider != providers.BASELINE)]
-    groups = timed.groupby(["operator", "mode", "dtype", "timing", "provider"], sort=False)
-    for names, part in groups:
-        speed = part.speedup_vs_torch.astype(float)
-        mean = float(np.log2(speed).mean())
-        lines.append(
-            f"| {' | '.join(map(str, names))} | {len(part)} | {2**mean:.2f} | {speed.min():.2f} | {speed.max():.2f} "
-            f"| {part.roofline_pct.median():.0f} |"
-        )
-    other = frame[frame.status != schema.OK]
-    if not other.empty:
-        lines += [
-            "",
-            "## not measured",
-            "",
-            "| operator | mode | dtype | shape | provider | status |",
-            "|" + "---|" * 6,
-        ]
-        for row in schema.records(other.drop_duplicates(["operator", "provider", "status"])):
-            cells = (
-                row["operator"],
-                row["mode"],
-                row["dtype"],
-                schema.shape_label(row),
-                row["provider"],
-                row["status"],
-            )
-            lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
-    return lines
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Let it end as by Ctrl-C: pytest then lists what failed, a sweep's worker goes with it."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)

@@ -49,12 +49,28 @@ def cpu_model() -> str:
 
 def driver() -> str:
     """The GPU driver's version, empty where nvidia-smi does not tell."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    told = _ask_smi("driver_version")
+    return told[0] if told else ""
+
+
+@functools.cache
+def smi(device: str) -> dict[str, str]:
+    """What nvidia-smi knows of the machine's GPUs that decides how fast they are; empty on a CPU or without it."""
+    if device == "cpu":
+        return {}
+    asked = {"GPU": "name", "memory": "memory.total", "power limit": "power.limit", "highest SM clock": "clocks.max.sm",
+             "highest memory clock": "clocks.max.memory", "MIG": "mig.mode.current"}  # fmt: skip
+    return {name: "; ".join(_ask_smi(field)) for name, field in asked.items()}
+
+
+def _ask_smi(field: str) -> list[str]:
+    """One field of every GPU."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return told.stdout.strip().splitlines()[0] if told.stdout.strip() else ""
+        return []
+    return told.stdout.strip().splitlines()
 
 
 def peaks(device: str, dtype: torch.dtype, kind: runtime.Op) -> tuple[float, float]:

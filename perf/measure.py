@@ -1,8 +1,9 @@
 """Measuring one operator at one shape: correctness against float64 first, then time, memory and host cost.
 
 On a CPU the providers take turns, one repetition each, so that whatever else the machine does hits all alike, and
-repetitions in which another process took the CPU are left out where enough others remain. On a
-GPU triton.testing times each provider with CUDA events, after warm-up and with the L2 cache cleared.
+repetitions in which another process took the CPU are left out where enough others remain. On a GPU
+triton.testing.do_bench times each provider with CUDA events, after warm-up and with the L2 cache cleared before each
+repetition; a CUDA graph's replay is timed in the same way.
 """
 
 from __future__ import annotations
@@ -67,17 +68,13 @@ class Subject:
             tensors = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
         self.leaves = {name: tensors[name].requires_grad_() for name in operator.differentiable}
         self._forward = operator.bind(provider.functions[operator.name], tensors, problem.shape, exact)
-        self._context = provider.context
         self._problem = problem
-        self._graph: tuple[Tensor, Tensor] | None = None
 
     def forward(self) -> Tensor:
-        with self._context():
-            return self._forward()
+        return self._forward()
 
     def gradients(self, output: Tensor, output_gradient: Tensor, retain: bool = False) -> tuple[Tensor, ...]:
-        with self._context():
-            return torch.autograd.grad(output, list(self.leaves.values()), output_gradient, retain_graph=retain)
+        return torch.autograd.grad(output, list(self.leaves.values()), output_gradient, retain_graph=retain)
 
     def output_gradient(self, output: Tensor) -> Tensor:
         """What flows into backward: ones for a scalar, else random values in the layout of an image."""
@@ -128,8 +125,9 @@ class Reference:
         if provider.gpu_only and self._problem.device == "cpu":
             return Check(f"unsupported: {provider.name} runs on GPUs only")
         try:
-            with _recorded_launches() as launched:
-                subject = Subject(self._problem, provider, exact=True)
+            subject = Subject(self._problem, provider, exact=True)
+            # the provider's context may replace PyTorch's own operators: neither the draws nor the comparison see it
+            with _recorded_launches() as launched, provider.context():
                 output = subject.forward()
                 in_forward = len(launched)
                 results = _with_gradients(subject, output)
@@ -265,23 +263,53 @@ def _clock(call: Callable[[], object], times: int) -> float:
     return time.perf_counter() - start
 
 
-def on_gpu(call: Callable[[], object], timing: str, effort: Effort) -> Timing:
-    """Time a call on the current GPU, as it is or replayed from a CUDA graph."""
+def on_gpu(prepare: Callable[[], Callable[[], object]], timing: str, effort: Effort) -> Timing:
+    """Time what ``prepare`` returns on the current GPU: the call as it is, or replayed from a CUDA graph."""
     from triton import testing
 
-    # events are exact: a tenth of the time that a CPU needs
-    rep = 100 * effort.seconds
-    if timing == "cudagraph":
-        ms = testing.do_bench_cudagraph(call, rep=rep, quantiles=[0.2, 0.5, 0.8])
-        return Timing(tuple(ms))
-    ms = testing.do_bench(call, warmup=rep / 4, rep=rep, quantiles=[0.2, 0.5, 0.8])
+    call = prepare() if timing == "wall" else _graphed(prepare)
+    rep = _budget_ms(call, effort)
+    ms = tuple(testing.do_bench(call, warmup=rep / 4, rep=rep, quantiles=[0.2, 0.5, 0.8]))
+    if timing != "wall":
+        return Timing(ms)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return Timing(tuple(ms), peak, _host_us(call))
+    return Timing(ms, peak, _host_us(call))
+
+
+def _graphed(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """The call captured once; what it returns stays in the graph's own memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # autograd runs backward on the stream of the forward call, which must be the one that is captured
+        call = prepare()
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+
+    def replay(inputs_of: Callable[[], object] = call) -> None:
+        graph.replay()
+
+    return replay
+
+
+def _budget_ms(call: Callable[[], object], effort: Effort) -> float:
+    """Milliseconds of repetitions: a call of microseconds is clear after a few, the longest gets its least number."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    once = 1e3 * (time.perf_counter() - start)
+    return max(30 * effort.seconds, effort.repetitions * once)
 
 
 def _host_us(call: Callable[[], object], repetitions: int = 20) -> float:

@@ -163,8 +163,11 @@ def _one_worker(
             if message is None:
                 break
             number, row = message
-            if row.get("ms_p50") and row["speedup_vs_torch"] is None:
-                row["speedup_vs_torch"] = _speedup(row, todo[number], earlier)
+            if row.get("ms_p50"):
+                if row["provider"] == providers.BASELINE:
+                    earlier[todo[number].key()] = row
+                elif row["speedup_vs_torch"] is None:
+                    row["speedup_vs_torch"] = _speedup(row, todo[number], earlier)
             writer.append(row)
             del todo[number]
             bar.update()
@@ -184,7 +187,7 @@ def _one_worker(
 
 
 def _speedup(row: dict[str, Any], task: Task, earlier: dict[plan.Key, dict[str, Any]]) -> float | None:
-    """Against the baseline's row of the sweep that is being resumed."""
+    """Against the baseline's row of a sweep that is being resumed, or of a worker that has died since."""
     baseline = earlier.get(dataclasses.replace(task, provider=providers.BASELINE).key())
     return baseline["ms_p50"] / row["ms_p50"] if baseline else None
 

@@ -4,6 +4,7 @@ a row for a task that takes the whole process down."""
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ def _gpu_answers() -> bool:
 
 
 class _Bench:
-    """The tasks of one problem: every provider checked once, then timed in each mode."""
+    """The tasks of one problem: every provider is checked once, then timed in each mode."""
 
     def __init__(self, todo: list[tuple[int, Task]], device: str, effort: Effort, current: Any) -> None:
         self._todo, self._device, self._effort, self._current = todo, device, effort, current
@@ -58,68 +59,91 @@ class _Bench:
         self._providers: dict[str, providers.Provider] = {}
         self._checks: dict[str, Check] = {}
         self._torch_errors: dict[str, float] = {}
+        self._baselines: dict[tuple[object, ...], Timing] = {}
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        self._check_all()
-        for _, group in groupby(self._todo, key=lambda item: item[1].contest):
-            yield from self._contest(list(group))
-
-    def _check_all(self) -> None:
-        names = dict.fromkeys(task.provider for _, task in self._todo)
+        names = list(dict.fromkeys(task.provider for _, task in self._todo))
         try:
             reference = measure.Reference(self._problem)
         except Exception as error:
             self._gpu_must_answer(error)
             status = measure.failure(error)
             self._checks = {name: Check(f"{status} (in PyTorch's reference)") for name in names}
+            for number, task in self._todo:
+                yield number, self._row(task, None, None)
             return
         self._torch_errors = reference.torch_errors
-        for name in names:
-            self._current.value = next(number for number, task in self._todo if task.provider == name)
-            try:
-                self._providers[name] = providers.load(name)
-            except Exception as error:  # a module of the user's may raise anything when imported
-                self._checks[name] = Check(measure.failure(error))
-                continue
-            self._checks[name] = reference.check(self._providers[name])
-            if self._checks[name].status.startswith("error"):
-                self._gpu_must_answer(None)
+        if self._device == "cpu":
+            for name in names:
+                self._check(name, reference)
+            for _, group in groupby(self._todo, key=lambda item: item[1].contest):
+                yield from self._in_turns(list(group))
+            return
+        # a row as soon as its provider is measured; the baseline first, for the others' speedups
+        for name in sorted(names, key=lambda name: name != providers.BASELINE):
+            self._check(name, reference)
+            yield from self._one_by_one([item for item in self._todo if item[1].provider == name])
+
+    def _check(self, name: str, reference: measure.Reference) -> None:
+        self._current.value = next(number for number, task in self._todo if task.provider == name)
+        try:
+            self._providers[name] = providers.load(name)
+        except Exception as error:  # a module of the user's may raise anything when imported
+            self._checks[name] = Check(measure.failure(error))
+            return
+        self._checks[name] = reference.check(self._providers[name])
+        if not self._checks[name].errors:
+            self._gpu_must_answer(None)
 
     def _gpu_must_answer(self, error: Exception | None) -> None:
         if self._device != "cpu" and not _gpu_answers():
             raise RuntimeError("the GPU no longer answers") from error
 
-    def _contest(self, group: list[tuple[int, Task]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Time the providers of one mode that passed their check."""
-        timings: dict[str, Timing] = {}
-        statuses = {task.provider: self._checks[task.provider].status for _, task in group}
+    def _prepared(self, task: Task) -> Callable[[], object]:
+        """The call to time, made once."""
+        call = Subject(self._problem, self._providers[task.provider], exact=False).call(task.mode)
+        call()
+        return call
+
+    def _in_turns(self, group: list[tuple[int, Task]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Time the providers of one mode on the CPU."""
         calls: dict[str, Callable[[], object]] = {}
+        failed: dict[str, str] = {}
         for number, task in group:
-            if statuses[task.provider] != schema.OK:
+            if self._checks[task.provider].status != schema.OK:
                 continue
             self._current.value = number
-            if task.timing == "cudagraph" and self._device == "cpu":
-                statuses[task.provider] = "unsupported: a CPU has no CUDA graphs"
+            if task.timing == "cudagraph":
+                failed[task.provider] = "unsupported: a CPU has no CUDA graphs"
                 continue
-            provider = self._providers[task.provider]
             try:
-                call = Subject(self._problem, provider, exact=False).call(task.mode)
-                call()
-                if self._device == "cpu":
-                    calls[task.provider] = call
-                else:
-                    timings[task.provider] = measure.on_gpu(call, task.timing, self._effort)
+                calls[task.provider] = self._prepared(task)
             except Exception as error:
-                statuses[task.provider] = measure.failure(error)
-                self._gpu_must_answer(error)
-        if calls:
-            timings = measure.interleaved(calls, self._effort)
+                failed[task.provider] = measure.failure(error)
+        timings = measure.interleaved(calls, self._effort) if calls else {}
         baseline = timings.get(providers.BASELINE)
         for number, task in group:
-            row = self._row(task, timings.get(task.provider), baseline)
-            yield number, {**row, "status": statuses[task.provider]}
+            yield number, self._row(task, timings.get(task.provider), baseline, failed.get(task.provider))
 
-    def _row(self, task: Task, timing: Timing | None, baseline: Timing | None) -> dict[str, Any]:
+    def _one_by_one(self, todo: list[tuple[int, Task]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Time one provider on the GPU in every mode."""
+        for number, task in todo:
+            timing, failed = None, None
+            if self._checks[task.provider].status == schema.OK:
+                self._current.value = number
+                try:
+                    with self._providers[task.provider].context():
+                        timing = measure.on_gpu(functools.partial(self._prepared, task), task.timing, self._effort)
+                except Exception as error:
+                    failed = measure.failure(error)
+                    self._gpu_must_answer(error)
+            if timing is not None and task.provider == providers.BASELINE:
+                self._baselines[task.contest] = timing
+            yield number, self._row(task, timing, self._baselines.get(task.contest), failed)
+
+    def _row(
+        self, task: Task, timing: Timing | None, baseline: Timing | None, failed: str | None = None
+    ) -> dict[str, Any]:
         check = self._checks[task.provider]
         row: dict[str, Any] = {
             **stamp(),
@@ -128,6 +152,7 @@ class _Bench:
             "config": check.config.get(task.mode, ""),
             "err_fp64": check.errors.get(task.mode),
             "torch_err_fp64": self._torch_errors.get(task.mode),
+            "status": failed or check.status,
         }
         row["bytes"], row["flops"] = measure.work(self._problem, task.mode)
         if timing is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from perf import operators, providers
-from perf.measure import Problem, Subject
+from perf.measure import Problem, Reference, Subject
 
 pytestmark = pytest.mark.gate("torch")
 NAMES = ["linear", "linear_relu", "conv2d", "batch_norm", "cross_entropy"]
@@ -74,14 +75,22 @@ def test_flag_gems_is_switched_on_round_pytorchs_functions(monkeypatch: pytest.M
             entered.append(False)
 
     module(monkeypatch, "flag_gems", use_gems=UseGems)
-    agrees("conv2d", providers.load("flag-gems"))
+    provider = providers.load("flag-gems")
+    agrees("conv2d", provider)
+    assert entered == []
+    # entering registers hundreds of operators: once for a check, never within what is timed
+    checked = Reference(problem("conv2d")).check(dataclasses.replace(provider, gpu_only=False))
+    assert checked.status == "ok"
     assert entered == [True, False]
+
+
+def problem(name: str) -> Problem:
+    operator = operators.get(name)
+    return Problem(operator, operator.complete(dict.fromkeys(operator.required, 4)), torch.float32, "nhwc", "cpu")
 
 
 def agrees(name: str, provider: providers.Provider) -> None:
     """The provider's function, called as a sweep calls it, gives what PyTorch's gives."""
-    operator = operators.get(name)
-    shape = operator.complete(dict.fromkeys(operator.required, 4))
-    problem = Problem(operator, shape, torch.float32, "nhwc", "cpu")
-    expected, found = (Subject(problem, p, exact=True) for p in (providers.load(providers.BASELINE), provider))
+    both = (providers.load(providers.BASELINE), provider)
+    expected, found = (Subject(problem(name), each, exact=True) for each in both)
     torch.testing.assert_close(found.forward(), expected.forward())
