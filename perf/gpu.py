@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from perf import machine, operators, options, providers, report
+from perf import machine, options, providers, report, schema
 from perf.options import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +127,7 @@ def parts(out: Path, device: str, dry: bool) -> list[Part]:
     names = _installed(device)
     for swept, shapes in SWEEPS.items():
         command = [*python, "perf", "sweep", "--op", *swept, "--device", device, "--provider", *names]
-        command += ["--mode", *operators.MODES, "--cudagraph", "--limit", str(SILENCE)]
+        command += ["--mode", *schema.MODES, "--cudagraph", "--limit", str(SILENCE)]
         command += ["--csv", str(out / "sweeps" / f"{swept[0]}.csv")]
         command += ["--shapes", "tiny", "--quick"] if dry else ["--shapes", *shapes]
         found.append(Part(f"sweep {swept[0]}", command, SWEEP_WEIGHTS.get(swept[0], OTHER_SWEEPS_WEIGHT)))

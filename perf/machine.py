@@ -15,6 +15,9 @@ import torch
 from perf import options, providers
 from tkernels import runtime, targets
 
+# bytes read and written by the copies that a CPU's bandwidth is measured with
+SMALLEST_COPY, LARGEST_COPY = 1 << 18, 1 << 26
+
 
 @functools.cache
 def facts(device: str) -> dict[str, str]:
@@ -73,10 +76,11 @@ def _ask_smi(field: str) -> list[str]:
     return told.stdout.strip().splitlines()
 
 
-def peaks(device: str, dtype: torch.dtype, kind: runtime.Op) -> tuple[float, float]:
+def peaks(device: str, dtype: torch.dtype, kind: runtime.Op, moved: int) -> tuple[float, float]:
     """Peak 10^12 operations and 10^9 bytes a second: a GPU's from its data sheet, a CPU's as measured.
 
-    ``kind``: whose float32 switch of torch decides between tf32 and IEEE products.
+    ``kind``: whose float32 switch of torch decides between tf32 and IEEE products. ``moved``: bytes of the problem;
+    what a CPU's caches hold is compared with a copy that they hold too.
     """
     if device != "cpu":
         target = targets.current()
@@ -84,16 +88,29 @@ def peaks(device: str, dtype: torch.dtype, kind: runtime.Op) -> tuple[float, flo
             return target.tflops, target.gbps
         # tf32 runs at half the rate of bf16
         return target.tflops / 2 if runtime.dot_precision(dtype, kind) == "tf32" else target.tflops_fp32, target.gbps
-    return _measured(dtype)
+    size = min(max(moved, SMALLEST_COPY), LARGEST_COPY)
+    return _measured_tflops(dtype), _measured_gbps(1 << (size - 1).bit_length())
 
 
 @functools.cache
-def _measured(dtype: torch.dtype) -> tuple[float, float]:
-    source = torch.zeros(32 * 2**20, dtype=torch.uint8)
+def _measured_gbps(moved: int) -> float:
+    """Of a copy that reads and writes so many bytes in all."""
+    source = torch.zeros(moved // 2, dtype=torch.uint8)
     goal = torch.ones_like(source)
-    gbps = 2 * source.numel() / _best(lambda: goal.copy_(source)) / 1e9
+    # long enough for the clock and the interpreter not to matter
+    times = max(1, (1 << 21) // moved)
+
+    def copies() -> None:
+        for _ in range(times):
+            goal.copy_(source)
+
+    return times * moved / _best(copies) / 1e9
+
+
+@functools.cache
+def _measured_tflops(dtype: torch.dtype) -> float:
     # few CPUs multiply 16-bit numbers faster than float32, many much slower
-    return max(_product_tflops(kind, n) for kind, n in ((dtype, 128), (torch.float32, 384))), gbps
+    return max(_product_tflops(kind, n) for kind, n in ((dtype, 128), (torch.float32, 384)))
 
 
 def _product_tflops(dtype: torch.dtype, n: int) -> float:

@@ -17,7 +17,6 @@ from perf.options import Refused, one_of
 from perf.shapes import Shape, Shapes
 from tkernels import runtime
 
-MODES = ("fwd", "bwd", "full")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = ("nhwc", "nchw")
 # of batches under --quick

@@ -14,15 +14,17 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from perf import options, schema, traffic
 from perf.providers import BASELINE, NEEDS
+from perf.schema import MODES
 
-MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 # one colour a provider in every picture; distinguishable with the common colour blindnesses (Okabe and Ito's palette)
 COLOURS = dict(zip(NEEDS, ("#0072B2", "#999999", "#E69F00", "#CC79A7", "#009E73", "#D55E00")))
 OTHER_COLOUR = "#56B4E9"
@@ -119,10 +121,9 @@ def latency(rows: pd.DataFrame) -> Figure:
         2, len(modes), figsize=(max(width * len(modes), 5.6), 5.4), sharex="col", squeeze=False,
         height_ratios=(3, 2), layout="constrained",
     )  # fmt: skip
-    wide = rows.ms_p80.max() > WIDE_RANGE * rows.ms_p20.min()
     for column, mode in enumerate(modes):
         part = rows[rows["mode"] == mode]
-        _bars(axes[0][column], part, shapes, series, wide)
+        _bars(axes[0][column], part, shapes, series)
         _speedups(axes[1][column], part, shapes, series)
         axes[0][column].set_title(MODES[mode])
     axes[0][0].set_ylabel("milliseconds a call\nmedian, p20 to p80")
@@ -140,7 +141,7 @@ def _labels(rows: pd.DataFrame) -> list[str]:
     return [schema.shape_label(row) + (f"\n{row['layout']}" if layouts else "") for row in schema.records(rows)]
 
 
-def _bars(axes: Axes, rows: pd.DataFrame, shapes: list[str], series: list[str], wide: bool) -> None:
+def _bars(axes: Axes, rows: pd.DataFrame, shapes: list[str], series: list[str]) -> None:
     step = 0.8 / len(series)
     for i, name in enumerate(series):
         part = rows[rows.series == name].drop_duplicates("label").set_index("label").reindex(shapes)
@@ -149,7 +150,7 @@ def _bars(axes: Axes, rows: pd.DataFrame, shapes: list[str], series: list[str], 
         axes.bar(places, part.ms_p50, 0.92 * step, label=name, color=_colour(name),
                  hatch="//" if name.endswith(")") else None, edgecolor="white", linewidth=0.4)  # fmt: skip
         axes.errorbar(places, part.ms_p50, yerr=spread, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2)
-    if wide:
+    if rows.ms_p80.max() > WIDE_RANGE * rows.ms_p20.min():
         axes.set_yscale("log")
         axes.set_ylim(bottom=rows.ms_p20.min() / 2)
         _plain_logarithmic(axes.yaxis)
@@ -185,10 +186,9 @@ def roofline(rows: pd.DataFrame) -> Figure:
     markers = dict(zip(dict.fromkeys(rows.operator), "osD^vP*X"))
     for (panel, part), place in zip(draw, axes[0]):
         panel(place, part, markers)
-    handles = [plt.Line2D([], [], linestyle="", marker=markers[name], color="#666666", label=name)
+    handles: list[Artist] = [plt.Line2D([], [], linestyle="", marker=markers[name], color="#666666", label=name)
                for name in dict.fromkeys(products.operator)]  # fmt: skip
-    handles += [plt.Line2D([], [], linestyle="", marker="s", color=_colour(name), label=name)
-                for name in _ordered(rows.provider)]  # fmt: skip
+    handles += [Patch(color=_colour(name), label=name) for name in _ordered(rows.provider)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
     first = rows.iloc[0]
     figure.suptitle(f"roofline, {first['dtype']}   ({first.device})", fontsize=11)
@@ -226,14 +226,17 @@ def _plain_logarithmic(axis: Axis) -> None:
 
 
 def _roofs(axes: Axes, rows: pd.DataFrame) -> None:
-    if rows.empty:
-        return
+    """The device's peaks. A CPU has a bandwidth for each of its caches: the slowest and the fastest that were met."""
     intensity = rows.flops / rows.bytes
     x = np.geomspace(intensity.min() / 2, intensity.max() * 2, 200)
-    for tflops, gbps in dict.fromkeys(zip(rows.peak_tflops, rows.peak_gbps)):
-        axes.plot(x, np.minimum(tflops, x * gbps / 1e3), color="#333333", linewidth=1.2)
-        axes.annotate(f"peak {tflops:.3g} TFLOP/s, {gbps:.3g} GB/s", (x[-1], min(tflops, x[-1] * gbps / 1e3)),
-                      xytext=(0, 5), textcoords="offset points", ha="right", fontsize=8.5)  # fmt: skip
+    tflops, slow, fast = rows.peak_tflops.max(), rows.peak_gbps.min(), rows.peak_gbps.max()
+    axes.plot(x, np.minimum(tflops, x * slow / 1e3), color="#333333", linewidth=1.2)
+    label = f"{slow:.3g} GB/s"
+    if fast > 1.1 * slow:
+        axes.plot(x, np.minimum(tflops, x * fast / 1e3), color="#333333", linewidth=1.0, linestyle="--")
+        label += f" (dashed: {fast:.3g}, from caches)"
+    axes.annotate(f"peak {tflops:.3g} TFLOP/s, {label}", (x[-1], min(tflops, x[-1] * fast / 1e3)),
+                  xytext=(0, 5), textcoords="offset points", ha="right", fontsize=8.5)  # fmt: skip
 
 
 def stacked_bytes(frame: pd.DataFrame) -> Figure:

@@ -14,11 +14,11 @@ import pandas as pd
 from perf import machine, schema
 from perf.options import Refused
 from perf.providers import BASELINE
+from perf.schema import MODES
 
 if TYPE_CHECKING:
     from perf.gpu import Outcome
 
-MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 TIMINGS = {"wall": "", "cudagraph": "CUDA graph"}
 # of a failed part's log
 TAIL = 25
@@ -137,8 +137,8 @@ def _speedups(rows: pd.DataFrame) -> list[str]:
         speed = part.speedup_vs_torch.astype(float)
         mean = 2 ** float(np.log2(speed).mean())
         spread = f"{speed.min():.2f} to {speed.max():.2f}" if len(part) > 1 else ""
-        cells.append((operator, MODES[str(mode)], dtype, provider, TIMINGS[str(timing)], len(part), f"**{mean:.2f}**", spread,
-                      f"{part.roofline_pct.median():.0f}"))  # fmt: skip
+        named = (operator, MODES[str(mode)], dtype, provider, TIMINGS[str(timing)])
+        cells.append((*named, len(part), f"**{mean:.2f}**", spread, f"{part.roofline_pct.median():.0f}"))
     if not cells:
         return []
     head = ("operator", "pass", "dtype", "provider", "replayed from", "shapes", "times as fast", "least to most",

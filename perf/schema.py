@@ -68,7 +68,11 @@ COLUMNS = (
     Column(
         "peak_tflops", "number", "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a product"
     ),
-    Column("peak_gbps", "number", "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a copy"),
+    Column(
+        "peak_gbps",
+        "number",
+        "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a copy of about as many bytes",
+    ),
     Column("speedup_vs_torch", "number", "ms_p50 of provider torch / ms_p50, measured in turns with it on a CPU"),
     Column("err_fp64", "number", "largest error of output and gradients against float64, relative norm"),
     Column("torch_err_fp64", "number", "the same of PyTorch in this dtype on this device"),
@@ -82,6 +86,8 @@ KEY = ("device", "operator", "mode", "dtype", "layout", *SHAPE_COLUMNS, "provide
 # The same without the device: what a sweep is asked for
 TASK = KEY[1:]
 OK = "ok"
+# in words, for plots and summaries
+MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -116,9 +122,13 @@ class Writer:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut what a killed writer left of a line behind the last complete one."""
+    """Cut what a killed writer left of a line behind the last complete one. Raises Refused, and leaves the file as it
+    is, where its header is not a sweep's: rows must not be appended to it."""
+    header = (",".join(NAMES) + "\n").encode()
     with open(path, "r+b") as file:
         content = file.read()
+        if not content.startswith(header) and not header.startswith(content):
+            raise Refused(f"{path} does not begin with the header of a sweep's CSV, {','.join(NAMES[:3])},...")
         if content and not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--op", nargs="+", required=True, metavar="NAME", help=f"operators: {', '.join(operators.OPERATORS)}")
     add("--mode", nargs="+", default=["fwd", "bwd"], metavar="MODE",
-        help=f"{', '.join(operators.MODES)} (default: fwd bwd)")  # fmt: skip
+        help=f"{', '.join(schema.MODES)} (default: fwd bwd)")  # fmt: skip
     add("--dtype", nargs="+", metavar="DTYPE",
         help=f"{', '.join(operators.DTYPES)} (default: fp32 on a CPU, bf16 on a GPU)")  # fmt: skip
     add("--layout", nargs="+", default=["nhwc"], metavar="LAYOUT",
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     wanted = plan.Wanted(
         options.several("operator", args.op, operators.OPERATORS),
-        options.several("mode", args.mode, operators.MODES),
+        options.several("mode", args.mode, schema.MODES),
         options.several("dtype", args.dtype or ["fp32" if device == "cpu" else "bf16"], operators.DTYPES),
         options.several("layout", args.layout, operators.LAYOUTS),
         shapes.parse(args.shapes),

@@ -151,14 +151,26 @@ def _print_calls(counted: meter.Step, batch: int) -> None:
     print(frame.drop(columns=["bytes", "workspace"]).to_string(index=False), end="\n\n")
 
 
+def by_layer(layers: pd.DataFrame, batch: int) -> pd.DataFrame:
+    """What each layer moves, saves and calls, a group of columns a provider; fused layers below those they replace."""
+    columns: dict[tuple[str, str], pd.Series] = {}
+    for provider, rows in layers.groupby("provider", sort=False):
+        for phase in ("forward", "backward"):
+            moved = rows[rows.phase == phase].groupby("layer").bytes.sum() / batch / 1e3
+            columns[str(provider), f"{phase} KB/image"] = moved.astype(float).round(1)
+        by_name = rows.groupby("layer")
+        columns[str(provider), "saved KB/image"] = (by_name.saved_bytes.sum() / batch / 1e3).astype(float).round(1)
+        columns[str(provider), "calls"] = (by_name.launches.sum() + by_name.aten_calls.sum()).astype("Int64")
+    names = list(dict.fromkeys(layers.layer))
+    groups = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    order = sorted(names, key=lambda name: groups.index(name.partition(".")[0]))
+    return pd.DataFrame(columns).reindex(order).rename_axis("layer")
+
+
 def _print(frame: pd.DataFrame, batch: int) -> None:
-    layers = frame[frame.layer != STEP]
-    table = layers.pivot_table(
-        index="layer", columns=["provider", "phase"], values="bytes", aggfunc="sum", sort=False, fill_value=0
-    )
-    table = (table / batch / 1e3).round(1)
-    table.columns = table.columns.map(" ".join)
-    print(f"KB an image, batch {batch}, bf16 NHWC\n{table.to_string()}\n")
+    table = by_layer(frame[frame.layer != STEP], batch)
+    shown = table.astype(object).where(table.notna(), "").to_string()
+    print(f"layer by layer, batch {batch}, bf16 NHWC; calls: Triton launches and ATen calls that compute\n{shown}\n")
     steps = frame[frame.layer == STEP].set_index("provider")
     eager = steps.loc["torch"]
     summary = pd.DataFrame(

@@ -157,7 +157,8 @@ class _Bench:
         row["bytes"], row["flops"] = measure.work(self._problem, task.mode)
         if timing is None:
             return row
-        tflops, gbps = machine.peaks(self._device, self._problem.dtype, self._problem.operator.precision)
+        problem = self._problem
+        tflops, gbps = machine.peaks(self._device, problem.dtype, problem.operator.precision, row["bytes"])
         seconds = timing.ms[1] / 1e3
         least = max(row["bytes"] / gbps / 1e9, row["flops"] / tflops / 1e12)
         return {

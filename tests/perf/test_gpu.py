@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from perf import gpu, report, schema
+from perf import gpu, operators, report, schema
 from perf.gpu import Part
 from tests.perf.command import environment, refused, row, run, write
 
@@ -47,7 +47,7 @@ def test_every_part_is_in_a_run() -> None:
         assert names[-3:] == ["train", "traffic", "plots"]
         assert all(part.weight > 0 for part in parts)
         swept = {name for operators in gpu.SWEEPS for name in operators}
-        assert swept == set(gpu.operators.OPERATORS)
+        assert swept == set(operators.OPERATORS)
         tests = [part for part in parts if part.name.startswith("tests")]
         assert len(tests) == (1 if dry else 2)
         assert all(dict(part.environment) == {"TK_GATE": "torch" if dry else "cuda"} for part in tests)

@@ -133,14 +133,33 @@ def test_bad_shapes_are_refused(names: list[str], given: str, message: str) -> N
         (["--op", "linear", "--limit", "0"], "--limit must be above 0"),
         (["--op", "linear", "--csv", "."], "is a directory"),
         (["--op", "linear", "--csv", "/proc/nowhere/a.csv"], "cannot be"),
+        (["--op", "linear", "--shapes", "resnet18", "N=4"], "a shape for linear lacks C, K"),
+        (["--op", "linear", "--shapes", "none.csv"], "none.csv does not exist"),
+        (["--op", "linear", "--shapes", "/"], "unknown shapes '/', allowed: cnn, resnet18"),
         (["--op", "linear", "--colour", "red"], "unrecognized arguments"),
         ([], "--op"),
     ),
 )
 def test_bad_sweeps_are_refused_in_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
 ) -> None:
-    assert message in refused(capsys, "sweep", *arguments)
+    monkeypatch.chdir(tmp_path)
+    out = [] if "--csv" in arguments or "--resume" in arguments else ["--csv", "out/rows.csv"]
+    assert message in refused(capsys, "sweep", *arguments, *out)
+    assert not list(tmp_path.iterdir()), "a refused command writes nothing"
+
+
+def test_what_is_there_is_not_overwritten(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("a,b\n1,2\nunfinished")
+    sweep = ["sweep", "--op", "linear", "--shapes", "tiny", "--device", "cpu", "--csv", path]
+    assert "exists: --resume goes on with it" in refused(capsys, *sweep)
+    assert "does not begin with the header" in refused(capsys, *sweep, "--resume")
+    assert path.read_text() == "a,b\n1,2\nunfinished"
 
 
 def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

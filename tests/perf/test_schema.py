@@ -68,6 +68,15 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
+def test_a_file_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "notes.csv"
+    for content in ("a,b\n1,2\n3", "no newline", ",".join(reversed(schema.NAMES)) + "\n1,"):
+        path.write_text(content)
+        with pytest.raises(Refused, match="does not begin with the header of a sweep's CSV"):
+            schema.drop_torn_line(path)
+        assert path.read_text() == content
+
+
 @pytest.mark.parametrize(
     "content, message",
     (

@@ -90,7 +90,17 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
         parts = rows[rows.layer != traffic.STEP]
         assert whole.bytes == parts.bytes.sum(), provider
         assert whole.saved_bytes == parts.saved_bytes.sum()
-    assert "specialisations" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "specialisations" in printed
+    # what is printed by layer adds up to the step
+    table = traffic.by_layer(frame[frame.layer != traffic.STEP], 4)
+    whole = frame[frame.layer == traffic.STEP].set_index("provider")
+    for provider in ("torch", "tkernels"):
+        moved = table[provider][["forward KB/image", "backward KB/image"]].sum().sum()
+        assert moved == pytest.approx(whole.bytes[provider] / 4e3, rel=1e-3)
+        assert table[provider, "calls"].sum() == whole.launches[provider] + whole.aten_calls[provider]
+    # a fused stage stands right behind the layers that it replaces
+    assert list(table.index).index("stage1") + 1 == list(table.index).index("stage2.conv1")
 
 
 @pytest.mark.parametrize(
