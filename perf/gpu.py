@@ -143,7 +143,7 @@ def parts(out: Path, device: str, dry: bool) -> list[Part]:
 
 def _tests(dry: bool) -> list[Part]:
     """The suite on the GPU, operators first; a part stopped by its time tells what failed so far."""
-    python = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    python = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     if dry:
         return [Part("tests", [*python, *QUICK_TESTS], WEIGHTS["tests ops"], (("TK_GATE", "torch"),))]
     python += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal", "--tb", "short"]

@@ -19,7 +19,7 @@ from perf.schema import MODES
 if TYPE_CHECKING:
     from perf.gpu import Outcome
 
-TIMINGS = {"wall": "", "cudagraph": "CUDA graph"}
+TIMINGS = {"wall": "as called", "cudagraph": "CUDA graph"}
 # of a failed part's log
 TAIL = 25
 
@@ -104,6 +104,7 @@ def _steps(rows: pd.DataFrame) -> list[str]:
     steps = rows[(rows.operator == "cnn") & (rows["mode"] == "full") & (rows.status == schema.OK)]
     if steps.empty:
         return []
+    steps = steps.sort_values("provider", key=lambda names: names != BASELINE, kind="stable")
     cells = [
         (
             row["provider"],
@@ -118,7 +119,7 @@ def _steps(rows: pd.DataFrame) -> list[str]:
         )
         for row in schema.records(steps)
     ]
-    head = ("provider", "replayed from", "dtype", "images", "ms, p50 (p20 to p80)", "images/s", "times as fast",
+    head = ("provider", "timed", "dtype", "images", "ms, p50 (p20 to p80)", "images/s", "times as fast",
             "peak MB", "host us")  # fmt: skip
     return ["", "## A training step of the CIFAR network", "", "Without the optimizer.", "", *_table(head, cells)]
 
@@ -141,7 +142,7 @@ def _speedups(rows: pd.DataFrame) -> list[str]:
         cells.append((*named, len(part), f"**{mean:.2f}**", spread, f"{part.roofline_pct.median():.0f}"))
     if not cells:
         return []
-    head = ("operator", "pass", "dtype", "provider", "replayed from", "shapes", "times as fast", "least to most",
+    head = ("operator", "pass", "dtype", "provider", "timed", "shapes", "times as fast", "least to most",
             "% of roofline")  # fmt: skip
     text = "Geometric mean over the shapes, against PyTorch eager (its CUDA graph for rows replayed from one)."
     return ["", "## How many times as fast as PyTorch", "", text, "", *_table(head, cells)]

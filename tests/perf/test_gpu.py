@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,17 +21,18 @@ def test_a_dry_run_walks_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    chosen = ("facts", "sweep cnn", "sweep linear", "train", "plots")
+    chosen = ("facts", "tests", "sweep cnn", "sweep linear", "train", "plots")
     # long enough for a machine with other things to do
     assert run("gpu", "--dry-run", "--out", "run", "--only", *chosen, "--minutes", "60") == 0
     out = tmp_path / "run"
     text = (out / "summary.md").read_text()
     for name in chosen:
         assert f"| [{name}](logs/{name.replace(' ', '-')}.log) | ok |" in text
+    assert re.search(r"\| \[tests\]\(logs/tests.log\) \| ok \| \d+ \| \d+ passed", text)
     assert "| 24 rows, 12 of them measured |" in text
     assert "validation accuracy" in text
     assert "## A training step of the CIFAR network" in text
-    assert "| linear | forward + backward | fp32 | tkernels |  | 1 | **" in text
+    assert "| linear | forward + backward | fp32 | tkernels | as called | 1 | **" in text
     assert "| tkernels | unsupported: a CPU has no CUDA graphs | 9 | cnn, linear, linear_relu | cnn fwd fp32" in text
     for name in ("sweep-linear-fp32.png", "sweep-cnn-fp32.png", "sweep-roofline-fp32.png"):
         assert f"]({name})" in text
@@ -126,9 +128,9 @@ def test_a_summary_of_a_gpu_reads_its_rows(tmp_path: Path, monkeypatch: pytest.M
     text = report.summary(tmp_path, "cpu", 10, outcomes)
     assert "| 6 rows, 5 of them measured |" in text
     assert "| no row |" in text
-    assert "| tkernels |  | bf16 | 256 | 1 (0.99 to 1.01) | 256,000 | 2.00 | 123 | 4,321 |" in text
+    assert "| tkernels | as called | bf16 | 256 | 1 (0.99 to 1.01) | 256,000 | 2.00 | 123 | 4,321 |" in text
     assert "| tkernels | CUDA graph | bf16 | 256 | 0.5 (0.99 to 1.01) | 512,000 | 3.00 |" in text
-    assert "| conv2d | forward | bf16 | tkernels |  | 2 | **2.00** | 1.00 to 4.00 | 50 |" in text
+    assert "| conv2d | forward | bf16 | tkernels | as called | 2 | **2.00** | 1.00 to 4.00 | 50 |" in text
     assert "| tkernels | out of memory: a/b | 1 | conv2d | conv2d fwd bf16 nhwc 256x32x32x32→32 3x3 |" in text
 
 
