@@ -97,3 +97,33 @@ class FusedCNNClassifier(CNNClassifier):
             layers[f"fc{i}"] = tnn.Linear(before, after, activation="relu", dropout=dropout)
         layers[f"fc{len(hidden) + 1}"] = tnn.Linear(*last)
         return nn.Sequential(layers)
+
+
+class AttentionCNN(FusedCNNClassifier):
+    """:class:`FusedCNNClassifier` whose last feature map attends to itself before it is flattened: to each of its
+    pixels is added what it gathers from all others.
+
+    Args:
+        heads: number of attention heads, a divisor of 4 * width.
+        The others are those of :class:`CNNClassifier`; the state_dict has ``attention`` and ``position`` besides.
+
+    Shape: (N, 3, image_size, image_size) -> logits (N, num_classes).
+    Raises ValueError as CNNClassifier, and for a number of heads that does not divide the channels.
+    """
+
+    def __init__(self, num_classes: int = 10, *, heads: int = 4, width: int = 32, image_size: int = 32,
+                 dropout2d: float = 0.25, dropout: float = 0.5) -> None:  # fmt: skip
+        super().__init__(num_classes, width=width, image_size=image_size, dropout2d=dropout2d, dropout=dropout)
+        channels = 4 * width
+        if heads < 1 or channels % heads:
+            raise ValueError(f"heads must divide the {channels} channels of the last stage, got {heads}")
+        self.attention = tnn.MultiheadAttention(channels, heads, batch_first=True)
+        # attention alone does not see where a pixel is
+        self.position = nn.Parameter(0.02 * torch.randn((image_size // 2**POOLINGS) ** 2, channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stage3(self.stage2(self.stage1(images)))
+        pixels = features.flatten(2).transpose(1, 2)
+        placed = pixels + self.position
+        gathered, _ = self.attention(placed, placed, placed, need_weights=False)
+        return self.classifier((pixels + gathered).transpose(1, 2).flatten(1))

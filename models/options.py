@@ -16,7 +16,7 @@ from models import data
 from tkernels import runtime
 
 PROGRAM = "python -m models.train"
-MODELS = ("fused", "plain")
+MODELS = ("fused", "plain", "attention")
 EPOCHS = {"digits": 10, "cifar10": 50}
 BATCH_SIZE = {"digits": 32, "cifar10": 128}
 
@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         parser.error(f"argument --device: {error}")
     if args.backend == "triton":
         if args.model == "plain":
-            parser.error("argument --backend: 'triton' needs --model fused, the plain model is all PyTorch")
+            parser.error("argument --backend: 'triton' needs a fused model, the plain one is all PyTorch")
         reason = runtime.why_not_triton(torch.empty(0, device=args.device))
         if reason is not None:
             parser.error(f"argument --backend: 'triton' cannot run here: {reason}")
@@ -101,7 +101,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "--model",
         choices=MODELS,
         default="fused",
-        help="fused: built from tkernels.nn; plain: from torch.nn; checkpoints fit both (default: %(default)s)",
+        help="fused: built from tkernels.nn; plain: from torch.nn; checkpoints fit both; attention: fused, with "
+        "self-attention on the last feature map (default: %(default)s)",
     )
     network.add_argument(
         "--backend",

@@ -18,7 +18,7 @@ from torch import nn
 import tkernels
 import tkernels.nn as tnn
 from models import checkpoint, data, options
-from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
+from models.cifar_cnn import AttentionCNN, CNNClassifier, FusedCNNClassifier
 from models.cuda_graph import GraphedStep
 from models.engine import EpochResult, Loader, train_epoch, training_step, validate
 from models.history import History, Row, draw_curves
@@ -81,6 +81,8 @@ def build(name: str, num_classes: int, device: torch.device) -> tuple[nn.Module,
     criterion: nn.Module
     if name == "fused":
         model, criterion = FusedCNNClassifier(num_classes), tnn.CrossEntropyLoss()
+    elif name == "attention":
+        model, criterion = AttentionCNN(num_classes), tnn.CrossEntropyLoss()
     else:
         model, criterion = CNNClassifier(num_classes), nn.CrossEntropyLoss()
     # 1.1 times as fast as NCHW on the CPU, and what the Triton kernels read without a transposition

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 SWEEPS = {
     ("cnn",): ("cnn",),
     ("linear", "linear_relu"): ("cnn", "mlp"),
+    ("matmul", "attention"): ("transformer",),
     ("conv2d",): ("cnn", "resnet50"),
     ("conv_stage",): ("cnn", "vgg"),
     ("batch_norm", "batch_norm_relu"): ("cnn", "resnet50"),

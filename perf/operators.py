@@ -151,6 +151,70 @@ class Linear(Operator):
         return (n * k + 2 * (n * c + k * c) + k) * itemsize, 4 * n * c * k
 
 
+class Matmul(Operator):
+    """``groups`` products of (N, C) and (C, K)."""
+
+    name = function = "matmul"
+    required = ("N", "C", "K")
+    optional = ("groups",)
+    differentiable = ("a", "b")
+
+    def _with_defaults(self, shape: Shape) -> Shape:
+        return {"groups": 1, **shape}
+
+    def tensors(self, shape: Shape, source: Sources) -> Tensors:
+        n, c, k, batch = (shape[name] for name in ("N", "C", "K", "groups"))
+        lead = (batch,) if batch > 1 else ()
+        return {"a": source.normal(*lead, n, c), "b": source.normal(*lead, c, k, scale=c**-0.5)}
+
+    def bind(self, function: Callable[..., Any], tensors: Tensors, shape: Shape, exact: bool) -> Callable[[], Tensor]:
+        return functools.partial(function, tensors["a"], tensors["b"])
+
+    def _forward(self, shape: Shape, itemsize: int) -> tuple[int, int]:
+        n, c, k, batch = (shape[name] for name in ("N", "C", "K", "groups"))
+        return batch * (n * c + c * k + n * k) * itemsize, 2 * batch * n * c * k
+
+    def _backward(self, shape: Shape, itemsize: int) -> tuple[int, int]:
+        n, c, k, batch = (shape[name] for name in ("N", "C", "K", "groups"))
+        return batch * (n * k + 2 * (n * c + c * k)) * itemsize, 4 * batch * n * c * k
+
+
+class Attention(Operator):
+    """Scaled dot-product attention without a mask: N sequences, K heads of C features, H queries and W keys."""
+
+    name = "attention"
+    function = "scaled_dot_product_attention"
+    required = ("N", "K", "H", "W", "C")
+    differentiable = ("query", "key", "value")
+
+    def quick(self, shape: Shape) -> Shape:
+        lengths = {name: min(shape[name], QUICK_ROWS) for name in ("H", "W")}
+        return {**shape, "N": min(shape["N"], QUICK_IMAGES), **lengths}
+
+    def tensors(self, shape: Shape, source: Sources) -> Tensors:
+        n, heads, head = (shape[name] for name in ("N", "K", "C"))
+        lengths = {"query": shape["H"], "key": shape["W"], "value": shape["W"]}
+        # as a projection gives them: the heads of one position side by side
+        return {name: source.normal(n, length, heads, head).transpose(1, 2) for name, length in lengths.items()}
+
+    def bind(self, function: Callable[..., Any], tensors: Tensors, shape: Shape, exact: bool) -> Callable[[], Tensor]:
+        return functools.partial(function, tensors["query"], tensors["key"], tensors["value"])
+
+    def _sizes(self, shape: Shape) -> tuple[int, int, int]:
+        """Elements of query (and output), of key (and value), and of the scores that are not stored."""
+        rows = shape["N"] * shape["K"]
+        return rows * shape["H"] * shape["C"], rows * shape["W"] * shape["C"], rows * shape["H"] * shape["W"]
+
+    def _forward(self, shape: Shape, itemsize: int) -> tuple[int, int]:
+        queries, keys, scores = self._sizes(shape)
+        return 2 * (queries + keys) * itemsize, 4 * scores * shape["C"]
+
+    def _backward(self, shape: Shape, itemsize: int) -> tuple[int, int]:
+        queries, keys, scores = self._sizes(shape)
+        # five products: the scores once more, and each gradient's
+        return (4 * queries + 4 * keys) * itemsize, 10 * scores * shape["C"]
+
+
 class Conv2d(Operator):
     name = function = "conv2d"
     precision = "conv"
@@ -387,6 +451,8 @@ OPERATORS: dict[str, Operator] = {
     for operator in (
         Linear(),
         Linear("linear_relu"),
+        Matmul(),
+        Attention(),
         Conv2d(),
         BatchNorm(),
         BatchNorm("batch_norm_relu"),

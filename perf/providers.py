@@ -84,6 +84,8 @@ def _torch() -> Provider:
         BASELINE,
         {
             "linear": F.linear,
+            "matmul": torch.matmul,
+            "attention": F.scaled_dot_product_attention,
             "linear_relu": linear_relu,
             "conv2d": F.conv2d,
             "batch_norm": F.batch_norm,
@@ -123,8 +125,9 @@ def _tkernels() -> Provider:
         modules: Any = tkernels.nn
         return FusedCNNClassifier(**arguments), modules.CrossEntropyLoss()
 
-    own = ("linear", "linear_relu", "conv2d", "batch_norm", "cross_entropy")
+    own = ("linear", "linear_relu", "matmul", "conv2d", "batch_norm", "cross_entropy")
     functions: dict[str, Function] = {name: getattr(functional, name) for name in own}
+    functions["attention"] = functional.scaled_dot_product_attention
     return Provider("tkernels", {**functions, "batch_norm_relu": batch_norm_relu, "conv_stage": conv_stage, "cnn": cnn})
 
 

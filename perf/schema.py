@@ -23,15 +23,15 @@ class Column(NamedTuple):
 
 SHAPE = (
     Column("N", "whole", "batch: images, or rows of a matrix"),
-    Column("C", "whole", "input channels, input features or classes"),
-    Column("H", "whole", "rows of the input image"),
-    Column("W", "whole", "columns of the input image"),
-    Column("K", "whole", "output channels or output features"),
+    Column("C", "whole", "input channels, input features or classes; attention: features of a head"),
+    Column("H", "whole", "rows of the input image; attention: queries"),
+    Column("W", "whole", "columns of the input image; attention: keys"),
+    Column("K", "whole", "output channels or output features; attention: heads"),
     Column("R", "whole", "rows of the convolution window"),
     Column("S", "whole", "columns of the convolution window"),
     Column("stride", "whole", "of the convolution, both axes"),
     Column("padding", "whole", "of the convolution, both axes"),
-    Column("groups", "whole", "of the convolution"),
+    Column("groups", "whole", "of the convolution; matmul: products in a batch"),
 )
 SHAPE_COLUMNS = tuple(column.name for column in SHAPE)
 

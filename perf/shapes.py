@@ -42,6 +42,9 @@ def _cnn(n: int) -> Shapes:
         "conv2d": [conv(n, c, size, k) for c, size, k in layers],
         "batch_norm": [image(n, c, size) for c, size in maps],
         "linear": [linear(n, c, k) for c, k in features],
+        "matmul": [linear(n, c, k) for c, k in features],
+        # of AttentionCNN
+        "attention": [heads(n, 4, 16, 16, 32)],
         "cross_entropy": [rows(n, 10)],
         "conv_stage": [{**image(n, c, size), "K": k} for c, size, k in stages],
         "cnn": [{"N": n}],
@@ -101,6 +104,22 @@ def _mobilenet(n: int) -> Shapes:
     }  # fmt: skip
 
 
+def heads(n: int, count: int, queries: int, keys: int, head: int) -> Shape:
+    """Attention's sizes."""
+    return {"N": n, "K": count, "H": queries, "W": keys, "C": head}
+
+
+def _transformer() -> Shapes:
+    """GPT-2's and a ViT-B's layers, a decoding step, and the CNN's last map under attention."""
+    return {
+        "matmul": [*(linear(n, c, k) for n in (1, 4096) for c, k in ((768, 2304), (768, 3072), (3072, 768))),
+                   {**linear(1024, 64, 1024), "groups": 96}, linear(64, 65536, 64)],
+        "attention": [heads(8, 12, 1024, 1024, 64), heads(64, 12, 197, 197, 64), heads(2, 32, 2048, 2048, 128),
+                      heads(64, 12, 1, 1024, 64), heads(256, 4, 16, 16, 32)],
+        "linear": [linear(4096, c, k) for c, k in ((768, 2304), (768, 3072), (3072, 768))],
+    }  # fmt: skip
+
+
 def distinct(shapes: Iterable[Shape]) -> list[Shape]:
     """The shapes without repetitions, in order."""
     return list({tuple(sorted(shape.items())): shape for shape in shapes}.values())
@@ -113,6 +132,7 @@ NAMED: dict[str, Shapes] = {
     "mobilenet": _mobilenet(64),
     "vgg": _vgg(32),
     "mlp": {"linear": [linear(n, c, k) for n in (256, 4096) for c, k in ((4096, 4096), (4096, 16384), (16384, 4096))]},
+    "transformer": _transformer(),
     "vocab": {"cross_entropy": [rows(4096, c) for c in (32000, 50257, 128256, 256000)]},
     # for trying things out: a moment on any CPU
     "tiny": {
@@ -120,6 +140,8 @@ NAMED: dict[str, Shapes] = {
         "batch_norm": [image(2, 8, 9)],
         "linear": [linear(8, 32, 16)],
         "cross_entropy": [rows(8, 10)],
+        "matmul": [linear(8, 32, 16)],
+        "attention": [heads(2, 2, 9, 11, 16)],
         "conv_stage": [{**image(2, 4, 8), "K": 8}],
         "cnn": [{"N": 4}],
     },

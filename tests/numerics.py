@@ -107,6 +107,19 @@ def matmul(conditioning: str, a: tuple[int, ...], b: tuple[int, ...], shift: flo
     return Case("matmul", conditioning, make)
 
 
+def attention(conditioning: str, q: tuple[int, ...], keys: int, scale: float = 1.0, **fixed: Any) -> Case:
+    """``scale``: of the queries; at 10 the weights of a row are nearly one key's."""
+
+    def make() -> dict[str, Tensor]:
+        other = (*q[:-2], keys, q[-1])
+        shapes = {"query": q, "key": other, "value": other}
+        made = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        made["query"] *= scale
+        return made
+
+    return Case("scaled_dot_product_attention", conditioning, make, fixed)
+
+
 def conv2d(conditioning: str, image: tuple[int, ...], outputs: int, kernel: int, **fixed: Any) -> Case:
     def make() -> dict[str, Tensor]:
         inputs = image[1] // fixed.get("groups", 1)
@@ -152,6 +165,8 @@ SMALL = (
     matmul("well", (37, 200), (200, 24)),
     matmul("batches, mean/std 100", (3, 20, 72), (3, 72, 19), shift=100.0),
     matmul("vector", (1, 700), (700, 40)),
+    attention("well", (1, 2, 40, 32), 70),
+    attention("causal, scores of 10", (1, 2, 40, 20), 40, 10.0, is_causal=True),
     conv2d("3x3", (2, 20, 7, 6), 18, 3, padding=1),
     conv2d("stem 3x3", (2, 3, 9, 9), 18, 3, padding=1),
     conv2d("stride 2", (2, 20, 9, 7), 18, 3, padding=1, stride=2),
@@ -180,6 +195,8 @@ FULL = (
     matmul("well", (128, 1024), (1024, 96)),
     matmul("batches, mean/std 100", (8, 64, 200), (8, 200, 48), shift=100.0),
     matmul("vector", (1, 100_000), (100_000, 40)),
+    attention("well", (4, 8, 256, 64), 256),
+    attention("causal, scores of 10", (4, 8, 256, 64), 256, 10.0, is_causal=True),
     conv2d("3x3", (8, 64, 16, 16), 64, 3, padding=1),
     conv2d("stem 3x3", (16, 3, 32, 32), 32, 3, padding=1),
     conv2d("stride 2", (8, 32, 17, 17), 48, 3, padding=1, stride=2),

@@ -31,7 +31,7 @@ FLOAT32_TARGETS = TARGETS if EVERYTHING else ("sm_80",)
 BEYOND_THE_NETWORK = (
     "gelu", "NCHW", "residual", "48x7x7", "40x2x2", "3x32x32", "overlap", "1024->", "1000->", "hundred", "imagenet",
     "vocabulary", "few rows", "segmentation", "stride 2", "depthwise", "mask", "smoothed", "pointwise",
-    "matmul",
+    "matmul", "attention",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Floor 3: the public functions, with names and arguments as in torch.nn.functional."""
 
+from tkernels.ops.attention import scaled_dot_product_attention
 from tkernels.ops.batch_norm import batch_norm
 from tkernels.ops.conv import conv2d
 from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
@@ -17,4 +18,5 @@ __all__ = [
     "linear",
     "linear_relu",
     "matmul",
+    "scaled_dot_product_attention",
 ]

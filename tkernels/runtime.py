@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 from typing import Any, Literal
 
@@ -158,6 +159,12 @@ def _recorded() -> bool:
             return not targets.pretending()
     stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     return any(type(mode).__name__ == "_FlopCounterMode" for mode in stack)
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """Say it to the logger 'tkernels', the first time."""
+    logging.getLogger("tkernels").info(message)
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,19 @@ def _matmul(functions: Any) -> Callable[..., Tensor]:
     return getattr(functions, "matmul", torch.matmul)
 
 
+QKV = (1, 2, 4, 8)
+
+
+def _attention(functions: Any, maker: Maker, tensors: list[tuple[int, ...]], options: dict[str, Any]) -> Tensor:
+    """Attention on tensors of these shapes; the mask among the options is its shape."""
+    options = dict(options)
+    dtype = options.pop("mask_dtype", torch.float32)
+    given = [maker(*shape) for shape in tensors]
+    if "attn_mask" in options:
+        options["attn_mask"] = maker(*options["attn_mask"], dtype=dtype)
+    return functions.scaled_dot_product_attention(*given, **options)
+
+
 LONG, INT, BOOL = torch.int64, torch.int32, torch.bool
 HALF, DOUBLE = torch.bfloat16, torch.float64
 
@@ -76,6 +90,30 @@ FUNCTIONS = (
     Bad("matmul: integers and numbers", lambda f, t: _matmul(f)(t(2, 3), t(3, 4, dtype=LONG)), ("int64",)),
     Bad("matmul: a list", lambda f, t: _matmul(f)([[1.0, 2.0]], t(2, 4)), ("a", "list")),
     Bad("matmul: None", lambda f, t: _matmul(f)(t(2, 3), None), ("b", "NoneType")),
+    # scaled_dot_product_attention
+    *(
+        Bad(f"attention: {what}", functools.partial(_attention, tensors=tensors, options=options), says)
+        for what, tensors, options, says in (
+            ("vectors", [(8,), (5, 8), (5, 8)], {}, ("query", "[8]")),
+            ("heads of two sizes", [(1, 2, 4, 8), (1, 2, 5, 9), (1, 2, 5, 8)], {}, ("query", "key", "[1, 2, 5, 9]")),
+            ("batches differ", [(3, 2, 4, 8), (2, 2, 4, 8), (2, 2, 4, 8)], {}, ("[3, 2, 4, 8]", "[2, 2, 4, 8]")),
+            ("heads that do not divide", [(1, 4, 4, 8), (1, 3, 4, 8), (1, 3, 4, 8)], {"enable_gqa": True}, ("heads",)),
+            ("mask of another size", [QKV, QKV, QKV], {"attn_mask": (3, 4)}, ("attn_mask", "[3, 4]")),
+            ("mask of one dimension", [QKV, QKV, QKV], {"attn_mask": (4,)}, ("attn_mask", "[4]")),
+            ("mask of integers", [QKV, QKV, QKV], {"attn_mask": (4, 4), "mask_dtype": LONG}, ("attn_mask", "int64")),
+            ("mask of bfloat16", [QKV, QKV, QKV], {"attn_mask": (4, 4), "mask_dtype": HALF}, ("attn_mask", "bfloat16")),
+            ("mask beside is_causal", [QKV, QKV, QKV], {"attn_mask": (4, 4), "is_causal": True}, ("is_causal",)),
+            ("dropout_p 2", [QKV, QKV, QKV], {"dropout_p": 2.0}, ("dropout_p", "2.0")),
+            ("dropout_p -1", [QKV, QKV, QKV], {"dropout_p": -1.0}, ("dropout_p", "-1.0")),
+            ("scale a word", [QKV, QKV, QKV], {"scale": "big"}, ("scale", "str")),
+        )
+    ),
+    Bad(
+        "attention: dtypes differ",
+        lambda f, t: f.scaled_dot_product_attention(t(*QKV), t(*QKV, dtype=HALF), t(*QKV)),
+        ("query", "bfloat16"),
+    ),
+    Bad("attention: query a list", lambda f, t: f.scaled_dot_product_attention([1.0], t(*QKV), t(*QKV)), ("query",)),
     # conv2d
     Bad("conv2d: 2-D input", lambda f, t: f.conv2d(t(3, 4), t(2, 3, 3, 3)), ("input", "[3, 4]")),
     Bad("conv2d: 5-D input", lambda f, t: f.conv2d(t(1, 1, 3, 4, 4), t(2, 3, 3, 3)), ("input", "[1, 1, 3, 4, 4]")),

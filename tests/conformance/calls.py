@@ -21,6 +21,7 @@ PARAMETERS = {
         *("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing"),
     ),
     "matmul": ("a", "b"),
+    "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
 }
 
 

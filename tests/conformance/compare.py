@@ -73,7 +73,8 @@ def check_call(call: Call, device: str, cotangent: Cotangent = normal_cotangent)
     assert exact.output is not None
     magnitudes = scales.of(exact.call, incoming if exact.gradients else None, exact.output.detach())
     length = max([t.numel() for t in call.tensors().values()] + [mine.output.numel()])
-    check_output(mine.output, theirs.output)
+    # the order in memory of attention's output is torch's own kernels' choice, and they differ in it
+    check_output(mine.output, theirs.output, any_order=call.operator == "scaled_dot_product_attention")
     close(mine.output, theirs.output, exact.output, length, magnitudes["output"], "output")
     check_gradients(mine, theirs, exact, length, magnitudes)
     check_arguments(call, mine, theirs, exact, length, magnitudes)
@@ -91,11 +92,11 @@ def check_errors(mine: Outcome, theirs: Outcome, what: str) -> None:
         raise AssertionError(f"{what}: torch raises {theirs.error!r}, ours {mine.error!r}") from mine.error
 
 
-def check_output(mine: Tensor, theirs: Tensor) -> None:
+def check_output(mine: Tensor, theirs: Tensor, any_order: bool = False) -> None:
     assert mine.dtype == theirs.dtype, f"output is {mine.dtype}, torch's {theirs.dtype}"
     assert mine.shape == theirs.shape, f"output is {list(mine.shape)}, torch's {list(theirs.shape)}"
     assert mine.requires_grad == theirs.requires_grad, f"output.requires_grad is {mine.requires_grad}"
-    assert not mine.numel() or memory_formats(mine) == memory_formats(theirs), (
+    assert any_order or not mine.numel() or memory_formats(mine) == memory_formats(theirs), (
         f"output strides {mine.stride()}, torch's {theirs.stride()}, shape {list(mine.shape)}"
     )
 

@@ -26,6 +26,8 @@ def of(call: Call, incoming: Tensor | None, output: Tensor) -> Scales:
         return _batch_norm(arguments, incoming)
     if call.operator == "cross_entropy":
         return _cross_entropy(arguments, incoming, output)
+    if call.operator == "scaled_dot_product_attention":
+        return _attention(arguments, incoming)
     return _product(call.operator, arguments, incoming)
 
 
@@ -46,6 +48,22 @@ def _product(operator: str, arguments: dict[str, Any], incoming: Tensor | None) 
     if incoming is not None:
         gradients = torch.autograd.grad(output, list(leaves.values()), incoming.abs())
         scales.update({name: _largest(g) for name, g in zip(leaves, gradients)})
+    return scales
+
+
+def _attention(arguments: dict[str, Any], incoming: Tensor | None) -> Scales:
+    """Weights of a row sum to 1, so that the output is no larger than the values, nor a gradient of the weights than
+    the products of values and incoming gradients."""
+    q, k, v = (arguments[name].detach() for name in ("query", "key", "value"))
+    scales = {"output": _largest(v)}
+    if incoming is None or not incoming.numel():
+        return scales
+    factor = arguments.get("scale")
+    factor = q.shape[-1] ** -0.5 if factor is None else abs(factor)
+    slope = 2 * factor * _largest(incoming) * _largest(v) * v.shape[-1] ** 0.5
+    rows = q.shape[-2] ** 0.5
+    scales["query"], scales["key"] = slope * _largest(k), slope * _largest(q) * rows
+    scales["value"], scales["attn_mask"] = _largest(incoming) * rows, slope
     return scales
 
 

@@ -5,6 +5,7 @@ from tkernels.nn.conv import Conv2d
 from tkernels.nn.conv_stage import ConvBNReLU2d, ConvStage
 from tkernels.nn.cross_entropy import CrossEntropyLoss
 from tkernels.nn.linear import Linear, LinearReLU
+from tkernels.nn.multihead_attention import MultiheadAttention
 
 __all__ = [
     "BatchNorm1d",
@@ -16,4 +17,5 @@ __all__ = [
     "CrossEntropyLoss",
     "Linear",
     "LinearReLU",
+    "MultiheadAttention",
 ]

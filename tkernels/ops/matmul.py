@@ -25,8 +25,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     Raises TypeError for an argument that is not a tensor, RuntimeError for a scalar, and for shapes, dtypes or devices
     that do not go together.
     """
-    checks.tensor(a=a, b=b)
-    if not _takes_triton(a, b):
+    if runtime.leaves_to_torch(a) or not _takes_triton(a, b):
         return _torch_body(a, b)
     _check_shapes(a, b)
     cast = runtime.autocast_dtype(a)
@@ -58,6 +57,7 @@ def _check_kinds(a: Tensor, b: Tensor) -> None:
 
 def _takes_triton(a: Tensor, b: Tensor) -> bool:
     """The backend decision; integers, complex numbers and sparse tensors are PyTorch's."""
+    checks.tensor(a=a, b=b)
     for t in (a, b):
         if not (t.is_floating_point() and t.layout is torch.strided):
             return False
@@ -70,6 +70,7 @@ def _torch_body(a: Tensor, b: Tensor) -> Tensor:
     except checks.REFUSALS as error:
 
         def check() -> None:
+            checks.tensor(a=a, b=b)
             _check_shapes(a, b)
             _check_kinds(a, b)
 
