@@ -17,20 +17,25 @@ from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 pytestmark = pytest.mark.gate("torch")
 
 STEPS = 60
-BATCH_SIZE = 32
-# A quarter of the width takes a tenth of the time. NCHW, because PyTorch's channels_last batch norm on the CPU sums
-# pixel after pixel: off by 2e-5, which flips ReLUs, and a flip grows to more than 1e-3 within ten steps.
-WIDTH = 8
+# Bodies that are equal but for rounding must pass, on any CPU, so the training must not amplify rounding. At 32x32 and
+# batch 32 it does: enlarged digits are large areas of one value, whose ReLUs flip together, and noise of 1e-7 in the
+# gradients becomes 1e-2 in the loss. At the digits' own 8x8, in batches that average flips, it stays at 4e-4, and
+# PyTorch in channels_last, or held to AVX2, is within 5e-4 and 8e-4 of itself.
+IMAGE_SIZE = 8
+BATCH_SIZE = 256
+WIDTH = 16
+LEARNING_RATE = 3e-4
 
 
 def _curve(network: type[nn.Module], criterion: nn.Module, device: str, dtype: torch.dtype | None) -> torch.Tensor:
     """The losses of training on the digits, (STEPS,)."""
     loader, _ = data.loaders(data.load("digits", Path(), seed=0), BATCH_SIZE, seed=0)
     torch.manual_seed(0)
-    model = network(width=WIDTH, dropout2d=0.0, dropout=0.0).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    model = network(width=WIDTH, image_size=IMAGE_SIZE, dropout2d=0.0, dropout=0.0).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     losses = []
     for images, target in islice(chain.from_iterable(repeat(loader)), STEPS):
+        images = nn.functional.avg_pool2d(images, images.shape[-1] // IMAGE_SIZE)
         optimizer.zero_grad()
         with torch.autocast(device, dtype, enabled=dtype is not None):
             loss = criterion(model(images.to(device)), target.to(device))
@@ -45,7 +50,7 @@ def _curves(device: str, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch
     fused = _curve(FusedCNNClassifier, tnn.CrossEntropyLoss(), device, dtype)
     # it learned: ten classes guessed at random give 2.3
     assert plain[:5].mean() > 2.2
-    assert plain[-5:].mean() < 0.6
+    assert plain[-5:].mean() < 0.8
     return plain, fused
 
 

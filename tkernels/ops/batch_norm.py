@@ -36,7 +36,7 @@ def batch_norm(
     ``momentum`` towards the mean and the unbiased variance; else the running statistics normalise.
 
     Dtypes: all one, or float32 parameters and statistics with a float16 or bfloat16 input, which sets the output's.
-    Under autocast the input's dtype stays and the residual is cast to it.
+    Under autocast the input's dtype stays and the residual is cast to it. Empty input is left to PyTorch.
 
     Raises ValueError for one value per channel in training, a bad eps, half of the running statistics or an unknown
     activation; RuntimeError for shapes, dtypes and devices that do not fit; TypeError for what is no tensor or number.

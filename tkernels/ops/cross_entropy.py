@@ -39,6 +39,7 @@ def cross_entropy(
     shape () or, for reduction 'none', that of class indices; it is computed in float32 and given in the input's dtype
     (float32 under autocast; for probabilities promoted with target and weight). Rows whose index is ``ignore_index``
     count neither in the sum nor in the mean. size_average and reduce are torch's old way to name a reduction.
+    Empty input, and a weight that asks for a gradient beside probabilities, are left to PyTorch.
 
     Raises TypeError for arguments that are no tensors or numbers, ValueError for an unknown reduction or batch sizes
     that differ, RuntimeError for other shapes, dtypes or devices that do not go together, a ``label_smoothing`` above
