@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     listing = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
     top = options.Parser(PROGRAM, f"Measure tkernels.\n\ncommands:\n{listing}")
     top.usage = f"{PROGRAM} COMMAND ... (--help after a command lists its options)"
-    top.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     name = top.parse_args(given[:1]).command
     module = importlib.import_module(f"perf.{name}")
     parser = options.Parser(f"{PROGRAM} {name}", module.__doc__)

@@ -28,8 +28,8 @@ MS = ("ms_p20", "ms_p50", "ms_p80")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add("old", type=Path, metavar="OLD.csv")
-    add("new", type=Path, metavar="NEW.csv")
+    add("old", type=Path, metavar="OLD.csv", help="of perf sweep")
+    add("new", type=Path, metavar="NEW.csv", help="of perf sweep, later")
     add("--threshold", type=_percent, default=0.05, metavar="PERCENT",
         help="growth of the median that counts as slower (default: 5%%)")  # fmt: skip
     add("--absolute", action="store_true", help="do not divide out what the machine did to PyTorch (CPU rows)")

@@ -124,7 +124,7 @@ def _chosen(name: str, only: Sequence[str] | None) -> bool:
 def parts(out: Path, device: str, dry: bool) -> list[Part]:
     """Every part of a run, in order."""
     python = [sys.executable, "-m"]
-    found = [Part("facts", _facts(device), WEIGHTS["facts"]), *_tests(dry)]
+    found = [Part("facts", _facts(device), WEIGHTS["facts"]), *_tests(device, dry)]
     names = _installed(device)
     for swept, shapes in SWEEPS.items():
         command = [*python, "perf", "sweep", "--op", *swept, "--device", device, "--provider", *names]
@@ -142,14 +142,24 @@ def parts(out: Path, device: str, dry: bool) -> list[Part]:
     return found
 
 
-def _tests(dry: bool) -> list[Part]:
+def _tests(device: str, dry: bool) -> list[Part]:
     """The suite on the GPU, operators first; a part stopped by its time tells what failed so far."""
     python = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     if dry:
         return [Part("tests", [*python, *QUICK_TESTS], WEIGHTS["tests ops"], (("TK_GATE", "torch"),))]
     python += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal", "--tb", "short"]
     chosen = {"tests ops": ["tests/ops"], "tests rest": ["tests", "--ignore=tests/ops"]}
-    return [Part(name, [*python, *paths], WEIGHTS[name], (("TK_GATE", "cuda"),)) for name, paths in chosen.items()]
+    environment = (("TK_GATE", "cuda"), *_visible(device))
+    return [Part(name, [*python, *paths], WEIGHTS[name], environment) for name, paths in chosen.items()]
+
+
+def _visible(device: str) -> tuple[tuple[str, str], ...]:
+    """What makes cuda:1 the only GPU that a process sees: the tests take the first."""
+    index = device.partition(":")[2]
+    if not index:
+        return ()
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (("CUDA_VISIBLE_DEVICES", before.split(",")[int(index)] if before else index),)
 
 
 def _installed(device: str) -> list[str]:

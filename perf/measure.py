@@ -173,7 +173,8 @@ def _relative(actual: Tensor, exact: Tensor) -> float:
 def failure(error: BaseException) -> str:
     """A status for what a provider raised."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    exhausted = any(sign in text for sign in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or exhausted:
         return f"out of memory: {text}"
     return f"error: {type(error).__name__}: {text}"
 

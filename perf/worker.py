@@ -27,7 +27,8 @@ def main(todo: Sequence[tuple[int, Task]], device: str, effort: Effort, rows: Co
     """Measure numbered tasks in order, sending READY, (number, row) and None; ``current``: the task at hand."""
     try:
         if device != "cpu":
-            torch.cuda.set_device(torch.device(device))
+            # "cuda" alone has no index, which set_device wants
+            torch.cuda.set_device(torch.device(device).index or 0)
         rows.send(READY)
         for _, group in groupby(todo, key=lambda item: item[1].problem):
             for number, row in _Bench(list(group), device, effort, current).rows():

@@ -56,6 +56,17 @@ def test_every_part_is_in_a_run() -> None:
         assert all(("tiny" in part.command) == dry for part in parts if part.name.startswith("sweep"))
 
 
+def test_the_tests_run_on_the_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(device: str) -> set[str | None]:
+        parts = gpu.parts(Path("out"), device, dry=False)
+        return {dict(part.environment).get("CUDA_VISIBLE_DEVICES") for part in parts if part.name.startswith("tests")}
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (seen("cuda"), seen("cuda:1")) == ({None}, {"1"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-abc")
+    assert (seen("cuda"), seen("cuda:1")) == ({None}, {"GPU-abc"})
+
+
 # ends like pytest when it is interrupted; what it started holds on
 STUBBORN = """
 import subprocess, sys, time

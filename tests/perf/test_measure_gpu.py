@@ -127,3 +127,12 @@ def test_each_provider_has_its_rows_before_the_next_is_compiled(cuda: Cuda, monk
     wall, graph = ([row for row in rows[4:] if row["timing"] == timing] for timing in plan.TIMINGS)
     assert [(row["speedup_vs_torch"], row["peak_memory_mb"], row["status"]) for row in wall] == [(2.0, 1.0, "ok")] * 2
     assert {row["status"] for row in graph} == {"error: RuntimeError: operation not permitted"}
+
+
+@pytest.mark.parametrize("device, index", (("cuda", 0), ("cuda:1", 1)))
+def test_a_worker_takes_the_gpu_it_is_given(monkeypatch: pytest.MonkeyPatch, device: str, index: int) -> None:
+    taken, sent = [], []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
+    worker.main([], device, Effort(0.1, 3), SimpleNamespace(send=sent.append), SimpleNamespace(value=0))
+    assert taken == [index]
+    assert sent == [worker.READY, None]

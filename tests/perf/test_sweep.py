@@ -177,6 +177,20 @@ def test_wrong_gradients_are_seen() -> None:
     assert reference.check(gpu_only).status == "unsupported: p runs on GPUs only"
 
 
+@pytest.mark.parametrize(
+    "error, status",
+    (
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB"), "out of memory: CUDA out"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "out of memory: Triton"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: Default"),
+        (RuntimeError("out of resource: shared memory, Required: 300000"), "error: RuntimeError: out of resource"),
+        (ValueError(), "error: ValueError: ValueError"),
+    ),
+)
+def test_what_a_provider_raises_becomes_a_status(error: Exception, status: str) -> None:
+    assert measure.failure(error).startswith(status)
+
+
 def test_providers_take_turns() -> None:
     order: list[str] = []
 
