@@ -41,12 +41,21 @@ class Case:
     """Code to inspect: ``run()`` makes the launches on fake CUDA tensors it allocates itself.
 
     ``product``: every launch with a dot is a 16-bit product of aligned operands, so its loop must hold tensor-core
-    instructions and 128-bit operand loads.
+    instructions and 128-bit operand loads. ``left_to_torch``: asks the chooser why a target runs PyTorch instead, None
+    where it does not.
     """
 
     name: str
     run: Callable[[], object]
     product: bool = False
+    left_to_torch: Callable[[], str | None] | None = None
+
+    def reason_to_skip(self, target_name: str) -> str | None:
+        """Why there is nothing to compile for a target, or None where there is."""
+        if self.left_to_torch is None:
+            return None
+        with targets.pretend(target_name):
+            return self.left_to_torch()
 
 
 @dataclasses.dataclass(frozen=True)

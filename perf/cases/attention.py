@@ -10,6 +10,7 @@ from torch import Tensor
 from perf.aot import Case
 from perf.cases.linear import tf32
 from tkernels.kernels import attention, attention_backward
+from tkernels.tuning import attention as tuning
 
 # name, batch, heads, heads of keys, queries, keys, head, options
 SHAPES = (
@@ -56,6 +57,10 @@ def _call(name: str, shape: tuple[int, ...], options: str, dtype: torch.dtype) -
         attention_backward.launch_dkv(q, k, v, o, lse, lse, *common)
 
 
+def _left_to_torch(head: int, dtype: torch.dtype, extras: bool) -> str | None:
+    return tuning.why_not(head, head, dtype.itemsize, extras, tuning.target_name())
+
+
 def cases() -> list[Case]:
     found = []
     for what, *shape, options in SHAPES:
@@ -64,10 +69,11 @@ def cases() -> list[Case]:
                 continue
             for name in ("forward", "delta", "dq", "dkv"):
                 run = functools.partial(_call, name, tuple(shape), options, dtype)
-                # a mask's elements are loaded as they lie
-                product = dtype is torch.bfloat16 and name != "delta" and "mask" not in what
-
-                found.append(Case(f"attention {name} {what} {short}", run, product))
+                # a mask's elements, and in dkv's loop those of lse and delta, are loaded as they lie
+                product = dtype is torch.bfloat16 and name in ("forward", "dq") and "mask" not in what
+                left_out = functools.partial(_left_to_torch, shape[-1], dtype, "mask" in what or "dropout" in what)
+                found.append(Case(f"attention {name} {what} {short}", run, product, left_out))
                 if dtype is torch.float32 and name != "delta" and options in ("", "causal"):
-                    found.append(Case(f"attention {name} {what} fp32 tf32", functools.partial(tf32, run)))
+                    tensor_cores = functools.partial(tf32, run)
+                    found.append(Case(f"attention {name} {what} fp32 tf32", tensor_cores, left_to_torch=left_out))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 from typing import Any
@@ -14,8 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention as torchs
 
 import tkernels
 from tests import tolerance
-from tkernels import runtime
+from tkernels import runtime, targets
 from tkernels.functional import scaled_dot_product_attention
+from tkernels.tuning import attention as tuning
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 
@@ -356,3 +358,23 @@ def test_backend_of_the_users_choice(device: str, launches: list[str]) -> None:
     with tkernels.backend("torch"):
         scaled_dot_product_attention(q, q, q)
     assert not launches
+
+
+@pytest.mark.gate("aot")
+@pytest.mark.parametrize("target", sorted(targets.TARGETS))
+def test_a_tile_or_a_reason(target: str) -> None:
+    """Every head, dtype and option has configurations on every target, or is left to PyTorch for a reason."""
+    with targets.pretend(target):
+        heads = itertools.product((1, 16, 24, 64, 80, 128, 192, 256), (16, 64, 256))
+        for (head, v_head), itemsize, extras in itertools.product(heads, (2, 4), (False, True)):
+            reason = tuning.why_not(head, v_head, itemsize, extras, target)
+            if reason is not None:
+                assert max(head, v_head) > 128 or target.startswith("gfx")
+                continue
+            for chooser in (tuning.forward, tuning.dq, tuning.dkv):
+                config = chooser(head, v_head, itemsize, "ieee", extras, target)
+                assert config["BLOCK_D"] >= head
+                assert config["BLOCK_V"] >= v_head
+                # a chunk never reaches past either head
+                assert config["CHUNK"] == config["BLOCK_D"] or config["CHUNK"] <= config["BLOCK_V"]
+        assert tuning.why_not(0, 16, 2, False, target) is not None

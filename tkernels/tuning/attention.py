@@ -27,8 +27,8 @@ def why_not(head: int, v_head: int, itemsize: int, extras: bool, target: str) ->
         return f"heads of {max(head, v_head)} in float32 do not fit in registers"
     if widest == WIDEST and extras:
         return f"heads of {max(head, v_head)} with a mask or dropout do not fit in registers"
-    if widest == WIDEST and target.startswith("gfx11"):
-        return f"heads of {max(head, v_head)} do not fit in the registers of {target}"
+    if _registers(target) not in _FORWARD:
+        return f"no tile is known to compile without spills for {target}"
     return None
 
 
@@ -40,12 +40,14 @@ def _blocks(head: int, v_head: int) -> tuple[int, int]:
 def _config(head: int, v_head: int, rows: int, keys: int, warps: int, stages: int, chunk: int | None = None,
             maxnreg: int | None = None) -> Config:  # fmt: skip
     block_d, block_v = _blocks(head, v_head)
+    chunk = min(chunk, block_d, block_v) if chunk else block_d
     return Config.of(num_warps=warps, num_stages=stages, maxnreg=maxnreg, BLOCK_M=rows, BLOCK_N=keys, BLOCK_D=block_d,
-                     BLOCK_V=block_v, CHUNK=chunk or block_d)  # fmt: skip
+                     BLOCK_V=block_v, CHUNK=chunk)  # fmt: skip
 
 
-def _ieee(head: int, v_head: int) -> Config:
-    """Float32 without tensor cores: small tiles, and features in chunks."""
+def _float32(head: int, v_head: int) -> Config:
+    """Small tiles and features in chunks, whatever the precision: operands are twice as large, and without tensor
+    cores a thread holds whole rows of a chunk."""
     return _config(head, v_head, 32, 32, 256 // targets.current().warp_size, 2, chunk=16)
 
 
@@ -84,7 +86,7 @@ _DKV: Table = {
     "mma": {(64, False): (32, 128, 256, 0), (64, True): (32, 128, 256, 0),
             (128, False): (32, 64, 128, 0), (128, True): (32, 64, 128, 0), (256, False): (16, 128, 256, 64)},
     "wgmma": {(64, False): (64, 64, 256, 0), (64, True): (64, 64, 256, 0),
-              (128, False): (64, 64, 256, 0), (128, True): (64, 64, 256, 0), (256, False): (64, 64, 256, 0)},
+              (128, False): (64, 64, 256, 0), (128, True): (64, 64, 256, 0), (256, False): (32, 64, 256, 0)},
     "tmem": {(64, False): (64, 128, 256, 0), (64, True): (64, 128, 256, 0),
              (128, False): (64, 128, 256, 0), (128, True): (64, 128, 256, 0), (256, False): (32, 64, 256, 0)},
 }  # fmt: skip
@@ -99,24 +101,24 @@ def _looked_up(table: Table, head: int, v_head: int, extras: bool, target: str) 
 @functools.lru_cache(maxsize=1024)
 def forward(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> Config:
     """``extras``: a mask or dropout, which want registers of their own."""
-    if itemsize == 4 and precision == "ieee":
-        return _ieee(head, v_head)
+    if itemsize == 4:
+        return _float32(head, v_head)
     return _looked_up(_FORWARD, head, v_head, extras, target)
 
 
 @functools.lru_cache(maxsize=1024)
 def dq(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> Config:
     """For the gradient of the queries."""
-    if itemsize == 4 and precision == "ieee":
-        return _ieee(head, v_head)
+    if itemsize == 4:
+        return _float32(head, v_head)
     return _looked_up(_DQ, head, v_head, extras, target)
 
 
 @functools.lru_cache(maxsize=1024)
 def dkv(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> Config:
     """For the gradients of keys and values."""
-    if itemsize == 4 and precision == "ieee":
-        return _ieee(head, v_head)
+    if itemsize == 4:
+        return _float32(head, v_head)
     return _looked_up(_DKV, head, v_head, extras, target)
 
 
