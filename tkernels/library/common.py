@@ -64,3 +64,12 @@ def gradients(
 def results(found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """An operator's results, each of storage of its own."""
     return tuple(nothing(like) if t is None else t for t in found)
+
+
+def layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty(shape: Sequence[Any], like: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """An empty tensor on the device of ``like``."""
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device, memory_format=memory_format)

@@ -78,6 +78,11 @@ def counted_batch_norm(
         )  # fmt: skip
     momentum = None if momentum is None else checks.number("momentum", momentum)
     eps = checks.number("eps", eps)
+    if runtime.traced():
+        return _registered(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
+            num_batches_tracked,
+        )  # fmt: skip
     y: Tensor = _BatchNorm.apply(
         input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
         activation,
@@ -102,6 +107,29 @@ def _takes_triton(
     if not _plainly_right(input, running_mean, running_var, weight, bias, training, momentum, eps):
         _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return runtime.use_triton(input, weight, bias, running_mean, running_var, residual)
+
+
+def _registered(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """The call as torch.ops.tkernels.batch_norm, which is functional: running statistics are moved here."""
+    given = (None, None) if training else (running_mean, running_var)
+    y, stats = torch.ops.tkernels.batch_norm(input, residual, weight, bias, *given, eps, activation)
+    if training:
+        values = input.numel() // input.shape[1]
+        track(stats, values, eps, running_mean, running_var, momentum, num_batches_tracked)
+    result: Tensor = y
+    return result
 
 
 def _plainly_right(
@@ -259,12 +287,12 @@ def _torch_normalize(
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
     # torch's CPU backward takes vectors to be dense; running statistics it moves must be the caller's own
-    weight, bias = _vector(weight), _vector(bias)
+    weight, bias = dense(weight), dense(bias)
     if not training:
-        running_mean, running_var = _vector(running_mean), _vector(running_var)
+        running_mean, running_var = dense(running_mean), dense(running_var)
     counter = num_batches_tracked if training else None
     if momentum is None and counter is not None:
-        if counter.is_cuda and running_mean is not None:
+        if (counter.is_cuda or runtime.traced()) and running_mean is not None:
             return _average_on_device(input, running_mean, running_var, weight, bias, eps, counter)
         momentum = 1.0 / (float(counter) + 1.0)
     y = torch.nn.functional.batch_norm(
@@ -297,7 +325,32 @@ def _average_on_device(
     return y
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def track(
+    stats: Tensor,
+    values: int,
+    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Move the running statistics, where given, to the batch's; add one to the counter. ``values``: a channel's."""
+    with torch.no_grad():
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if running_mean is None or running_var is None:
+            return
+        mean, invstd = stats[:2].double() + stats[2:].double()
+        unbiased = (invstd.square().reciprocal() - eps).clamp(min=0.0) * (values / (values - 1))
+        factor: Any = momentum
+        if momentum is None:
+            factor = 0.0 if num_batches_tracked is None else num_batches_tracked.double().reciprocal()
+        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+            before = running.double()
+            running.copy_(before + (batch - before) * factor)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
     """The layout torch gives batch norm's output: channels_last where the strides say so, else contiguous."""
     if x.is_contiguous() or x.ndim not in (4, 5):
         return torch.contiguous_format
@@ -310,7 +363,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
+def dense(t: Tensor | None) -> Tensor | None:
     return t if not isinstance(t, Tensor) or t.is_contiguous() else t.contiguous()
 
 
@@ -338,11 +391,11 @@ def merge_statistics(
     eps: float,
 ) -> Tensor:
     """triton_statistics from a kernels.Partials, whose producer counted the batch."""
-    mean, var = _vector(running_mean), _vector(running_var)
+    mean, var = dense(running_mean), dense(running_var)
     stats = kernels.launch_finalize_statistics(partials, m, eps, mean, var, momentum, num_batches_tracked)
-    for running, dense in ((running_mean, mean), (running_var, var)):
-        if running is not None and dense is not None and running is not dense:
-            running.copy_(dense)
+    for running, moved in ((running_mean, mean), (running_var, var)):
+        if running is not None and moved is not None and running is not moved:
+            running.copy_(moved)
     # kernels write behind autograd's back: a graph that saved the old values must notice
     written = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
     if written:
@@ -387,6 +440,21 @@ def triton_backward(
     return dx, (dy if dz is None else dz) if needs_residual else None, dweight, dbias
 
 
+def kept_for_backward(
+    y: Tensor, residual: Tensor | None, activation: str | None, from_batch: bool, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, str | None, bool]:
+    """(what the activation's gradient needs beside the input, what that is, whether the input is needed); see
+    _BatchNorm."""
+    needs_input, _, needs_weight, needs_bias = needs
+    saved, saved_is = None, None
+    needs_sums = needs_weight or needs_bias or (from_batch and needs_input)
+    if activation in activations.FROM_OUTPUT and (residual is not None or not needs_sums):
+        saved, saved_is = y, "output"
+    elif activation is not None and residual is not None:
+        saved, saved_is = residual, "residual"
+    return saved, saved_is, needs_sums or (activation is not None and saved_is != "output")
+
+
 class _BatchNorm(torch.autograd.Function):
     """Batch norm on Triton.
 
@@ -411,29 +479,23 @@ class _BatchNorm(torch.autograd.Function):
         eps: float,
         activation: str | None,
     ) -> Tensor:
-        layout = _memory_format(input)
+        layout = memory_format(input)
         x = input.contiguous(memory_format=layout)
         if residual is not None:
             residual = residual.contiguous(memory_format=layout)
         m = tuning.matrix(x.shape, layout != torch.contiguous_format)
-        weight, bias = _vector(weight), _vector(bias)
+        weight, bias = dense(weight), dense(bias)
         if training:
             stats = triton_statistics(x, m, running_mean, running_var, momentum, num_batches_tracked, eps)
             norm = kernels.Norm(stats, None, weight, bias, eps)
         else:
-            norm = kernels.Norm(cast(Tensor, _vector(running_mean)), _vector(running_var), weight, bias, eps)
+            norm = kernels.Norm(cast(Tensor, dense(running_mean)), dense(running_var), weight, bias, eps)
         y = kernels.launch_normalize(x, m, norm, activation, residual)
 
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         if not (needs_input or needs_residual or needs_weight or needs_bias):
             return y
-        saved, saved_is = None, None
-        needs_sums = needs_weight or needs_bias or (training and needs_input)
-        if activation in activations.FROM_OUTPUT and (residual is not None or not needs_sums):
-            saved, saved_is = y, "output"
-        elif activation is not None and residual is not None:
-            saved, saved_is = residual, "residual"
-        needs_x = needs_sums or (activation is not None and saved_is != "output")
+        saved, saved_is, needs_x = kept_for_backward(y, residual, activation, training, ctx.needs_input_grad[:4])
         ctx.save_for_backward(x if needs_x else None, saved, norm.mean, norm.var, weight, bias)
         ctx.layout, ctx.matrix, ctx.eps, ctx.activation, ctx.saved_is = layout, m, eps, activation, saved_is
         return y

@@ -50,11 +50,34 @@ def conv2d(
     if runtime.leaves_to_torch(input) or not _takes_triton(input, weight, bias):
         return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
     g, autocast = _checked(input, weight, bias, stride, padding, dilation, groups)
-    if runtime.get_backend() == "auto" and _torch_is_faster(input, weight, bias, g, activation, autocast):
+    if runtime.traced():
+        if input.dim() == 3:
+            return _registered(input.unsqueeze(0), weight, bias, padding, g, activation, autocast).squeeze(0)
+        return _registered(input, weight, bias, padding, g, activation, autocast)
+    if runtime.get_backend() == "auto" and torch_is_faster(input, weight, bias, g, activation, autocast):
         return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
     if input.dim() == 3:
         return _triton_body(input.unsqueeze(0), weight, bias, g, activation, autocast).squeeze(0)
     return _triton_body(input, weight, bias, g, activation, autocast)
+
+
+def _registered(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, g: Geometry, activation: str | None,
+    autocast: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """The call as torch.ops.tkernels.conv2d, whose padding is a number a side."""
+    pad = g.pad_h, g.pad_w
+    if padding == "same":
+        both = g.dilation_h * (g.kernel_h - 1), g.dilation_w * (g.kernel_w - 1)
+        below, right = both[0] - 2 * pad[0], both[1] - 2 * pad[1]  # the odd one, where there is one
+        if below or right:
+            x = torch.nn.functional.pad(x, (0, right, 0, below))
+    dtype = autocast or x.dtype
+    y: Tensor = torch.ops.tkernels.conv2d(
+        x.to(dtype), weight, bias, (g.stride_h, g.stride_w), pad, (g.dilation_h, g.dilation_w), g.groups, activation,
+        dtype,
+    )[0]  # fmt: skip
+    return y
 
 
 def _checked(
@@ -69,7 +92,7 @@ def _checked(
     """What the call describes, and autocast's dtype. Raises what torch raises."""
     if not isinstance(padding, str):
         padding = pair("padding", padding)
-    g = geometry(
+    g = (described if runtime.traced() else geometry)(
         tuple(input.shape), tuple(weight.shape), pair("stride", stride), padding, pair("dilation", dilation),
         checks.integer("groups", groups),
     )  # fmt: skip
@@ -118,8 +141,7 @@ def pair(name: str, value: Any) -> tuple[int, int]:
     return number, number
 
 
-@functools.lru_cache(maxsize=4096)
-def geometry(
+def described(
     input_shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
     stride: tuple[int, int],
@@ -153,6 +175,9 @@ def geometry(
     out_w = (padded[1] - reach[1] - 1) // stride[1] + 1
     return Geometry(channels, weight_shape[0], groups, height, width, kernel_h, kernel_w, *stride, *before, *dilation,
                     out_h, out_w)  # fmt: skip
+
+
+geometry = functools.lru_cache(maxsize=4096)(described)
 
 
 def _check_shapes(input_shape: tuple[int, ...], weight_shape: tuple[int, ...], groups: int) -> None:
@@ -205,7 +230,7 @@ def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return channels > 0 and runtime.use_triton(input, weight, bias)
 
 
-def _torch_is_faster(
+def torch_is_faster(
     x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, activation: str | None, autocast: torch.dtype | None
 ) -> bool:
     """Whether backend 'auto' leaves this convolution to PyTorch: by estimate, or as measured where autotuning is on."""

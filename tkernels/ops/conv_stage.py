@@ -143,10 +143,11 @@ def _geometries(input: Tensor, layers: Sequence[ConvBNLayer]) -> tuple[Geometry,
         raise ValueError("layers must hold at least one ConvBNLayer, got none")
     found: list[Geometry] = []
     shape = tuple(input.shape)
+    geometry = conv_ops.described if runtime.traced() else conv_ops.geometry
     for layer in layers:
         checks.tensor(weight=layer.weight)
         padding = layer.padding if isinstance(layer.padding, str) else conv_ops.pair("padding", layer.padding)
-        g = conv_ops.geometry(
+        g = geometry(
             shape, tuple(layer.weight.shape), conv_ops.pair("stride", layer.stride), padding,
             conv_ops.pair("dilation", layer.dilation), layer.groups,
         )  # fmt: skip
@@ -163,11 +164,11 @@ def _pooling(g: Geometry, pool: int | Sequence[int] | MaxPool | None) -> Pooling
         pool = MaxPool(pool)
     kernel = conv_ops.pair("pool", pool.kernel_size)
     stride = kernel if pool.stride is None else conv_ops.pair("the pool's stride", pool.stride)
-    return _checked_pooling(g.out_h, g.out_w, kernel, stride, conv_ops.pair("the pool's padding", pool.padding))
+    pooling = described_pooling if runtime.traced() else _checked_pooling
+    return pooling(g.out_h, g.out_w, kernel, stride, conv_ops.pair("the pool's padding", pool.padding))
 
 
-@functools.lru_cache(maxsize=1024)
-def _checked_pooling(
+def described_pooling(
     height: int, width: int, kernel: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int]
 ) -> Pooling:
     if min(kernel) <= 0 or min(stride) <= 0:
@@ -179,6 +180,9 @@ def _checked_pooling(
     if out_h <= 0 or out_w <= 0:
         raise RuntimeError(f"a pool of {kernel} with padding {pad} does not fit into a map of {height} x {width}")
     return Pooling(height, width, *kernel, *stride, *pad, out_h, out_w)
+
+
+_checked_pooling = functools.lru_cache(maxsize=1024)(described_pooling)
 
 
 def _check_layer(
@@ -227,6 +231,8 @@ def _torch_body(
 
 
 def _triton_body(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor:
+    if runtime.traced():
+        return _registered(x, layers, plan)
     if torch.is_grad_enabled():
         parameters = [t for layer in layers for t in layer[:4]]
         if x.requires_grad or any(t is not None and t.requires_grad for t in parameters):
@@ -234,14 +240,48 @@ def _triton_body(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor
     return forward(x, layers, plan, False)[0]
 
 
+def _registered(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor:
+    """The call as torch.ops.tkernels.conv_stage, which is functional: running statistics are moved here."""
+    measured = [layer.measures(plan.training) for layer in layers]
+    vectors: list[Tensor | None] = []
+    windows: list[int] = []
+    for layer, from_batch in zip(layers, measured):
+        given = (None, None) if from_batch else (layer.running_mean, layer.running_var)
+        vectors += [layer.bias, layer.bn_weight, layer.bn_bias, *given]
+        padding: Any = layer.padding
+        if isinstance(padding, str):
+            padding = -1 if padding == "same" else 0
+        for value in (layer.stride, padding, layer.dilation):
+            windows += conv_ops.pair("window", value)
+        windows.append(layer.groups)
+    weights = [layer.weight for layer in layers]
+    differentiates = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *weights, *vectors)
+    )  # fmt: skip
+    window = plan.pool
+    pool = [window.kernel_h, window.kernel_w, window.stride_h, window.stride_w, window.pad_h, window.pad_w]
+    seed = runtime.dropout_seed(x) if plan.p > 0 else None
+    y, *stats = torch.ops.tkernels.conv_stage(
+        x, weights, [x.new_empty(0) if t is None else t for t in vectors], windows,
+        [float(layer.eps) for layer in layers], pool, plan.p, seed, plan.dtype, differentiates or any(measured),
+    )[: 1 + len(layers)]  # fmt: skip
+    for layer, found, g in zip(layers, stats, plan.geometries):
+        if layer.counts(plan.training):
+            bn_ops.track(found, x.shape[0] * g.out_h * g.out_w, layer.eps, layer.running_mean, layer.running_var,
+                         layer.momentum, layer.num_batches_tracked)  # fmt: skip
+    result: Tensor = y
+    return result
+
+
 def forward(
-    x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, keep: bool
+    x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, keep: bool, seed: Tensor | None = None
 ) -> tuple[Tensor, list[SavedLayer], Tensor | None]:
     """(y, what backward needs if ``keep``, dropout's seed or None)."""
     channels_last = conv_ops.suggests_channels_last(x) or any(
         conv_ops.suggests_channels_last(layer.weight) for layer in layers
     )
-    seed = runtime.dropout_seed(x) if plan.p > 0 else None
+    if plan.p > 0 and seed is None:
+        seed = runtime.dropout_seed(x)
     saved: list[SavedLayer] = []
     packed = _pack(layers, plan)
     last = len(layers) - 1
@@ -250,7 +290,7 @@ def forward(
         end = i == last
         given = not layer.measures(plan.training)
         if before is None:
-            x = _conv_input(x, g, plan.dtype)
+            x = conv_input(x, g, plan.dtype)
         if given and not keep:
             x = _folded(x, packed[i], layer, g, channels_last or not (end and plan.plain_end))
             if end and not plan.plain_end:
@@ -260,7 +300,7 @@ def forward(
         if keep:
             saved.append(SavedLayer(x if before is None else None, layer.weight, layer.bias, packed[i], raw, norm.mean,
                                     norm.var, norm.weight, norm.bias))  # fmt: skip
-        before = norm if not end and _normalizes_in_next(layers[i + 1], plan, i + 1) else None
+        before = norm if not end and normalizes_in_next(layers[i + 1], plan, i + 1) else None
         if before is not None:
             x = raw
         elif end and not (plan.plain_end and channels_last):
@@ -270,7 +310,7 @@ def forward(
     return x, saved, seed
 
 
-def _normalizes_in_next(layer: ConvBNLayer, plan: Plan, i: int) -> bool:
+def normalizes_in_next(layer: ConvBNLayer, plan: Plan, i: int) -> bool:
     """Whether layer ``i`` normalises and activates its input itself."""
     return layer.measures(plan.training) and tuning.applies_in_prologue(plan.geometries[i], plan.dtype)
 
@@ -285,7 +325,7 @@ def _pack(layers: Sequence[ConvBNLayer], plan: Plan) -> list[Any]:
     return packed
 
 
-def _conv_input(x: Tensor, g: Geometry, dtype: torch.dtype) -> Tensor:
+def conv_input(x: Tensor, g: Geometry, dtype: torch.dtype) -> Tensor:
     """The input as the convolution's kernels read it: with few channels any, else NHWC in ``dtype``."""
     if g.flattened and not g.depthwise:
         return x
@@ -296,19 +336,19 @@ def _matrix(raw: Tensor) -> bn_tuning.Matrix:
     return bn_tuning.matrix(raw.shape, True)
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
+def dense(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.contiguous()
 
 
 def _given_norm(layer: ConvBNLayer) -> Any:
     """Batch norm by running statistics."""
-    mean, var = _dense(layer.running_mean), _dense(layer.running_var)
-    return batch_norm.Norm(cast(Tensor, mean), var, _dense(layer.bn_weight), _dense(layer.bn_bias), layer.eps)
+    mean, var = dense(layer.running_mean), dense(layer.running_var)
+    return batch_norm.Norm(cast(Tensor, mean), var, dense(layer.bn_weight), dense(layer.bn_bias), layer.eps)
 
 
 def _folded(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry, channels_last: bool) -> Tensor:
     """relu(batch_norm(conv(x))) by running statistics, in one kernel."""
-    norm, bias = _given_norm(layer), _dense(layer.bias)
+    norm, bias = _given_norm(layer), dense(layer.bias)
     if g.depthwise:
         raw, _ = conv_depthwise.launch_forward(x, layer.weight, bias, g)
         if channels_last:
@@ -319,7 +359,7 @@ def _folded(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry, channels_la
 
 def _given(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry) -> tuple[Tensor, Any]:
     """(raw output, Norm) where running statistics normalise and backward will ask for the raw map."""
-    bias = _dense(layer.bias)
+    bias = dense(layer.bias)
     if g.depthwise:
         return conv_depthwise.launch_forward(x, layer.weight, bias, g)[0], _given_norm(layer)
     return conv.launch_forward(x, packed, bias, g)[0], _given_norm(layer)
@@ -329,7 +369,7 @@ def _measured(x: Tensor, before: Any, packed: Any, layer: ConvBNLayer, g: Geomet
     """(raw output, Norm) by the batch's statistics; in training moves the running ones. ``before``: the Norm that x has
     yet to go through, or None."""
     counter = layer.num_batches_tracked if layer.counts(plan.training) else None
-    bias = _dense(layer.bias)
+    bias = dense(layer.bias)
     partials: Any
     if g.depthwise:
         raw, _ = conv_depthwise.launch_forward(x, layer.weight, bias, g)
@@ -341,7 +381,7 @@ def _measured(x: Tensor, before: Any, packed: Any, layer: ConvBNLayer, g: Geomet
     stats = bn_ops.merge_statistics(
         partials, _matrix(raw), layer.running_mean, layer.running_var, layer.momentum, counter, layer.eps
     )
-    return raw, batch_norm.Norm(stats, None, _dense(layer.bn_weight), _dense(layer.bn_bias), layer.eps)
+    return raw, batch_norm.Norm(stats, None, dense(layer.bn_weight), dense(layer.bn_bias), layer.eps)
 
 
 class Wanted(NamedTuple):

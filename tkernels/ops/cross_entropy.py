@@ -185,9 +185,12 @@ def _triton_body(
 ) -> Tensor:
     smoothing = label_smoothing if label_smoothing > 0 else 0.0  # negative or NaN is none, as in torch
     arguments = (input, target, weight, ignore_index, reduction, smoothing, _loss_dtype(input, target, weight))
+    if runtime.traced():
+        loss: Tensor = torch.ops.tkernels.cross_entropy(*arguments)[0]
+        return loss
     if (input.requires_grad or target.requires_grad) and torch.is_grad_enabled():
         return _CrossEntropy.apply(*arguments)
-    return _forward(*arguments)[0]
+    return forward(*arguments)[0]
 
 
 def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -200,7 +203,7 @@ def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.d
     return dtype
 
 
-def _forward(
+def forward(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -231,7 +234,7 @@ class _CrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         loss_dtype: torch.dtype,
     ) -> Tensor:
-        loss, saved = _forward(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype)
+        loss, saved = forward(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype)
         ctx.save_for_backward(*saved)
         ctx.options = ignore_index, reduction, label_smoothing
         return loss

@@ -1,0 +1,157 @@
+"""The other registered operators: opcheck, torch.compile, dynamic batches, FLOPs, a network of all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import tkernels.functional as F
+import tkernels.nn as tnn
+from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
+from tests.library.common import compare_compiled, operators
+
+pytestmark = pytest.mark.gate("torch", "interp", "cuda")
+ops = torch.ops.tkernels
+
+
+def draw(device: str, *shape: int, channels_last: bool = False) -> Tensor:
+    t = torch.randn(*shape, device=device)
+    return (t.to(memory_format=torch.channels_last) if channels_last else t).requires_grad_()
+
+
+def compare(ours: Tensor, expected: Tensor, tensors: list[Tensor]) -> None:
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    dy = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, tensors, dy)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, tensors, dy), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation, groups, channels_last", [(None, 1, False), ("relu", 4, True), ("gelu", 2, True)])
+def test_conv2d(activation: str | None, groups: int, channels_last: bool, device: str) -> None:
+    x, w, b = draw(device, 2, 4, 6, 5, channels_last=channels_last), draw(device, 8, 4 // groups, 3, 3), draw(device, 8)
+    args = (x, w, b, [1, 2], [1, 1], [1, 1], groups, activation, torch.float32)
+    torch.library.opcheck(ops.conv2d, args)
+    y = ops.conv2d(*args)[0]
+    compare(y, F.conv2d(x, w, b, (1, 2), 1, 1, groups, activation), [x, w, b])
+    dy, saved = torch.randn_like(y), None if activation is None else y.detach()
+    geometry = ([1, 2], [1, 1], [1, 1], groups, activation)
+    for needed, needs_input in ((x.detach(), False), (None, True)):
+        torch.library.opcheck(
+            ops.conv2d_backward,
+            (dy, needed, w.detach(), None, saved, list(x.shape), channels_last, *geometry, needs_input),
+        )
+
+
+@pytest.mark.parametrize("activation, residual, given, channels_last", [
+    (None, False, False, False), ("relu", True, False, True), ("gelu", True, False, False), ("relu", False, True, True),
+])  # fmt: skip
+def test_batch_norm(activation: str | None, residual: bool, given: bool, channels_last: bool, device: str) -> None:
+    x, w, b = draw(device, 3, 4, 5, 6, channels_last=channels_last), draw(device, 4), draw(device, 4)
+    other = draw(device, 3, 4, 5, 6) if residual else None
+    running: Any = (torch.randn(4, device=device), torch.rand(4, device=device) + 0.5) if given else (None, None)
+    args = (x, other, w, b, *running, 1e-5, activation)
+    torch.library.opcheck(ops.batch_norm, args)
+    expected = F.batch_norm(x, *running, w, b, not given, 0.1, 1e-5, activation, other)
+    compare(ops.batch_norm(*args)[0], expected, [t for t in (x, other, w, b) if t is not None])
+
+
+@pytest.mark.parametrize("reduction, probabilities", [("none", False), ("mean", True), ("sum", False)])
+def test_cross_entropy(reduction: str, probabilities: bool, device: str) -> None:
+    x, weight = draw(device, 4, 5, 3), torch.rand(5, device=device)
+    target = torch.rand(4, 5, 3, device=device) if probabilities else torch.randint(0, 5, (4, 3), device=device)
+    target.requires_grad_(probabilities)
+    args = (x, target, weight, -100, reduction, 0.1, torch.float32)
+    torch.library.opcheck(ops.cross_entropy, args)
+    expected = F.cross_entropy(x, target, weight, -100, reduction, 0.1)
+    compare(ops.cross_entropy(*args)[0], expected, [x, target] if probabilities else [x])
+
+
+@pytest.mark.parametrize("given, pool, kernel", [(False, True, 3), (True, False, 1), (False, False, 1)])
+def test_conv_stage(given: bool, pool: bool, kernel: int, device: str) -> None:
+    x = draw(device, 2, 3, 6, 6)
+    weights = [draw(device, 8, 3, 3, 3), draw(device, 4, 8, kernel, kernel)]
+    vectors: list[Tensor] = []
+    for c in (8, 4):
+        vectors += [draw(device, c), draw(device, c), draw(device, c)]
+        vectors += [torch.randn(c), torch.rand(c) + 0.5] if given else [torch.empty(0), torch.empty(0)]
+    vectors = [t.to(device) if not t.requires_grad else t for t in vectors]
+    args = (x, weights, vectors, [1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1], [1e-5, 1e-4],
+            [2, 2, 2, 2, 0, 0] if pool else [1, 1, 1, 1, 0, 0], 0.0, None, torch.float32, True)  # fmt: skip
+    torch.library.opcheck(ops.conv_stage, args)
+    layers = [
+        F.ConvBNLayer(weights[i], *(t if t.numel() else None for t in vectors[5 * i : 5 * i + 5]), padding="same",
+                      eps=(1e-5, 1e-4)[i])
+        for i in range(2)
+    ]  # fmt: skip
+    expected = F.conv_stage(x, layers, 2 if pool else None, 0.0, not given)
+    compare(ops.conv_stage(*args)[0], expected, [x, *weights, *(t for t in vectors if t.requires_grad)])
+
+
+def test_conv_stage_replays_dropout(device: str) -> None:
+    x, w = draw(device, 8, 3, 4, 4), draw(device, 8, 3, 1, 1)
+    none = torch.empty(0, device=device)
+    seed = torch.tensor(5, device=device)
+    y = ops.conv_stage(
+        x, [w], [none] * 5, [1, 1, 0, 0, 1, 1, 1], [1e-5], [1, 1, 1, 1, 0, 0], 0.5, seed, torch.float32, True
+    )[0]
+    dropped = (y == 0).flatten(2).all(2)
+    assert 0.2 < dropped.float().mean() < 0.8
+    dy = torch.zeros_like(y)
+    dy[dropped] = 1.0
+    assert (torch.autograd.grad(y, w, dy)[0] == 0).all()
+
+
+class Everything(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = tnn.ConvStage([3, 8, 4], 3, padding=1, pool=2)
+        self.conv = tnn.Conv2d(4, 6, 2, padding="same", activation="relu")
+        self.norm = tnn.BatchNorm2d(6, activation="relu", momentum=None)
+        self.fc = tnn.Linear(6, 5)
+        self.loss = tnn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.stage(x))
+        target = torch.arange(x.shape[0], device=x.device).remainder(5)
+        return self.loss(self.fc(self.norm(y, y).mean((2, 3))), target)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_with_any_batch(training: bool, device: str, triton_runs: bool) -> None:
+    model = Everything().to(device).train(training)
+    counter = compare_compiled(model, lambda n: torch.randn(n, 3, 8, 8), (3, 4, 6, 9), 900, device)
+    assert counter.frame_count == 2  # the second size makes the batch dynamic, and that serves the others
+    expected = {"conv_stage", "conv2d", "batch_norm", "linear", "cross_entropy"} if triton_runs else set()
+    assert operators(counter.graphs[-1].graph) == expected
+
+
+def test_autocast_in_compile(device: str) -> None:
+    model = Everything().to(device)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, 8, 8, device=device)
+    with torch.autocast(device, dtype=torch.float16 if device == "cuda" else torch.bfloat16):
+        loss = compiled(x)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_inductor(device: str) -> None:
+    model = FusedCNNClassifier(width=2, image_size=8, dropout2d=0.0).to(device)
+    x = torch.randn(3, 3, 8, 8, device=device)
+    y = torch.compile(model.eval(), fullgraph=True)(x)
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_flops_are_those_of_the_plain_network(device: str) -> None:
+    plain, fused = (cls(width=4, image_size=8).to(device) for cls in (CNNClassifier, FusedCNNClassifier))
+    totals = []
+    for model in (plain, fused):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(2, 3, 8, 8, device=device)).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0

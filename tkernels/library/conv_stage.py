@@ -1,0 +1,300 @@
+"""torch.ops.tkernels.conv_stage and conv_stage_backward. Functional: the caller moves the running statistics
+(tkernels.ops.batch_norm.track) by the batch's, which the operator returns."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from tkernels import runtime
+from tkernels.library import common
+from tkernels.library.batch_norm import torch_statistics
+from tkernels.ops import conv as conv_ops
+from tkernels.ops import conv_stage as ops
+from tkernels.tuning.conv import Geometry
+
+__all__ = ["conv_stage", "conv_stage_backward"]
+
+_VECTORS = 5  # bias, bn_weight, bn_bias, running_mean, running_var of each layer
+_WINDOW = 7  # stride, padding (-1 for 'same'), dilation, groups
+
+
+class _Call(NamedTuple):
+    """The layers of a call and what its shapes come to."""
+
+    layers: list[ops.ConvBNLayer]
+    plan: ops.Plan
+    channels_last: bool
+
+
+def _call(
+    input: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor], windows: Sequence[int],
+    eps: Sequence[float], pool: Sequence[int], p: float, dtype: torch.dtype,
+) -> _Call:  # fmt: skip
+    layers, geometries = [], []
+    shape: tuple[Any, ...] = tuple(input.shape)
+    for i, weight in enumerate(weights):
+        own: Any = [common.something(t) for t in vectors[_VECTORS * i : _VECTORS * (i + 1)]]
+        sh, sw, ph, pw, dh, dw, groups = windows[_WINDOW * i : _WINDOW * (i + 1)]
+        padding: Any = "same" if ph < 0 else (ph, pw)
+        vector: dict[str, Any] = dict(zip(ops.ConvBNLayer._fields[1 : 1 + _VECTORS], own))
+        layer = ops.ConvBNLayer(
+            weight, **vector, stride=(sh, sw), padding=padding, dilation=(dh, dw), groups=groups, eps=eps[i]
+        )
+        g = conv_ops.described(shape, tuple(weight.shape), (sh, sw), padding, (dh, dw), groups)
+        layers.append(layer)
+        geometries.append(g)
+        shape = shape[0], g.out_channels, g.out_h, g.out_w
+    last = geometries[-1]
+    pooling = ops.described_pooling(last.out_h, last.out_w, *_pairs(pool))
+    channels_last = any(conv_ops.suggests_channels_last(t) for t in (input, *weights))
+    return _Call(layers, ops.Plan(tuple(geometries), pooling, dtype, p, False), channels_last)
+
+
+def _pairs(pool: Sequence[int]) -> list[Any]:
+    return [tuple(pool[i : i + 2]) for i in (0, 2, 4)]
+
+
+def _tensors(call: _Call) -> list[Tensor | None]:
+    return [t for layer in call.layers for t in layer[:6]]
+
+
+@torch.library.custom_op("tkernels::conv_stage", mutates_args=())
+def conv_stage(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    windows: Sequence[int],
+    eps: Sequence[float],
+    pool: Sequence[int],
+    p: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+    keep: bool,
+) -> list[Tensor]:
+    """n x (conv -> batch_norm -> ReLU), max pooling (``pool``: size, stride, padding, a pair each) and Dropout2d.
+
+    Per layer: ``vectors`` bias, bn_weight, bn_bias, running_mean, running_var (none: the batch's statistics normalise),
+    each empty where there is none, since autograd does not see into lists with None; ``windows`` stride, padding (-1
+    for 'same'), dilation, groups. Returns y, then of each layer the batch's statistics (float32 [4, C], as
+    torch.ops.tkernels.batch_norm; empty where given ones normalise), and of each layer its input and the raw output of
+    its convolution, each empty where not stored. Without ``keep`` all but y are empty, and the latter two left out.
+    """
+    call = _call(input, weights, vectors, windows, eps, pool, p, dtype)
+    if not runtime.use_triton(input, *_tensors(call)):
+        return _torch_forward(input, call, pool, seed, keep)
+    y, saved, _ = ops.forward(input, call.layers, call.plan, keep, seed)
+    if not keep:
+        return [y, *(common.nothing(y) for _ in weights)]
+    none = common.nothing(y)
+    stats = [s.mean if s.var is None else none.clone() for s in saved]
+    maps = [t for i, s in enumerate(saved) for t in (s.x if i else None, s.raw)]
+    return [y, *stats, *(none.clone() if t is None else t for t in maps)]
+
+
+def _torch_body(x: Tensor, call: _Call, pool: Sequence[int], seed: Tensor | None) -> tuple[Tensor, list[Any]]:
+    """(y, (input, raw output) of each layer)."""
+    plan = call.plan
+    maps = []
+    for i, (layer, g) in enumerate(zip(call.layers, plan.geometries)):
+        raw = _convolved(x, layer, g, plan.dtype)
+        maps.append((x if i else None, raw))
+        given = layer.running_mean is not None
+        x = torch.nn.functional.batch_norm(
+            raw, layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, not given, 0.0, layer.eps
+        ).relu()  # fmt: skip
+    if any(size != 1 for size in pool[:4]):
+        x = torch.nn.functional.max_pool2d(x, *_pairs(pool))
+    if seed is not None:
+        x = x * common.dropout_factors(x.new_empty((*x.shape[:2], 1, 1)), plan.p, seed)
+    return x, maps
+
+
+def _convolved(x: Tensor, layer: ops.ConvBNLayer, g: Geometry, dtype: torch.dtype) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    options: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return torch.nn.functional.conv2d(x.to(dtype), layer.weight.to(dtype), bias, *options)
+
+
+def _torch_forward(x: Tensor, call: _Call, pool: Sequence[int], seed: Tensor | None, keep: bool) -> list[Tensor]:
+    with common.without_autocast(x.device):
+        y, maps = _torch_body(x, call, pool, seed)
+    y = y.contiguous(memory_format=common.layout(call.channels_last))
+    if not keep:
+        return [y, *(common.nothing(y) for _ in maps)]
+    stats = [
+        torch_statistics(raw, layer.eps) if layer.running_mean is None else common.nothing(y)
+        for layer, (_, raw) in zip(call.layers, maps)
+    ]
+    stored = [
+        common.nothing(y) if t is None or (skipped and j == 0) else t.contiguous(memory_format=torch.channels_last)
+        for pair, skipped in zip(maps, _not_stored(call))
+        for j, t in enumerate(pair)
+    ]
+    return [y, *stats, *stored]
+
+
+def _not_stored(call: _Call) -> list[bool]:
+    """Of each layer, whether its input is formed as it is loaded, from the raw output before."""
+    plan = call.plan
+    return [i > 0 and ops.normalizes_in_next(layer, plan, i) and call.layers[i - 1].running_mean is None
+            for i, layer in enumerate(call.layers)]  # fmt: skip
+
+
+@conv_stage.register_fake
+def _(
+    input: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor], windows: Sequence[int],
+    eps: Sequence[float], pool: Sequence[int], p: float, seed: Tensor | None, dtype: torch.dtype, keep: bool,
+) -> list[Tensor]:  # fmt: skip
+    call = _call(input, weights, vectors, windows, eps, pool, p, dtype)
+    n, end = input.shape[0], call.plan.pool
+    geometries = call.plan.geometries
+    y = common.empty((n, geometries[-1].out_channels, end.out_h, end.out_w), input, dtype,
+                     common.layout(call.channels_last))  # fmt: skip
+    if not keep:
+        return [y, *(common.nothing(y) for _ in weights)]
+    stats = [
+        input.new_empty((4, g.out_channels), dtype=torch.float32) if layer.running_mean is None else common.nothing(y)
+        for layer, g in zip(call.layers, geometries)
+    ]
+    maps = []
+    for i, (g, skipped) in enumerate(zip(geometries, _not_stored(call))):
+        shape = n, g.in_channels, g.height, g.width
+        maps.append(common.nothing(y) if i == 0 or skipped else common.empty(shape, y, dtype, torch.channels_last))
+        maps.append(common.empty((n, g.out_channels, g.out_h, g.out_w), y, dtype, torch.channels_last))
+    return [y, *stats, *maps]
+
+
+@torch.library.custom_op("tkernels::conv_stage_backward", mutates_args=())
+def conv_stage_backward(
+    dy: Tensor,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    windows: Sequence[int],
+    eps: Sequence[float],
+    pool: Sequence[int],
+    p: float,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of the input, then of weight, bias, bn_weight and bn_bias of each layer, empty where ``needs`` does not
+    say so. ``kept``: conv_stage's results but y."""
+    call = _call(input, weights, vectors, windows, eps, pool, p, dtype)
+    if runtime.use_triton(input, *_tensors(call)):
+        input_format = input.dtype, conv_ops.suggests_channels_last(input)
+        found = ops.backward(dy, _saved(input, call, kept), seed, call.plan, eps, needs, input_format)
+        return list(common.results(found, dy))
+    leaves = [input, *(t for layer in call.layers for t in layer[:4])]
+
+    def body(x: Tensor, *parameters: Tensor) -> Tensor:
+        fields = ops.ConvBNLayer._fields[:4]
+        layers = [
+            layer._replace(**cast(Any, dict(zip(fields, parameters[4 * i :])))) for i, layer in enumerate(call.layers)
+        ]
+        return _torch_body(x, call._replace(layers=layers), pool, seed)[0]
+
+    gradients = common.gradients(body, leaves, needs, dy)
+    if gradients[0] is not None:
+        layout = common.layout(conv_ops.suggests_channels_last(input))
+        gradients[0] = gradients[0].contiguous(memory_format=layout)
+    # laid out as the parameters are
+    laid = [g if g is None or i == 0 else torch.empty_like(cast(Tensor, leaves[i])).copy_(g)
+            for i, g in enumerate(gradients)]  # fmt: skip
+    return list(common.results(laid, dy))
+
+
+def _saved(input: Tensor, call: _Call, kept: Sequence[Tensor]) -> list[ops.SavedLayer]:
+    """What ops.forward saved, of the operator's results."""
+    stats, maps = kept[: len(call.layers)], kept[len(call.layers) :]
+    saved = []
+    for i, (layer, g) in enumerate(zip(call.layers, call.plan.geometries)):
+        x = common.something(maps[2 * i]) if i else ops.conv_input(input, g, call.plan.dtype)
+        given = layer.running_mean is not None
+        mean = ops.dense(layer.running_mean) if given else stats[i]
+        var = ops.dense(layer.running_var) if given else None
+        saved.append(ops.SavedLayer(x, layer.weight, layer.bias, None, maps[2 * i + 1], cast(Tensor, mean), var,
+                                    ops.dense(layer.bn_weight), ops.dense(layer.bn_bias)))  # fmt: skip
+    return saved
+
+
+@conv_stage_backward.register_fake
+def _(
+    dy: Tensor, input: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor], kept: Sequence[Tensor],
+    windows: Sequence[int], eps: Sequence[float], pool: Sequence[int], p: float, seed: Tensor | None,
+    dtype: torch.dtype, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    layout = common.layout(conv_ops.suggests_channels_last(input))
+    leaves: list[Tensor] = []
+    for i, weight in enumerate(weights):
+        leaves += [weight, *vectors[_VECTORS * i : _VECTORS * i + 3]]
+    found = [torch.empty_like(t) if need else None for t, need in zip(leaves, needs[1:])]
+    dx = common.empty(input.shape, input, input.dtype, layout) if needs[0] else None
+    return list(common.results([dx, *found], dy))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    input, weights, vectors, windows, eps, pool, p, seed, dtype, keep = inputs
+    if not keep:
+        raise RuntimeError("torch.ops.tkernels.conv_stage must be called with keep=True where gradients are needed")
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(input, seed, *weights, *vectors, *output[1:])
+    ctx.arguments = list(windows), list(eps), list(pool), p
+    ctx.dtype, ctx.layers = dtype, len(weights)
+    parameters = [[weight, *vectors[_VECTORS * i : _VECTORS * i + 3]] for i, weight in enumerate(weights)]
+    ctx.needs = [t.requires_grad for t in (input, *itertools.chain(*parameters))]
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    n = ctx.layers
+    input, seed, *others = ctx.saved_tensors
+    weights, vectors, kept = others[:n], others[n : n + _VECTORS * n], others[n + _VECTORS * n :]
+    needs = ctx.needs
+    found = torch.ops.tkernels.conv_stage_backward(
+        grads[0], input, weights, vectors, kept, *ctx.arguments, seed, ctx.dtype, needs
+    )  # fmt: skip
+    gradients = [t if need else None for t, need in zip(found, needs)]
+    of_weights = gradients[1::4]
+    of_vectors: list[Tensor | None] = []
+    for i in range(n):
+        of_vectors += [*gradients[4 * i + 2 : 4 * i + 5], None, None]
+    return gradients[0], of_weights, of_vectors, *[None] * 7
+
+
+conv_stage.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _products(input_shape: Any, weights: Any, windows: Any) -> list[int]:
+    """Each layer's, in FLOPs."""
+    shape = tuple(input_shape)
+    found = []
+    for i, weight in enumerate(weights):
+        sh, sw, ph, pw, dh, dw, groups = windows[_WINDOW * i : _WINDOW * (i + 1)]
+        padding: Any = "same" if ph < 0 else (ph, pw)
+        g = conv_ops.described(shape, tuple(weight), (sh, sw), padding, (dh, dw), groups)
+        out = shape[0], g.out_channels, g.out_h, g.out_w
+        found.append(conv_flop_count(list(shape), list(weight), list(out)))
+        shape = out
+    return found
+
+
+@register_flop_formula(torch.ops.tkernels.conv_stage)
+def _flops(input_shape: Any, weights: Any, vectors: Any, windows: Any, *_: Any, **__: Any) -> int:
+    return sum(_products(input_shape, weights, windows))
+
+
+@register_flop_formula(torch.ops.tkernels.conv_stage_backward)
+def _backward_flops(
+    dy_shape: Any, input_shape: Any, weights: Any, vectors: Any, kept: Any, windows: Any, eps: Any, pool: Any, p: Any,
+    seed: Any, dtype: Any, needs: Any, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    products = _products(input_shape, weights, windows)
+    below = [any(needs[: 1 + 4 * i]) for i in range(len(products))]
+    return sum(product * (needs[1 + 4 * i] + below[i]) for i, product in enumerate(products))
