@@ -16,6 +16,28 @@ else:
     _Base = object
 
 
+def normalized(
+    norm: torch.nn.modules.batchnorm._BatchNorm, input: Tensor, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """activation(batch norm of ``input`` by a module of torch's or ours + ``residual``)."""
+    norm._check_input_dim(input)
+    tracks = norm.training and norm.track_running_stats
+    running = not norm.training or norm.track_running_stats
+    return ops.counted_batch_norm(
+        input,
+        norm.running_mean if running else None,
+        norm.running_var if running else None,
+        norm.weight,
+        norm.bias,
+        norm.training or (norm.running_mean is None and norm.running_var is None),
+        norm.momentum,
+        norm.eps,
+        activation,
+        residual,
+        norm.num_batches_tracked if tracks else None,
+    )
+
+
 class _FusedBatchNorm(_Base):
     """What the three modules add to torch's: the constructor's ``activation``, ``forward`` with a residual."""
 
@@ -39,22 +61,7 @@ class _FusedBatchNorm(_Base):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(batch norm of ``input`` + ``residual``); ``residual`` has the input's shape and dtype."""
-        self._check_input_dim(input)
-        tracks = self.training and self.track_running_stats
-        running = not self.training or self.track_running_stats
-        return ops.counted_batch_norm(
-            input,
-            self.running_mean if running else None,
-            self.running_var if running else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            self.momentum,
-            self.eps,
-            self.activation,
-            residual,
-            self.num_batches_tracked if tracks else None,
-        )
+        return normalized(self, input, self.activation, residual)
 
     def extra_repr(self) -> str:
         extra: str = super().extra_repr()

@@ -17,7 +17,7 @@ __all__ = ["ConvBNReLU2d", "ConvStage"]
 IntOrPair = int | tuple[int, int]
 
 
-def _layer(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ConvBNLayer:
+def layer_of(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ConvBNLayer:
     """The arguments of one layer, from the modules that own its tensors."""
     return ConvBNLayer(
         conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
@@ -71,7 +71,7 @@ class ConvStage(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         own: Any = self._modules
-        layers = [_layer(own[f"conv{i}"], own[f"bn{i}"]) for i in range(1, self.layers + 1)]
+        layers = [layer_of(own[f"conv{i}"], own[f"bn{i}"]) for i in range(1, self.layers + 1)]
         return conv_stage(input, layers, self.pool, self.dropout, self.training)
 
     def extra_repr(self) -> str:
@@ -107,4 +107,4 @@ class ConvBNReLU2d(torch.nn.Module):
         self.bn = torch.nn.BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        return conv_stage(input, [_layer(self.conv, self.bn)], training=self.training)
+        return conv_stage(input, [layer_of(self.conv, self.bn)], training=self.training)
