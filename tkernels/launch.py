@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from tkernels import runtime
 
 if runtime.HAS_TRITON:
@@ -42,7 +44,21 @@ def forget() -> None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor."""
+    """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor; named in a profiler's trace."""
+    if torch.autograd._profiler_enabled():
+        with torch.profiler.record_function(_label(kernel)):
+            _on_device(kernel, grid, args, options)
+    else:
+        _on_device(kernel, grid, args, options)
+
+
+def _label(kernel: Any) -> str:
+    """What a trace calls a launch: the operator, which is the file's name, and the kernel."""
+    operator = kernel.fn.__module__.rpartition(".")[2]
+    return f"tkernels::{operator}.{kernel.fn.__name__}"
+
+
+def _on_device(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     if runtime.several_gpus():
         with runtime.device_guard(args[0]):
             _launch(kernel, grid, args, options)
