@@ -1,0 +1,109 @@
+"""python -m tkernels: what an issue report needs. Versions, devices, switches, and the backend each operator takes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+import tkernels
+import tkernels.functional as F
+from tkernels import runtime, targets
+from tkernels.tuning import autotune
+
+
+def environment() -> Iterator[tuple[str, str]]:
+    """(name, value) of what decides how operators run."""
+    yield "tkernels", tkernels.__version__
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})"
+    for package in ("triton", "torchvision", "numpy"):
+        yield package, _version(package)
+    yield "CUDA available", str(torch.cuda.is_available())
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        yield (
+            f"device {index}",
+            (
+                f"{found.name}, compute capability {found.major}.{found.minor}, {found.multi_processor_count} "
+                f"multiprocessors, {found.total_memory / 2**30:.0f} GiB"
+            ),
+        )
+    if torch.cuda.is_available():
+        yield "tuned for", targets.current().name
+    yield "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    yield "backend", f"{tkernels.get_backend()!r}"
+    yield "Triton's interpreter", "on" if runtime.interpreting() else "off"
+    yield "autotuning", "on" if autotune.enabled else "off"
+    yield (
+        "float32 products",
+        f"conv {runtime.dot_precision(torch.float32, 'conv')}, "
+        + (f"matmul {runtime.dot_precision(torch.float32, 'matmul')}"),
+    )
+    for name in sorted(os.environ):
+        if name.startswith(("TKERNELS_", "TRITON_")):
+            yield name, os.environ[name]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _operators(device: str, dtype: torch.dtype) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """A small call of each operator."""
+    image, rows = torch.ones(2, 4, 4, 4, device=device, dtype=dtype), torch.ones(2, 4, device=device, dtype=dtype)
+    weight = torch.ones(4, 4, 1, 1, device=device, dtype=dtype)
+    target = torch.zeros(2, device=device, dtype=torch.int64)
+    return {
+        "linear": (F.linear, (rows, rows)),
+        "conv2d": (F.conv2d, (image, weight)),
+        "batch_norm": (lambda x: F.batch_norm(x, None, None, training=True), (image,)),
+        "conv_stage": (lambda x, w: F.conv_stage(x, [F.ConvBNLayer(w)], training=True), (image, weight)),
+        "cross_entropy": (F.cross_entropy, (rows, target)),
+    }
+
+
+def backends(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
+    """(operator, the backend a small call of it takes and why, or how it fails)."""
+    for name, (call, tensors) in _operators(device, dtype).items():
+        if runtime.get_backend() == "torch":
+            taken = "PyTorch: backend 'torch' was asked for"
+        else:
+            reason = runtime.why_not_triton(*tensors)
+            taken = "Triton" if reason is None else f"PyTorch: {reason}"
+        try:
+            call(*tensors)
+        except Exception as error:
+            taken = f"{taken}; a call fails: {type(error).__name__}: {error}"
+        yield name, taken
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tkernels", description=__doc__)
+    parser.add_argument("--device", help="where the operators are tried (default: cuda if available, else cpu)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
+    options = parser.parse_args(arguments)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sections = {
+        "environment": list(environment()),
+        f"operators on {device} in {options.dtype}": list(backends(device, getattr(torch, options.dtype))),
+    }
+    width = max(len(name) for rows in sections.values() for name, _ in rows)
+    for title, rows in sections.items():
+        print(title)
+        for name, value in rows:
+            print(f"  {name:<{width}}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
