@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tkernels
 import tkernels.nn as tnn
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.gate("torch", "cuda")
 # (network, image size, chains: what a reader counts in its source)
 NETWORKS = [
     ("resnet18", 32, 17),  # the stem, and two in each of eight blocks
-    ("resnet50", 32, 49),  # the stem, and three in each of sixteen blocks
+    ("resnet50", 32, 33),  # the stem, and in each of sixteen blocks one of two layers and one with the residual
     ("vgg16_bn", 32, 7),  # five stages, two hidden linear layers
     ("mobilenet_v2", 32, 0),  # ReLU6 is not among the fused activations
     ("densenet121", 32, 120),  # the stem, two in each of 58 layers, a batch norm in each of three transitions
@@ -238,6 +239,25 @@ class Counts(Block):
         return super().forward(x)
 
 
+class SwitchesOff(Block):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        with torch.no_grad():
+            y = self.bn(self.conv(x))
+        return y.relu()
+
+
+class Casts(Block):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x)
+
+
+class Checkpoints(Block):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        y: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return y
+
+
 class TakesAnything(Block):
     def forward(self, *args: Any) -> Tensor:
         return super().forward(*args)
@@ -245,6 +265,7 @@ class TakesAnything(Block):
 
 @pytest.mark.parametrize("cls, reason", [
     (Branches, "can't be traced"), (Draws, "draws random"), (Counts, "changes attributes"), (TakesAnything, "args"),
+    (SwitchesOff, "switches"), (Casts, "switches"), (Checkpoints, "checkpointing"),
 ])  # fmt: skip
 def test_what_cannot_be_traced_is_left(cls: type[nn.Module], reason: str, device: str) -> None:
     inner = cls().to(device)

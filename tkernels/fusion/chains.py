@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from tkernels.nn.batch_norm import normalized
 from tkernels.nn.conv_stage import layer_of
@@ -38,9 +39,9 @@ class Step(NamedTuple):
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether someone wants to see the module being called."""
+    """Whether someone wants to see the module being called, or has put another forward in its place."""
     own = module.__dict__
-    return any(own.get(name) for name in _HOOKS)
+    return "forward" in own or any(own.get(name) for name in _HOOKS)
 
 
 def step_of(node: fx.Node, modules: dict[str, nn.Module]) -> Step | None:
@@ -64,7 +65,7 @@ def step_of(node: fx.Node, modules: dict[str, nn.Module]) -> Step | None:
 
 
 def _module_step(node: fx.Node, module: nn.Module) -> Step | None:
-    kind = type(module)
+    kind = parametrize.type_before_parametrizations(module)
     if len(node.args) != 1 or node.kwargs:
         return None
     if kind is nn.Conv2d:

@@ -92,6 +92,9 @@ def _fuse_one(module: nn.Module, name: str, report: FusionReport) -> None:
         return
     if not _considered(module):
         return
+    if "forward" in module.__dict__:
+        report.left.append((name, "another forward was put in the place of its class's"))
+        return
     try:
         variants = {mode: tracing.trace(module, mode) for mode in (True, False)}
     except tracing.Untraceable as error:
@@ -174,7 +177,8 @@ class _Fused(nn.Module):
     _tkernels_class: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restored, (self._tkernels_class,), self.__dict__.copy()
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return _restored, (self._tkernels_class,), *reduced[2:]
 
 
 def _restored(cls: type[nn.Module]) -> nn.Module:

@@ -42,9 +42,16 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.asks_types = False
         self.required = 0
+        self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """A graph has no place for what a ``with`` block switches."""
+        if _modes() != self._modes:
+            raise Untraceable("its forward switches gradients, autocast or checkpointing for some of its layers")
+        return super().create_node(*args, **kwargs)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -65,10 +72,18 @@ class _Tracer(fx.Tracer):
         return root_fn, args
 
 
+def _modes() -> tuple[Any, ...]:
+    """The switches of torch that a forward may turn for some of its calls."""
+    kinds = ("cpu", "cuda")
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    saving = torch._C._autograd._top_saved_tensors_default_hooks(False)  # what checkpointing works by
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), saving, *autocast
+
+
 def trace(module: nn.Module, training: bool) -> Traced:
     """The graph of ``module.forward`` in training or evaluation.
 
-    Raises Untraceable where it depends on values, draws random numbers, makes tensors or changes attributes.
+    Raises Untraceable where it depends on values, draws random numbers, makes tensors, changes attributes or switches.
     """
     before = dict(module.__dict__)
     draws = random.getstate(), torch.random.get_rng_state()
