@@ -43,6 +43,7 @@ test-extended: $(VENV)/test.stamp
 	TK_GATE=torch TK_EXTENDED=1 $(PYTEST)
 	TK_GATE=ttsem TK_EXTENDED=1 $(PYTEST)
 	TK_GATE=aot TK_EXTENDED=1 $(PYTEST)
+	TK_GATE=interp TK_EXTENDED=1 $(PYTEST)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from tests.library.common import compare_compiled, operators
 
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
 ops = torch.ops.tkernels
+# the interpreter takes seconds a convolution: there one test in `make test`
+slow_there = pytest.mark.extended("interp")
 
 
 def draw(device: str, *shape: int, channels_last: bool = False) -> Tensor:
@@ -30,6 +32,7 @@ def compare(ours: Tensor, expected: Tensor, tensors: list[Tensor]) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(expected, tensors, dy), rtol=1e-3, atol=1e-4)
 
 
+@slow_there
 @pytest.mark.parametrize("activation, groups, channels_last", [(None, 1, False), ("relu", 4, True), ("gelu", 2, True)])
 def test_conv2d(activation: str | None, groups: int, channels_last: bool, device: str) -> None:
     x, w, b = draw(device, 2, 4, 4, 5, channels_last=channels_last), draw(device, 8, 4 // groups, 3, 3), draw(device, 8)
@@ -46,6 +49,7 @@ def test_conv2d(activation: str | None, groups: int, channels_last: bool, device
         )
 
 
+@slow_there
 @pytest.mark.parametrize("activation, residual, given, channels_last", [
     (None, False, False, False), ("relu", True, False, True), ("gelu", True, False, False), ("relu", False, True, True),
 ])  # fmt: skip
@@ -59,6 +63,7 @@ def test_batch_norm(activation: str | None, residual: bool, given: bool, channel
     compare(ops.batch_norm(*args)[0], expected, [t for t in (x, other, w, b) if t is not None])
 
 
+@slow_there
 @pytest.mark.parametrize("reduction, probabilities", [("none", False), ("mean", True), ("sum", False)])
 def test_cross_entropy(reduction: str, probabilities: bool, device: str) -> None:
     x, weight = draw(device, 4, 5, 3), torch.rand(5, device=device)
@@ -70,6 +75,7 @@ def test_cross_entropy(reduction: str, probabilities: bool, device: str) -> None
     compare(ops.cross_entropy(*args)[0], expected, [x, target] if probabilities else [x])
 
 
+@slow_there
 @pytest.mark.parametrize("given, pool, kernel", [(False, True, 3), (True, False, 1), (False, False, 1)])
 def test_conv_stage(given: bool, pool: bool, kernel: int, device: str) -> None:
     x = draw(device, 2, 3, 4, 4)
@@ -91,6 +97,7 @@ def test_conv_stage(given: bool, pool: bool, kernel: int, device: str) -> None:
     compare(ops.conv_stage(*args)[0], expected, [x, *weights, *(t for t in vectors if t.requires_grad)])
 
 
+@slow_there
 def test_conv_stage_replays_dropout(device: str) -> None:
     x, w = draw(device, 8, 3, 4, 4), draw(device, 8, 3, 1, 1)
     none = torch.empty(0, device=device)
@@ -120,15 +127,17 @@ class Everything(torch.nn.Module):
         return self.loss(self.fc(self.norm(y, y).mean((2, 3))), target)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=slow_there)])
 def test_compile_with_any_batch(training: bool, device: str, triton_runs: bool) -> None:
     model = Everything().to(device).train(training)
-    counter = compare_compiled(model, lambda n: torch.randn(n, 3, 4, 4), (2, 3, 5), 900, device)
+    batches = (2, 3) if triton_runs and device == "cpu" else (2, 3, 4, 6)
+    counter = compare_compiled(model, lambda n: torch.randn(n, 3, 4, 4), batches, 900, device)
     assert counter.frame_count == 2  # the second size makes the batch dynamic, and that serves the others
     expected = {"conv_stage", "conv2d", "batch_norm", "linear", "cross_entropy"} if triton_runs else set()
     assert operators(counter.graphs[-1].graph) == expected
 
 
+@slow_there
 def test_autocast_in_compile(device: str) -> None:
     model = Everything().to(device)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -140,6 +149,7 @@ def test_autocast_in_compile(device: str) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@slow_there
 def test_inductor(device: str) -> None:
     model = FusedCNNClassifier(width=2, image_size=8, dropout2d=0.0).to(device)
     x = torch.randn(3, 3, 8, 8, device=device)
@@ -147,6 +157,7 @@ def test_inductor(device: str) -> None:
     torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
 
 
+@slow_there
 def test_flops_are_those_of_the_plain_network(device: str) -> None:
     plain, fused = (cls(width=4, image_size=8).to(device) for cls in (CNNClassifier, FusedCNNClassifier))
     totals = []
