@@ -31,7 +31,7 @@ NETWORKS = [
     ("densenet121", 32, 120),  # the stem, two in each of 58 layers, a batch norm in each of three transitions
     ("convnext_tiny", 32, 18),  # linear -> GELU in each block
 ]
-QUICK = ("resnet18", "vgg16_bn")
+QUICK = ("resnet18",)
 
 
 def networks(name: str, device: str) -> tuple[nn.Module, nn.Module]:
@@ -89,7 +89,8 @@ def _compare(name: str, size: int, device: str) -> None:
     state = fused.state_dict()
     assert list(state) == list(model.state_dict())
     for key, value in model.state_dict().items():
-        assert_close(state[key], value.double(), reduction, scale=1e-2, name=key)
+        dtype = value.dtype if value.is_floating_point() else torch.float32  # a counter
+        assert_close(state[key], value.double(), reduction, dtype=dtype, scale=1e-2, name=key)
     fused.load_state_dict(model.state_dict())
     model.load_state_dict(fused.state_dict())
     model.eval()
