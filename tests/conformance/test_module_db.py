@@ -18,7 +18,7 @@ from tests.conformance.calls import Call, Outcome, replica, run
 from tests.conformance.compare import STATISTICS, check_errors, check_gradients, check_output, close, normal_cotangent
 
 GATES = ("torch", "ttsem", "cuda")
-pytestmark = [pytest.mark.gate(*GATES), pytest.mark.extended("ttsem")]
+pytestmark = pytest.mark.gate(*GATES)
 MODULES = {
     "Linear": "linear",
     "Conv2d": "conv2d",
@@ -58,6 +58,15 @@ HERE = MODULES if os.environ.get("TK_GATE", "torch") in GATES else {}
 TRAINS = {name: (True, False) if "BatchNorm" in name else (True,) for name in HERE}
 SAMPLES = [(n, t, i) for n in HERE for t in TRAINS[n] for i in range(len(samples(n, t)))]
 ERRORS = [(n, i) for n in HERE for i in range(len(errors(n)))]
+
+
+def in_make_test(name: str, training: bool, index: int) -> bool:
+    """Under ttsem the rest is for make test-extended: other ranks, evaluation, most of the losses."""
+    return (
+        name in ("Linear", "Conv2d")
+        or (name == "BatchNorm2d" and training)
+        or (name == "CrossEntropyLoss" and index % 7 == 0)
+    )
 
 
 def twins(name: str, given: Any, training: bool) -> tuple[nn.Module, nn.Module]:
@@ -111,7 +120,10 @@ def as_call(module: nn.Module, operator: str, inputs: dict[str, Tensor]) -> Call
     return Call(operator, kwargs=arguments)
 
 
-@pytest.mark.parametrize("name, training, index", SAMPLES)
+@pytest.mark.parametrize(
+    "name, training, index",
+    [pytest.param(*s, marks=() if in_make_test(*s) else pytest.mark.extended("ttsem")) for s in SAMPLES],
+)
 def test_module(name: str, training: bool, index: int, device: str, triton_runs: bool, launches: list[str]) -> None:
     operator, sample = MODULES[name], samples(name, training)[index]
     mine, theirs = twins(name, sample.constructor_input, training)
