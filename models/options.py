@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         parser.error(f"argument --device: {error}")
     if args.backend == "triton":
         if args.model == "plain":
-            parser.error("argument --backend: 'triton' needs a fused model, the plain one is all PyTorch")
+            parser.error("argument --backend: 'triton' needs --model fused or attention: plain is all PyTorch")
         reason = runtime.why_not_triton(torch.empty(0, device=args.device))
         if reason is not None:
             parser.error(f"argument --backend: 'triton' cannot run here: {reason}")
