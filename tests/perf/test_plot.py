@@ -23,9 +23,11 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def test_a_sweep_has_a_picture_for_each_operator_and_a_roofline(tmp_path: Path) -> None:
-    assert run("plot", DATA / "run1.csv", "--out", tmp_path / "new") == 0
+    assert run("plot", DATA / "quiet1.csv", "--out", tmp_path / "new") == 0
     operators = ("batch-norm", "conv2d", "cross-entropy", "linear")
-    assert _pictures(tmp_path / "new") == [f"run1-{name}-fp32.png" for name in operators] + ["run1-roofline-fp32.png"]
+    assert _pictures(tmp_path / "new") == [f"quiet1-{name}-fp32.png" for name in operators] + [
+        "quiet1-roofline-fp32.png"
+    ]
 
 
 def test_graphs_gaps_and_unknown_providers_are_drawn(tmp_path: Path) -> None:
