@@ -24,12 +24,16 @@ def needs_input(activation: str | None) -> bool:
     return activation is not None and activation not in FROM_OUTPUT
 
 
-def apply(z: Tensor, activation: str | None) -> Tensor:
-    """The activation of ``z``, any shape; the tensor itself for None."""
+def apply(z: Tensor, activation: str | None, own: bool = False) -> Tensor:
+    """The activation of ``z``, any shape; the tensor itself for None.
+
+    ``own``: nothing else needs ``z``, and it is no view (autograd would rewrite the history of what it is a view of):
+    ReLU takes its memory.
+    """
     if activation is None:
         return z
     if activation == "relu":
-        return torch.relu(z)
+        return torch.relu_(z) if own else torch.relu(z)
     if activation == "leaky_relu":
         return torch.nn.functional.leaky_relu(z, LEAKY_SLOPE)
     if activation == "gelu":

@@ -127,7 +127,7 @@ def _torch_body(
             _checked(input, weight, bias, stride, padding, dilation, groups)
 
         checks.explain(error, check)
-    return z if activation is None else activations.apply(z, activation)
+    return z if activation is None else activations.apply(z, activation, own=z.dim() == 4)
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:

@@ -111,7 +111,7 @@ def _torch_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: 
             checks.matching_kinds(input, weight, bias, runtime.autocast_dtype(input))
 
         checks.explain(error, check)
-    y = z if activation is None else activations.apply(z, activation)
+    y = z if activation is None else activations.apply(z, activation, own=z.dim() == 2)
     return torch.nn.functional.dropout(y, p) if p > 0 else y
 
 
