@@ -2,89 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.cuda_graph import Step
+from models import distributed
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 
 
 class EpochResult(NamedTuple):
-    """Means over the images of one pass: the loss, and the fraction classified correctly."""
+    """Means over the examples of one pass, of all processes: the loss, and the fraction classified correctly."""
 
     loss: float
     accuracy: float
     images: int
 
 
-def train_epoch(
-    model: nn.Module,
-    loader: Loader,
-    criterion: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device | str,
-    *,
-    step: Step | None = None,
-    progress: str | None = None,
-) -> EpochResult:
-    """Train on every batch once. ``criterion`` returns the mean loss of a batch; ``step``: what to do with a batch,
-    :func:`training_step` if not given; ``progress`` labels a progress bar.
-
-    Loss and accuracy are those of each batch as it was trained on, dropout included.
-    Raises ValueError for an empty loader.
-    """
-    model.train()
-    step = step or training_step(model, criterion, optimizer)
-    totals = _Totals(device)
-    for images, target in _batches(loader, device, progress):
-        loss, logits = step(images, target)
-        totals.add(loss, logits, target)
-    return totals.result()
-
-
-def training_step(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
-    """Forward, loss, backward and the optimizer's step on a batch; gives (loss, logits)."""
-
-    def step(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        optimizer.zero_grad(set_to_none=True)
-        logits = model(images)
-        loss = criterion(logits, target)
-        loss.backward()
-        optimizer.step()
-        return loss.detach(), logits.detach()
-
-    return step
-
-
-@torch.no_grad()
-def validate(
-    model: nn.Module,
-    loader: Loader,
-    criterion: nn.Module,
-    device: torch.device | str,
-    *,
-    progress: str | None = None,
-) -> EpochResult:
-    """Loss and accuracy in evaluation mode. The model comes back in the mode it was in.
-
-    Raises ValueError for an empty loader.
-    """
-    training = model.training
-    model.eval()
-    totals = _Totals(device)
-    for images, target in _batches(loader, device, progress):
-        logits = model(images)
-        totals.add(criterion(logits, target), logits, target)
-    model.train(training)
-    return totals.result()
-
-
-class _Totals:
-    """Running sums of loss and correct answers, on the device."""
+class Totals:
+    """Running sums of loss and correct answers, on the device; of this process."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.loss = torch.zeros((), device=device)
@@ -97,26 +36,147 @@ class _Totals:
         self.correct += (logits.argmax(1) == target).sum()
         self.images += count
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss.cpu(), "correct": self.correct.cpu(), "images": self.images}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss.copy_(state["loss"])
+        self.correct.copy_(state["correct"])
+        self.images = state["images"]
+
     def result(self) -> EpochResult:
-        if self.images == 0:
+        """Raises ValueError if there was nothing to add up."""
+        loss, correct, images = self.loss.item(), self.correct.item(), self.images
+        if distributed.active():
+            own = torch.tensor([loss, correct, images], dtype=torch.float64, device=self.loss.device)
+            loss, correct, images = distributed.add_up(own).tolist()
+        if images == 0:
             raise ValueError("the loader has no batches")
-        return EpochResult(self.loss.item() / self.images, self.correct.item() / self.images, self.images)
+        return EpochResult(loss / images, correct / images, int(images))
 
 
-def _batches(loader: Loader, device: torch.device | str, progress: str | None) -> Loader:
-    """The loader's batches on the device, images channels-last, which is faster on the CPU and on tensor cores."""
-    for images, target in _with_bar(loader, progress):
-        layout = torch.channels_last if images.dim() == 4 else torch.preserve_format
-        yield (
-            images.to(device, non_blocking=True, memory_format=layout),
-            target.to(device, non_blocking=True),
-        )
+class TrainingStep:
+    """Forward, loss, backward and the optimizer's step on a batch; gives (loss, logits).
+
+    ``amp``: the dtype to autocast to; ``scaler``: scales the loss, for float16; ``clip``: the largest norm of all
+    gradients together, 0 for any. A batch that is only part of a step counts as its ``share`` of it: the ``first`` one
+    clears the gradients, the ``last`` one moves the parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        amp: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        clip: float = 0.0,
+    ) -> None:
+        self._model, self._criterion, self._optimizer = model, criterion, optimizer
+        self._amp, self._scaler, self._clip = amp, scaler, clip
+
+    def __call__(
+        self, images: Tensor, target: Tensor, share: float = 1.0, first: bool = True, last: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        if first:
+            self._optimizer.zero_grad(set_to_none=True)
+        with contextlib.ExitStack() as stack:
+            # gradients cross processes once a step
+            if not last and isinstance(self._model, nn.parallel.DistributedDataParallel):
+                stack.enter_context(self._model.no_sync())
+            with autocast(images, self._amp):
+                logits = self._model(images)
+                loss = self._criterion(logits, target)
+            part = loss if share == 1.0 else loss * share
+            (part if self._scaler is None else self._scaler.scale(part)).backward()
+        if last:
+            self._update()
+        return loss.detach(), logits.detach()
+
+    def _update(self) -> None:
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        if self._clip > 0:
+            parameters = (p for group in self._optimizer.param_groups for p in group["params"])
+            nn.utils.clip_grad_norm_(parameters, self._clip)
+        if self._scaler is None:
+            self._optimizer.step()
+        else:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
 
 
-def _with_bar(loader: Loader, label: str | None) -> Loader:
-    if label is None:
-        return loader
+def autocast(images: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if dtype is None else torch.autocast(images.device.type, dtype)
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: Loader,
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    totals: Totals,
+    *,
+    after: Callable[[], None] | None = None,
+    bar: Callable[[Loader], Loader] = iter,
+) -> EpochResult:
+    """Train on every batch once; ``totals`` goes on from what it holds, ``after`` is called when a batch is done.
+
+    Loss and accuracy are those of each batch as it was trained on, dropout included.
+    Raises ValueError where there was no batch.
+    """
+    model.train()
+    for images, target in bar(batches):
+        totals.add(*step(images, target), target)
+        if after is not None:
+            after()
+    return totals.result()
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    batches: Loader,
+    criterion: nn.Module,
+    device: torch.device | str,
+    *,
+    amp: torch.dtype | None = None,
+    confusion: Tensor | None = None,
+    bar: Callable[[Loader], Loader] = iter,
+) -> EpochResult:
+    """Loss and accuracy in evaluation mode. The model comes back in the mode it was in.
+
+    ``confusion``, (classes, classes) of int64, gets one more at [target, answer] for each example of all processes.
+    Raises ValueError where there is no batch.
+    """
+    training = model.training
+    model.eval()
+    totals = Totals(device)
+    counts = None if confusion is None else torch.zeros_like(confusion)
+    for images, target in bar(batches):
+        with autocast(images, amp):
+            logits = model(images)
+            loss = criterion(logits, target)
+        totals.add(loss, logits, target)
+        if counts is not None:
+            pairs = target * counts.shape[1] + logits.argmax(1)
+            counts.view(-1).scatter_add_(0, pairs, torch.ones_like(pairs))
+    model.train(training)
+    if confusion is not None and counts is not None:
+        confusion += distributed.add_up(counts)
+    return totals.result()
+
+
+def progress_bar(label: str, total: int, done: int = 0) -> Callable[[Loader], Loader]:
+    """Shows how far a pass is, on a terminal only and by the main process only."""
     from tqdm import tqdm
 
-    # disable=None: no bar where the output is no terminal
-    return tqdm(loader, desc=label, unit="batch", leave=False, disable=None, dynamic_ncols=True)
+    def shown(batches: Loader) -> Loader:
+        # disable=None: no bar where the output is no terminal
+        disable = None if distributed.is_main() else True
+        return tqdm(
+            batches, desc=label, total=total, initial=done, unit="batch", leave=False, disable=disable,
+            dynamic_ncols=True,
+        )  # fmt: skip
+
+    return shown

@@ -1,32 +1,30 @@
-"""Train the CIFAR classifier: ``python -m models.train --help``.
+"""Train a classifier: ``python -m models.train --help``.
 
-Writes to the output directory history.csv (a line an epoch, as it happens), curves.png (at the end) and checkpoint.pt
-(after every epoch). Exit status: 0 trained; 1 the loss diverged, or results could not be written; 2 a bad option, or
-data that cannot be had; 130 interrupted.
+Writes to the output directory history.csv (a line an epoch, as it happens), checkpoint.pt (after every epoch and when
+it is told to stop; the one before it stays as checkpoint.previous.pt), and at the end curves.png and confusion.png.
+Exit status: 0 trained; 1 the loss diverged, results could not be written or another process died; 2 a bad option, data
+that cannot be had or no checkpoint to resume from; 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
+import signal
 import sys
-import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import nn
 
 import tkernels
-import tkernels.nn as tnn
-from models import checkpoint, data, options
-from models.cifar_cnn import AttentionCNN, CNNClassifier, FusedCNNClassifier
-from models.cuda_graph import GraphedStep
-from models.engine import EpochResult, Loader, train_epoch, training_step, validate
-from models.history import History, Row, draw_curves
+from models import augment, checkpoint, data, distributed, options, plots, tabular, tensorboard
+from models.checkpoint import CheckpointError
+from models.data import Data, DataError
+from models.engine import EpochResult
+from models.interrupt import Stopped
+from models.loader import Feed, TrainLoader, ValLoader
+from models.trainer import Loaders, Trainer, TrainingError
 from tkernels import runtime
-
-
-class TrainingError(Exception):
-    """Training that cannot go on; the message says why in one line."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,119 +35,128 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(error, 2)
     try:
-        with tkernels.backend(chosen.backend):
-            run(chosen)
-    except data.DataError as error:
+        with tkernels.backend(chosen.backend), distributed.joined(chosen.device):
+            return _run_reporting(chosen)
+    except RuntimeError as error:  # the processes of a job do not find each other
+        if not distributed.launched():
+            raise
+        return _fail(f"the processes of the job cannot talk to each other: {error}", 1)
+
+
+def _run_reporting(chosen: options.Options) -> int:
+    """Run; what goes wrong becomes one line and an exit status."""
+    try:
+        run(chosen)
+    except (DataError, CheckpointError) as error:
         return _fail(error, 2)
     except (TrainingError, OSError) as error:
         return _fail(error, 1)
+    except Stopped as stopped:
+        return _fail(f"stopped by {signal.Signals(stopped.signum).name} {stopped}", 128 + stopped.signum)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except RuntimeError as error:
+        if not distributed.is_loss_of_a_process(error):
+            raise
+        path = chosen.out / checkpoint.NAME
+        how = f"--resume goes on from {path}" if path.exists() else "there is no checkpoint yet"
+        return _fail(f"another process of the job died or does not answer; {how} ({error})", 1)
     return 0
 
 
 def run(chosen: options.Options) -> EpochResult:
     """Train as the options say and write the results; returns the last validation."""
-    images = data.load(chosen.data, chosen.data_dir, chosen.seed)
-    train_loader, val_loader = data.loaders(
-        images, chosen.batch_size, chosen.seed, pin_memory=chosen.device.type == "cuda"
+    parts = load(chosen)
+    trainer = Trainer(chosen, parts, loaders(chosen, parts))
+    trainer.say(_headline(chosen, trainer, parts), flush=True)
+    if chosen.resume or (distributed.restarted() and trainer.path.exists()):
+        trainer.resume()
+    with contextlib.ExitStack() as stack:
+        if chosen.tensorboard and distributed.is_main():
+            trainer.each_epoch = stack.enter_context(tensorboard.opened(chosen.out / "tensorboard"))
+        validation = trainer.fit()
+    if distributed.is_main():
+        _report(chosen, trainer, validation, parts)
+    return validation
+
+
+def load(chosen: options.Options) -> Data:
+    """The data; in a job of several processes the first one downloads."""
+    with distributed.main_first():
+        if not chosen.data.startswith("csv:"):
+            return data.load(chosen.data, chosen.data_dir, chosen.seed, chosen.val_fraction)
+        path = Path(chosen.data[4:])
+        return tabular.load(path, chosen.target, chosen.categorical, chosen.seed, chosen.val_fraction)
+
+
+def loaders(chosen: options.Options, parts: Data) -> Loaders:
+    """Batches to train on and to validate with."""
+    workers = None if chosen.loader == "device" else chosen.workers
+    feed = Feed(chosen.device, workers, chosen.pin_memory, chosen.drop_last)
+    training = validation = None
+    if parts.mean is not None and parts.std is not None:
+        training, validation = augment.image_transforms(
+            chosen.image_size, parts.mean, parts.std, flip=chosen.flip, rotation=chosen.rotate
+        )
+    found = Loaders(
+        TrainLoader(parts.train, chosen.batch_size, chosen.seed, feed, training),
+        ValLoader(parts.val, chosen.batch_size, feed, validation),
     )
-    torch.manual_seed(chosen.seed)
-    model, criterion = build(chosen.model, images.num_classes, chosen.device)
-    optimizer = adam(model, chosen)
-    print(_headline(chosen, model, images), flush=True)
+    if len(found.train) == 0:
+        raise DataError(f"no full batch of {chosen.batch_size}: give a smaller --batch-size or --no-drop-last")
+    return found
 
-    history = History(chosen.out / "history.csv")
-    validation = fit(model, criterion, optimizer, train_loader, val_loader, history, chosen)
-    written = ["history.csv", "checkpoint.pt"]
-    if history.rows:
-        draw_curves(
-            history.rows,
-            chosen.out / "curves.png",
-            f"{chosen.model} CNN on {chosen.data}: {validation.accuracy:.2%} validation accuracy",
-        )
-        written.insert(1, "curves.png")
+
+def _report(chosen: options.Options, trainer: Trainer, validation: EpochResult, parts: Data) -> None:
+    """Draw the pictures and say how it went."""
+    rows, out = trainer.history.rows, chosen.out
+    kind = "MLP" if trainer.network["kind"] == "mlp" else "CNN"
+    name = f"{chosen.model} {kind} on {chosen.data}"
+    accuracy = f"{validation.accuracy:.2%} validation accuracy"
+    written = [checkpoint.NAME, "confusion.png"]
+    plots.draw_confusion(trainer.confusion.cpu(), parts.classes, out / "confusion.png", f"{name}: {accuracy}")
+    if rows:
+        plots.draw_curves(rows, out / "curves.png", f"{name}: {accuracy}")
+        written += ["curves.png", "history.csv"]
+    if trainer.gradients:
+        plots.draw_gradients(trainer.gradients, out / "gradients.png", f"{name}: gradients of the last step")
+        written.append("gradients.png")
     correct = round(validation.accuracy * validation.images)
-    print(f"validation accuracy {validation.accuracy:.2%} ({correct} of {validation.images} images)")
-    print(f"wrote {', '.join(written)} to {chosen.out}")
-    return validation
+    print(f"validation accuracy {validation.accuracy:.2%} ({correct} of {validation.images} examples)")
+    print(_peak_memory(chosen.device))
+    print(f"wrote {', '.join(sorted(written))} to {out}")
 
 
-def build(name: str, num_classes: int, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """The network called ``name`` and the loss that goes with it, on the device."""
-    model: nn.Module
-    criterion: nn.Module
-    if name == "fused":
-        model, criterion = FusedCNNClassifier(num_classes), tnn.CrossEntropyLoss()
-    elif name == "attention":
-        model, criterion = AttentionCNN(num_classes), tnn.CrossEntropyLoss()
-    else:
-        model, criterion = CNNClassifier(num_classes), nn.CrossEntropyLoss()
-    # 1.1 times as fast as NCHW on the CPU, and what the Triton kernels read without a transposition
-    return model.to(memory_format=torch.channels_last).to(device), criterion
+def _peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"peak memory {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB on {device}"
+    import resource
+
+    # bytes on macOS, KiB elsewhere
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:,.0f} MiB of the process"
 
 
-def adam(model: nn.Module, chosen: options.Options) -> torch.optim.Adam:
-    """The optimizer; for a CUDA graph all that changes from step to step is a tensor, the learning rate too."""
-    lr: float | torch.Tensor = torch.tensor(chosen.lr, device=chosen.device) if chosen.cuda_graph else chosen.lr
-    return torch.optim.Adam(model.parameters(), lr, weight_decay=chosen.weight_decay, capturable=chosen.cuda_graph)
-
-
-def fit(
-    model: nn.Module,
-    criterion: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train_loader: Loader,
-    val_loader: Loader,
-    history: History,
-    chosen: options.Options,
-) -> EpochResult:
-    """Train for all epochs, with history and checkpoint after each; returns the last validation.
-
-    Raises TrainingError when the loss is no longer finite; the checkpoint of the last good epoch stays.
-    """
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(chosen.epochs, 1))
-    path = chosen.out / "checkpoint.pt"
-    step = training_step(model, criterion, optimizer)
-    if chosen.cuda_graph:
-        step = GraphedStep(step)
-    if chosen.epochs == 0:
-        validation = validate(model, val_loader, criterion, chosen.device)
-        checkpoint.save(path, model, optimizer, 0, validation.accuracy)
-    for epoch in range(1, chosen.epochs + 1):
-        label = f"epoch {epoch:{len(str(chosen.epochs))}}/{chosen.epochs}"
-        start = time.perf_counter()
-        training = train_epoch(model, train_loader, criterion, optimizer, chosen.device, step=step, progress=label)
-        seconds = time.perf_counter() - start
-        validation = validate(model, val_loader, criterion, chosen.device, progress=f"{label} validation")
-        scheduler.step()
-        history.add(Row(epoch, training.loss, validation.loss, training.accuracy, validation.accuracy))
-        if not (math.isfinite(training.loss) and math.isfinite(validation.loss)):
-            raise TrainingError(f"the loss is no longer finite after epoch {epoch}: try a --lr below {chosen.lr:g}")
-        checkpoint.save(path, model, optimizer, epoch, validation.accuracy)
-        print(
-            f"{label}  train loss {training.loss:.4f}, accuracy {training.accuracy:6.2%}"
-            f"  validation loss {validation.loss:.4f}, accuracy {validation.accuracy:6.2%}"
-            f"  {training.images / seconds:,.0f} images/s",
-            flush=True,
-        )
-    return validation
-
-
-def _headline(chosen: options.Options, model: nn.Module, images: data.Images) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
+def _headline(chosen: options.Options, trainer: Trainer, parts: Data) -> str:
+    parameters = sum(p.numel() for p in trainer.model.parameters())
     if chosen.model == "plain":
         how = "torch.nn"
     else:
-        how = "Triton kernels" if runtime.use_triton(next(model.parameters())) else "PyTorch"
+        how = "Triton kernels" if runtime.use_triton(next(trainer.model.parameters())) else "PyTorch"
+    if chosen.amp is not None:
+        how += f", {str(chosen.amp).removeprefix('torch.')}"
+    if distributed.size() > 1:
+        how += f", {distributed.size()} processes"
+    kind, what = ("MLP", "rows") if trainer.network["kind"] == "mlp" else ("CNN", "images")
     return (
-        f"{chosen.model} CNN of {parameters:,} parameters on {chosen.device} ({how}); {chosen.data}: "
-        f"{len(images.train):,} images to train on, {len(images.val):,} to validate"  # type: ignore[arg-type]
+        f"{chosen.model} {kind} of {parameters:,} parameters on {chosen.device} ({how}); {chosen.data}: "
+        f"{len(parts.train):,} {what} to train on, {len(parts.val):,} to validate"  # type: ignore[arg-type]
     )
 
 
 def _fail(error: Exception | str, status: int) -> int:
-    print(f"{options.PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    who = f" [process {distributed.rank()}]" if distributed.size() > 1 else ""
+    print(f"{options.PROGRAM}: error:{who} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return status
 
 

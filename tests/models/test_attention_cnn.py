@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice, repeat
+from itertools import chain, count, islice
 from pathlib import Path
 
 import pytest
 import torch
 
 import tkernels.nn as tnn
-from models import data, train
+from models import data, networks
+from models.augment import image_transforms
 from models.cifar_cnn import AttentionCNN, FusedCNNClassifier
+from models.loader import Feed, TrainLoader, ValLoader
 from tests.watch import AtenWatch
 
 pytestmark = pytest.mark.gate("torch")
@@ -18,13 +20,16 @@ pytestmark = pytest.mark.gate("torch")
 
 def test_it_learns_digits() -> None:
     """Sixty steps at a quarter of the width, dropout off: ten classes guessed at random give a loss of 2.3."""
-    loader, validation = data.loaders(data.load("digits", Path(), seed=0), 32, seed=0)
+    parts = data.load("digits", Path(), seed=0)
+    prepare, _ = image_transforms(32, parts.mean or (), parts.std or ())
+    feed = Feed(torch.device("cpu"))
+    loader, validation = TrainLoader(parts.train, 32, 0, feed, prepare), ValLoader(parts.val, 32, feed, prepare)
     torch.manual_seed(0)
     model = AttentionCNN(width=8, dropout2d=0.0, dropout=0.0)
     start = model.position.detach().clone(), model.attention.in_proj_weight.detach().clone()
     criterion, optimizer = tnn.CrossEntropyLoss(), torch.optim.Adam(model.parameters(), 1e-3)
     losses = []
-    for images, target in islice(chain.from_iterable(repeat(loader)), 60):
+    for images, target in islice(chain.from_iterable(map(loader.epoch, count(1))), 60):
         optimizer.zero_grad()
         loss = criterion(model(images), target)
         loss.backward()
@@ -37,7 +42,7 @@ def test_it_learns_digits() -> None:
     model.eval()
     with torch.no_grad():
         correct = sum(int((model(images).argmax(1) == target).sum()) for images, target in validation)
-    assert correct > 0.8 * len(validation.dataset)  # type: ignore[arg-type]
+    assert correct > 0.8 * len(parts.val)  # type: ignore[arg-type]
 
 
 def test_attention_takes_part() -> None:
@@ -54,8 +59,10 @@ def test_attention_takes_part() -> None:
 
 
 def test_the_command_trains_it() -> None:
-    model, _ = train.build("attention", 10, torch.device("cpu"))
-    assert isinstance(model, AttentionCNN)
+    parts = data.load("digits", Path(), seed=0)
+    description = networks.describe(parts, "attention", 4, 16)
+    assert isinstance(networks.build(description, fused=True), AttentionCNN)
+    assert networks.differences(description, networks.describe(parts, "fused", 4, 16)) == ["kind 'attention' instead of 'cnn'"]
 
 
 @pytest.mark.gate("ttsem", "cuda")

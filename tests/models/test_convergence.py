@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice, repeat
+from itertools import chain, count, islice
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,9 @@ from torch import nn
 
 import tkernels.nn as tnn
 from models import data
+from models.augment import image_transforms
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
+from models.loader import Feed, TrainLoader
 
 # Not the cuda gate: where fused and plain round differently, a ReLU that flips grows past any such bound in 60 steps.
 pytestmark = pytest.mark.gate("torch")
@@ -29,16 +31,18 @@ LEARNING_RATE = 3e-4
 
 def _curve(network: type[nn.Module], criterion: nn.Module, device: str, dtype: torch.dtype | None) -> torch.Tensor:
     """The losses of training on the digits, (STEPS,)."""
-    loader, _ = data.loaders(data.load("digits", Path(), seed=0), BATCH_SIZE, seed=0)
+    parts = data.load("digits", Path(), seed=0)
+    prepare, _ = image_transforms(IMAGE_SIZE, parts.mean or (), parts.std or ())
+    loader = TrainLoader(parts.train, BATCH_SIZE, 0, Feed(torch.device(device)), prepare)
     torch.manual_seed(0)
     model = network(width=WIDTH, image_size=IMAGE_SIZE, dropout2d=0.0, dropout=0.0).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     losses = []
-    for images, target in islice(chain.from_iterable(repeat(loader)), STEPS):
-        images = nn.functional.avg_pool2d(images, images.shape[-1] // IMAGE_SIZE)
+    for images, target in islice(chain.from_iterable(map(loader.epoch, count(1))), STEPS):
         optimizer.zero_grad()
         with torch.autocast(device, dtype, enabled=dtype is not None):
-            loss = criterion(model(images.to(device)), target.to(device))
+            # the loader's batches are channels_last
+            loss = criterion(model(images.contiguous()), target)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach().float().cpu())

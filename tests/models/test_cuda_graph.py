@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Subset
 
-from models import checkpoint, data, options, train
-from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
+from models import checkpoint, data, options, train, trainer
 from models.cuda_graph import WARM_UP, GraphedStep
+from models.engine import TrainingStep
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -112,19 +111,18 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandInGraph]:
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """40 images: two batches of 16 and one of 8."""
 
-    def few(data_dir: Path, seed: int) -> data.Images:
+    def few(data_dir: Path, seed: int, val_fraction: float | None) -> data.Data:
         images = data.digits(data_dir, seed)
         return images._replace(train=Subset(images.train, range(40)), val=Subset(images.val, range(16)))
 
     monkeypatch.setitem(data._LOADERS, "digits", few)
-    monkeypatch.setattr(train, "draw_curves", lambda rows, path, title: None)
-    for network in (CNNClassifier, FusedCNNClassifier):
-        monkeypatch.setattr(train, network.__name__, functools.partial(network, width=4))
+    monkeypatch.setattr(train, "_report", lambda *args: None)
 
 
 def trained(out: Path, model: str) -> dict[str, Any]:
     """Four epochs with a graph wanted."""
     arguments = ["--device", "cpu", "--batch-size", "16", "--epochs", "4", "--model", model, "--out", str(out)]
+    arguments += ["--width", "4"]
     out.mkdir()
     train.run(dataclasses.replace(options.parse(arguments), cuda_graph=True))
     return checkpoint.load(out / "checkpoint.pt")
@@ -139,7 +137,7 @@ def test_replayed_steps_train_as_eager_ones(
     replayed = trained(tmp_path / "graph", model)
     (graph,) = graphs
     assert graph.replays == 4 * 2 - WARM_UP
-    monkeypatch.setattr(train, "GraphedStep", lambda step: step)
+    monkeypatch.setattr(trainer, "GraphedStep", lambda step: step)
     eager = trained(tmp_path / "eager", model)
     assert len(graphs) == 1
     for name, value in eager["model_state_dict"].items():
@@ -166,7 +164,7 @@ def test_without_a_capture_training_goes_on_and_says_so() -> None:
     def weights(graphed: bool) -> Tensor:
         torch.manual_seed(0)
         model = Asks(3, 2)
-        step = train.training_step(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1))
+        step = TrainingStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1))
         step = GraphedStep(step, told.append) if graphed else step
         for batch in batches:
             step(*batch)

@@ -19,11 +19,6 @@ from models import data
 pytestmark = pytest.mark.gate("torch")
 
 
-def _stacked(dataset: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    images, target = zip(*(dataset[i] for i in range(len(dataset))))
-    return torch.stack(images), torch.as_tensor(target)
-
-
 @pytest.fixture
 def cifar10_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a small CIFAR-10: 5 files of 4 training images and one of 6 test images.
@@ -66,16 +61,16 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_digits() -> None:
     images = data.load("digits", Path(), seed=0)
     assert images.num_classes == 10
-    train, train_target = _stacked(images.train)
-    val, val_target = _stacked(images.val)
-    assert train.shape == (1437, 3, 32, 32)
-    assert val.shape == (360, 3, 32, 32)
+    train, train_target = data.tensors(images.train)
+    val, val_target = data.tensors(images.val)
+    assert train.shape == (1437, 3, 8, 8)
+    assert val.shape == (360, 3, 8, 8)
     assert train.dtype == torch.float32
     assert train_target.dtype == torch.int64
-    # normalised by the training part
-    assert abs(train.mean()) < 1e-5
-    assert abs(train.std() - 1) < 1e-5
-    assert 1e-5 < abs(val.mean()) < 0.1
+    assert 0 <= train.min() < train.max() == 1
+    # mean and deviation are the training part's
+    assert images.mean == pytest.approx([train.mean().item()] * 3)
+    assert images.std == pytest.approx([train.std().item()] * 3, rel=1e-3)
     assert torch.equal(train[:, 0], train[:, 2])
     # stratified: every class has a fifth of its images in the validation part
     counts, held_out = train_target.bincount() + val_target.bincount(), val_target.bincount()
@@ -86,44 +81,61 @@ def test_digits_shows_every_image_once() -> None:
     from sklearn.datasets import load_digits
 
     images = data.load("digits", Path(), seed=0)
-    everything, target = (torch.cat(parts) for parts in zip(_stacked(images.train), _stacked(images.val)))
+    parts = zip(data.tensors(images.train), data.tensors(images.val))
+    everything, target = (torch.cat(part) for part in parts)
     assert target.bincount().tolist() == np.bincount(load_digits().target).tolist()
     unique = {image.numpy().tobytes() for image in everything}
     assert len(unique) == len({image.tobytes() for image in load_digits().data})
 
 
 def test_split_follows_the_seed() -> None:
-    first, again, other = (_stacked(data.load("digits", Path(), seed).val)[0] for seed in (0, 0, 1))
+    first, again, other = (data.tensors(data.load("digits", Path(), seed).val)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_order_follows_the_seed_and_changes_each_epoch() -> None:
-    images = data.load("digits", Path(), seed=0)
+@pytest.mark.parametrize("name, rows", [("digits", 1797), ("synthetic", 1000), ("fake", 2560)])
+def test_part_held_out(name: str, rows: int) -> None:
+    parts = data.load(name, Path(), 0, val_fraction=0.4)
+    sizes = len(parts.train), len(parts.val)  # type: ignore[arg-type]
+    assert sum(sizes) == rows
+    assert abs(sizes[1] - 0.4 * rows) <= 1
+    with pytest.raises(data.DataError, match="cannot be split"):
+        data.load(name, Path(), 0, val_fraction=1e-9)
 
-    def order(loader: Any) -> list[int]:
-        return [int(t) for _, target in loader for t in target]
 
-    first, again, other = (data.loaders(images, 100, seed)[0] for seed in (0, 0, 1))
-    epochs = [order(first), order(first)]
-    assert epochs == [order(again), order(again)]
-    assert epochs[0] != epochs[1]
-    assert epochs[0] != order(other)
-    assert sorted(epochs[0]) == sorted(epochs[1])
-    val = data.loaders(images, 100, 0)[1]
-    assert order(val) == _stacked(images.val)[1].tolist()
+def test_synthetic() -> None:
+    """The tutorial's: 1,000 rows of 10 normal features, the class is the sign of their sum, 80 to 20."""
+    parts = data.load("synthetic", Path(), seed=0)
+    (train, train_label), (val, val_label) = data.tensors(parts.train), data.tensors(parts.val)
+    assert (train.shape, val.shape) == ((800, 10), (200, 10))
+    for rows, label in ((train, train_label), (val, val_label)):
+        assert torch.equal(label, (rows.sum(1) > 0).long())
+    assert abs(train.mean()) < 0.05
+    assert abs(train.std() - 1) < 0.05
+    assert not torch.equal(train, data.tensors(data.load("synthetic", Path(), seed=1).train)[0])
+
+
+def test_fake() -> None:
+    parts = data.load("fake", Path(), seed=0)
+    images, label = data.tensors(parts.train)
+    assert images.shape[1:] == (3, 32, 32)
+    assert images.dtype == torch.uint8
+    assert label.bincount().min() > 100
 
 
 def test_cifar10(cifar10_dir: Path) -> None:
     images = data.load("cifar10", cifar10_dir, seed=0)
     assert (len(images.train), len(images.val), images.num_classes) == (20, 6, 10)  # type: ignore[arg-type]
+    assert images.classes == tuple("abcdefghij")
     with (cifar10_dir / "cifar-10-batches-py" / "test_batch").open("rb") as file:
         raw = pickle.load(file)
-    pixels = torch.from_numpy(raw["data"]).reshape(-1, 3, 32, 32) / 255
-    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
-    val, target = _stacked(images.val)
-    torch.testing.assert_close(val, (pixels - mean) / std)
+    val, target = data.tensors(images.val)
+    assert torch.equal(val, torch.from_numpy(raw["data"]).reshape(-1, 3, 32, 32))
     assert target.tolist() == [0, 1, 2, 3, 4, 5]
+    assert (images.mean, images.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    held_out = data.load("cifar10", cifar10_dir, 0, val_fraction=0.25)
+    assert (len(held_out.train), len(held_out.val)) == (15, 5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("state", ["absent", "changed"])

@@ -11,11 +11,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.engine import train_epoch, validate
+from models.engine import Totals, TrainingStep, progress_bar, train_epoch, validate
 
 pytestmark = pytest.mark.gate("torch")
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def trained(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer) -> Any:
+    return train_epoch(model, batches, TrainingStep(model, nn.CrossEntropyLoss(), optimizer), Totals("cpu"))
 
 
 @pytest.fixture
@@ -55,12 +59,12 @@ def test_train_epoch_is_the_loop_written_out(model: nn.Module, batches: Batches)
     twin = copy.deepcopy(model)
     model.eval()  # train_epoch turns training mode on
     criterion = nn.CrossEntropyLoss()
-    result = train_epoch(model, batches, criterion, torch.optim.SGD(model.parameters(), lr=0.1), "cpu")
+    result = trained(model, batches, torch.optim.SGD(model.parameters(), lr=0.1))
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     loss_sum, correct = 0.0, 0
     for images, target in batches:
         optimizer.zero_grad()
-        logits = twin(images.to(memory_format=torch.channels_last))
+        logits = twin(images)
         loss = criterion(logits, target)
         loss.backward()
         optimizer.step()
@@ -74,7 +78,7 @@ def test_train_epoch_is_the_loop_written_out(model: nn.Module, batches: Batches)
 
 def test_learns(model: nn.Module, batches: Batches) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
-    results = [train_epoch(model, batches, nn.CrossEntropyLoss(), optimizer, "cpu") for _ in range(40)]
+    results = [trained(model, batches, optimizer) for _ in range(40)]
     assert results[-1].loss < 0.2 * results[0].loss
     assert results[-1].accuracy == 1.0
 
@@ -103,7 +107,7 @@ class _Waits(TorchDispatchMode):
 def test_waits_for_the_device_once_an_epoch(model: nn.Module, batches: Batches) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with _Waits() as watch:
-        train_epoch(model, batches * 3, nn.CrossEntropyLoss(), optimizer, "cpu")
+        trained(model, batches * 3, optimizer)
         validate(model, batches * 3, nn.CrossEntropyLoss(), "cpu")
     assert watch.count == 4, "two sums read at the end of each pass, none on the way"
 
@@ -116,7 +120,64 @@ def test_bar_only_on_a_terminal(model: nn.Module, batches: Batches, monkeypatch:
     shown = {}
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", stream)
-        validate(model, batches, nn.CrossEntropyLoss(), "cpu", progress="epoch 1")
+        validate(model, batches, nn.CrossEntropyLoss(), "cpu", bar=progress_bar("epoch 1", len(batches)))
         shown[type(stream)] = stream.getvalue()
     assert "epoch 1" in shown[Terminal]
     assert shown[io.StringIO] == ""
+
+
+def test_confusion_counts_every_answer(model: nn.Module, batches: Batches) -> None:
+    counts = torch.zeros(3, 3, dtype=torch.int64)
+    validate(model, batches, nn.CrossEntropyLoss(), "cpu", confusion=counts)
+    images, target = (torch.cat(parts) for parts in zip(*batches))
+    with torch.no_grad():
+        answers = model.eval()(images).argmax(1)
+    expected = [[int(((target == i) & (answers == j)).sum()) for j in range(3)] for i in range(3)]
+    assert counts.tolist() == expected
+
+
+def test_parts_of_a_step_are_the_step() -> None:
+    """Accumulated gradients, each part weighing what it is of the examples; clipped as a whole."""
+    rows, target = torch.randn(12, 5, dtype=torch.float64), torch.randint(3, (12,))
+    weights = []
+    for sizes in ([12], [5, 5, 2]):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        step = TrainingStep(model, nn.CrossEntropyLoss(), optimizer, clip=0.01)
+        before = model.weight.detach().clone(), model.bias.detach().clone()
+        for i, (some, labels) in enumerate(zip(rows.split(sizes), target.split(sizes))):
+            step(some, labels, len(some) / 12, i == 0, i == len(sizes) - 1)
+        moved = [(p.detach() - old) for p, old in zip(model.parameters(), before)]
+        assert sum(m.square().sum() for m in moved).sqrt().item() == pytest.approx(0.01, rel=1e-4)
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+def test_a_scaled_loss_trains_as_an_unscaled_one() -> None:
+    """GradScaler's factor is gone from what clipping and the optimizer see; a step that overflows is left out."""
+    rows, target = torch.randn(6, 5), torch.randint(3, (6,))
+    weights = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3)
+        step = TrainingStep(
+            model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=1.0), scaler=scaler, clip=0.5
+        )
+        step(rows, target)
+        weights.append(model.weight.detach().clone())
+        if scaler is not None:
+            step(rows * float("inf"), target)
+            assert torch.equal(model.weight, weights[-1])
+            assert scaler.get_scale() == 2.0**9
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_computes_in_the_dtype(dtype: torch.dtype) -> None:
+    model, seen = nn.Linear(5, 3), []
+    model.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    batch = (torch.randn(6, 5), torch.randint(3, (6,)))
+    TrainingStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters()), amp=dtype)(*batch)
+    validate(model, [batch], nn.CrossEntropyLoss(), "cpu", amp=dtype)
+    assert seen == [dtype, dtype]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import tkernels.nn as tnn
 from models.cifar_cnn import FusedCNNClassifier
-from models.engine import _Totals, training_step
+from models.engine import Totals, TrainingStep
 from perf import host
 
 pytestmark = pytest.mark.gate("torch")
@@ -84,9 +84,9 @@ def step_of(model: nn.Module) -> Callable[[], None]:
     """A training step with loss, optimizer and the epoch's sums, its kernels compiled and its state made."""
     model = model.to(torch.bfloat16).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), torch.tensor(1e-3), weight_decay=1e-4, capturable=True)
-    step = training_step(model, tnn.CrossEntropyLoss(label_smoothing=0.1), optimizer)
+    step = TrainingStep(model, tnn.CrossEntropyLoss(label_smoothing=0.1), optimizer)
     images = torch.zeros(8, 3, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    target, totals = torch.zeros(8, dtype=torch.int64), _Totals("cpu")
+    target, totals = torch.zeros(8, dtype=torch.int64), Totals("cpu")
 
     def body() -> None:
         totals.add(*step(images, target), target)

@@ -36,7 +36,29 @@ REFUSED = [
     ("--device meta", "--device", "'meta'"),
     ("--device cuda:99", "--device", "'cuda:99'"),
     ("--backend triton --device cpu", "--backend", "cpu"),
-    ("--backend triton --model plain", "--backend", "--model fused"),
+    ("--backend triton --model plain", "--backend", "fused model"),
+    ("--model attention --data synthetic", "--model", "images"),
+    ("--data csv:", "--data", "csv:FILE"),
+    ("--target x", "--target", "csv:FILE"),
+    ("--categorical x y", "--categorical", "csv:FILE"),
+    ("--val-fraction 1", "--val-fraction", "'1'"),
+    ("--val-fraction 0", "--val-fraction", "'0'"),
+    ("--image-size 7", "--image-size", "'7'"),
+    ("--rotate -1", "--rotate", ""),
+    ("--rotate 181", "--rotate", "'181'"),
+    ("--width 0", "--width", "'0'"),
+    ("--amp fp8", "--amp", "bf16"),
+    ("--recipe slow", "--recipe", "fast"),
+    ("--optimizer lion", "--optimizer", "adamw"),
+    ("--schedule step", "--schedule", "cosine"),
+    ("--warmup 1", "--warmup", "'1'"),
+    ("--momentum 1", "--momentum", "'1'"),
+    ("--label-smoothing 1", "--label-smoothing", "'1'"),
+    ("--clip -1", "--clip", ""),
+    ("--accumulate 0", "--accumulate", "'0'"),
+    ("--workers -1", "--workers", ""),
+    ("--loader fast", "--loader", "workers"),
+    ("--cuda-graph --device cpu", "--cuda-graph", "needs a GPU"),
     ("--epoch 3", "--epoch", ""),
     ("--batch_size 3", "--batch_size", ""),
     ("--unknown", "--unknown", ""),
@@ -72,39 +94,87 @@ def test_defaults() -> None:
     assert dataclasses.asdict(chosen) == {
         "data": "digits",
         "data_dir": Path("data"),
+        "target": None,
+        "categorical": (),
+        "val_fraction": None,
+        "loader": "device",
+        "workers": 2,
+        "pin_memory": device == "cuda",
+        "drop_last": False,
+        "image_size": 32,
+        "flip": False,
+        "rotate": 0.0,
         "model": "fused",
+        "width": 32,
         "backend": tkernels.get_backend(),
         "device": torch.device(device),
+        "amp": None,
+        "compile": False,
+        "cuda_graph": device == "cuda",
+        "sync_bn": True,
+        "recipe": "default",
         "epochs": 10,
         "batch_size": 32,
+        "accumulate": 1,
+        "optimizer": "adam",
         "lr": 1e-3,
+        "schedule": "cosine",
+        "warmup": 0.0,
+        "momentum": 0.9,
         "weight_decay": 1e-4,
-        "cuda_graph": device == "cuda",
+        "label_smoothing": 0.0,
+        "clip": 0.0,
         "seed": 0,
         "out": Path("runs/digits"),
+        "resume": False,
+        "plot_gradients": False,
+        "tensorboard": False,
     }
 
 
 def test_everything_given() -> None:
     line = (
-        "--data cifar10 --data-dir d --model plain --backend torch --device cpu --epochs 0 --batch-size 7 --lr 0.5"
-        " --weight-decay 0 --no-cuda-graph --seed 9 --out o"
+        "--data csv:d.csv --data-dir d --target t --categorical a b --val-fraction 0.3 --loader workers --workers 1"
+        " --pin-memory --drop-last --image-size 9 --flip --rotate 5 --model plain --width 7 --backend torch"
+        " --device cpu --amp bf16 --compile --no-cuda-graph --no-sync-bn --recipe fast --epochs 0 --batch-size 7"
+        " --accumulate 2 --optimizer adamw --lr 0.5 --schedule constant --warmup 0.1 --momentum 0.2 --weight-decay 0"
+        " --label-smoothing 0.3 --clip 4 --seed 9 --out o --resume --plot-gradients"
     )
     chosen = options.parse(line.split())
     assert dataclasses.astuple(chosen) == (
-        *("cifar10", Path("d"), "plain", "torch", torch.device("cpu"), 0, 7, 0.5, 0.0, False, 9, Path("o")),
+        *("csv:d.csv", Path("d"), "t", ("a", "b"), 0.3, "workers", 1, True, True, 9, True, 5.0, "plain", 7, "torch"),
+        *(torch.device("cpu"), torch.bfloat16, True, False, False, "fast", 0, 7, 2, "adamw", 0.5, "constant", 0.1, 0.2),
+        *(0.0, 0.3, 4.0, 9, Path("o"), True, True, False),
     )
+
+
+def test_settings_are_what_decides_the_result() -> None:
+    first, other = options.parse([]), options.parse(["--lr", "0.01", "--out", "elsewhere", "--resume"])
+    assert other.changed(first.settings()) == [("--lr", "0.001", "0.01")]
 
 
 def test_defaults_that_depend_on_the_data() -> None:
     chosen = options.parse(["--data", "cifar10"])
     assert (chosen.epochs, chosen.batch_size, chosen.out) == (50, 128, Path("runs/cifar10"))
+    assert (chosen.flip, chosen.rotate) == (True, 10.0)
+    assert options.parse(["--data", "csv:some/rows.csv"]).out == Path("runs/rows")
+
+
+def test_batches_that_processes_cannot_share(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        options.parse(["--batch-size", "32"])
+    assert "--batch-size: 32 examples cannot be shared by 3 processes" in capsys.readouterr().err
+    assert options.parse(["--batch-size", "33"]).batch_size == 33
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         options.parse(["--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert exit.value.code == 0
     for field in dataclasses.fields(options.Options):
         assert f"--{field.name.replace('_', '-')}" in text

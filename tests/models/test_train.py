@@ -1,4 +1,4 @@
-"""The training program from end to end: what it writes, that it repeats itself, and how it fails."""
+"""The training program from end to end: what it writes, that it repeats itself, that options count, how it fails."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,22 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from models import checkpoint, data, train
+from models import checkpoint, data, networks, options, plots, train, trainer
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 
 pytestmark = pytest.mark.gate("torch")
 
-FILES = ["checkpoint.pt", "curves.png", "history.csv"]
+FILES = ["checkpoint.pt", "confusion.png", "curves.png", "history.csv"]
 ROOT = Path(__file__).parents[2]
+Few = Callable[[Path, int, "float | None"], data.Data]
 
 
 @pytest.fixture(scope="module")
-def digits() -> Callable[[Path, int], data.Images]:
+def digits() -> Few:
     """The digits data set of which only 40 images are trained on and 16 validated, made once a seed."""
 
     @functools.cache
-    def few(data_dir: Path, seed: int) -> data.Images:
+    def few(data_dir: Path, seed: int, val_fraction: float | None) -> data.Data:
         images = data.digits(data_dir, seed)
         return images._replace(train=Subset(images.train, range(40)), val=Subset(images.val, range(16)))
 
@@ -39,9 +41,7 @@ def digits() -> Callable[[Path, int], data.Images]:
 
 
 @pytest.fixture
-def run(
-    digits: Callable[[Path, int], data.Images], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
+def run(digits: Few, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Runs the command on few digits and returns where it wrote."""
     monkeypatch.setitem(data._LOADERS, "digits", digits)
 
@@ -54,11 +54,11 @@ def run(
 
 
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks of an eighth of the width, and no picture: for tests that run the command several times."""
-    for network in (CNNClassifier, FusedCNNClassifier):
-        monkeypatch.setattr(train, network.__name__, functools.partial(network, width=4))
-    monkeypatch.setattr(train, "draw_curves", lambda rows, path, title: None)
+def small(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """The same with a small network and without pictures: for tests that run the command several times."""
+    for name in ("draw_curves", "draw_confusion"):
+        monkeypatch.setattr(plots, name, lambda *args: None)
+    return functools.partial(run, "--width", "4", "--image-size", "8")
 
 
 def _history(out: Path) -> list[dict[str, str]]:
@@ -68,8 +68,8 @@ def _history(out: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("model", ["fused", "plain"])
 def test_one_epoch(run: Callable[..., Path], model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    out = run("--epochs", "1", "--model", model)
-    assert sorted(os.listdir(out)) == FILES
+    out = run("--epochs", "1", "--model", model, "--plot-gradients")
+    assert sorted(os.listdir(out)) == sorted([*FILES, "gradients.png"])
 
     (row,) = _history(out)
     assert list(row) == ["epoch", "train_loss", "val_loss", "train_acc", "val_acc"]
@@ -78,11 +78,11 @@ def test_one_epoch(run: Callable[..., Path], model: str, capsys: pytest.CaptureF
     assert 0 <= float(row["train_acc"]) <= 1
     assert float(row["val_acc"]) * 16 % 1 == 0
 
-    with Image.open(out / "curves.png") as picture:
-        picture.verify()
+    for name in ("curves", "confusion", "gradients"):
+        with Image.open(out / f"{name}.png") as picture:
+            picture.verify()
 
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert set(state) == {"epoch", "model_state_dict", "optimizer_state_dict", "val_acc"}
     assert state["epoch"] == 1
     assert state["val_acc"] == float(row["val_acc"])
     for network in (CNNClassifier(), FusedCNNClassifier()):
@@ -97,84 +97,205 @@ def test_one_epoch(run: Callable[..., Path], model: str, capsys: pytest.CaptureF
     assert f"{model} CNN of 698,794 parameters on cpu" in lines[0]
     assert "40 images to train on, 16 to validate" in lines[0]
     assert lines[1].startswith("epoch 1/1  train loss ")
+    assert lines[1].endswith(" examples/s")
     assert lines[2].startswith(f"validation accuracy {float(row['val_acc']):.2%} (")
-    assert str(out) in lines[3]
+    assert lines[3].startswith("peak memory ")
+    assert str(out) in lines[4]
 
 
-@pytest.mark.usefixtures("narrow")
-def test_checkpoint_holds_the_weights_that_were_validated(run: Callable[..., Path]) -> None:
-    out = run("--epochs", "2")
+def test_checkpoint_holds_the_weights_that_were_validated(small: Callable[..., Path]) -> None:
+    out = small("--epochs", "2")
     state = checkpoint.load(out / "checkpoint.pt")
-    model, criterion = train.build("plain", 10, torch.device("cpu"))
+    chosen = options.parse(["--device", "cpu", "--batch-size", "16", "--image-size", "8"])
+    parts = train.load(chosen)
+    model = networks.build(state["network"], fused=False)
     model.load_state_dict(state["model_state_dict"])
-    _, val_loader = data.loaders(data.load("digits", Path(), 0), 16, 0)
-    result = train.validate(model, val_loader, criterion, "cpu")
+    result = trainer.engine.validate(model, train.loaders(chosen, parts).val, torch.nn.CrossEntropyLoss(), "cpu")
     last = _history(out)[-1]
     assert result.accuracy == float(last["val_acc"])
     assert result.loss == pytest.approx(float(last["val_loss"]), rel=1e-4)
 
 
-@pytest.mark.usefixtures("narrow")
-def test_learning_rate_falls_along_a_cosine(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learning_rate_of_each_step(small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps an epoch; the rate falls from step to step along a cosine."""
     rates = []
-    original = train.train_epoch
+    original = trainer.engine.TrainingStep.__call__
 
-    def spy(model: Any, loader: Any, criterion: Any, optimizer: torch.optim.Optimizer, *rest: Any, **kw: Any) -> Any:
-        rates.append(optimizer.param_groups[0]["lr"])
-        return original(model, loader, criterion, optimizer, *rest, **kw)
+    def spy(self: Any, *args: Any) -> Any:
+        rates.append(self._optimizer.param_groups[0]["lr"])
+        return original(self, *args)
 
-    monkeypatch.setattr(train, "train_epoch", spy)
-    run("--epochs", "3", "--lr", "0.002")
-    assert rates == pytest.approx([0.001 * (1 + math.cos(math.pi * i / 3)) for i in range(3)])
+    monkeypatch.setattr(trainer.engine.TrainingStep, "__call__", spy)
+    small("--epochs", "2", "--lr", "0.002")
+    assert rates == pytest.approx([0.001 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
 
 
-@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("model", ["fused", "plain"])
-def test_same_seed_same_bits(run: Callable[..., Path], model: str) -> None:
-    arguments = ("--epochs", "2", "--model", model)
-    first = run(*arguments, name="first")
+def test_same_seed_same_bits(small: Callable[..., Path], model: str) -> None:
+    arguments = ("--epochs", "2", "--model", model, "--flip", "--rotate", "10")
+    first = small(*arguments, name="first")
     torch.rand(7)  # what was drawn before does not matter
-    again = run(*arguments, name="again")
-    other = run(*arguments, "--seed", "1", name="other")
+    again = small(*arguments, name="again")
+    other = small(*arguments, "--seed", "1", name="other")
     assert (first / "history.csv").read_bytes() == (again / "history.csv").read_bytes()
     weights = [checkpoint.load(out / "checkpoint.pt")["model_state_dict"] for out in (first, again, other)]
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
     assert not torch.equal(weights[2]["stage1.conv1.weight"], weights[0]["stage1.conv1.weight"])
 
 
-@pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize(
-    "option", [("--lr", "0.01"), ("--weight-decay", "0.5"), ("--batch-size", "20"), ("--epochs", "2")]
-)
-def test_options_matter(run: Callable[..., Path], option: tuple[str, str]) -> None:
-    usual = run("--epochs", "1", name="usual")
-    other = run("--epochs", "1", *option, name="other")
-    assert (usual / "history.csv").read_text() != (other / "history.csv").read_text()
+COUNTS = [
+    "--lr 0.01", "--weight-decay 0.5", "--batch-size 20", "--epochs 2", "--flip", "--rotate 20", "--image-size 16",
+    "--drop-last", "--width 5", "--amp bf16", "--amp fp16", "--accumulate 2", "--optimizer adamw", "--optimizer sgd",
+    "--schedule linear", "--schedule constant", "--warmup 0.5", "--label-smoothing 0.2", "--clip 0.01",
+    "--recipe fast --epochs 1", "--seed 3",
+]  # fmt: skip
 
 
-@pytest.mark.usefixtures("narrow")
-def test_zero_epochs_validates_only(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    out = run("--epochs", "0")
+def test_options_count(small: Callable[..., Path]) -> None:
+    """Each option leaves other weights behind."""
+    seen = {}
+    for option in ["", *COUNTS, "--optimizer sgd --momentum 0.5", "--optimizer sgd --weight-decay 0.5"]:
+        out = small("--epochs", "1", *option.split(), name=option.replace(" ", "_") or "usual")
+        weights = checkpoint.load(out / "checkpoint.pt")["model_state_dict"]["classifier.fc1.weight"]
+        seen[option] = weights.contiguous().numpy().tobytes()
+    assert len(set(seen.values())) == len(seen), "two of them came to the same"
+
+
+def test_loading_does_not_count(small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data on the device or brought by a DataLoader: the same bits."""
+    made = []
+    original = torch.utils.data.DataLoader.__init__
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.append(kwargs["num_workers"])
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", spy)
+    weights = []
+    for i, option in enumerate((["--loader", "device"], ["--loader", "workers", "--workers", "0"])):
+        out = small("--epochs", "2", "--flip", *option, name=str(i))
+        weights.append(checkpoint.load(out / "checkpoint.pt")["model_state_dict"]["classifier.fc1.weight"])
+    assert torch.equal(*weights)
+    assert made == [0, 0]
+
+
+def test_compile(small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is compiled (here by the backend that compiles nothing) and its state_dict does not show it."""
+    compiled = []
+    original = torch.nn.Module.compile
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> None:
+        compiled.append(type(self).__name__)
+        original(self, *args, **kwargs, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", spy)
+    usual = small("--epochs", "1", "--model", "plain", name="usual")
+    out = small("--epochs", "1", "--model", "plain", "--compile")
+    assert compiled == ["CNNClassifier"]
+    states = [checkpoint.load(path / "checkpoint.pt")["model_state_dict"] for path in (out, usual)]
+    assert states[0].keys() == states[1].keys()
+
+
+def test_backend_reaches_the_modules(small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import tkernels
+
+    seen = set()
+    original = FusedCNNClassifier.forward
+
+    def spy(self: Any, images: torch.Tensor) -> torch.Tensor:
+        seen.add(tkernels.get_backend())
+        return original(self, images)
+
+    monkeypatch.setattr(FusedCNNClassifier, "forward", spy)
+    small("--epochs", "0", "--backend", "torch")
+    assert seen == {"torch"}
+
+
+def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Synthetic rows and those of a CSV file are learnt, by either network."""
+    rows, label = data.tensors(data.load("synthetic", Path(), 0).train)
+    path = tmp_path / "some rows.csv"
+    lines = [",".join([*(f"{v:.4f}" for v in row), "yes" if y else "no"]) for row, y in zip(rows.tolist(), label)]
+    path.write_text("\n".join([",".join([*(f"x{i}" for i in range(10)), "positive"]), *lines]))
+    for name, model in (("synthetic", "plain"), (f"csv:{path}", "fused")):
+        out = tmp_path / model
+        arguments = ["--data", name, "--model", model, "--epochs", "8", "--lr", "0.01", "--out", str(out)]
+        assert train.main(["--device", "cpu", *arguments]) == 0
+        assert float(_history(out)[-1]["val_acc"]) > 0.9
+        assert f"{model} MLP of 2,850 parameters" in capsys.readouterr().out
+    assert checkpoint.load(out / "checkpoint.pt")["network"]["classes"] == ["no", "yes"]
+    assert train.main(["--data", f"csv:{path}", "--target", "y", "--out", str(out)]) == 2
+    assert "has no column 'y'" in capsys.readouterr().err
+
+
+def test_tensorboard(small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the writer, whether or not TensorBoard is there."""
+    written: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, directory: str) -> None:
+            self.directory = directory
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            written.append((name, value, epoch))
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None:
+            written.append((self.directory, 0.0, 0))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(torch.utils, "tensorboard", module, raising=False)
+    out = small("--epochs", "2", "--tensorboard")
+    rows = _history(out)
+    assert written[:-1] == [
+        (f"{kind}/{split}", float(row[f"{split}_{kind[:4] if kind == 'loss' else 'acc'}"]), int(row["epoch"]))
+        for row in rows
+        for split in ("train", "val")
+        for kind in ("loss", "accuracy")
+    ]
+    assert written[-1][0] == str(out / "tensorboard")
+
+
+def test_tensorboard_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit):
+        train.main(["--tensorboard", "--out", str(tmp_path)])
+    assert "argument --tensorboard: TensorBoard is not installed: pip install tensorboard" in capsys.readouterr().err
+
+
+def test_gradient_flow() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    model[0].weight.grad = torch.tensor([[1.0, -3.0, 2.0], [0.0, 0.0, 0.0]])
+    assert trainer._gradient_flow(model) == {"0": (1.0, 3.0)}
+
+
+def test_zero_epochs_validates_only(small: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    out = small("--epochs", "0")
     assert _history(out) == []
     state = checkpoint.load(out / "checkpoint.pt")
     torch.manual_seed(0)
     assert state["epoch"] == 0
-    assert torch.equal(state["model_state_dict"]["classifier.fc3.weight"], CNNClassifier(width=4).classifier.fc3.weight)
+    expected = CNNClassifier(width=4, image_size=8).classifier.fc3.weight
+    assert torch.equal(state["model_state_dict"]["classifier.fc3.weight"], expected)
     assert "validation accuracy" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("narrow")
 def test_divergence_keeps_the_last_good_checkpoint(
-    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, results = train.train_epoch, []
+    original, results = trainer.engine.train_epoch, []
 
     def diverges(*args: Any, **kwargs: Any) -> Any:
         results.append(original(*args, **kwargs))
         return results[-1]._replace(loss=math.nan) if len(results) == 2 else results[-1]
 
-    monkeypatch.setattr(train, "train_epoch", diverges)
-    out = run("--epochs", "3", status=1)
+    monkeypatch.setattr(trainer.engine, "train_epoch", diverges)
+    out = small("--epochs", "3", status=1)
     error = capsys.readouterr().err
     assert error.startswith("python -m models.train: error: the loss is no longer finite after epoch 2: try a --lr")
     assert len(error.splitlines()) == 1
@@ -183,13 +304,13 @@ def test_divergence_keeps_the_last_good_checkpoint(
 
 
 def test_interrupted(
-    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train_epoch", interrupt)
-    run("--epochs", "1", status=130)
+    monkeypatch.setattr(trainer.engine, "train_epoch", interrupt)
+    small("--epochs", "1", status=130)
     assert capsys.readouterr().err.splitlines() == ["python -m models.train: error: interrupted"]
 
 
@@ -199,16 +320,20 @@ def test_output_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.usefixtures("narrow")
 def test_full_disk(
-    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    run("--epochs", "1", status=1)
+    small("--epochs", "1", status=1)
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_no_full_batch(small: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    small("--epochs", "1", "--batch-size", "64", "--drop-last", status=2)
+    assert "no full batch of 64" in capsys.readouterr().err
 
 
 def _command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

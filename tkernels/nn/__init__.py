@@ -6,6 +6,7 @@ from tkernels.nn.conv_stage import ConvBNReLU2d, ConvStage
 from tkernels.nn.cross_entropy import CrossEntropyLoss
 from tkernels.nn.linear import Linear, LinearReLU
 from tkernels.nn.multihead_attention import MultiheadAttention
+from tkernels.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -18,4 +19,5 @@ __all__ = [
     "Linear",
     "LinearReLU",
     "MultiheadAttention",
+    "SyncBatchNorm",
 ]

@@ -1,0 +1,108 @@
+"""The processes that torchrun started: which one this is, and what all of them agree on. One process without it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# how long a process waits for another one before it takes it for dead
+TIMEOUT = timedelta(minutes=10)
+
+
+def launched() -> bool:
+    """Whether torchrun (or something that speaks its language) started this process."""
+    return dist.is_available() and "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torchrun started the job again after a process had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def size() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if active() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Within it the processes of the job can talk: NCCL between GPUs, Gloo between CPUs."""
+    if not launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The main process runs what is within first, then the others do: for files that it makes."""
+    if active() and not is_main():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if active() and is_main():
+            dist.barrier()
+
+
+def add_up(t: Tensor) -> Tensor:
+    """``t``, now its sum over all processes."""
+    if active():
+        dist.all_reduce(t)
+    return t
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' values."""
+    if not active():
+        return value
+    t = torch.tensor(value)  # on the CPU: waits for no GPU
+    dist.all_reduce(t, dist.ReduceOp.MAX)
+    return int(t)
+
+
+def gathered(value: Any) -> list[Any] | None:
+    """Every process's value, in the main process; None in the others."""
+    if not active():
+        return [value]
+    values: list[Any] | None = [None] * size() if is_main() else None
+    dist.gather_object(value, values)
+    return values
+
+
+def is_loss_of_a_process(error: BaseException) -> bool:
+    """Whether an error says that another process no longer answers."""
+    if not active() or not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "connection closed", "nccl"))

@@ -1,0 +1,287 @@
+"""A run of training: network, optimizer and where it stands; what it saves, and how it goes on from there."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import tkernels.nn as tnn
+from models import checkpoint, distributed, engine, networks, recipes
+from models.cuda_graph import GraphedStep
+from models.data import Data
+from models.history import History, Row
+from models.interrupt import Stopped, StopWish
+from models.loader import TrainLoader, ValLoader
+from models.options import Options
+
+Gradients = dict[str, tuple[float, float]]
+
+
+class TrainingError(Exception):
+    """Training that cannot go on; the message says why in one line."""
+
+
+class Loaders(NamedTuple):
+    train: TrainLoader
+    val: ValLoader
+
+
+def _silent(*args: object, **kwargs: object) -> None:
+    pass
+
+
+class Trainer:
+    """Trains as the options say and writes history and checkpoints to ``chosen.out``.
+
+    ``say`` prints a line. In a job of several processes each has one; the first alone writes and prints.
+    """
+
+    def __init__(self, chosen: Options, data: Data, loaders: Loaders, say: Callable[..., None] = print) -> None:
+        self.chosen, self.loaders = chosen, loaders
+        self.say = say if distributed.is_main() else _silent
+        self.network = networks.describe(data, chosen.model, chosen.width, chosen.image_size)
+        torch.manual_seed(chosen.seed)
+        fused = chosen.model != "plain"
+        model = networks.build(self.network, fused)
+        if chosen.sync_bn and distributed.size() > 1:
+            model = tnn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model.to(chosen.device)
+        self.criterion = networks.build_criterion(fused, chosen.label_smoothing)
+        if chosen.compile:
+            self.model.compile()  # in place: the names in its state_dict stay
+        lr: float | Tensor = torch.tensor(chosen.lr, device=chosen.device) if chosen.cuda_graph else chosen.lr
+        self.optimizer = recipes.build_optimizer(
+            chosen.optimizer, self.model, lr, chosen.momentum, chosen.weight_decay, chosen.cuda_graph
+        )
+        self.steps = math.ceil(len(loaders.train) / chosen.accumulate)  # an epoch
+        self.schedule = recipes.Schedule(
+            self.optimizer, chosen.lr, chosen.schedule, round(chosen.warmup * chosen.epochs * self.steps),
+            chosen.epochs * self.steps,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(chosen.device.type) if chosen.amp == torch.float16 else None
+        self.history = History(chosen.out / "history.csv", write=distributed.is_main())
+        self.epoch, self.batch = 0, 0  # epochs finished; batches done of the one under way
+        self.totals = engine.Totals(chosen.device)
+        self.val_acc = 0.0
+        self.gradients: Gradients = {}
+        self.each_epoch: Callable[[Row], None] = _silent  # called with what an epoch measured
+        self.confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64, device=chosen.device)
+        # from here on every process draws its own random numbers; that of one process is not moved
+        if distributed.rank() > 0:
+            torch.manual_seed(chosen.seed + 1_000_003 * distributed.rank())
+
+    @property
+    def path(self) -> Path:
+        return self.chosen.out / checkpoint.NAME
+
+    def fit(self) -> engine.EpochResult:
+        """Train to the last epoch, with history and checkpoint after each; returns the last validation.
+
+        Raises TrainingError when the loss is no longer finite (the checkpoint of the last good epoch stays), Stopped
+        on SIGTERM and SIGINT, after a checkpoint.
+        """
+        validation = None
+        if self.epoch == 0 and self.batch == 0:
+            self.history.start()
+        step = self._training_step()
+        with StopWish() as wish:
+            for epoch in range(self.epoch + 1, self.chosen.epochs + 1):
+                validation = self._one_epoch(epoch, step, wish)
+            if validation is None:  # nothing left to train
+                validation = self.validate("validation")
+                self.val_acc = validation.accuracy
+                if self.epoch == 0:
+                    self.save()
+        return validation
+
+    def validate(self, label: str) -> engine.EpochResult:
+        bar = engine.progress_bar(label, len(self.loaders.val))
+        return engine.validate(
+            self.model, self.loaders.val, self.criterion, self.chosen.device, amp=self.chosen.amp,
+            confusion=self.confusion.zero_(), bar=bar,
+        )  # fmt: skip
+
+    def _one_epoch(self, epoch: int, step: Any, wish: StopWish) -> engine.EpochResult:
+        label = f"epoch {epoch:{len(str(self.chosen.epochs))}}/{self.chosen.epochs}"
+        before, start = self.totals.images, time.perf_counter()
+
+        def after() -> None:
+            self.batch += 1
+            if self.batch % self.chosen.accumulate and self.batch < len(self.loaders.train):
+                return
+            self.schedule.advance()
+            self._stop_if_wished(wish)
+
+        training = engine.train_epoch(
+            self.model, self.loaders.train.epoch(epoch, self.batch), step, self.totals, after=after,
+            bar=engine.progress_bar(label, len(self.loaders.train), self.batch),
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        if self.chosen.plot_gradients:
+            self.gradients = _gradient_flow(self.model)
+        rate = (training.images - before * distributed.size()) / seconds
+        validation = self.validate(f"{label} validation")
+        row = Row(epoch, training.loss, validation.loss, training.accuracy, validation.accuracy)
+        self.history.add(row)
+        if not (math.isfinite(training.loss) and math.isfinite(validation.loss)):
+            raise TrainingError(
+                f"the loss is no longer finite after epoch {epoch}: try a --lr below {self.chosen.lr:g}"
+            )
+        self.epoch, self.batch, self.val_acc = epoch, 0, validation.accuracy
+        self.totals = engine.Totals(self.chosen.device)
+        self.save()
+        self.each_epoch(row)
+        self.say(
+            f"{label}  train loss {training.loss:.4f}, accuracy {training.accuracy:6.2%}"
+            f"  validation loss {validation.loss:.4f}, accuracy {validation.accuracy:6.2%}"
+            f"  {rate:,.0f} examples/s",
+            flush=True,
+        )
+        if epoch < self.chosen.epochs:
+            self._stop_if_wished(wish)
+        return validation
+
+    def _stop_if_wished(self, wish: StopWish) -> None:
+        signum = wish.agreed()
+        if signum:
+            self.save()
+            raise Stopped(signum, f"{self.position()}; {self.path} is written, --resume goes on from there")
+
+    def position(self) -> str:
+        """Where the run stands, in words."""
+        if self.batch == 0:
+            return f"after epoch {self.epoch}"
+        return f"in epoch {self.epoch + 1}, after batch {self.batch} of {len(self.loaders.train)}"
+
+    def _training_step(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        model: nn.Module = self.model
+        if distributed.size() > 1:
+            on_gpu = self.chosen.device.type == "cuda"
+            model = nn.parallel.DistributedDataParallel(
+                model,
+                device_ids=[self.chosen.device] if on_gpu else None,
+                # synchronised batch norm leaves the same statistics in every process
+                broadcast_buffers=not self.chosen.sync_bn,
+            )
+        step = engine.TrainingStep(
+            model, self.criterion, self.optimizer, amp=self.chosen.amp, scaler=self.scaler, clip=self.chosen.clip
+        )
+        if self.chosen.cuda_graph:
+            return GraphedStep(step)
+        if self.chosen.accumulate == 1:
+            return step
+        return self._accumulated(step)
+
+    def _accumulated(self, step: engine.TrainingStep) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Several batches make one step, each weighing what it is of their examples together."""
+        loader, group = self.loaders.train, self.chosen.accumulate
+
+        def part(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            begin = self.batch // group * group
+            end = min(begin + group, len(loader))
+            together = sum(loader.size(i) for i in range(begin, end))
+            return step(images, target, len(target) / together, self.batch == begin, self.batch == end - 1)
+
+        return part
+
+    def save(self) -> None:
+        """Write the checkpoint; every process must call it."""
+        processes = distributed.gathered({"rng": _random_state(self.chosen.device), **self.totals.state_dict()})
+        if processes is None:
+            return
+        state = {
+            "epoch": self.epoch,
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dict": _portable(self.optimizer.state_dict()),
+            "val_acc": self.val_acc,
+            "network": self.network,
+            "schedule_state_dict": self.schedule.state_dict(),
+            "scaler_state_dict": None if self.scaler is None else self.scaler.state_dict(),
+            "batch": self.batch,
+            "processes": processes,
+            "history": [list(row) for row in self.history.rows],
+            "settings": self.chosen.settings(),
+        }
+        checkpoint.save(self.path, state)
+
+    def resume(self) -> None:
+        """Go on from the newest usable checkpoint in ``chosen.out``. Raises CheckpointError where there is none."""
+        state = checkpoint.newest(self.chosen.out, self._check, lambda line: self.say(f"note: {line}", flush=True))
+        for name, saved, wanted in self.chosen.changed(state["settings"]):
+            self.say(f"note: {name} was {saved} so far and is {wanted} from here on", flush=True)
+        self.model.load_state_dict(state["model_state_dict"])
+        # of the groups their hyperparameters count as they are given now
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state["optimizer_state_dict"], "param_groups": groups})
+        self.schedule.load_state_dict(state["schedule_state_dict"])
+        if self.scaler is not None and state["scaler_state_dict"] is not None:
+            self.scaler.load_state_dict(state["scaler_state_dict"])
+        self.epoch, self.batch, self.val_acc = state["epoch"], state["batch"], state["val_acc"]
+        self.history.start([Row(*row) for row in state["history"]])
+        self._resume_processes(state["processes"])
+        self.say(f"goes on {self.position()}", flush=True)
+
+    def _resume_processes(self, processes: list[dict[str, Any]]) -> None:
+        """What each process had of its own; where their number changed, the first takes the sums and all draw anew."""
+        if len(processes) == distributed.size():
+            own = processes[distributed.rank()]
+            self.totals.load_state_dict(own)
+            _set_random_state(own["rng"], self.chosen.device)
+            return
+        if distributed.is_main():
+            together = {key: sum(p[key] for p in processes) for key in ("loss", "correct", "images")}
+            self.totals.load_state_dict(together)
+        torch.manual_seed(self.chosen.seed + 1_000_003 * (distributed.rank() + 1) + self.epoch * 7919 + self.batch)
+
+    def _check(self, state: checkpoint.State) -> None:
+        needed = ("schedule_state_dict", "scaler_state_dict", "batch", "processes", "history", "settings")
+        missing = [key for key in needed if key not in state]
+        if missing:
+            raise checkpoint.CheckpointError(f"cannot be gone on from: it lacks {', '.join(missing)}")
+        differences = networks.differences(state["network"], self.network)
+        saved, wanted = state["settings"].get("optimizer"), self.chosen.optimizer
+        if saved != wanted:
+            differences.append(f"--optimizer {saved} instead of {wanted}")
+        if state["batch"] > len(self.loaders.train):
+            differences.append(f"{state['batch']} batches of an epoch done, there are {len(self.loaders.train)} now")
+        if differences:
+            raise checkpoint.CheckpointError(f"is of another run: {', '.join(differences)}")
+
+
+def _portable(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without the marks of a CUDA graph, which a CPU refuses: a learning rate that is a tensor."""
+    groups = []
+    for group in state["param_groups"]:
+        changed: dict[str, Any] = {}
+        if isinstance(group["lr"], Tensor):
+            changed = {"lr": group["lr"].item(), **({"capturable": False} if "capturable" in group else {})}
+        groups.append({**group, **changed})
+    return {**state, "param_groups": groups}
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _gradient_flow(model: nn.Module) -> Gradients:
+    """(mean, largest) magnitude of the gradients the last step left, of every weight."""
+    return {
+        name.removesuffix(".weight"): (p.grad.abs().mean().item(), p.grad.abs().max().item())
+        for name, p in model.named_parameters()
+        if p.grad is not None and name.endswith("weight")
+    }
