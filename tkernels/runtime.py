@@ -41,8 +41,8 @@ class backend:
             ...
 
     ``'auto'`` takes Triton where every tensor is on a supported GPU and PyTorch elsewhere; ``'triton'`` raises
-    RuntimeError where it cannot run (float64 goes to PyTorch even so, and what an operator's page leaves to it). The environment variable
-    TKERNELS_BACKEND sets the start value. Raises ValueError for another name.
+    RuntimeError where it cannot run (float64 goes to PyTorch even so, and what an operator's page leaves to it). The
+    environment variable TKERNELS_BACKEND sets the start value. Raises ValueError for another name.
     """
 
     def __init__(self, name: str) -> None:

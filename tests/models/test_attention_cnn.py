@@ -62,7 +62,9 @@ def test_the_command_trains_it() -> None:
     parts = data.load("digits", Path(), seed=0)
     description = networks.describe(parts, "attention", 4, 16)
     assert isinstance(networks.build(description, fused=True), AttentionCNN)
-    assert networks.differences(description, networks.describe(parts, "fused", 4, 16)) == ["kind 'attention' instead of 'cnn'"]
+    assert networks.differences(description, networks.describe(parts, "fused", 4, 16)) == [
+        "kind 'attention' instead of 'cnn'"
+    ]
 
 
 @pytest.mark.gate("ttsem", "cuda")

@@ -84,7 +84,7 @@ def _check(
     """Raise what batch_norm raises in training."""
     # few values are enough here: to the check they are two rows of them
     two = input.expand(2, *input.shape[1:]) if isinstance(input, Tensor) and input.shape[:1] == (1,) else input
-    if not bn_ops._plainly_right(two, running_mean, running_var, weight, bias, momentum, eps):
+    if not bn_ops._plainly_right(two, running_mean, running_var, weight, bias, True, momentum, eps):
         bn_ops._check(two, running_mean, running_var, weight, bias, True, momentum, eps)
 
 
