@@ -36,7 +36,7 @@ REFUSED = [
     ("--device meta", "--device", "'meta'"),
     ("--device cuda:99", "--device", "'cuda:99'"),
     ("--backend triton --device cpu", "--backend", "cpu"),
-    ("--backend triton --model plain", "--backend", "fused model"),
+    ("--backend triton --model plain", "--backend", "--model fused"),
     ("--model attention --data synthetic", "--model", "images"),
     ("--data csv:", "--data", "csv:FILE"),
     ("--target x", "--target", "csv:FILE"),

@@ -53,9 +53,9 @@ def sync_batch_norm(
     activations.check(activation)
     if residual is not None:
         residual = bn_ops._checked_residual(input, residual)
-    layout = bn_ops._memory_format(input)
+    layout = bn_ops.memory_format(input)
     x = input.contiguous(memory_format=layout)
-    weight, bias = bn_ops._vector(weight), bn_ops._vector(bias)
+    weight, bias = bn_ops.dense(weight), bn_ops.dense(bias)
     triton = input.numel() > 0 and runtime.use_triton(input, weight, bias, running_mean, running_var, residual)
     with torch.no_grad():
         local = _triton_statistics(x) if triton else _torch_statistics(x)
