@@ -113,7 +113,7 @@ def _measured_gbps(moved: int) -> float:
 @functools.cache
 def _measured_tflops(dtype: torch.dtype) -> float:
     # few CPUs multiply 16-bit numbers faster than float32, many much slower
-    return max(_product_tflops(kind, n) for kind, n in ((dtype, 128), (torch.float32, 384)))
+    return max(_product_tflops(kind, n) for kind, n in ((dtype, 128), (torch.float32, 384), (torch.float32, 768)))
 
 
 def _product_tflops(dtype: torch.dtype, n: int) -> float:

@@ -196,12 +196,12 @@ def roofline(rows: pd.DataFrame) -> Figure:
 
 
 def _products(axes: Axes, rows: pd.DataFrame, markers: dict[str, str]) -> None:
-    _roofs(axes, rows)
+    peaks = _roofs(axes, rows)
     for (operator, provider), part in rows.groupby(["operator", "provider"], sort=False):
         look: Any = {"marker": markers[str(operator)], "color": _colour(str(provider))}
         axes.scatter(part.flops / part.bytes, part.tflops, s=34, edgecolors="white", linewidths=0.5, zorder=3, **look)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte (least traffic)", ylabel="TFLOP/s",
-             title="products")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte (least traffic)", ylabel="TFLOP/s")
+    axes.set_title(f"products   (peak: {peaks})", fontsize=10)
     for axis in (axes.xaxis, axes.yaxis):
         _plain_logarithmic(axis)
 
@@ -225,18 +225,17 @@ def _plain_logarithmic(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _roofs(axes: Axes, rows: pd.DataFrame) -> None:
-    """The device's peaks. A CPU has a bandwidth for each of its caches: the slowest and the fastest that were met."""
+def _roofs(axes: Axes, rows: pd.DataFrame) -> str:
+    """Draw the device's peaks, and tell them. Of a CPU's bandwidths, one for each cache, the slowest and the fastest."""
     intensity = rows.flops / rows.bytes
     x = np.geomspace(intensity.min() / 2, intensity.max() * 2, 200)
     tflops, slow, fast = rows.peak_tflops.max(), rows.peak_gbps.min(), rows.peak_gbps.max()
     axes.plot(x, np.minimum(tflops, x * slow / 1e3), color="#333333", linewidth=1.2)
-    label = f"{slow:.3g} GB/s"
+    label = f"{tflops:.3g} TFLOP/s, {slow:.3g} GB/s"
     if fast > 1.1 * slow:
         axes.plot(x, np.minimum(tflops, x * fast / 1e3), color="#333333", linewidth=1.0, linestyle="--")
-        label += f" (dashed: {fast:.3g}, from caches)"
-    axes.annotate(f"peak {tflops:.3g} TFLOP/s, {label}", (x[-1], min(tflops, x[-1] * fast / 1e3)),
-                  xytext=(0, 5), textcoords="offset points", ha="right", fontsize=8.5)  # fmt: skip
+        label += f", dashed: {fast:.3g} GB/s from caches"
+    return label
 
 
 def stacked_bytes(frame: pd.DataFrame) -> Figure:

@@ -52,7 +52,8 @@ def test_every_part_is_in_a_run() -> None:
         assert swept == set(operators.OPERATORS)
         tests = [part for part in parts if part.name.startswith("tests")]
         assert len(tests) == (1 if dry else 2)
-        assert all(dict(part.environment) == {"TK_GATE": "torch" if dry else "cuda"} for part in tests)
+        gate = {"TK_GATE": "torch" if dry else "cuda", "TK_EXTENDED": "0"}
+        assert all(dict(part.environment) == gate for part in tests)
         assert all(("tiny" in part.command) == dry for part in parts if part.name.startswith("sweep"))
 
 
