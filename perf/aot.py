@@ -40,9 +40,9 @@ _MAX_GRID = (2**31 - 1, 65535, 65535)
 class Case:
     """Code to inspect: ``run()`` makes the launches on fake CUDA tensors it allocates itself.
 
-    ``product``: every launch with a dot is a 16-bit product of aligned operands, so its loop must hold tensor-core
-    instructions and 128-bit operand loads. ``left_to_torch``: asks the chooser why a target runs PyTorch instead, None
-    where it does not.
+    ``product``: there is a 16-bit product of aligned operands among them, whose loop must hold tensor-core instructions
+    and 128-bit operand loads. ``left_to_torch``: asks the chooser why a target runs PyTorch instead, None where it does
+    not.
     """
 
     name: str
@@ -110,6 +110,10 @@ class Facts:
     def narrow_loads(self) -> int:
         """Loads from global memory in the product loop that are less than 128 bits wide."""
         return sum(n for op, n in self.loop.items() if _is_load(op) and _width(op) < 128)
+
+    def waiting_loads(self) -> int:
+        """Loads from global memory in NVIDIA's product loop that are no asynchronous copies."""
+        return sum(n for op, n in self.loop.items() if op.startswith("LDG") and not op.startswith(("LDGSTS", "LDGDEP")))
 
 
 class StubDriver:
@@ -228,11 +232,8 @@ def specialisation(launch: Launch, target_name: str) -> str:
     return f"{target_name} {launch.kernel.__module__}.{launch.kernel.__name__} {spec} {options}"
 
 
-def compile_launch(launch: Launch, target_name: str, only_products: bool = False) -> Facts:
-    """Compile one recorded launch for a target and read its facts. Raises what the compiler raises.
-
-    ``only_products``: count instructions only where there is a dot; on NVIDIA that saves disassembling the others.
-    """
+def compile_launch(launch: Launch, target_name: str) -> Facts:
+    """Compile one recorded launch for a target and read its facts. Raises what the compiler raises."""
     target = targets.TARGETS[target_name]
     backend = make_backend(gpu_target(target))
     kernel = launch.kernel
@@ -243,7 +244,7 @@ def compile_launch(launch: Launch, target_name: str, only_products: bool = False
     compiled = triton.compile(source, target=gpu_target(target), options=options.__dict__)
     has_dot = "tt.dot" in compiled.asm["ttir"]
     if target.is_nvidia:
-        registers, spill_bytes, mix, loop = _read_nvidia(compiled, has_dot or not only_products)
+        registers, spill_bytes, mix, loop = _read_nvidia(compiled)
     else:
         registers, spill_bytes, mix, loop = _read_amd(compiled)
     return Facts(
@@ -261,23 +262,24 @@ def compile_launch(launch: Launch, target_name: str, only_products: bool = False
     )
 
 
-_inspected: dict[tuple[str, bool], Facts] = {}  # by specialisation: cases share many launches
+_compiled: dict[str, Facts] = {}  # by specialisation: cases share many launches
 
 
-def inspect(fn: Callable[[], object], target_name: str, only_products: bool = False) -> list[Facts]:
-    """Facts of every distinct launch ``fn`` makes on ``target_name`` ('sm_90', 'gfx942', ...)."""
+def inspect(fn: Callable[[], object], target_name: str) -> list[tuple[Launch, Facts]]:
+    """Every launch ``fn`` makes on ``target_name`` ('sm_90', 'gfx942', ...) and its facts; of launches that differ in
+    the grid alone the first."""
     with recording(target_name) as launches:
         fn()
-    distinct = {specialisation(launch, target_name): launch for launch in launches}
+    distinct: dict[str, Launch] = {}
+    for launch in launches:
+        distinct.setdefault(specialisation(launch, target_name), launch)
     for key, launch in distinct.items():
-        if (key, only_products) not in _inspected:
-            _inspected[key, only_products] = compile_launch(launch, target_name, only_products)
-    return [dataclasses.replace(_inspected[key, only_products], grid=launch.grid) for key, launch in distinct.items()]
+        if key not in _compiled:
+            _compiled[key] = compile_launch(launch, target_name)
+    return [(launch, dataclasses.replace(_compiled[key], grid=launch.grid)) for key, launch in distinct.items()]
 
 
-def _read_nvidia(
-    compiled: Any, disassemble: bool
-) -> tuple[int, int, collections.Counter[str], collections.Counter[str]]:
+def _read_nvidia(compiled: Any) -> tuple[int, int, collections.Counter[str], collections.Counter[str]]:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         with open(path, "wb") as f:
@@ -287,7 +289,7 @@ def _read_nvidia(
             command = [os.path.join(_TOOLS, "cuobjdump"), flag, path]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage, listing = dump("-res-usage"), dump("-sass") if disassemble else ""
+        usage, listing = dump("-res-usage"), dump("-sass")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
@@ -328,7 +330,8 @@ def _read_amd(compiled: Any) -> tuple[int, int, collections.Counter[str], collec
         goal = op[2].strip().split()[0] if op[2].strip() else ""
         if op[1].startswith(("s_cbranch", "s_branch")) and goal in labels:
             loops.append(ops[labels[goal] :])
-    spills = 4 * (fact("vgpr_spill_count") + fact("sgpr_spill_count"))
+    # scalar registers spill to lanes of vector registers, which are no memory: scratch is
+    spills = max(4 * fact("vgpr_spill_count"), fact("private_segment_fixed_size"))
     return fact("vgpr_count"), spills, collections.Counter(ops), _product_loop(loops)
 
 

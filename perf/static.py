@@ -21,7 +21,7 @@ import pandas as pd
 from tqdm import tqdm
 
 import perf.cases
-from perf import aot, options, ttir
+from perf import aot, options, rules, ttir
 from perf.options import Refused
 from perf.schema import Column
 from tkernels import targets
@@ -54,6 +54,7 @@ COLUMNS = (
     Column("flops", "number", "of the products, padding included"),
     Column("estimate_us", "number", "microseconds at the peak rates: a bound, not a forecast"),
     Column("bound_by", "text", "bytes or flops, whichever takes longer"),
+    Column("complaints", "text", "what breaks a rule of perf/rules.py; empty if nothing does"),
     Column("status", "text", "ok, or what the compiler said"),
 )
 NAMES = tuple(column.name for column in COLUMNS)
@@ -140,7 +141,7 @@ def _row(launch: aot.Launch, key: str, target_name: str, compiled: dict[str, aot
     except Exception as error:
         return {**row, "status": _one_line(error)}
     facts = compiled[key]
-    products = ttir.products(facts.ttir, arguments(launch), launch.grid)
+    products = ttir.products(facts.ttir, rules.arguments(launch), launch.grid)
     microseconds, bound = estimate(row["bytes"], products, target)
     return {
         **row,
@@ -148,7 +149,7 @@ def _row(launch: aot.Launch, key: str, target_name: str, compiled: dict[str, aot
         "registers": facts.registers,
         "spill_bytes": facts.spill_bytes,
         "shared_bytes": facts.shared_bytes,
-        "occupancy_estimate": round(occupancy(facts.registers, facts.shared_bytes, facts.num_warps, target), 3),
+        "occupancy_estimate": round(rules.occupancy(facts.registers, facts.shared_bytes, facts.num_warps, target), 3),
         "tensor_core": facts.tensor_core or "",
         "tensor_core_instructions": facts.tensor_core_instructions(),
         "loads_128": facts.loads_128(),
@@ -158,6 +159,7 @@ def _row(launch: aot.Launch, key: str, target_name: str, compiled: dict[str, aot
         "flops": sum(products.values()),
         "estimate_us": round(microseconds, 3),
         "bound_by": bound,
+        "complaints": "; ".join(rules.complaints(launch, facts)),
         "status": "ok",
     }
 
@@ -166,33 +168,12 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def arguments(launch: aot.Launch) -> dict[str, Any]:
-    """A launch's arguments by name."""
-    return {**dict(zip(launch.kernel.arg_names, launch.args)), **launch.kwargs}
-
-
 def _config(launch: aot.Launch) -> str:
-    shown = {name: value for name, value in arguments(launch).items() if name.startswith("BLOCK")}
+    shown = {name: value for name, value in rules.arguments(launch).items() if name.startswith("BLOCK")}
     for name in ("num_warps", "num_stages", "maxnreg"):
         if name in launch.kwargs:
             shown[name] = launch.kwargs[name]
     return " ".join(f"{name}={value}" for name, value in shown.items())
-
-
-def occupancy(registers: int, shared_bytes: int, num_warps: int, target: Target) -> float:
-    """Estimated share of a multiprocessor's warps that can be resident, from registers, shared memory and limits."""
-    # registers are handed out by the warp, in units of 256 (NVIDIA) or 8 a lane (AMD)
-    unit = 256 if target.is_nvidia else 8 * target.warp_size
-    of_warp = -(-max(registers, 1) * target.warp_size // unit) * unit
-    # NVIDIA's driver keeps a KiB of shared memory a program
-    of_program = shared_bytes + (1024 if target.is_nvidia else 0)
-    programs = min(
-        target.registers_mp // (of_warp * num_warps),
-        target.shared_memory_mp // of_program if of_program else target.max_programs_mp,
-        target.max_warps_mp // num_warps,
-        target.max_programs_mp,
-    )
-    return programs * num_warps / target.max_warps_mp
 
 
 def estimate(moved: int, products: dict[str, float], target: Target) -> tuple[float, str]:
@@ -216,7 +197,7 @@ def _print(frame: pd.DataFrame) -> None:
     for row in failed.itertuples():
         print(f"{row.operator}, {row.case}, {row.target}: {row.status}")
     compiled = frame[frame.status == "ok"]
-    print(
-        f"\n{len(compiled)} launches compiled, {len(failed)} failed; {int((compiled.spill_bytes > 0).sum())} spill, "
-        f"{int((compiled.shared_bytes > compiled.shared_limit).sum())} need too much shared memory   (~ estimated)"
-    )
+    bad = compiled[compiled.complaints != ""]
+    for row in bad.itertuples():
+        print(f"{row.operator}, {row.case}, {row.kernel}, {row.target}: {row.complaints}")
+    print(f"\n{len(compiled)} launches compiled, {len(failed)} failed, {len(bad)} with complaints   (~ estimated)")

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 import perf.cases
-from perf import aot
+from perf import aot, rules
 from tkernels import targets
 
 pytestmark = pytest.mark.gate("aot")
@@ -30,7 +30,7 @@ FLOAT32_TARGETS = TARGETS if EVERYTHING else ("sm_80",)
 # Cases that are no part of the CIFAR network's training or evaluation: compiled by make test-extended
 BEYOND_THE_NETWORK = (
     "gelu", "NCHW", "residual", "48x7x7", "40x2x2", "3x32x32", "overlap", "1024->", "1000->", "hundred", "imagenet",
-    "vocabulary", "few rows", "segmentation", "stride 2", "depthwise", "mask", "smoothed", "pointwise",
+    "vocabulary", "few rows", "segmentation", "stride 2", "depthwise", "mask", "smoothed", "pointwise", "networks",
     "matmul", "attention",
 )  # fmt: skip
 
@@ -38,26 +38,11 @@ BEYOND_THE_NETWORK = (
 def _cases() -> Iterator[Any]:
     for _, module, _ in pkgutil.iter_modules(perf.cases.__path__):
         for case in importlib.import_module(f"perf.cases.{module}").cases():
-            for target in FLOAT32_TARGETS if "fp32" in case.name or "float32" in case.name else TARGETS:
+            few = FLOAT32_TARGETS if "fp32" in case.name or "float32" in case.name else TARGETS
+            for target in targets.TARGETS if module == "networks" else few:
                 beyond = any(word in case.name for word in BEYOND_THE_NETWORK)
                 marks = [pytest.mark.extended("aot")] if beyond else []
                 yield pytest.param(case, target, id=f"{module}-{case.name}-{target}", marks=marks)
-
-
-def complaints(facts: aot.Facts, product: bool) -> list[str]:
-    """What is wrong with one compiled launch."""
-    found = []
-    limit = targets.TARGETS[facts.target].shared_memory
-    if facts.spill_bytes:
-        found.append(f"spills {facts.spill_bytes} bytes")
-    if facts.shared_bytes > limit:
-        found.append(f"needs {facts.shared_bytes} bytes of shared memory of {limit}")
-    if product and facts.has_dot:
-        if facts.tensor_core is None:
-            found.append("has no tensor-core instruction")
-        elif not facts.wide_loads() or facts.narrow_loads():
-            found.append(f"has {facts.wide_loads()} wide and {facts.narrow_loads()} narrow loads in its loop")
-    return [f"{facts.kernel} on {facts.target} {text}" for text in found]
 
 
 @pytest.mark.parametrize("case, target", list(_cases()))
@@ -65,49 +50,109 @@ def test_compiles_clean(case: aot.Case, target: str) -> None:
     reason = case.reason_to_skip(target)
     if reason is not None:
         pytest.skip(f"left to PyTorch: {reason}")
-    compiled = aot.inspect(case.run, target, only_products=True)
+    compiled = aot.inspect(case.run, target)
     assert compiled, "the case launched nothing"
     if case.product:
-        assert any(facts.has_dot for facts in compiled), "the case says product, but no launch has a dot"
-    problems = [text for facts in compiled for text in complaints(facts, case.product)]
+        assert any(
+            facts.has_dot and rules.sixteen_bit(launch) and rules.aligned(rules.arguments(launch))
+            for launch, facts in compiled
+        ), "the case says product, but no launch has a dot of aligned operands"
+    problems = [
+        f"{facts.kernel} on {target}: {text}" for launch, facts in compiled for text in rules.complaints(launch, facts)
+    ]
     assert not problems, "\n".join(problems)
 
 
 @triton.jit
-def _gather_product_kernel(
-    a_ptr, b_ptr, c_ptr, n_rows, n_inner, BLOCK: tl.constexpr, LATE_WHERE: tl.constexpr, WIDE: tl.constexpr
-):
-    offs = tl.arange(0, BLOCK)
-    wide = tl.arange(0, WIDE)
-    acc = tl.zeros((BLOCK, WIDE), tl.float32)
-    for k in range(0, n_inner, BLOCK):
-        inside = offs < n_rows
-        if LATE_WHERE:
-            a_offs = tl.where(inside[:, None], offs[:, None].to(tl.int64) * n_inner + (k + offs)[None, :], 0)
+def _product_kernel(
+    a_ptr, b_ptr, c_ptr, rows, group_in, IN_UNIT: tl.constexpr, LATE_WHERE: tl.constexpr, TRANS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """c[m, n] = sum over k of a[m, k] b[k, n]; with TRANS a lies as [k, m]."""
+    length = group_in * IN_UNIT
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    inside = offs_m < rows
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, length, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask = inside[:, None] & (offs_k < length)[None, :]
+        if TRANS:
+            a = tl.trans(tl.load(a_ptr + offs_k[:, None].to(tl.int64) * BLOCK_M + offs_m[None, :]))
+        elif LATE_WHERE:
+            a_offs = tl.where(inside[:, None], offs_m[:, None].to(tl.int64) * length + offs_k[None, :], 0)
+            a = tl.load(a_ptr + a_offs, mask=mask, other=0.0)
         else:
-            a_offs = tl.where(inside, offs, 0)[:, None].to(tl.int64) * n_inner + (k + offs)[None, :]
-        a = tl.load(a_ptr + a_offs, mask=inside[:, None], other=0.0)
-        b = tl.load(b_ptr + (k + offs)[:, None] * WIDE + wide[None, :])
+            a_offs = tl.where(inside, offs_m, 0)[:, None].to(tl.int64) * length + offs_k[None, :]
+            a = tl.load(a_ptr + a_offs, mask=mask, other=0.0)
+        b = tl.load(b_ptr + offs_k[:, None] * BLOCK_N + offs_n[None, :], mask=(offs_k < length)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-    tl.store(c_ptr + offs[:, None] * WIDE + wide[None, :], acc.to(c_ptr.dtype.element_ty))
+    tl.store(c_ptr + offs_m[:, None] * BLOCK_N + offs_n[None, :], acc.to(c_ptr.dtype.element_ty))
 
 
-# ptxas refuses to squeeze HGMMA's accumulators on sm_90 instead of spilling them
-@pytest.mark.parametrize(
-    "fault, target",
-    ((None, "sm_80"), (None, "sm_90"), ("late where", "sm_80"), ("late where", "sm_90"), ("spill", "sm_80")),
-)
-def test_planted_faults_are_seen(fault: str | None, target: str) -> None:
-    wide = 256 if fault == "spill" else 64
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    offs = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) * STEP
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n), mask=offs < n)
+
+
+GOOD = {"LATE_WHERE": False, "TRANS": False, "IN_UNIT": 8, "wide": 64, "num_warps": 4}
+# what is planted -> (changes, targets, complaint); ptxas refuses to squeeze HGMMA's accumulators on sm_90
+FAULTS: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
+    "late where": ({"LATE_WHERE": True}, ("sm_80", "sm_90"), "narrow loads"),
+    "a multiple of 8 that the kernel does not know of": ({"IN_UNIT": 1}, ("sm_80", "sm_90"), "narrow loads"),
+    "tl.trans": ({"TRANS": True}, ("sm_80",), "not asynchronous"),
+    "too few registers": ({"wide": 256, "maxnreg": 64}, ("sm_80",), "spills"),
+    "a tile too large for its warps": ({"wide": 256}, ("sm_80",), "128 accumulators a thread"),
+    "too much shared memory": ({"num_stages": 8, "wide": 128, "num_warps": 8}, ("sm_86",), "shared memory"),
+}
+
+
+def _planted(changes: dict[str, Any], target: str) -> list[str]:
+    options = {**GOOD, **changes}
+    unit, wide = options.pop("IN_UNIT"), options.pop("wide")
+    length = 4104  # 8 * 513
 
     def run() -> None:
-        a = torch.empty(64, 4096, device="cuda", dtype=torch.bfloat16)
-        b = torch.empty(4096, wide, device="cuda", dtype=torch.bfloat16)
-        c = torch.empty(64, wide, device="cuda", dtype=torch.bfloat16)
-        options = {"maxnreg": 64, "num_warps": 4} if fault == "spill" else {"num_warps": 4}
-        _gather_product_kernel[(1,)](a, b, c, 60, 4096, 64, LATE_WHERE=fault == "late where", WIDE=wide, **options)
+        a, b, c = (torch.empty(4096, 4104, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        _product_kernel[(512,)](
+            a, b, c, 60, length // unit, IN_UNIT=unit, BLOCK_M=64, BLOCK_N=wide, BLOCK_K=64, **options
+        )
 
-    (facts,) = aot.inspect(run, target)
-    expected = {None: None, "late where": "narrow loads", "spill": "spills"}[fault]
-    problems = complaints(facts, product=True)
-    assert (not problems) if expected is None else any(expected in text for text in problems), problems
+    ((launch, facts),) = aot.inspect(run, target)
+    return rules.complaints(launch, facts)
+
+
+@pytest.mark.parametrize("fault, target", [(name, target) for name, (_, on, _) in FAULTS.items() for target in on])
+def test_planted_faults_are_seen(fault: str, target: str) -> None:
+    changes, _, complaint = FAULTS[fault]
+    problems = _planted(changes, target)
+    assert any(complaint in text for text in problems), problems
+
+
+@pytest.mark.parametrize("target", ("sm_80", "sm_86", "sm_90", "gfx942"))
+def test_without_a_fault_nothing_is_said(target: str) -> None:
+    assert not _planted({}, target)
+
+
+@pytest.mark.parametrize("step, complaint", ((1, None), (3, "no 128-bit loads")))
+def test_narrow_access_of_what_memory_bounds_is_seen(step: int, complaint: str | None) -> None:
+    def run() -> None:
+        x, y = (torch.empty(1 << 22, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        _copy_kernel[(4096,)](x, y, 1 << 22, BLOCK=1024, STEP=step)
+
+    ((launch, facts),) = aot.inspect(run, "sm_90")
+    assert rules.complaints(launch, facts) == ([complaint] if complaint else [])
+
+
+def test_a_batch_that_is_specialised_for_is_seen() -> None:
+    """Two batches of a kernel that lists its batch among what is not specialised share a compiled kernel."""
+
+    def keys(kernel: Any) -> set[str]:
+        with aot.recording("sm_90") as launches:
+            for batch in (256, 17, 1):
+                kernel[(1,)](torch.empty(8, device="cuda"), torch.empty(8, device="cuda"), batch, BLOCK=8, STEP=1)
+        return {aot.specialisation(launch, "sm_90") for launch in launches}
+
+    assert len(keys(_copy_kernel)) == 3
+    assert len(keys(triton.jit(_copy_kernel.fn, do_not_specialize=["n"]))) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from perf import aot, static, ttir
+from perf import aot, rules, static, ttir
 from perf.cases import conv, linear
 from tests.perf.command import refused, run
 from tkernels.targets import TARGETS
@@ -20,7 +20,7 @@ def _operations(case: aot.Case, kernel: str) -> float:
         case.run()
     (launch,) = (made for made in launches if made.kernel.__name__ == kernel)
     facts = aot.compile_launch(launch, "sm_80")
-    return sum(ttir.products(facts.ttir, static.arguments(launch), launch.grid).values())
+    return sum(ttir.products(facts.ttir, rules.arguments(launch), launch.grid).values())
 
 
 def _case(cases: list[aot.Case], name: str) -> aot.Case:
@@ -45,9 +45,9 @@ def test_operations_are_read_off_the_listing(case: str, kernel: str, expected: i
 def test_estimates_by_formula() -> None:
     target = TARGETS["sm_90"]
     # 64 registers a thread of 128 threads: 8,192 of 65,536
-    assert static.occupancy(64, 0, 4, target) == 8 * 4 / 64
-    assert static.occupancy(32, 100 * 1024, 4, target) == 2 * 4 / 64
-    assert static.occupancy(16, 0, 1, target) == 32 / 64
+    assert rules.occupancy(64, 0, 4, target) == 8 * 4 / 64
+    assert rules.occupancy(32, 100 * 1024, 4, target) == 2 * 4 / 64
+    assert rules.occupancy(16, 0, 1, target) == 32 / 64
     assert static.estimate(3_350_000, {}, target) == (pytest.approx(1.0), "bytes")
     assert static.estimate(1, {"16-bit": 989e6}, target) == (pytest.approx(1.0), "flops")
     assert static.estimate(1, {"tf32": 989e6 / 2, "ieee": 66.9e6}, target) == (pytest.approx(2.0), "flops")

@@ -47,7 +47,9 @@ def forward(n: int, k: int, itemsize: int, precision: str, drops: bool, target: 
         return _ieee(BLOCK_M=64, BLOCK_N=block(n, 16, 64), BLOCK_K=16)
     bm, bn, bk, warps = _tensor_core_product(n, k, itemsize, drops)
     stages = _stages(targets.current(), (bm + bn) * bk * itemsize)
-    return Config.of(num_warps=warps, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
+    # left alone ptxas aims at 64 registers for shares of a tile and spills four
+    cap = MORE_REGISTERS["sm_100"] if target == "sm_100" and warps == 8 and drops else None
+    return Config.of(num_warps=warps, num_stages=stages, maxnreg=cap, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,146 @@
+"""What compiled launches must fulfil, for any target, and the exceptions with their reasons.
+
+Used by ``python -m perf static`` (the column ``complaints``) and by the aot gate, so that both say the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from perf import aot, ttir
+from tkernels import targets
+from tkernels.targets import Target
+
+# Accumulators a thread where an epilogue follows the product.
+MOST_ACCUMULATORS = 64
+# Warps a multiprocessor holds of a product's kernel.
+FEWEST_WARPS = 8
+# Bytes a multiprocessor has under way in a kernel bound by memory, and launches too small to be bound by it.
+BYTES_IN_FLIGHT = 32 << 10
+SMALL_TRAFFIC = 4 << 20
+# Operations of a product that is over before a card is full.
+SMALL_PRODUCT = 2e9
+
+# (kernel's name begins with, complaint begins with, reason)
+EXCEPTIONS: tuple[tuple[str, str, str], ...] = (
+    ("conv_pack", "no 128-bit loads", "transposes a contiguous weight; a channels_last one is copied as it lies"),
+    ("conv_merge", "no 128-bit loads", "writes a weight's own layout, its reads go along"),
+    ("merge_pair", "no 128-bit loads", "writes a weight's own layout, its reads go along"),
+    ("pack_pair", "no 128-bit loads", "transposes a contiguous weight"),
+    ("conv_depthwise", "keeps", "neighbouring windows share their loads, which the caches serve"),
+    ("pointwise_", "narrow loads", "batch norm's vectors of a step's channels, loaded in the prologue"),
+)
+
+
+def complaints(launch: aot.Launch, facts: aot.Facts) -> list[str]:
+    """What is wrong with one compiled launch, exceptions left out."""
+    target = targets.TARGETS[facts.target]
+    found = [*_resources(facts, target)]
+    found += _product(launch, facts, target) if facts.has_dot else _memory_bound(launch, facts, target)
+    excused = [what for kernel, what, _ in EXCEPTIONS if facts.kernel.startswith(kernel)]
+    return [text for text in found if not any(text.startswith(what) for what in excused)]
+
+
+def arguments(launch: aot.Launch) -> dict[str, Any]:
+    """A launch's arguments by name."""
+    return {**dict(zip(launch.kernel.arg_names, launch.args)), **launch.kwargs}
+
+
+def occupancy(registers: int, shared_bytes: int, num_warps: int, target: Target) -> float:
+    """Estimated share of a multiprocessor's warps that can be resident, from registers, shared memory and limits."""
+    # registers are handed out by the warp, in units of 256 (NVIDIA) or 8 a lane (AMD)
+    unit = 256 if target.is_nvidia else 8 * target.warp_size
+    of_warp = -(-max(registers, 1) * target.warp_size // unit) * unit
+    # NVIDIA's driver keeps a KiB of shared memory a program
+    of_program = shared_bytes + (1024 if target.is_nvidia else 0)
+    programs = min(
+        target.registers_mp // (of_warp * num_warps),
+        target.shared_memory_mp // of_program if of_program else target.max_programs_mp,
+        target.max_warps_mp // num_warps,
+        target.max_programs_mp,
+    )
+    return programs * num_warps / target.max_warps_mp
+
+
+def _resources(facts: aot.Facts, target: Target) -> list[str]:
+    found = []
+    if facts.spill_bytes:
+        found.append(f"spills {facts.spill_bytes} bytes")
+    if facts.shared_bytes > target.shared_memory:
+        found.append(f"needs {facts.shared_bytes} bytes of shared memory of {target.shared_memory}")
+    return found
+
+
+def _product(launch: aot.Launch, facts: aot.Facts, target: Target) -> list[str]:
+    given = arguments(launch)
+    rows, cols = _tile(facts.kernel, given)
+    found = []
+    accumulators = rows * cols / (facts.num_warps * target.warp_size)
+    if accumulators > MOST_ACCUMULATORS:
+        found.append(f"{accumulators:.0f} accumulators a thread")
+    warps = occupancy(facts.registers, facts.shared_bytes, facts.num_warps, target) * target.max_warps_mp
+    if warps < FEWEST_WARPS:
+        found.append(f"{warps:.0f} warps a multiprocessor")
+    if math.prod(launch.grid) < target.multiprocessors // 2 and launch.grid[1] == 1:
+        operations = sum(ttir.products(facts.ttir, given, launch.grid).values())
+        if operations > SMALL_PRODUCT:
+            found.append(f"{math.prod(launch.grid)} programs for {target.multiprocessors} multiprocessors, not split")
+    if not sixteen_bit(launch):
+        return found
+    if facts.tensor_core is None:
+        found.append("no tensor-core instruction")
+    elif rows >= 64 and target.name in WARPGROUP and facts.tensor_core != WARPGROUP[target.name]:
+        found.append(f"{facts.tensor_core} in place of {WARPGROUP[target.name]}")
+    if aligned(given):
+        if not facts.wide_loads() or facts.narrow_loads():
+            found.append(f"narrow loads: {facts.narrow_loads()} beside {facts.wide_loads()} wide ones in the loop")
+        if target.is_nvidia and facts.waiting_loads():
+            found.append(f"{facts.waiting_loads()} loads in the loop that are not asynchronous")
+    return found
+
+
+# Tensor-core instructions of four warps together, which read shared memory.
+WARPGROUP = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+# What a kernel is given of a channel count, and the factor that was taken out.
+CHANNELS = (
+    ("group_in", "IN_UNIT"),
+    ("group_out", "OUT_UNIT"),
+    ("channels_in", "IN_UNIT"),
+    ("channels_out", "OUT_UNIT"),
+)
+
+
+def _tile(kernel: str, given: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a product's accumulator."""
+    sides = {"linear_dgrad_kernel": ("BLOCK_M", "BLOCK_K"), "linear_wgrad_kernel": ("BLOCK_N", "BLOCK_K")}
+    rows, cols = sides.get(kernel, ("BLOCK_M", "BLOCK_N"))
+    return given[rows], given[cols]
+
+
+def sixteen_bit(launch: aot.Launch) -> bool:
+    """Whether a product's operands are bfloat16 or float16."""
+    first = arguments(launch)[launch.kernel.arg_names[0]]
+    return str(first.dtype).endswith(("bf16", "fp16", "bfloat16", "float16"))
+
+
+def aligned(given: Mapping[str, Any]) -> bool:
+    """Whether rows start at 16-byte boundaries, as far as the kernel knows: not the RGB stem's gather, nor channels or
+    features that are no multiple of 8."""
+    if given.get("FLAT") or given.get("PADDED"):
+        return False
+    if "UNIT" in given:
+        return bool(given["UNIT"] == 8)
+    counts = [given[count] * given[unit] for count, unit in CHANNELS if count in given]
+    return all(count % 8 == 0 for count in counts)
+
+
+def _memory_bound(launch: aot.Launch, facts: aot.Facts, target: Target) -> list[str]:
+    if sum(launch.bytes.values()) < SMALL_TRAFFIC:
+        return []
+    if not facts.loads_128():
+        return ["no 128-bit loads"]
+    warps = occupancy(facts.registers, facts.shared_bytes, facts.num_warps, target) * target.max_warps_mp
+    in_flight = int(warps * target.warp_size * facts.loads_128() * 16)
+    return [f"keeps {in_flight} bytes in flight"] if in_flight < BYTES_IN_FLIGHT else []
