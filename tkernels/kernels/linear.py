@@ -443,7 +443,7 @@ def finish(
 ) -> None:
     """Sum partials [splits, M, N] into y, through the epilogue."""
     splits, m, n = partials.shape
-    config = config or tuning.finish(n)
+    config = config or tuning.finish(n, tuning.target_name())
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     launch(
         linear_finish_kernel,

@@ -150,6 +150,8 @@ def _pixels_product(
     warps = wide_warps(block_m, block_n, block_k, warps, dtype, target)
     # ptxas spills a few registers of small tiles below a limit it sets itself
     maxnreg = 128 if block_m * block_n <= 4096 and block_m == 64 and dtype != torch.float32 else None
+    if target.name == "sm_120" and block_m == 128 and warps == 4:
+        maxnreg = 255  # there of large ones too, at 96 and 128; limits between spill more
     return Config.of(warps, stages((block_m + block_n) * block_k * dtype.itemsize, target), maxnreg,
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
 
@@ -239,7 +241,8 @@ def mask(channels: int) -> Config:
 @functools.lru_cache(maxsize=4096)
 def _depthwise(channels: int, target: targets.Target) -> Config:
     size = block(channels, 8, 64)
-    return Config.of(4, 1, BLOCK_P=1024 // size, BLOCK_C=size)
+    # 128 threads, so that each loads 16 bytes
+    return Config.of(128 // target.warp_size, 1, BLOCK_P=1024 // size, BLOCK_C=size)
 
 
 def depthwise(channels: int) -> Config:

@@ -76,17 +76,18 @@ def wgrad(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
     if cdiv(n, 128) * cdiv(k, 128) >= here.multiprocessors and (here.is_nvidia or here.warp_size == 64):
         bm, bn, bk, warps = 32, 128, 128, 256 // here.warp_size
     stages = _stages(here, (2 * bn + bk) * bm * itemsize)
-    return Config.of(num_warps=warps, num_stages=stages, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
+    cap = MORE_REGISTERS["sm_120"] if target == "sm_120" and bn * bk <= 4096 else None
+    return Config.of(num_warps=warps, num_stages=stages, maxnreg=cap, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
 
 
 @functools.lru_cache(maxsize=1024)
 def forward_splits(tiles: int, reduction: int, target: str) -> int:
     """Programs that share the reduction of a tile of y or dx; 0: one program a tile, no second pass.
 
-    A second pass pays only where the reduction is long and three in four multiprocessors would idle.
+    A second pass pays only where the reduction is long and half of the multiprocessors would idle.
     """
     multiprocessors = targets.current().multiprocessors
-    if reduction < 1024 or 4 * tiles > multiprocessors:
+    if reduction < 1024 or 2 * tiles > multiprocessors:
         return 0
     return min(cdiv(multiprocessors, tiles), reduction // 256, MAX_SPLITS)
 
@@ -101,10 +102,10 @@ def wgrad_splits(tiles: int, rows: int, block_rows: int, target: str) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def finish(n: int) -> Config:
-    """For the pass that sums partial tiles of n columns: 512 elements a program."""
+def finish(n: int, target: str) -> Config:
+    """For the pass that sums partial tiles of n columns: 16 bytes a thread."""
     columns = block(n, 16, 128)
-    return Config.of(num_warps=4, num_stages=2, BLOCK_M=512 // columns, BLOCK_N=columns)
+    return Config.of(num_warps=4, num_stages=2, BLOCK_M=16 * targets.current().warp_size // columns, BLOCK_N=columns)
 
 
 @functools.lru_cache(maxsize=1024)
