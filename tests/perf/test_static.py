@@ -68,7 +68,7 @@ def test_the_command_reports_every_target(tmp_path: Path, capsys: pytest.Capture
     assert (products.flops > 0).all()
     assert (products.estimate_us > 0).all()
     assert frame.occupancy_estimate.between(0.01, 1).all()
-    assert "0 spill, 0 need too much shared memory" in capsys.readouterr().out
+    assert "0 failed, 0 with complaints" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -424,9 +424,9 @@ def launch_wgrad(
     )  # fmt: skip
     if splits:
         if k > 0:
-            finish(out_w, None, 0, dw, config=tuning.finish_row(n * k))
+            finish(out_w, None, 0, dw, config=tuning.finish_row(n * k, tuning.target_name()))
         if db is not None:
-            finish(out_b, None, 0, db, config=tuning.finish_row(n))
+            finish(out_b, None, 0, db, config=tuning.finish_row(n, tuning.target_name()))
     return dw, db
 
 

@@ -168,14 +168,20 @@ def tiles_a_program(tiles: int) -> int:
     return cdiv(tiles, MAX_PARTIALS)
 
 
-@functools.lru_cache(maxsize=4096)
 def _tile(channels: int, pixels: int, elements: int) -> Config:
     """Up to ``elements`` of one image: no taller than the image, and few different sizes, which share compiled
     kernels."""
+    return _tile_for(channels, pixels, elements, targets.current().warp_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile_for(channels: int, pixels: int, elements: int, warp_size: int) -> Config:
     block_c = block(channels, 8, 32)
     tallest = elements // block_c
     block_p = tallest if pixels >= tallest else min(next_power_of_two(pixels), tallest // 2)
-    return Config.of(4 if block_p * block_c >= 1024 else 2, 1, BLOCK_P=block_p, BLOCK_C=block_c)
+    # so many threads that each loads 16 bytes of bfloat16, and 64 at the least
+    warps = max(64 // warp_size, min(4, block_p * block_c // (8 * warp_size)))
+    return Config.of(warps, 1, BLOCK_P=block_p, BLOCK_C=block_c)
 
 
 def end(channels: int, pool: Pooling) -> Config:

@@ -32,7 +32,8 @@ def _tensor_core_product(cols: int, reduction: int, itemsize: int, narrow: bool)
     an operand computed on the way to the product wants registers of its own."""
     step = block(reduction, 16, 128 // itemsize)
     if cols <= 16:
-        return 64, 16, step, 4
+        # 128 threads, so that each loads 16 bytes of the narrow operand
+        return 64, 16, step, 128 // targets.current().warp_size
     if cols < 512:
         return 64, block(cols, 32, 64), step, 4
     # threads, not warps, share out the accumulators: 4 warps of 64 are 8 of 32
@@ -109,6 +110,7 @@ def finish(n: int, target: str) -> Config:
 
 
 @functools.lru_cache(maxsize=1024)
-def finish_row(n: int) -> Config:
+def finish_row(n: int, target: str) -> Config:
     """The same for partials that are one row of n."""
-    return Config.of(num_warps=4, num_stages=2, BLOCK_M=1, BLOCK_N=block(n, 16, 512))
+    columns = block(n, 16, 16 * targets.current().warp_size)
+    return Config.of(num_warps=4, num_stages=2, BLOCK_M=1, BLOCK_N=columns)
