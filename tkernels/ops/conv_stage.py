@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tkernels import runtime
 from tkernels.ops import batch_norm as bn_ops
-from tkernels.ops import checks
+from tkernels.ops import checks, conv_stage_cpu
 from tkernels.ops import conv as conv_ops
 from tkernels.ops.autograd import once_differentiable
 from tkernels.tuning import batch_norm as bn_tuning
@@ -130,9 +130,11 @@ def conv_stage(
         _check_layer(i, layer, input, g, training, autocast)
     p = float(dropout_p) if training else 0.0
     tensors = [t for layer in layers for t in layer[:6] if t is not None]
+    plan = Plan(geometries, pooling, autocast or input.dtype, p, training)
     if input.numel() == 0 or not runtime.use_triton(input, *tensors):
-        return _torch_body(input, layers, pool, p, training)
-    return _triton_body(input, layers, Plan(geometries, pooling, autocast or input.dtype, p, training))
+        y = _cpu_body(input, layers, plan)
+        return y if y is not None else _torch_body(input, layers, pool, p, training)
+    return _triton_body(input, layers, plan)
 
 
 def _geometries(input: Tensor, layers: Sequence[ConvBNLayer]) -> tuple[Geometry, ...]:
@@ -211,6 +213,25 @@ def _check_layer(
         raise ValueError(f"eps of layer {i} must be positive, got {layer.eps}")
 
 
+def _cpu_body(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor | None:
+    """The fast way on a CPU; None where it is not taken."""
+    if not conv_stage_cpu.takes(x, layers, plan.geometries, plan.pool, plan.dtype):
+        return None
+    channels_last = _channels_last(x, layers)
+    if all(layer.measures(plan.training) for layer in layers):
+        return conv_stage_cpu.train(x, layers, plan, channels_last)
+    own = (t for layer in layers for t in layer[:4])
+    given = not any(layer.measures(plan.training) for layer in layers) and plan.p == 0
+    if given and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *own))):
+        return conv_stage_cpu.evaluate(x, layers, plan, channels_last)
+    return None
+
+
+def _channels_last(x: Tensor, layers: Sequence[ConvBNLayer]) -> bool:
+    """Whether torch's convolutions would give channels_last maps."""
+    return conv_ops.suggests_channels_last(x) or any(conv_ops.suggests_channels_last(layer.weight) for layer in layers)
+
+
 def _torch_body(
     x: Tensor, layers: Sequence[ConvBNLayer], pool: int | Sequence[int] | MaxPool | None, p: float, training: bool
 ) -> Tensor:
@@ -277,9 +298,7 @@ def forward(
     x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, keep: bool, seed: Tensor | None = None
 ) -> tuple[Tensor, list[SavedLayer], Tensor | None]:
     """(y, what backward needs if ``keep``, dropout's seed or None)."""
-    channels_last = conv_ops.suggests_channels_last(x) or any(
-        conv_ops.suggests_channels_last(layer.weight) for layer in layers
-    )
+    channels_last = _channels_last(x, layers)
     if plan.p > 0 and seed is None:
         seed = runtime.dropout_seed(x)
     saved: list[SavedLayer] = []

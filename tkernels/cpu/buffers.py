@@ -1,0 +1,67 @@
+"""Memory for activations that is used again instead of being mapped anew at every step.
+
+A fresh allocation of some megabytes costs a page fault for every 4 KB of it, about as much as a pass over it. The pool
+keeps a reference to each storage it lent; one that nothing else refers to is free. So a buffer is never in two hands,
+however many graphs, views, threads or exceptions there were, and nobody has to give one back.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+# smaller ones come from the allocator's heap without faults
+SMALLEST = 1 << 20
+# a buffer that so many requests passed by is given back to the system
+PATIENCE = 512
+
+
+class Pool:
+    """Flat tensors of bytes by their size, each with the number of the request that took it last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lent: dict[int, list[tuple[Tensor, int]]] = {}
+        self._requests = 0
+
+    def take(self, nbytes: int) -> Tensor:
+        """``nbytes`` bytes that nobody else holds, uint8 [nbytes]; their contents are anything."""
+        with self._lock:
+            self._requests += 1
+            if self._requests % PATIENCE == 0:
+                self._give_back()
+            lent = self._lent.setdefault(nbytes, [])
+            for i, (kept, _) in enumerate(lent):
+                if not _in_use(kept) and kept.untyped_storage().nbytes() == nbytes:
+                    lent[i] = kept, self._requests
+                    return kept.detach()
+            kept = torch.empty(nbytes, dtype=torch.uint8)
+            lent.append((kept, self._requests))
+            return kept.detach()
+
+    def held(self) -> int:
+        """Bytes of all buffers, lent or free."""
+        with self._lock:
+            return sum(nbytes * len(lent) for nbytes, lent in self._lent.items())
+
+    def clear(self) -> None:
+        """Forget every buffer; those in use live on with whoever uses them."""
+        with self._lock:
+            self._lent.clear()
+
+    def _give_back(self) -> None:
+        for nbytes, lent in list(self._lent.items()):
+            kept = [(t, last) for t, last in lent if self._requests - last < PATIENCE or _in_use(t)]
+            self._lent[nbytes] = kept
+            if not kept:
+                del self._lent[nbytes]
+
+
+def _in_use(kept: Tensor) -> bool:
+    """Whether anything refers to the storage but the pool's own tensor and, here, the object that is asked."""
+    return torch._C._storage_Use_Count(kept.untyped_storage()._cdata) > 2
+
+
+POOL = Pool()

@@ -1,0 +1,424 @@
+"""A conv stage on the CPU as one autograd function: oneDNN's convolutions, compiled passes, memory used again.
+
+Against torch's own calls in a row it leaves out what they spend between convolutions: passes over maps, int64 indices
+of the pooling, zero fills and page faults. ``ops.conv_stage`` takes it where it pays and where it is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tkernels.cpu import buffers, compiler, passes
+from tkernels.tuning.conv import Geometry
+from tkernels.tuning.conv_stage import Pooling
+
+aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
+DTYPES = (torch.float32, torch.bfloat16)
+# Elements of a stage's largest map from which on a call is worth compiled passes.
+WORTH_IT = 1 << 18
+# Bytes of a chunk's largest map in evaluation, which then stays in cache from layer to layer.
+CHUNK = 5 << 20
+
+
+def takes(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], pool: Pooling, dtype: torch.dtype) -> bool:
+    """Whether this call goes the fast way. Nothing here depends on what ran before."""
+    if not compiler.enabled() or dtype not in DTYPES or x.device.type != "cpu":
+        return False
+    largest = x.shape[0] * max(g.out_h * g.out_w * g.out_channels for g in geometries)
+    if largest < WORTH_IT or pool.pad_h or pool.pad_w or pool.border:
+        return False
+    whole = pool.kernel_h == pool.stride_h and pool.kernel_w == pool.stride_w and pool.taps <= 16
+    if not whole or pool.height % pool.kernel_h or pool.width % pool.kernel_w:
+        return False
+    if not _symmetric(geometries) or not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+        return False
+    tensors = [x, *(t for layer in layers for t in layer[:6] if t is not None)]
+    allowed = (torch.float32, dtype)
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype in allowed for t in tensors) and _plain_eager()
+
+
+def _symmetric(geometries: Sequence[Geometry]) -> bool:
+    """Whether torch's own padding argument says all there is to say of each convolution's."""
+
+    def reach(size: int, out: int, stride: int, window: int, dilation: int, pad: int) -> bool:
+        return out == (size + 2 * pad - dilation * (window - 1) - 1) // stride + 1
+
+    return all(
+        reach(g.height, g.out_h, g.stride_h, g.kernel_h, g.dilation_h, g.pad_h)
+        and reach(g.width, g.out_w, g.stride_w, g.kernel_w, g.dilation_w, g.pad_w)
+        for g in geometries
+    )
+
+
+def _plain_eager() -> bool:
+    """Whether calls run as they are: no tracing, no transforms, no modes that want to see each ATen call."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class SavedLayer(NamedTuple):
+    """What a layer's backward needs. ``x``: its input, NHWC; ``w``: the weight in the maps' dtype; ``raw``: its
+    convolution's output without the bias, which batch norm takes away again."""
+
+    x: Tensor
+    w: Tensor
+    raw: Tensor
+    mean: Tensor
+    scale: Tensor
+    inverse: Tensor
+    bias: Tensor
+
+
+class End(NamedTuple):
+    """A stage's end: Dropout2d's factors [N, C], and whether anything follows the last ReLU."""
+
+    keep: Tensor
+    pool: Pooling
+    plain: bool
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    """A map as a dense tensor (N, H, W, C); the same memory where it is channels_last."""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+def _map(nhwc: Tensor) -> Tensor:
+    return nhwc.permute(0, 3, 1, 2)
+
+
+def _rows(nhwc: Tensor) -> Tensor:
+    """[groups, rows, C]: enough groups for every thread, short enough for float32 sums and a core's cache."""
+    n, h, w, c = nhwc.shape
+    return nhwc.view(n * h, w, c) if n < 32 or h * w > 2048 else nhwc.view(n, h * w, c)
+
+
+def _windows(nhwc: Tensor, pool: Pooling) -> Tensor:
+    n, _, _, c = nhwc.shape
+    return nhwc.view(n, pool.out_h, pool.kernel_h, pool.out_w, pool.kernel_w, c)
+
+
+def _buffer(like: Tensor, *shape: int) -> Tensor:
+    """Memory for a map that stays inside the stage."""
+    nbytes = like.element_size() * torch.Size(shape).numel()
+    if nbytes < buffers.SMALLEST:
+        return like.new_empty(shape)
+    return buffers.POOL.take(nbytes).view(like.dtype).view(shape)
+
+
+def _convolution(x: Tensor, w: Tensor, g: Geometry, pad: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """The convolution of NHWC maps, NHWC, in memory used again: oneDNN adds to what is there, which is zero."""
+    n, h, width = x.shape[0], x.shape[1], x.shape[2]
+    out_h = (h + 2 * pad[0] - g.dilation_h * (g.kernel_h - 1) - 1) // stride[0] + 1
+    out_w = (width + 2 * pad[1] - g.dilation_w * (g.kernel_w - 1) - 1) // stride[1] + 1
+    out = _buffer(x, n, out_h, out_w, w.shape[0]).zero_()
+    mkldnn._convolution_pointwise_.binary(
+        _map(out), _map(x), w, None, pad, stride, (g.dilation_h, g.dilation_w), g.groups, "add", 1.0, None, [], None
+    )
+    return out
+
+
+def _conv(x: Tensor, w: Tensor, g: Geometry) -> Tensor:
+    return _convolution(x, w, g, (g.pad_h, g.pad_w), (g.stride_h, g.stride_w))
+
+
+def _input_gradient(d: Tensor, layer: SavedLayer, g: Geometry) -> Tensor:
+    """The gradient of a layer's input, NHWC: with stride 1 a convolution by the flipped weight."""
+    pad = g.dilation_h * (g.kernel_h - 1) - g.pad_h, g.dilation_w * (g.kernel_w - 1) - g.pad_w
+    if g.stride_h == g.stride_w == g.groups == 1 and min(pad) >= 0:
+        flipped = layer.w.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        return _convolution(d, flipped, g, pad, (1, 1))
+    return _nhwc(_conv_backward(d, layer, g, (True, False, False))[0])
+
+
+def _conv_backward(d: Tensor, layer: SavedLayer, g: Geometry, mask: Sequence[bool]) -> Any:
+    return aten.convolution_backward(
+        _map(d), _map(layer.x), layer.w, None, (g.stride_h, g.stride_w), (g.pad_h, g.pad_w),
+        (g.dilation_h, g.dilation_w), False, (0, 0), g.groups, mask,
+    )  # fmt: skip
+
+
+def _cast_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+    return layer.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _vector(t: Tensor | None, like: Tensor, value: float) -> Tensor:
+    """A batch norm parameter as the passes read it."""
+    return torch.full_like(like, value) if t is None else t.detach().float().contiguous()
+
+
+def draw(x: Tensor, channels: int, dtype: torch.dtype, p: float) -> Tensor:
+    """Dropout2d's factors [N, C], with the draws of torch.nn.functional.dropout2d on a map of ``dtype``."""
+    keep = torch.empty(x.shape[0], channels, 1, 1, dtype=dtype)
+    if p > 0:
+        keep.bernoulli_(1 - p)
+    else:
+        keep.fill_(1.0)
+    factors = keep.view(x.shape[0], channels).float()
+    return factors / (1 - p) if 0 < p < 1 else factors
+
+
+def forward(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> tuple[Tensor, list[SavedLayer], End]:
+    """(y, what backward needs, the stage's end) in training; moves running statistics and counters."""
+    a = _nhwc(x.detach().to(plan.dtype))
+    saved: list[SavedLayer] = []
+    last = len(layers) - 1
+    end = End(draw(a, plan.geometries[-1].out_channels, plan.dtype, plan.p), plan.pool, plan.plain_end)
+    for i, (layer, g) in enumerate(zip(layers, plan.geometries)):
+        w = _cast_weight(layer, plan.dtype)
+        raw = _conv(a, w, g)
+        mean, var = passes.statistics(_rows(raw))
+        inverse = (var + layer.eps).rsqrt_()
+        bias = _vector(layer.bn_bias, mean, 0.0)
+        scale = inverse if layer.bn_weight is None else inverse * layer.bn_weight.detach().float()
+        saved.append(SavedLayer(a, w, raw, mean, scale, inverse, bias))
+        if layer.counts(plan.training):
+            _move_statistics(layer, mean, var, raw.numel() // raw.shape[3])
+        if i < last:
+            a = _buffer(raw, *raw.shape)
+            passes.normalize(_rows(raw), mean, scale, bias, _rows(a))
+    return _layout(_end(saved[-1], end), channels_last), saved, end
+
+
+def _layout(nhwc: Tensor, channels_last: bool) -> Tensor:
+    y = _map(nhwc)
+    return y if channels_last else y.contiguous()
+
+
+def _end(layer: SavedLayer, end: End) -> Tensor:
+    raw, pool = layer.raw, end.pool
+    y = raw.new_empty(raw.shape[0], pool.out_h, pool.out_w, raw.shape[3])
+    vectors = layer.mean, layer.scale, layer.bias
+    if end.plain:
+        passes.normalize(_rows(raw), *vectors, _rows(y))
+    else:
+        passes.ends(pool.kernel_h, pool.kernel_w).forward(_windows(raw, pool), *vectors, end.keep, y)
+    return y
+
+
+def _move_statistics(layer: Any, mean: Tensor, var: Tensor, values: int) -> None:
+    """torch's running statistics: of the map with the convolution's bias, with the unbiased variance."""
+    factor = layer.momentum
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+    if layer.running_mean is None:
+        return
+    if factor is None:
+        counter = layer.num_batches_tracked
+        factor = 0.0 if counter is None else 1.0 / float(counter)
+    if layer.bias is not None:
+        mean = mean + layer.bias.detach().float()
+    for running, batch in ((layer.running_mean, mean), (layer.running_var, var * (values / (values - 1)))):
+        running.lerp_(batch.to(running.dtype), factor)
+
+
+def backward(
+    dy: Tensor, saved: Sequence[SavedLayer], end: End, layers: Sequence[Any], geometries: Sequence[Geometry],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the input (NHWC as a map), then of weight, bias, bn_weight and bn_bias of each layer, each where
+    ``needs`` says so and in its tensor's dtype."""
+    gradients: list[Tensor | None] = [None] * len(needs)
+    # the lowest layer that something is asked of
+    lowest = 0 if needs[0] else next(i for i in range(len(saved)) if any(needs[1 + 4 * i : 5 + 4 * i]))
+    d = _nhwc(dy)
+    for i in reversed(range(lowest, len(saved))):
+        layer, g = saved[i], geometries[i]
+        weight, bias, bn_weight, bn_bias = needs[1 + 4 * i : 5 + 4 * i]
+        below = i > lowest or needs[0]
+        at_end = i == len(saved) - 1
+        first, second, replayed = _end_sums(d, layer, end) if at_end and not end.plain else (*_sums(d, layer), None)
+        if bn_weight:
+            gradients[3 + 4 * i] = (second * layer.inverse).to(layers[i].bn_weight.dtype)
+        if bn_bias:
+            gradients[4 + 4 * i] = first.to(layers[i].bn_bias.dtype)
+        if bias:
+            # batch norm takes a bias away again
+            gradients[2 + 4 * i] = torch.zeros_like(layers[i].bias)
+        if not (weight or below):
+            continue
+        d = _raw_gradient(d, layer, end, first, second, replayed, fresh=at_end)
+        if weight:
+            dw = _conv_backward(d, layer, g, (False, True, False))[1]
+            gradients[1 + 4 * i] = dw.to(layers[i].weight.dtype)
+        if below:
+            d = _input_gradient(d, layer, g)
+    if needs[0]:
+        gradients[0] = _map(d)
+    return gradients
+
+
+def _sums(d: Tensor, layer: SavedLayer) -> tuple[Tensor, Tensor]:
+    return passes.sums(_rows(d), _rows(layer.raw), layer.mean, layer.scale, layer.bias)
+
+
+def _end_sums(dy: Tensor, layer: SavedLayer, end: End) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm's sums and, to be used once more, the places of the windows' winners."""
+    ends = passes.ends(end.pool.kernel_h, end.pool.kernel_w)
+    place, winner = _buffer(torch.empty(0, dtype=torch.bfloat16), *dy.shape), _buffer(layer.raw, *dy.shape)
+    ends.winners(_windows(layer.raw, end.pool), layer.mean, layer.scale, layer.bias, place, winner)
+    return *ends.sums(dy, place, winner, layer.mean, end.keep), place
+
+
+def _raw_gradient(
+    d: Tensor, layer: SavedLayer, end: End, first: Tensor, second: Tensor, place: Tensor | None, fresh: bool
+) -> Tensor:
+    """The gradient of a convolution's output, over ``d`` unless that is the caller's (``fresh``)."""
+    raw = layer.raw
+    values = raw.numel() // raw.shape[3]
+    a, b = first / values, second * layer.inverse**2 / values
+    if not fresh:
+        passes.gradient_in_place(_rows(d), _rows(raw), layer.mean, layer.scale, layer.bias, a, b)
+        return d
+    out = _buffer(raw, *raw.shape)
+    if place is None:
+        passes.gradient(_rows(d), _rows(raw), layer.mean, layer.scale, layer.bias, a, b, _rows(out))
+    else:
+        ends = passes.ends(end.pool.kernel_h, end.pool.kernel_w)
+        ends.gradient(
+            d, _windows(raw, end.pool), place, layer.mean, layer.scale, a, b, end.keep, _windows(out, end.pool)
+        )
+    return out
+
+
+def composed(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], end: End, dtype: torch.dtype) -> Tensor:
+    """The stage in torch's own calls, with the dropout that was drawn and no running statistics moved: what a backward
+    that is itself to be differentiated goes through."""
+    y = x.to(dtype)
+    for layer, g in zip(layers, geometries):
+        conv = torch.nn.functional.conv2d(
+            y, layer.weight.to(dtype), None, (g.stride_h, g.stride_w), (g.pad_h, g.pad_w),
+            (g.dilation_h, g.dilation_w), g.groups,
+        )  # fmt: skip
+        if layer.bias is not None:
+            conv = conv + layer.bias.to(dtype)[:, None, None]
+        normed = torch.nn.functional.batch_norm(conv, None, None, layer.bn_weight, layer.bn_bias, True, 0.0, layer.eps)
+        y = torch.relu(normed)
+    if not end.plain:
+        y = torch.nn.functional.max_pool2d(y, (end.pool.kernel_h, end.pool.kernel_w))
+        y = y * end.keep[:, :, None, None].to(dtype)
+    return y
+
+
+class _ConvStageCPU(torch.autograd.Function):
+    """Saved are, of each layer, its input, the raw output of its convolution and vectors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Any, layers: Sequence[Any], channels_last: bool, x: Tensor, *own: Tensor | None
+    ) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y, saved, end = forward(x, layers, plan, channels_last)
+        # the arguments themselves too: autograd then notices if one is written to, and can differentiate once more
+        ctx.save_for_backward(x, *own, end.keep, *(t for layer in saved for t in layer))
+        ctx.plan, ctx.layers = (
+            plan,
+            [
+                layer._replace(
+                    running_mean=None,
+                    running_var=None,
+                    num_batches_tracked=None,
+                    weight=None,
+                    bias=None,
+                    bn_weight=None,
+                    bn_bias=None,
+                )
+                for layer in layers
+            ],
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        plan, count = ctx.plan, len(ctx.layers)
+        x, *rest = ctx.saved_tensors
+        own, keep, kept = rest[: 4 * count], rest[4 * count], rest[4 * count + 1 :]
+        layers = [
+            layer._replace(weight=own[4 * i], bias=own[4 * i + 1], bn_weight=own[4 * i + 2], bn_bias=own[4 * i + 3])
+            for i, layer in enumerate(ctx.layers)
+        ]
+        end, needs = End(keep, plan.pool, plan.plain_end), ctx.needs_input_grad[3:]
+        with torch.autocast("cpu", enabled=False):
+            if torch.is_grad_enabled():
+                return None, None, None, *_differentiable(dy, x, own, layers, plan, end, needs)
+            width = len(SavedLayer._fields)
+            saved = [SavedLayer(*kept[i : i + width]) for i in range(0, len(kept), width)]
+            gradients = backward(dy.to(plan.dtype), saved, end, layers, plan.geometries, needs)
+        if gradients[0] is not None:
+            gradients[0] = gradients[0].to(x.dtype)
+        return None, None, None, *gradients
+
+
+def _differentiable(
+    dy: Tensor,
+    x: Tensor,
+    own: Sequence[Tensor | None],
+    layers: Sequence[Any],
+    plan: Any,
+    end: End,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients as functions of everything, for double backward."""
+    y = composed(x, layers, plan.geometries, end, plan.dtype)
+    wanted = [t for t, need in zip((x, *own), needs) if need and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def train(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> Tensor:
+    """The stage in training."""
+    own = [t for layer in layers for t in layer[:4]]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *own)):
+        return _ConvStageCPU.apply(plan, layers, channels_last, x, *own)
+    with torch.autocast("cpu", enabled=False):
+        return forward(x, layers, plan, channels_last)[0]
+
+
+@torch.no_grad()
+def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> Tensor:
+    """The stage by running statistics: batch norm in the convolutions' weights, ReLU behind them in the same call,
+    and so few images at a time that their maps stay in cache."""
+    with torch.autocast("cpu", enabled=False):
+        folded = [_folded(layer, plan.dtype) for layer in layers]
+        x = x.to(plan.dtype)
+        largest = max(g.out_h * g.out_w * max(g.out_channels, g.in_channels) for g in plan.geometries)
+        chunk = max(1, CHUNK // (largest * x.element_size()))
+        g, pool = plan.geometries[-1], plan.pool
+        y = x.new_empty(x.shape[0], pool.out_h, pool.out_w, g.out_channels)
+        for start in range(0, x.shape[0], chunk):
+            a = x[start : start + chunk]
+            for (w, b), g in zip(folded, plan.geometries):
+                a = mkldnn._convolution_pointwise(
+                    a.contiguous(memory_format=torch.channels_last), w, b, (g.pad_h, g.pad_w),
+                    (g.stride_h, g.stride_w), (g.dilation_h, g.dilation_w), g.groups, "relu", [], "",
+                )  # fmt: skip
+            out = y[start : start + chunk]
+            if pool.taps == 1:
+                out.copy_(_nhwc(a))
+            else:
+                passes.ends(pool.kernel_h, pool.kernel_w).pool(_windows(_nhwc(a), pool), out)
+        return _layout(y, channels_last)
+
+
+def _folded(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution with batch norm's. Made at each call: a kept copy would not notice
+    parameters written through ``.data``, as averaging of weights does."""
+    scale = (layer.running_var.float() + layer.eps).rsqrt()
+    if layer.bn_weight is not None:
+        scale = scale * layer.bn_weight.float()
+    shift = -layer.running_mean.float() if layer.bias is None else layer.bias.float() - layer.running_mean.float()
+    shift = shift * scale
+    if layer.bn_bias is not None:
+        shift = shift + layer.bn_bias.float()
+    weight = (layer.weight.float() * scale[:, None, None, None]).to(dtype)
+    return weight.contiguous(memory_format=torch.channels_last), shift.to(dtype)
