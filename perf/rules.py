@@ -136,8 +136,15 @@ def aligned(given: Mapping[str, Any]) -> bool:
     return all(count % 8 == 0 for count in counts)
 
 
+def _starts_anywhere(launch: aot.Launch) -> bool:
+    """Whether a pass reads rows that do not start at 16-byte boundaries: NCHW maps pixel by pixel, and rows (or planes)
+    whose length is no multiple of 16 bytes."""
+    given = arguments(launch)
+    return bool(given.get("NCHW")) or given.get("UNIT", 8) < (8 if sixteen_bit(launch) else 4)
+
+
 def _memory_bound(launch: aot.Launch, facts: aot.Facts, target: Target) -> list[str]:
-    if sum(launch.bytes.values()) < SMALL_TRAFFIC:
+    if sum(launch.bytes.values()) < SMALL_TRAFFIC or _starts_anywhere(launch):
         return []
     if not facts.loads_128():
         return ["no 128-bit loads"]

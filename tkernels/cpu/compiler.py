@@ -95,4 +95,5 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> C
     thresholds = config.patch(fx_graph_cache=True, realize_reads_threshold=16, realize_opcount_threshold=200)
     # the cache of whole autograd graphs cannot read a graph that did not come from Dynamo
     with torch.no_grad(), thresholds, functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(graph, fakes)
+        run: Any = compile_fx(graph, fakes)
+        return run

@@ -254,7 +254,7 @@ def _launch_vector(a: Tensor, b: Tensor, layouts: tuple[Matrices, Matrices], inn
         B_TRANSPOSED=lb.transposed, **config.options(),
     )  # fmt: skip
     if splits:
-        one_row = linear_tuning.finish(n)
+        one_row = linear_tuning.finish(n, linear_tuning.target_name())
         linear.finish(target.view(parts, batches, n), None, 0, out, config=one_row)
 
 

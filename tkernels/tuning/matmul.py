@@ -19,12 +19,18 @@ def product(m: int, n: int, k: int, itemsize: int, precision: str, target: str) 
     if config.maxnreg is None and (config.num_warps == 4 or (itemsize == 4 and precision == "ieee")):
         # ptxas, left alone, spills a few bytes to stay below 80, 96 or 128 registers
         config = dataclasses.replace(config, maxnreg=168 if config.num_warps == 4 else 128)
-    height = block(m, 16, config["BLOCK_M"])
+    # warps of 64 need 32 rows to load 16 bytes a thread in steps so short that a multiprocessor holds eight of them
+    wide = targets.current().warp_size == 64
+    height = block(m, 32 if wide else 16, config["BLOCK_M"])
     if height == config["BLOCK_M"]:
         return config
     low = {**dict(config.blocks), "BLOCK_M": height}
+    if wide:
+        low["BLOCK_K"] = min(low["BLOCK_K"], 32)
     # few enough threads that each loads 16 bytes
-    warps = max(1, min(config.num_warps, height * config["BLOCK_N"] // (16 * targets.current().warp_size)))
+    warp = targets.current().warp_size
+    shares = height * low["BLOCK_N"] // (16 * warp), height * low["BLOCK_K"] * itemsize // (16 * warp)
+    warps = max(1, min(config.num_warps, *shares))
     return dataclasses.replace(config, blocks=tuple(low.items()), num_warps=warps)
 
 
