@@ -31,6 +31,8 @@ EXCEPTIONS: tuple[tuple[str, str, str], ...] = (
     ("pack_pair", "no 128-bit loads", "transposes a contiguous weight"),
     ("conv_depthwise", "keeps", "neighbouring windows share their loads, which the caches serve"),
     ("pointwise_", "narrow loads", "batch norm's vectors of a step's channels, loaded in the prologue"),
+    ("attention_", "narrow loads", "masks, and vectors of a step's queries: log-sum-exps and sums of the gradient"),
+    ("attention_", "waiting loads", "the same, which go through registers"),
 )
 
 
@@ -97,7 +99,7 @@ def _product(launch: aot.Launch, facts: aot.Facts, target: Target) -> list[str]:
         if not facts.wide_loads() or facts.narrow_loads():
             found.append(f"narrow loads: {facts.narrow_loads()} beside {facts.wide_loads()} wide ones in the loop")
         if target.is_nvidia and facts.waiting_loads():
-            found.append(f"{facts.waiting_loads()} loads in the loop that are not asynchronous")
+            found.append(f"waiting loads: {facts.waiting_loads()} in the loop are not asynchronous")
     return found
 
 
