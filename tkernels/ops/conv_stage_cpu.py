@@ -26,7 +26,8 @@ CHUNK = 5 << 20
 
 def takes(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], pool: Pooling, dtype: torch.dtype) -> bool:
     """Whether this call goes the fast way. Nothing here depends on what ran before."""
-    if not compiler.enabled() or dtype not in DTYPES or x.device.type != "cpu":
+    # first of all, lest a trace learns of sizes and modes that are none of its business
+    if torch.compiler.is_compiling() or not compiler.enabled() or dtype not in DTYPES or x.device.type != "cpu":
         return False
     largest = x.shape[0] * max(g.out_h * g.out_w * g.out_channels for g in geometries)
     if largest < WORTH_IT or pool.pad_h or pool.pad_w or pool.border:
@@ -59,8 +60,7 @@ def _symmetric(geometries: Sequence[Geometry]) -> bool:
 def _plain_eager() -> bool:
     """Whether calls run as they are: no tracing, no transforms, no modes that want to see each ATen call."""
     return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
