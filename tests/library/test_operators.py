@@ -16,7 +16,7 @@ from tests.library.common import compare_compiled, operators
 
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
 ops = torch.ops.tkernels
-# the interpreter takes seconds a convolution: there one test in `make test`
+# the interpreter takes seconds a convolution
 slow_there = pytest.mark.extended("interp")
 
 
@@ -127,7 +127,8 @@ class Everything(torch.nn.Module):
         return self.loss(self.fc(self.norm(y, y).mean((2, 3))), target)
 
 
-@pytest.mark.parametrize("training", [True, pytest.param(False, marks=slow_there)])
+@slow_there
+@pytest.mark.parametrize("training", [True, False])
 def test_compile_with_any_batch(training: bool, device: str, triton_runs: bool) -> None:
     model = Everything().to(device).train(training)
     batches = (2, 3) if triton_runs and device == "cpu" else (2, 3, 4, 6)
