@@ -226,7 +226,7 @@ def _plain_logarithmic(axis: Axis) -> None:
 
 
 def _roofs(axes: Axes, rows: pd.DataFrame) -> str:
-    """Draw the device's peaks, and tell them. Of a CPU's bandwidths, one for each cache, the slowest and the fastest."""
+    """Draw the device's peaks, and tell them; of a CPU's bandwidths, one a cache, the slowest and the fastest."""
     intensity = rows.flops / rows.bytes
     x = np.geomspace(intensity.min() / 2, intensity.max() * 2, 200)
     tflops, slow, fast = rows.peak_tflops.max(), rows.peak_gbps.min(), rows.peak_gbps.max()
