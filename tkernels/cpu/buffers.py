@@ -27,14 +27,17 @@ class Pool:
         self._requests = 0
 
     def take(self, nbytes: int) -> Tensor:
-        """``nbytes`` bytes that nobody else holds, uint8 [nbytes]; their contents are anything."""
+        """``nbytes`` bytes that nobody else holds, uint8 [nbytes]; their contents are anything.
+
+        What was moved to shared memory is not used again: another process may hold it.
+        """
         with self._lock:
             self._requests += 1
             if self._requests % PATIENCE == 0:
                 self._give_back()
             lent = self._lent.setdefault(nbytes, [])
             for i, (kept, _) in enumerate(lent):
-                if not _in_use(kept) and kept.untyped_storage().nbytes() == nbytes:
+                if not _in_use(kept) and kept.untyped_storage().nbytes() == nbytes and not kept.is_shared():
                     lent[i] = kept, self._requests
                     return kept.detach()
             kept = torch.empty(nbytes, dtype=torch.uint8)
@@ -65,3 +68,13 @@ def _in_use(kept: Tensor) -> bool:
 
 
 POOL = Pool()
+
+
+def empty(like: Tensor) -> Tensor:
+    """A fresh tensor with the shape, dtype and strides of dense ``like``, for results: it is a view of nothing, so that
+    whoever gets it may write to it."""
+    nbytes = like.element_size() * like.numel()
+    if nbytes < SMALLEST:
+        return torch.empty_like(like)
+    fresh = torch.empty(0, dtype=like.dtype)
+    return fresh.set_(POOL.take(nbytes).untyped_storage(), 0, like.shape, like.stride())

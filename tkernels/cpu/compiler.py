@@ -33,6 +33,19 @@ def enabled() -> bool:
     return _wanted and not _broken
 
 
+def plain_eager() -> bool:
+    """Whether calls run as they are: no tracing, no transforms, no modes that want to see each ATen call.
+
+    Ask torch.compiler.is_compiling() first of all, lest a trace learns of sizes and modes it has no business with.
+    """
+    return not (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 class Pass:
     """A function of tensors that Inductor compiles at its first call for their dtypes.
 

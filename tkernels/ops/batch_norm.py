@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tkernels import runtime
 from tkernels.ops import activation as activations
-from tkernels.ops import checks
+from tkernels.ops import batch_norm_cpu, checks
 from tkernels.ops.autograd import once_differentiable
 from tkernels.tuning import batch_norm as tuning
 
@@ -254,8 +254,15 @@ def _torch_batch_norm(
 ) -> Tensor:
     """The PyTorch body: torch's own batch norm, differentiated by torch; residual and ReLU in place of its output.
 
-    What torch refuses is refused in our words.
+    With ReLU, large maps on a CPU go through batch_norm_cpu. What torch refuses is refused in our words.
     """
+    vectors = running_mean, running_var, weight, bias
+    if (
+        activation == "relu"
+        and training is True
+        and batch_norm_cpu.takes(input, vectors, momentum, eps, num_batches_tracked, residual)
+    ):
+        return batch_norm_cpu.batch_norm_relu(input, *vectors, momentum, eps, num_batches_tracked)
     try:
         if eps <= 0.0:  # torch before 2.14 takes any
             _check(input, running_mean, running_var, weight, bias, training, momentum, eps)

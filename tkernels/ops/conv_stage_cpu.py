@@ -41,7 +41,9 @@ def takes(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], pool
         return False
     tensors = [x, *(t for layer in layers for t in layer[:6] if t is not None)]
     allowed = (torch.float32, dtype)
-    return all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype in allowed for t in tensors) and _plain_eager()
+    return (
+        all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype in allowed for t in tensors) and compiler.plain_eager()
+    )
 
 
 def _symmetric(geometries: Sequence[Geometry]) -> bool:
@@ -54,16 +56,6 @@ def _symmetric(geometries: Sequence[Geometry]) -> bool:
         reach(g.height, g.out_h, g.stride_h, g.kernel_h, g.dilation_h, g.pad_h)
         and reach(g.width, g.out_w, g.stride_w, g.kernel_w, g.dilation_w, g.pad_w)
         for g in geometries
-    )
-
-
-def _plain_eager() -> bool:
-    """Whether calls run as they are: no tracing, no transforms, no modes that want to see each ATen call."""
-    return not (
-        torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

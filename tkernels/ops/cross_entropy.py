@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tkernels import runtime
-from tkernels.ops import checks
+from tkernels.ops import checks, cross_entropy_cpu
 from tkernels.ops.autograd import once_differentiable
 
 if runtime.HAS_TRITON:
@@ -81,7 +81,14 @@ def _check_tensors(input: Any, target: Any, weight: Any) -> None:
 def _torch_body(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor:
-    """PyTorch's own call, with its autograd and autocast. What it refuses is refused in our words."""
+    """PyTorch's own call, with its autograd and autocast, but for large logits on a CPU. What it refuses is refused in
+    our words."""
+    if reduction in REDUCTIONS and cross_entropy_cpu.takes(input, target, weight, ignore_index, label_smoothing):
+        try:
+            return cross_entropy_cpu.cross_entropy(input, target, ignore_index, reduction, label_smoothing)
+        except RuntimeError:
+            _check_range(input, target, ignore_index)
+            raise
     try:
         return torch.nn.functional.cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing

@@ -1,0 +1,109 @@
+"""Cross entropy with class indices on the CPU in two passes: one over the logits forward, one backward.
+
+torch keeps the logarithm of the softmax, fills a gradient of the logits' size with zeros and passes over both again.
+``ops.cross_entropy`` takes this where logits are large and the call is of the everyday kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tkernels.cpu import buffers, compiler, rows
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Logits from which on the passes pay for the calls around them.
+WORTH_IT = 1 << 20
+
+
+def takes(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float) -> bool:
+    """Whether this call goes the fast way; one that torch refuses does not. Nothing depends on what ran before."""
+    return (
+        not torch.compiler.is_compiling()
+        and weight is None
+        and isinstance(x, Tensor)
+        and x.numel() >= WORTH_IT
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and type(target) is Tensor
+        and x.dim() == 2
+        and x.dtype in DTYPES
+        and target.dtype is torch.int64
+        and target.shape == x.shape[:1]
+        and x.shape[1] < 2**31
+        and x.device.type == target.device.type == "cpu"
+        and not x.is_cuda
+        and x.layout is torch.strided
+        and x.is_contiguous()
+        and not (x.is_neg() or x.is_inference())
+        and type(ignore_index) is int
+        and type(smoothing) is float
+        and 0.0 <= smoothing <= 1.0
+        and compiler.enabled()
+        and compiler.plain_eager()
+    )
+
+
+def cross_entropy(x: Tensor, target: Tensor, ignore_index: int, reduction: str, smoothing: float) -> Tensor:
+    """The loss of a call that ``takes`` agreed to, in float32 under autocast, else in the logits' dtype."""
+    dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
+    with torch.autocast("cpu", enabled=False):
+        if x.requires_grad and torch.is_grad_enabled():
+            return _CrossEntropyCPU.apply(x, target, ignore_index, reduction, smoothing, dtype)
+        return _forward(x, target, ignore_index, reduction, smoothing, dtype)[0]
+
+
+def _forward(
+    x: Tensor, target: Tensor, ignore_index: int, reduction: str, smoothing: float, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss; each row's largest logit, log of the sum, index as int32, share in the loss."""
+    counts = target != ignore_index
+    index = torch.where(counts, target, 0)
+    picked = x.gather(1, index[:, None]).squeeze(1)  # refuses an index out of range
+    if smoothing > 0:
+        top, log_sum, total = rows.softmax_statistics_and_sum(x)
+        even = log_sum - total / x.shape[1]
+    else:
+        top, log_sum = rows.softmax_statistics(x)
+    loss = log_sum - (picked - top)
+    if smoothing > 0:
+        loss = loss * (1.0 - smoothing) + even * smoothing
+    loss = torch.where(counts, loss, 0.0)
+    share = counts.float()
+    if reduction == "mean":
+        number = share.sum()
+        loss, share = loss.sum() / number, share / number
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss.to(dtype), [top, log_sum, index.int(), share]
+
+
+class _CrossEntropyCPU(torch.autograd.Function):
+    """Saved are the logits and four vectors with a value for each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, target: Tensor, ignore_index: int, reduction: str, smoothing: float, dtype: torch.dtype
+    ) -> Tensor:
+        loss, saved = _forward(x, target, ignore_index, reduction, smoothing, dtype)
+        ctx.save_for_backward(x, target, *saved)
+        ctx.options = ignore_index, reduction, smoothing
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, target, top, log_sum, index, share = ctx.saved_tensors
+        ignore_index, reduction, smoothing = ctx.options
+        with torch.autocast("cpu", enabled=False):
+            if torch.is_grad_enabled():  # to be differentiated once more: through torch's own calls
+                loss = torch.nn.functional.cross_entropy(
+                    x.to(dy.dtype), target, None, None, ignore_index, None, reduction, smoothing
+                )
+                return *torch.autograd.grad(loss, x, dy, create_graph=True), None, None, None, None, None
+            whole = share * dy.float()
+            dx = buffers.empty(x)
+            rows.cross_entropy_gradient(
+                x, top, log_sum, index, whole, whole * (1.0 - smoothing), whole * (smoothing / x.shape[1]), dx
+            )
+        return dx, None, None, None, None, None
