@@ -163,12 +163,7 @@ class Trainer:
         model: nn.Module = self.model
         if distributed.size() > 1:
             on_gpu = self.chosen.device.type == "cuda"
-            model = nn.parallel.DistributedDataParallel(
-                model,
-                device_ids=[self.chosen.device] if on_gpu else None,
-                # synchronised batch norm leaves the same statistics in every process
-                broadcast_buffers=not self.chosen.sync_bn,
-            )
+            model = nn.parallel.DistributedDataParallel(model, device_ids=[self.chosen.device] if on_gpu else None)
         step = engine.TrainingStep(
             model, self.criterion, self.optimizer, amp=self.chosen.amp, scaler=self.scaler, clip=self.chosen.clip
         )

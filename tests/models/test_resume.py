@@ -78,7 +78,7 @@ def _killed_and_resumed(seed: int, unbroken: tuple[Path, float], directory: Path
         resume = ["--resume"] if (out / checkpoint.NAME).exists() else []
         pid = processes.start(lambda resume=resume: _run(out, *resume), directory, "run")
         if attempt < 4:
-            time.sleep(moments.uniform(0.05, 0.9) * seconds)
+            time.sleep(moments.uniform(0.05, 0.5) * seconds)
             os.kill(pid, signal.SIGKILL)
         status = processes.wait(pid)
         if status == 0:
