@@ -355,7 +355,8 @@ def test_compile_and_export(block: nn.Module, device: str) -> None:
     fused = tkernels.fuse(copy.deepcopy(block)).eval()
     x = torch.randn(3, 3, 8, 8, device=device)
     # export reads cuDNN's float32 switch by its old name, which must agree with the new ones the suite sets
-    torch._C._set_cudnn_allow_tf32(False)  # the attribute is frozen once torch.testing was imported
+    # (the attribute is frozen once torch.testing was imported)
+    torch._C._set_cudnn_allow_tf32(False)
     torch._dynamo.reset()
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), block.eval()(x))

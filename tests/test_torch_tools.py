@@ -152,7 +152,8 @@ def test_onnx_has_standard_operators() -> None:
     pytest.importorskip("onnxscript", reason="install the ecosystem extra")
     model = network("cpu").eval()
     # export reads cuDNN's float32 switch by its old name, which must agree with the new ones the suite sets
-    torch._C._set_cudnn_allow_tf32(False)  # the attribute is frozen once torch.testing was imported
+    # (the attribute is frozen once torch.testing was imported)
+    torch._C._set_cudnn_allow_tf32(False)
     program = torch.onnx.export(model, draw("cpu")[:1], dynamo=True, verbose=False)
     assert program is not None
     onnx.checker.check_model(program.model_proto)
