@@ -196,6 +196,17 @@ def test_differentiated_twice() -> None:
         assert_close(a, b.double(), 1 << 14, scale=b.abs().max().item())
 
 
+def test_training_after_inference_mode() -> None:
+    """Buffers and compiled passes that inference mode asked for first serve training too."""
+    x, layers, arguments = stage(8, 10)
+    buffers.POOL.clear()
+    with torch.inference_mode():
+        conv_stage(x, layers, **arguments)
+        conv_stage(x, layers, **{**arguments, "training": False})
+    conv_stage(x, layers, **arguments).sum().backward()
+    assert x.grad is not None
+
+
 def test_nan_goes_through() -> None:
     x, layers, arguments = stage()
     x.data[0, 0, 3, 3] = float("nan")

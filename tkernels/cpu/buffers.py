@@ -40,7 +40,9 @@ class Pool:
                 if not _in_use(kept) and kept.untyped_storage().nbytes() == nbytes and not kept.is_shared():
                     lent[i] = kept, self._requests
                     return kept.detach()
-            kept = torch.empty(nbytes, dtype=torch.uint8)
+            # no tensor of inference mode, which backward could not keep later
+            with torch.inference_mode(False):
+                kept = torch.empty(nbytes, dtype=torch.uint8)
             lent.append((kept, self._requests))
             return kept.detach()
 

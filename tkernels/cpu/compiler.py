@@ -74,7 +74,8 @@ class Pass:
             log.warning("compiling the CPU's passes with Inductor: some seconds, once; TKERNELS_COMPILE=0 turns it off")
         start = time.perf_counter()
         try:
-            run = _by_inductor(self.function, tensors)
+            with torch.inference_mode(False):
+                run = _by_inductor(self.function, tensors)
         except Exception as error:
             # whatever a compiler, a linker or a full disk says: training goes on without
             _broken = True
