@@ -21,8 +21,8 @@ pytestmark = pytest.mark.gate("torch")
 STEPS = 60
 # Bodies that are equal but for rounding must pass, on any CPU, so the training must not amplify rounding. At 32x32 and
 # batch 32 it does: enlarged digits are large areas of one value, whose ReLUs flip together, and noise of 1e-7 in the
-# gradients becomes 1e-2 in the loss. At the digits' own 8x8, in large batches that average flips and at a small learning
-# rate, the compiled passes of the fused network stay within 1.4e-4 (at a batch of 256 and 3e-4 it was 1.1e-3).
+# gradients becomes 1e-2 in the loss. At the digits' own 8x8, in large batches that average flips and at a small
+# learning rate, the compiled passes of the fused network stay within 1.4e-4 (at a batch of 256 and 3e-4 it was 1.1e-3).
 IMAGE_SIZE = 8
 BATCH_SIZE = 512
 WIDTH = 16

@@ -74,7 +74,7 @@ def test_the_command_reports_every_target(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     "arguments, message",
     (
-        (["--op", "softmax"], "unknown operator 'softmax', allowed: batch_norm"),
+        (["--op", "softmax"], "unknown operator 'softmax', allowed: attention"),
         (["--target", "sm_70"], "unknown target 'sm_70', allowed: sm_80"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--csv", "."], "is a directory"),
