@@ -7,8 +7,10 @@ driver at once, which leaves out most of JITFunction.run. It is off by default u
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,11 +18,17 @@ import torch
 from tkernels import runtime
 
 if runtime.HAS_TRITON:
+    from triton import __version__ as _version
     from triton import knobs
+    from triton.compiler import CompiledKernel
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     _RUN = JITFunction.run
+    # whose C function driver_call knows, as Triton 3.8 has it; builds for AMD alone have none
+    _LAUNCHER: Any = None
+    if _version.startswith("3.8.") and importlib.util.find_spec("triton.backends.nvidia") is not None:
+        _LAUNCHER = importlib.import_module("triton.backends.nvidia.driver").CudaLauncher
 
 # whoever sees this many specialisations of a kernel has shapes that never come back
 _MOST_ENTRIES = 4096
@@ -38,14 +46,65 @@ def fast(on: bool) -> Iterator[None]:
         _fast = before
 
 
+def is_fast(kernels: Iterable[Any]) -> bool:
+    """Whether launches of these kernels may take the shortcut."""
+    if not _fast or JITFunction.run is not _RUN or _watched_all():
+        return False
+    return all(not kernel.pre_run_hooks for kernel in kernels)
+
+
+def is_compiled(kernel: Any) -> bool:
+    """Whether it is what Triton compiles a kernel to, with a launcher of its own."""
+    return isinstance(kernel, CompiledKernel)
+
+
+def driver_call(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """The C function that launches a compiled kernel, and what it takes between grid and stream and the kernel's
+    arguments, then a tuple. None where Triton's own Python has more to do than to call it (scratch memory), or in
+    releases whose call is another."""
+    run = compiled.run
+    if type(run) is not _LAUNCHER or run.gsan_enabled:
+        return None
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None
+    return run.launch, (
+        compiled.function, run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata,
+        None, None, None, None, None, run.arg_annotations, run.kernel_signature,
+    )  # fmt: skip
+
+
+def current_stream(device: int) -> Any:
+    """The stream that kernels are launched on, as the driver knows it."""
+    return driver.active.get_current_stream(device)
+
+
 def forget() -> None:
     """Drop what the shortcut keeps: Triton is asked again."""
     _shortcuts.clear()
 
 
+class _Here(threading.local):
+    maker: Callable[..., None] | None = None
+
+
+_here = _Here()
+
+
+@contextlib.contextmanager
+def made_by(maker: Callable[..., None]) -> Iterator[None]:
+    """Within the block, in this thread, ``maker(kernel, grid, args, options)`` makes each launch."""
+    before, _here.maker = _here.maker, maker
+    try:
+        yield
+    finally:
+        _here.maker = before
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor; named in a profiler's trace."""
-    if torch.autograd._profiler_enabled():
+    if _here.maker is not None:
+        _here.maker(kernel, grid, args, options)
+    elif torch.autograd._profiler_enabled():
         with torch.profiler.record_function(_label(kernel)):
             _on_device(kernel, grid, args, options)
     else:
@@ -67,7 +126,12 @@ def _on_device(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], option
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    if _fast and type(kernel) is JITFunction and JITFunction.run is _RUN and not _watched(kernel):
+    if (
+        _fast
+        and type(kernel) is JITFunction
+        and JITFunction.run is _RUN
+        and not (kernel.pre_run_hooks or _watched_all())
+    ):
         shortcut = _shortcuts.get(kernel.__name__)
         if shortcut is None or shortcut.kernel is not kernel:
             shortcut = _shortcuts[kernel.__name__] = Shortcut(kernel)
@@ -76,11 +140,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: 
         kernel[grid](*args, **options)
 
 
-def _watched(kernel: Any) -> bool:
-    """Whether a profiler or a hook wants to see each launch, or an option changes how kernels are compiled."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    hooks = (enter is not None and enter.calls) or (leave is not None and leave.calls) or kernel.pre_run_hooks
-    return bool(hooks or knobs.runtime.debug)
+def _watched_all() -> bool:
+    """Whether a profiler wants to see each launch, or an option changes how kernels are compiled."""
+    options = knobs.runtime
+    enter, leave = options.launch_enter_hook, options.launch_exit_hook
+    return bool((enter is not None and enter.calls) or (leave is not None and leave.calls) or options.debug)
 
 
 class Shortcut:

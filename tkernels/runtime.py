@@ -76,7 +76,7 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
     """The reason why these tensors cannot go through Triton, or None where they can."""
     if not HAS_TRITON:
         return "triton is not installed"
-    if _transformed():
+    if transformed():
         return "kernels are not defined under torch.func transforms (grad, vmap, jvp, ...) and forward-mode AD"
     for t in tensors:
         if t is not None and t.is_floating_point() and t.dtype not in TRITON_DTYPES:
@@ -118,7 +118,7 @@ def _wraps_others(t: Tensor) -> bool:
     return type(t) not in (Tensor, torch.nn.Parameter) and hasattr(t, "__tensor_flatten__")
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a torch.func transform or forward-mode AD is at work: they see PyTorch's operators only, and a kernel's
     output would have no tangent, silently."""
     return not torch.compiler.is_compiling() and (
@@ -128,7 +128,7 @@ def _transformed() -> bool:
 
 def _can_run(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether why_not_triton has no reason; every call asks this, so nothing is put into words."""
-    if not HAS_TRITON or _transformed():
+    if not HAS_TRITON or transformed():
         return False
     anywhere = interpreting()
     for t in tensors:
@@ -189,6 +189,11 @@ def dot_precision(dtype: torch.dtype, op: Op) -> str:
     switch: Any = getattr(torch.backends.cudnn, "conv") if op == "conv" else torch.backends.cuda.matmul  # noqa: B009
     wants_tf32 = switch.fp32_precision == "tf32"
     return "tf32" if wants_tf32 and targets.current().has_tf32 else "ieee"
+
+
+def float32_products() -> tuple[str, str]:
+    """How float32 products are formed, by linear and matmul and by convolutions."""
+    return dot_precision(torch.float32, "matmul"), dot_precision(torch.float32, "conv")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

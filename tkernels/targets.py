@@ -81,20 +81,30 @@ def pretending() -> bool:
     return _pretended is not None
 
 
+def _has_gpu() -> bool:
+    # is_available alone asks the driver each time, which a launch need not wait for
+    return torch.cuda.is_initialized() or torch.cuda.is_available()
+
+
 def current() -> Target:
     """The current CUDA device's target; without a GPU (Triton's interpreter) sm_90's."""
     if _pretended is not None:
         return _pretended
-    if not torch.cuda.is_available():
-        return TARGETS["sm_90"]
-    return _of_device(torch.cuda.current_device())
+    return _of_device(torch.cuda.current_device()) if _has_gpu() else TARGETS["sm_90"]
+
+
+def identity() -> str | int | None:
+    """What tells the current target from others, at less cost than the target itself."""
+    if _pretended is not None:
+        return _pretended.name
+    return torch.cuda.current_device() if _has_gpu() else None
 
 
 def supported() -> bool:
     """Whether the current device can run the kernels: compute capability 8.0 or newer, or AMD."""
     if _pretended is not None or torch.version.hip is not None:
         return True
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    return _has_gpu() and torch.cuda.get_device_capability()[0] >= 8
 
 
 @functools.cache

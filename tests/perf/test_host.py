@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import cProfile
+
 import pytest
 
-from perf import host
+from perf import host, traffic
 from tests.perf.command import refused, run
+from tkernels import launch
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -21,6 +24,19 @@ def test_every_launch_of_the_step_is_counted() -> None:
     frame = host.measure(256, 1)
     assert (frame.calls.iloc[:2] == 59).all()
     assert (frame["us a call"] > 0).all()
+
+
+@pytest.mark.parametrize(("fast", "most"), ((False, 100), (True, 25)))
+def test_calls_between_launches_stay_few(fast: bool, most: int) -> None:
+    """Python and C functions called a launch, in place of the time they take."""
+    with host.stubbed_driver(lambda *given: None), launch.fast(fast):
+        step = host.step(*traffic.fused(), 8)
+        for _ in range(host.WARM_UP):
+            step()
+        profile = cProfile.Profile()
+        profile.runcall(step)
+    calls = sum(entry.callcount for entry in profile.getstats())
+    assert calls / 56 < most, calls / 56
 
 
 def test_no_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

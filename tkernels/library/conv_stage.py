@@ -16,6 +16,8 @@ from tkernels.library import common
 from tkernels.library.batch_norm import torch_statistics
 from tkernels.ops import conv as conv_ops
 from tkernels.ops import conv_stage as ops
+from tkernels.ops import conv_stage_triton as triton
+from tkernels.ops.conv_stage_call import ConvBNLayer, Plan
 from tkernels.tuning.conv import Geometry
 
 __all__ = ["conv_stage", "conv_stage_backward"]
@@ -27,8 +29,8 @@ _WINDOW = 7  # stride, padding (-1 for 'same'), dilation, groups
 class _Call(NamedTuple):
     """The layers of a call and what its shapes come to."""
 
-    layers: list[ops.ConvBNLayer]
-    plan: ops.Plan
+    layers: list[ConvBNLayer]
+    plan: Plan
     channels_last: bool
 
 
@@ -42,8 +44,8 @@ def _call(
         own: Any = [common.something(t) for t in vectors[_VECTORS * i : _VECTORS * (i + 1)]]
         sh, sw, ph, pw, dh, dw, groups = windows[_WINDOW * i : _WINDOW * (i + 1)]
         padding: Any = "same" if ph < 0 else (ph, pw)
-        vector: dict[str, Any] = dict(zip(ops.ConvBNLayer._fields[1 : 1 + _VECTORS], own))
-        layer = ops.ConvBNLayer(
+        vector: dict[str, Any] = dict(zip(ConvBNLayer._fields[1 : 1 + _VECTORS], own))
+        layer = ConvBNLayer(
             weight, **vector, stride=(sh, sw), padding=padding, dilation=(dh, dw), groups=groups, eps=eps[i]
         )
         g = conv_ops.described(shape, tuple(weight.shape), (sh, sw), padding, (dh, dw), groups)
@@ -53,7 +55,7 @@ def _call(
     last = geometries[-1]
     pooling = ops.described_pooling(last.out_h, last.out_w, *_pairs(pool))
     channels_last = any(conv_ops.suggests_channels_last(t) for t in (input, *weights))
-    return _Call(layers, ops.Plan(tuple(geometries), pooling, dtype, p, False), channels_last)
+    return _Call(layers, Plan(tuple(geometries), pooling, dtype, p, False), channels_last)
 
 
 def _pairs(pool: Sequence[int]) -> list[Any]:
@@ -88,7 +90,7 @@ def conv_stage(
     call = _call(input, weights, vectors, windows, eps, pool, p, dtype)
     if not runtime.use_triton(input, *_tensors(call)):
         return _torch_forward(input, call, pool, seed, keep)
-    y, saved, _ = ops.forward(input, call.layers, call.plan, keep, seed)
+    y, saved, _ = triton.forward(input, call.layers, call.plan, keep, seed)
     if not keep:
         return [y, *(common.nothing(y) for _ in weights)]
     none = common.nothing(y)
@@ -115,7 +117,7 @@ def _torch_body(x: Tensor, call: _Call, pool: Sequence[int], seed: Tensor | None
     return x, maps
 
 
-def _convolved(x: Tensor, layer: ops.ConvBNLayer, g: Geometry, dtype: torch.dtype) -> Tensor:
+def _convolved(x: Tensor, layer: ConvBNLayer, g: Geometry, dtype: torch.dtype) -> Tensor:
     bias = None if layer.bias is None else layer.bias.to(dtype)
     options: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
     return torch.nn.functional.conv2d(x.to(dtype), layer.weight.to(dtype), bias, *options)
@@ -142,7 +144,7 @@ def _torch_forward(x: Tensor, call: _Call, pool: Sequence[int], seed: Tensor | N
 def _not_stored(call: _Call) -> list[bool]:
     """Of each layer, whether its input is formed as it is loaded, from the raw output before."""
     plan = call.plan
-    return [i > 0 and ops.normalizes_in_next(layer, plan, i) and call.layers[i - 1].running_mean is None
+    return [i > 0 and triton.normalizes_in_next(layer, plan, i) and call.layers[i - 1].running_mean is None
             for i, layer in enumerate(call.layers)]  # fmt: skip
 
 
@@ -190,12 +192,12 @@ def conv_stage_backward(
     call = _call(input, weights, vectors, windows, eps, pool, p, dtype)
     if runtime.use_triton(input, *_tensors(call)):
         input_format = input.dtype, conv_ops.suggests_channels_last(input)
-        found = ops.backward(dy, _saved(input, call, kept), seed, call.plan, eps, needs, input_format)
+        found = triton.backward(dy, _saved(input, call, kept), seed, call.plan, eps, needs, input_format)
         return list(common.results(found, dy))
     leaves = [input, *(t for layer in call.layers for t in layer[:4])]
 
     def body(x: Tensor, *parameters: Tensor) -> Tensor:
-        fields = ops.ConvBNLayer._fields[:4]
+        fields = ConvBNLayer._fields[:4]
         layers = [
             layer._replace(**cast(Any, dict(zip(fields, parameters[4 * i :])))) for i, layer in enumerate(call.layers)
         ]
@@ -211,17 +213,17 @@ def conv_stage_backward(
     return list(common.results(laid, dy))
 
 
-def _saved(input: Tensor, call: _Call, kept: Sequence[Tensor]) -> list[ops.SavedLayer]:
-    """What ops.forward saved, of the operator's results."""
+def _saved(input: Tensor, call: _Call, kept: Sequence[Tensor]) -> list[triton.SavedLayer]:
+    """What triton.forward saved, of the operator's results."""
     stats, maps = kept[: len(call.layers)], kept[len(call.layers) :]
     saved = []
     for i, (layer, g) in enumerate(zip(call.layers, call.plan.geometries)):
-        x = common.something(maps[2 * i]) if i else ops.conv_input(input, g, call.plan.dtype)
+        x = common.something(maps[2 * i]) if i else triton.conv_input(input, g, call.plan.dtype)
         given = layer.running_mean is not None
-        mean = ops.dense(layer.running_mean) if given else stats[i]
-        var = ops.dense(layer.running_var) if given else None
-        saved.append(ops.SavedLayer(x, layer.weight, layer.bias, None, maps[2 * i + 1], cast(Tensor, mean), var,
-                                    ops.dense(layer.bn_weight), ops.dense(layer.bn_bias)))  # fmt: skip
+        mean = triton.dense(layer.running_mean) if given else stats[i]
+        var = triton.dense(layer.running_var) if given else None
+        saved.append(triton.SavedLayer(x, layer.weight, layer.bias, None, maps[2 * i + 1], cast(Tensor, mean), var,
+                                    triton.dense(layer.bn_weight), triton.dense(layer.bn_bias)))  # fmt: skip
     return saved
 
 

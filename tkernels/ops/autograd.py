@@ -19,10 +19,10 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():  # enabled is what create_graph=True does
+            return backward(ctx, *args)
         with torch.no_grad():
             gradients = backward(ctx, *args)
-        if not torch.is_grad_enabled():  # enabled is what create_graph=True does
-            return gradients
         message = b"trying to differentiate twice a function that was marked with @once_differentiable"
         refuse: Any = torch._C._functions.DelayedError(message, len(gradients))
         return refuse(*(None if g is None else g.detach().requires_grad_() for g in gradients))

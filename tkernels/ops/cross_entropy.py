@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tkernels import runtime
+from tkernels import replay, runtime
 from tkernels.ops import checks, cross_entropy_cpu
 from tkernels.ops.autograd import once_differentiable
 
@@ -48,6 +49,12 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    kind = None
+    if weight is None and not runtime.leaves_to_torch(input):  # what a weight may be depends on more than its kind
+        kind = replay.call_kind((input, target), ignore_index, reduction, label_smoothing)
+        options = None if kind is None else _checked.get(kind)
+        if options is not None:
+            return _run(kind, input, target, None, *options)
     if runtime.leaves_to_torch(input) or not _takes_triton(input, target, weight):
         return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
     if reduction == "elementwise_mean":  # torch's old name for it, with torch's warning
@@ -56,7 +63,17 @@ def cross_entropy(
     ignore_index = checks.integer("ignore_index", ignore_index)
     label_smoothing = checks.number("label_smoothing", label_smoothing)
     _check(input, target, weight, ignore_index, reduction, label_smoothing)
-    return _triton_body(input, target, weight, ignore_index, reduction, label_smoothing)
+    smoothing = label_smoothing if label_smoothing > 0 else 0.0  # negative or NaN is none, as in torch
+    options = ignore_index, reduction, smoothing, _loss_dtype(input, target, weight)
+    if runtime.traced():
+        loss: Tensor = torch.ops.tkernels.cross_entropy(input, target, weight, *options)[0]
+        return loss
+    _checked.add(kind, options)
+    return _run(kind, input, target, weight, *options)
+
+
+# what _run takes, by kinds of calls
+_checked = replay.Checked()
 
 
 def _takes_triton(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
@@ -187,17 +204,11 @@ def _check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
         )
 
 
-def _triton_body(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> Tensor:
-    smoothing = label_smoothing if label_smoothing > 0 else 0.0  # negative or NaN is none, as in torch
-    arguments = (input, target, weight, ignore_index, reduction, smoothing, _loss_dtype(input, target, weight))
-    if runtime.traced():
-        loss: Tensor = torch.ops.tkernels.cross_entropy(*arguments)[0]
-        return loss
+def _run(kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    """The kernels, differentiable where that is asked for. ``kind``: of a call, where it is known."""
     if (input.requires_grad or target.requires_grad) and torch.is_grad_enabled():
-        return _CrossEntropy.apply(*arguments)
-    return forward(*arguments)[0]
+        return cast(Tensor, _CrossEntropy.apply(kind, input, target, weight, *options))
+    return cast(Tensor, _forward.of_kind(kind, (input, target, weight), *options)[0])
 
 
 def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -232,30 +243,39 @@ def forward(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        reduction: str,
-        label_smoothing: float,
-        loss_dtype: torch.dtype,
+        ctx: Any, kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
     ) -> Tensor:
-        loss, saved = forward(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype)
-        ctx.save_for_backward(*saved)
-        ctx.options = ignore_index, reduction, label_smoothing
-        return loss
+        loss, *kept = _forward.of_kind(kind, (input, target, weight), *options)
+        ctx.save_for_backward(*kept)
+        ctx.options = options[:3]
+        return cast(Tensor, loss)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, target, weight, stats, count = ctx.saved_tensors
-        ignore_index, reduction, smoothing = ctx.options
-        dx = dp = None
-        if ctx.needs_input_grad[0]:
-            dx = kernels.launch_backward(
-                grad, x, target, weight, stats, count, ignore_index, reduction, smoothing
-            )  # fmt: skip
-        if ctx.needs_input_grad[1]:
-            dp = kernels.launch_target_backward(grad, x, target, weight, stats, count, reduction, smoothing)
-        return dx, dp, None, None, None, None, None
+        gradients = _backward((grad, *ctx.saved_tensors), *ctx.options, ctx.needs_input_grad[1:3])
+        return None, *gradients, None, None, None, None, None
+
+
+@replay.replayed
+def _forward(
+    tensors: tuple[Tensor | None, ...], ignore_index: int, reduction: str, smoothing: float, loss_dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """The loss, and what the gradients are made of."""
+    input, target, weight = cast(Any, tensors)
+    loss, saved = forward(input, target, weight, ignore_index, reduction, smoothing, loss_dtype)
+    return loss, *saved
+
+
+@replay.replayed
+def _backward(
+    tensors: tuple[Tensor | None, ...], ignore_index: int, reduction: str, smoothing: float, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of logits and of probabilities, where ``needs`` says so."""
+    grad, x, target, weight, stats, count = cast(Any, tensors)
+    dx = dp = None
+    if needs[0]:
+        dx = kernels.launch_backward(grad, x, target, weight, stats, count, ignore_index, reduction, smoothing)
+    if needs[1]:
+        dp = kernels.launch_target_backward(grad, x, target, weight, stats, count, reduction, smoothing)
+    return dx, dp

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tkernels import runtime
+from tkernels import replay, runtime
 from tkernels.ops import activation as activations
 from tkernels.ops import checks
 from tkernels.ops.autograd import once_differentiable
@@ -36,6 +37,11 @@ def linear(
     Raises TypeError for an argument that is not a tensor, ValueError for an unknown activation or a ``dropout_p``
     outside [0, 1], RuntimeError for shapes, dtypes or devices that do not go together.
     """
+    kind = None
+    if not runtime.leaves_to_torch(input):
+        kind = replay.call_kind((input, weight, bias), activation, dropout_p, training)
+        if kind is not None and kind in _checked:
+            return _run(input, weight, bias, activation, float(dropout_p) if training else 0.0, kind)
     if activation is not None:
         activations.check(activation)
     if not 0.0 <= dropout_p <= 1.0:
@@ -46,9 +52,16 @@ def linear(
     _check_shapes(input, weight, bias)
     cast = runtime.autocast_dtype(input)
     if cast is not None:
+        kind = None  # of the tensors before
         input, weight, bias = runtime.cast_for_autocast(cast, input, weight, bias)  # type: ignore[assignment]
     checks.matching_kinds(input, weight, bias, None)
-    return _triton_body(input, weight, bias, activation, p)
+    if kind is not None and weight.dim() == 2 and (bias is None or bias.dim() <= 1):
+        _checked.add(kind)
+    return _triton_body(input, weight, bias, activation, p, kind)
+
+
+# kinds of calls that go to _run
+_checked = replay.Checked()
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -115,22 +128,31 @@ def _torch_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: 
     return torch.nn.functional.dropout(y, p) if p > 0 else y
 
 
-def _triton_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float) -> Tensor:
+def _triton_body(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float, kind: Hashable | None = None
+) -> Tensor:
     if weight.dim() == 1:
         return _triton_body(input, weight.unsqueeze(0), bias, activation, p).squeeze(-1)
     if bias is not None and bias.dim() > 1:
         # rows of their own: the sum is a separate pass, and what follows it too
         y = activations.apply(_triton_body(input, weight, None, None, 0.0) + bias, activation)
         return torch.nn.functional.dropout(y, p) if p > 0 else y
-    seed = runtime.dropout_seed(input) if p > 0 else None
     if runtime.traced():
+        seed = runtime.dropout_seed(input) if p > 0 else None
         return torch.ops.tkernels.linear(input, weight, bias, activation, p, seed)[0]
-    differentiable = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if differentiable and torch.is_grad_enabled():
-        return _Linear.apply(input, weight, bias, activation, p, seed)
-    return kernels.launch_forward(
-        kernels.dense_rows(input), kernels.dense_weight(weight), bias, activation, p, seed
-    )[0]  # fmt: skip
+    return _run(input, weight, bias, activation, p, kind)
+
+
+def _run(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float, kind: Hashable | None
+) -> Tensor:
+    """The kernels, differentiable where that is asked for. ``kind``: of a call, where it is known."""
+    seed = runtime.dropout_seed(input) if p > 0 else None
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return cast(Tensor, _Linear.apply(input, weight, bias, activation, p, seed, kind))
+    return cast(Tensor, _forward.of_kind(kind, (input, weight, bias, seed), activation, p, (False, False, False))[0])
 
 
 def _saves_seed(activation: str | None) -> bool:
@@ -149,30 +171,44 @@ class _Linear(torch.autograd.Function):
         activation: str | None,
         p: float,
         seed: Tensor | None,
+        kind: Hashable | None,
     ) -> Tensor:
-        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        x, w = kernels.dense_rows(input), kernels.dense_weight(weight)
-        y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=activations.needs_input(activation))
-        saved = None if activation is None else z if z is not None else y
+        y, *kept = _forward.of_kind(kind, (input, weight, bias, seed), activation, p, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*kept)
         ctx.activation, ctx.p = activation, p
-        ctx.needs_bias = needs_bias
-        ctx.save_for_backward(
-            x if needs_weight else None,
-            w if needs_input else None,
-            saved,
-            seed if _saves_seed(activation) else None,
-        )
-        return y
+        return cast(Tensor, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, saved, seed = ctx.saved_tensors
-        dy = kernels.dense_rows(dy)
-        dx = dw = db = None
-        if w is not None:
-            dx = kernels.launch_dgrad(dy, w, saved, ctx.activation, ctx.p, seed)
-        if x is not None or ctx.needs_bias:
-            dw, db = kernels.launch_wgrad(dy, x, saved, ctx.activation, ctx.p, seed, ctx.needs_bias)
+        gradients = _backward((dy, *ctx.saved_tensors), ctx.activation, ctx.p, ctx.needs_input_grad[2])
         # db has a value for each output feature; autograd sums it for a bias of one element
-        return dx, dw, db, None, None, None
+        return *gradients, None, None, None, None
+
+
+@replay.replayed
+def _forward(
+    tensors: tuple[Tensor | None, ...], activation: str | None, p: float, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """y, and what backward needs for the gradients of input, weight and bias that ``needs`` asks for."""
+    input, weight, bias, seed = cast(Any, tensors)
+    needs_input, needs_weight, _ = needs
+    x, w = kernels.dense_rows(input), kernels.dense_weight(weight)
+    y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=activations.needs_input(activation))
+    saved = None if activation is None else z if z is not None else y
+    return y, x if needs_weight else None, w if needs_input else None, saved, seed if _saves_seed(activation) else None
+
+
+@replay.replayed
+def _backward(
+    tensors: tuple[Tensor | None, ...], activation: str | None, p: float, needs_bias: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight and bias, of dy and what _forward kept."""
+    dy, x, w, saved, seed = cast(Any, tensors)
+    dy = kernels.dense_rows(dy)
+    dx = dw = db = None
+    if w is not None:
+        dx = kernels.launch_dgrad(dy, w, saved, activation, p, seed)
+    if x is not None or needs_bias:
+        dw, db = kernels.launch_wgrad(dy, x, saved, activation, p, seed, needs_bias)
+    return dx, dw, db
