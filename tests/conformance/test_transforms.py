@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tkernels
 from tests.conformance.compare import IN_TTSEM
@@ -24,12 +25,20 @@ def draw(device: str, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
 
 
+def attention(functions: Any, x: Tensor) -> Tensor:
+    """By the one kernel of torch's that knows forward-mode AD."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return functions.scaled_dot_product_attention(x, draw(x.device.type, 2, 5, 8), x)
+
+
 # a function of one tensor, given torch's namespace or ours and the device, and that tensor's shape
 CALLS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {
     "linear": (lambda f, x: f.linear(x, draw(x.device.type, 5, 8), draw(x.device.type, 5)), (4, 8)),
     "conv2d": (lambda f, x: f.conv2d(x, draw(x.device.type, 4, 3, 3, 3), padding=1), (2, 3, 5, 4)),
     "batch_norm": (lambda f, x: f.batch_norm(x, None, None, training=True), (4, 3, 5)),
     "cross_entropy": (lambda f, x: f.cross_entropy(x, torch.tensor([0, 4, 2]).to(x.device)), (3, 5)),
+    "matmul": (lambda f, x: getattr(f, "matmul", torch.matmul)(x, draw(x.device.type, 8, 5)), (3, 4, 8)),
+    "attention": (lambda f, x: attention(f, x), (2, 5, 8)),
 }
 
 

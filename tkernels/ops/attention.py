@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -55,14 +57,27 @@ def scaled_dot_product_attention(
     if cast is not None:
         query, key, value, attn_mask = runtime.cast_for_autocast(cast, query, key, value, attn_mask)  # type: ignore[assignment]
     _check_kinds(query, key, value, attn_mask)
-    extras = attn_mask is not None or dropout_p > 0
-    reason = tuning.why_not(query.shape[-1], value.shape[-1], query.element_size(), extras, tuning.target_name())
+    reason = why_not(query, value, attn_mask, dropout_p)
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         reason = "attn_mask requires a gradient, which is a matrix of queries by keys"
     if reason is not None:
-        runtime.log_once(f"scaled_dot_product_attention runs on PyTorch: {reason}")
+        if not torch.compiler.is_compiling():
+            runtime.log_once(f"scaled_dot_product_attention runs on PyTorch: {reason}")
         return _torch_body(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     return _triton_body(query, key, value, attn_mask, float(dropout_p), bool(is_causal), scale, enable_gqa)
+
+
+def why_not(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> str | None:
+    """Why heads of this size are left to PyTorch, or None where they are not."""
+    # (index and if make constants of what a trace has as symbols)
+    head, v_head = operator.index(query.shape[-1]), operator.index(value.shape[-1])
+    extras = True if attn_mask is not None or dropout_p > 0 else False  # noqa: SIM210
+    return _why_not(head, v_head, query.element_size(), extras)
+
+
+@torch.compiler.assume_constant_result  # a trace has no business with facts of GPUs
+def _why_not(head: int, v_head: int, itemsize: int, extras: bool) -> str | None:
+    return tuning.why_not(head, v_head, itemsize, extras, tuning.target_name())
 
 
 def _check_options(attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> None:
@@ -75,23 +90,27 @@ def _check_options(attn_mask: Tensor | None, dropout_p: float, is_causal: bool) 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, gqa: bool) -> None:
     """Raise RuntimeError or IndexError for the shapes torch refuses."""
-    given = f"got query {checks.shape(query)}, key {checks.shape(key)} and value {checks.shape(value)}"
+
+    def refuse(rule: str) -> NoReturn:
+        given = f"got query {checks.shape(query)}, key {checks.shape(key)} and value {checks.shape(value)}"
+        raise RuntimeError(f"{rule}, {given}") from None
+
     if min(query.dim(), key.dim(), value.dim()) < 2:
-        raise RuntimeError(f"query, key and value must have at least two dimensions, {given}")
+        refuse("query, key and value must have at least two dimensions")
     if query.shape[-1] != key.shape[-1]:
-        raise RuntimeError(f"query and key must have heads of one size, {given}")
+        refuse("query and key must have heads of one size")
     if key.shape[-2] != value.shape[-2]:
-        raise RuntimeError(f"key and value must be of one length, {given}")
+        refuse("key and value must be of one length")
     if gqa:
         if min(query.dim(), key.dim(), value.dim()) < 3:
-            raise RuntimeError(f"with enable_gqa query, key and value must have at least three dimensions, {given}")
+            refuse("with enable_gqa query, key and value must have at least three dimensions")
         heads = query.shape[-3]
         if any(t.shape[-3] == 0 or heads % t.shape[-3] for t in (key, value)):
-            raise RuntimeError(f"with enable_gqa the heads of key and value must divide those of query, {given}")
+            refuse("with enable_gqa the heads of key and value must divide those of query")
     try:
         lead = _lead(query, key, value, gqa)
     except RuntimeError:
-        raise RuntimeError(f"the leading dimensions of query, key and value must broadcast, {given}") from None
+        refuse("the leading dimensions of query, key and value must broadcast")
     if attn_mask is None:
         return
     if attn_mask.dim() < 2:
@@ -175,7 +194,9 @@ def _triton_body(
         mask = _four_dimensions(mask.expand(*lead, *mask.shape[-2:]))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     seed = runtime.dropout_seed(q) if p > 0 else None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if runtime.traced():
+        o = torch.ops.tkernels.attention(q, k, v, mask, p, causal, scale, seed)[0]
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         o = _Attention.apply(q, k, v, mask, p, causal, scale, seed)
     else:
         q, k, v = (kernels.dense_heads(t) for t in (q, k, v))
@@ -218,14 +239,33 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, o, lse, seed = ctx.saved_tensors
-        needs_q, needs_k, needs_v, *_ = ctx.needs_input_grad
         p, causal, scale = ctx.options
-        do = kernels.dense_heads(do)
-        dq = dk = dv = None
-        delta = backward_kernels.launch_delta(o, do) if needs_q or needs_k else lse
-        given = q, k, v, do, lse, delta, mask, p, causal, scale, seed
-        if needs_q:
-            dq = backward_kernels.launch_dq(*given)
-        if needs_k or needs_v:
-            dk, dv = backward_kernels.launch_dkv(*given, needs_k, needs_v)
-        return dq, dk, dv, None, None, None, None, None
+        found = backward(do, q, k, v, mask, o, lse, p, causal, scale, seed, ctx.needs_input_grad[:3])
+        return *found, None, None, None, None, None
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    p: float,
+    causal: bool,
+    scale: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k and v by kernels, each where ``needs`` says so."""
+    needs_q, needs_k, needs_v = needs
+    do = kernels.dense_heads(do)
+    dq = dk = dv = None
+    delta = backward_kernels.launch_delta(o, do) if needs_q or needs_k else lse
+    given = q, k, v, do, lse, delta, mask, p, causal, scale, seed
+    if needs_q:
+        dq = backward_kernels.launch_dq(*given)
+    if needs_k or needs_v:
+        dk, dv = backward_kernels.launch_dkv(*given, needs_k, needs_v)
+    return dq, dk, dv

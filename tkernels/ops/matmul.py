@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -37,16 +39,18 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def _check_shapes(a: Tensor, b: Tensor) -> None:
     """Raise RuntimeError for the shapes torch refuses."""
-    given = f"got a {checks.shape(a)} and b {checks.shape(b)}"
+
+    def refuse(rule: str) -> NoReturn:
+        raise RuntimeError(f"{rule}, got a {checks.shape(a)} and b {checks.shape(b)}") from None
+
     if a.dim() == 0 or b.dim() == 0:
-        raise RuntimeError(f"a and b must have at least one dimension, {given}")
-    inner = b.shape[-2] if b.dim() > 1 else b.shape[0]
-    if a.shape[-1] != inner:
-        raise RuntimeError(f"the last dimension of a must be b's {'second to ' if b.dim() > 1 else ''}last, {given}")
+        refuse("a and b must have at least one dimension")
+    if a.shape[-1] != b.shape[-2 if b.dim() > 1 else 0]:
+        refuse(f"the last dimension of a must be b's {'second to ' if b.dim() > 1 else ''}last")
     try:
         torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     except RuntimeError:
-        raise RuntimeError(f"the batch dimensions of a and b must broadcast, {given}") from None
+        refuse("the batch dimensions of a and b must broadcast")
 
 
 def _check_kinds(a: Tensor, b: Tensor) -> None:
@@ -84,12 +88,17 @@ def _triton_body(a: Tensor, b: Tensor) -> Tensor:
         )
     if b.dim() == 1:
         return _triton_body(a, b.unsqueeze(1)).squeeze(-1)
+    return _apply(a, b)
+
+
+def forward(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """a [*, M, K] @ b [*, K, N] by kernels, in ``dtype`` (default: theirs)."""
     if b.dim() == 2 and a.dim() > 2:
         # one tall product, where the rows of all batches follow each other
         folded = _as_rows(a)
         if folded is not None:
-            return _apply(folded, b).view(*a.shape[:-1], b.shape[-1])
-    return _apply(a, b)
+            return forward(folded, b, dtype).view(*a.shape[:-1], b.shape[-1])
+    return kernels.launch_matmul(kernels.dense_matrices(a), kernels.dense_matrices(b), dtype)
 
 
 def _as_rows(a: Tensor) -> Tensor | None:
@@ -104,24 +113,11 @@ def _as_rows(a: Tensor) -> Tensor | None:
 
 def _apply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """a [*, M, K] @ b [*, K, N], differentiable where that is asked for, in ``dtype`` (default: theirs)."""
+    if runtime.traced():
+        return torch.ops.tkernels.matmul(a, b, dtype)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Matmul.apply(a, b, dtype)
-    return kernels.launch_matmul(kernels.dense_matrices(a), kernels.dense_matrices(b), dtype)
-
-
-def _apply_summed(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
-    """a @ b summed over the batch dimensions that ``shape`` lacks: the gradient of an operand that was broadcast."""
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    if batch == shape[:-2]:
-        return _apply(a, b)
-    if batch == a.shape[:-2] == b.shape[:-2] and shape[:-2].numel() == 1:
-        # sums over all batches: one longer reduction
-        (m, k), n = a.shape[-2:], b.shape[-1]
-        terms = batch.numel() * k
-        return _apply(a.movedim(-2, 0).reshape(m, terms), b.reshape(terms, n)).reshape(shape)
-    # added in float32, as the terms of a product are
-    products = _apply(a, b, torch.float32)
-    return products.sum_to_size(shape).to(a.dtype)
+    return forward(a, b, dtype)
 
 
 class _Matmul(torch.autograd.Function):
@@ -132,14 +128,33 @@ class _Matmul(torch.autograd.Function):
         needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.shapes = a.shape, b.shape
         ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
-        return kernels.launch_matmul(kernels.dense_matrices(a), kernels.dense_matrices(b), dtype)
+        return forward(a, b, dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = ctx.saved_tensors
-        da = db = None
-        if b is not None:
-            da = _apply_summed(dy.to(b.dtype), b.mT, ctx.shapes[0])
-        if a is not None:
-            db = _apply_summed(a.mT, dy.to(a.dtype), ctx.shapes[1])
-        return da, db, None
+        (a, b), (a_shape, b_shape) = ctx.saved_tensors, ctx.shapes
+        return *gradients(_apply, a, b, a_shape, b_shape, dy), None
+
+
+def gradients(
+    product: Callable[..., Tensor], a: Tensor | None, b: Tensor | None, a_shape: torch.Size, b_shape: torch.Size,
+    dy: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients by ``product``: a's where ``b`` is given, b's where ``a`` is."""
+    da = None if b is None else _summed(product, dy.to(b.dtype), b.mT, a_shape)
+    db = None if a is None else _summed(product, a.mT, dy.to(a.dtype), b_shape)
+    return da, db
+
+
+def _summed(product: Callable[..., Tensor], a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """a @ b summed over the batch dimensions that ``shape`` lacks: the gradient of an operand that was broadcast."""
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    if batch == shape[:-2]:
+        return product(a, b)
+    if batch == a.shape[:-2] == b.shape[:-2] and math.prod(shape[:-2]) == 1:
+        # sums over all batches: one longer reduction
+        (m, k), n = a.shape[-2:], b.shape[-1]
+        terms = math.prod(batch) * k  # Size.numel would make symbolic sizes constants
+        return product(a.movedim(-2, 0).reshape(m, terms), b.reshape(terms, n)).reshape(shape)
+    # added in float32, as the terms of a product are
+    return product(a, b, torch.float32).sum_to_size(shape).to(a.dtype)

@@ -1,0 +1,301 @@
+"""torch.ops.tkernels.attention: opcheck, torch.compile, export, autocast, FLOPs, dropout; and what is built on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import tkernels
+import tkernels.functional as F
+import tkernels.nn as tnn
+from models.cifar_cnn import AttentionCNN
+from tests.library.common import compare_compiled, operators
+
+pytestmark = pytest.mark.gate("torch", "interp", "cuda")
+# the interpreter takes its time
+slow_there, slow = pytest.mark.extended("interp"), pytest.mark.extended("torch", "interp")
+attention, attention_backward = torch.ops.tkernels.attention, torch.ops.tkernels.attention_backward
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Heads of queries and of keys, head sizes, a mask, causal, and how the tensors lie."""
+
+    name: str
+    heads: tuple[int, int] = (2, 2)
+    sizes: tuple[int, int] = (8, 8)
+    mask: str = ""
+    causal: bool = False
+    layout: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("plain"),
+    Case("grouped, causal, heads side by side", heads=(4, 2), causal=True, layout="heads"),
+    Case("boolean mask, values narrower", sizes=(8, 3), mask="boolean"),
+    Case("added mask, strided", mask="added", layout="strided"),
+]
+N, L, S = 2, 5, 6
+
+
+def arrange(t: Tensor, layout: str) -> Tensor:
+    if layout == "heads":
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    return torch.stack([t, t], -1)[..., 0] if layout == "strided" else t
+
+
+def tensors(case: Case, device: str) -> tuple[list[Tensor], Tensor | None]:
+    (h, g), (e, v) = case.heads, case.sizes
+    shapes = (N, h, L, e), (N, g, S, e), (N, g, S, v)
+    made = [arrange(torch.randn(shape, device=device), case.layout).detach().requires_grad_() for shape in shapes]
+    mask = torch.rand(N, 1, L, S, device=device) > 0.3 if case.mask == "boolean" else torch.randn(L, S, device=device)
+    return made, mask if case.mask else None
+
+
+@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(c, marks=slow_there) for c in CASES[1:])], ids=str)
+def test_opcheck(case: Case, device: str) -> None:
+    inputs, mask = tensors(case, device)
+    options = 0.0, case.causal, 0.3
+    torch.library.opcheck(attention, (*inputs, mask, *options, None))
+    o, lse = attention(*inputs, mask, *options, None)
+    assert o.shape == (N, case.heads[0], L, case.sizes[1])
+    assert not lse.requires_grad
+    detached = [t.detach() for t in inputs]
+    for needs in ([True, True, True], [True, False, False], [False, False, True]):
+        given = torch.randn_like(o), *detached, mask, o.detach(), lse, *options, None, needs
+        torch.library.opcheck(attention_backward, given)
+
+
+@slow_there
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operator_equals_the_function(case: Case, device: str) -> None:
+    inputs, mask = tensors(case, device)
+    o = attention(*inputs, mask, 0.0, case.causal, case.sizes[0] ** -0.5, None)[0]
+    expected = F.scaled_dot_product_attention(*inputs, mask, 0.0, case.causal, enable_gqa=case.heads[0] > case.heads[1])
+    torch.testing.assert_close(o, expected)
+    do = torch.randn_like(o)
+    found = torch.autograd.grad(o, inputs, do)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, inputs, do))
+
+
+@pytest.mark.parametrize("case", [CASES[2], *(pytest.param(c, marks=slow_there) for c in CASES if c is not CASES[2])],
+                         ids=str)  # fmt: skip
+def test_dropout_is_replayed_in_backward(case: Case, device: str) -> None:
+    """The gradient of the values is that of the weights that were kept: of a linear function, exactly."""
+    (q, k, v), mask = tensors(case, device)
+    seed = torch.tensor(7, device=device)
+
+    def call(v: Tensor) -> Tensor:
+        return attention(q, k, v, mask, 0.5, case.causal, 0.3, seed)[0]
+
+    do = torch.randn_like(call(v))
+    (dv,) = torch.autograd.grad(call(v), v, do)
+    along = torch.randn_like(v)
+    torch.testing.assert_close((dv * along).sum(), (call(along) * do).sum(), rtol=1e-4, atol=1e-4)
+    unit = torch.ones_like(v)
+    assert not torch.allclose(call(unit), unit[:, :1, :1].expand_as(call(unit)))
+    torch.library.opcheck(attention, (q, k, v, mask, 0.5, case.causal, 0.3, seed))
+
+
+@pytest.mark.gate("torch")
+@pytest.mark.parametrize("p", (0.0, 0.5))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradcheck(case: Case, p: float) -> None:
+    inputs, mask = tensors(case, "cpu")
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    mask = mask.double() if mask is not None and mask.is_floating_point() else mask
+    seed = torch.tensor(7) if p else None
+
+    def call(*inputs: Tensor) -> Tensor:
+        return attention(*inputs, mask, p, case.causal, 0.3, seed)[0]
+
+    assert torch.autograd.gradcheck(call, exact, fast_mode=True)
+
+
+@pytest.mark.gate("torch")
+@pytest.mark.parametrize("kind", ("boolean", "added"))
+def test_rows_that_see_nothing_are_zero_with_dropout(kind: str) -> None:
+    q = torch.randn(1, 1, 3, 4, requires_grad=True)
+    seen = torch.tensor([[True, False, True], [False] * 3, [True] * 3])
+    mask = seen if kind == "boolean" else torch.zeros(3, 3).masked_fill(~seen, -torch.inf)
+    o = attention(q, q, q, mask, 0.0, False, 1.0, None)[0]
+    dropped = attention(q, q, q, mask, 1e-9, False, 1.0, torch.tensor(1))[0]
+    torch.testing.assert_close(dropped, o)
+    (dq,) = torch.autograd.grad(dropped.sum(), q)
+    assert dq.isfinite().all()
+    assert not attention(q, q, q, mask, 1.0, False, 1.0, torch.tensor(1))[0].any()
+
+
+@slow_there
+def test_a_gradient_of_a_gradient_is_refused(device: str) -> None:
+    (q, k, v), _ = tensors(CASES[0], device)
+    o = attention(q, k, v, None, 0.0, False, 1.0, None)[0]
+    (dq,) = torch.autograd.grad(o.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dq.sum().backward()
+
+
+class Heads(torch.nn.Module):
+    """Grouped causal attention between projections, as a language model has it."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.project, self.dropout = tnn.Linear(8, 16), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).split((8, 4, 4), -1)
+        q, k, v = (t.unflatten(-1, (-1, 4)).transpose(1, 2) for t in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, None, self.dropout, is_causal=True, enable_gqa=True)
+        return o.transpose(1, 2).flatten(2)
+
+
+class Masked(torch.nn.Module):
+    """Self-attention behind a boolean mask of its input's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = (x[..., 0] > 0).unsqueeze(-2).expand(-1, x.shape[1], -1)
+        return F.scaled_dot_product_attention(x, x, x, seen, scale=0.2)
+
+
+@pytest.mark.parametrize("model", (Heads, pytest.param(Masked, marks=slow_there)))
+def test_compile_with_any_batch_and_length(model: type[torch.nn.Module], device: str, triton_runs: bool) -> None:
+    lengths = {2: 5, 3: 6, 4: 3}
+    counter = compare_compiled(model().to(device), lambda n: torch.randn(n, lengths[n], 8), list(lengths), 64, device)
+    assert counter.frame_count == 2  # the second size makes both dynamic, and that serves the others
+    expected = {"attention", "linear"} if model is Heads else {"attention"}
+    assert operators(counter.graphs[-1].graph) == (expected if triton_runs else set())
+
+
+@slow_there
+def test_compile_draws_dropout_anew(device: str) -> None:
+    model: Any = torch.compile(Heads(0.5).to(device), backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 6, 8, device=device)
+    torch.manual_seed(0)
+    first, second = model(x), model(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(x), first)
+    model(x).sum().backward()
+
+
+@slow_there
+def test_autocast_in_compile(device: str) -> None:
+    model = Heads().to(device)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 5, 8, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, expected = compiled(x), model(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert model.project.weight.grad is not None
+    assert model.project.weight.grad.dtype == torch.float32
+
+
+@slow_there
+def test_export_with_dynamic_shapes(device: str, triton_runs: bool) -> None:
+    model = Heads().to(device).eval()
+    x = torch.randn(4, 5, 8, device=device)
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: dynamic, 1: dynamic},))
+    assert operators(program.graph) == ({"attention", "linear"} if triton_runs else set())
+    other = torch.randn(2, 7, 8, device=device)
+    torch.testing.assert_close(program.module()(other), model(other))
+
+
+def test_fake_and_meta_tensors(device: str) -> None:
+    with FakeTensorMode(), torch.device(device):
+        q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 3)
+        o = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        assert o.shape == (2, 4, 5, 3)
+    with torch.device("meta"), tkernels.backend("auto"):
+        q = torch.randn(2, 4, 5, 8)
+        assert F.scaled_dot_product_attention(q, q, q).device.type == "meta"
+
+
+def test_flops(device: str, triton_runs: bool) -> None:
+    """As torch counts its fused kernels: two products forward; the scores again and four gradients backward."""
+    if not triton_runs:
+        pytest.skip("PyTorch's kernel for CPUs is not in torch's count")
+    (q, k, v), _ = tensors(Case("", heads=(4, 2), sizes=(8, 4)), device)
+    product = 2 * N * 4 * L * S
+    with FlopCounterMode(display=False) as counter:
+        o = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    assert counter.get_total_flops() == product * (8 + 4)
+    with counter:
+        o.sum().backward(retain_graph=True)
+    assert counter.get_total_flops() == product * (3 * 8 + 2 * 4)
+    with counter:
+        F.scaled_dot_product_attention(q.detach(), k.detach(), v, enable_gqa=True).sum().backward()
+    assert counter.get_total_flops() == product * (8 + 4) + product * (8 + 4)
+
+
+class Module(torch.nn.Module):
+    """nn.MultiheadAttention, used in one of three ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.attention, self.way = tnn.MultiheadAttention(8, 2, batch_first=True), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "alone":
+            return self.attention(x, x, x, need_weights=False)[0]
+        if self.way == "masks":
+            padding, causal = x[..., 0] > 1, torch.ones(x.shape[1], x.shape[1], device=x.device).triu(1).bool()
+            return self.attention(x, x, x, padding, need_weights=False, attn_mask=causal)[0]
+        o, weights = self.attention(x, x + 1, x + 2)
+        return o + weights.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("way", (pytest.param("alone", marks=slow), pytest.param("masks", marks=slow_there),
+                                 pytest.param("weights", marks=slow)))  # fmt: skip
+def test_module_compiles(way: str, device: str, triton_runs: bool) -> None:
+    counter = compare_compiled(Module(way).to(device), lambda n: torch.randn(n, 4, 8), (2, 3, 5), 64, device)
+    assert counter.frame_count == 2
+    expected = {"linear", "matmul" if way == "weights" else "attention"}
+    assert operators(counter.graphs[-1].graph) == (expected if triton_runs else set())
+
+
+@slow
+def test_module_under_autocast_and_export(device: str, triton_runs: bool) -> None:
+    model, x = Module("weights").to(device), torch.randn(2, 4, 8, device=device)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, expected = compiled(x), model(x)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert operators(program.graph) == ({"linear", "matmul"} if triton_runs else set())
+    other = torch.randn(3, 4, 8, device=device)
+    torch.testing.assert_close(program.module()(other), model(other))
+
+
+@slow_there
+@pytest.mark.filterwarnings("error:.*lru_cache")
+def test_compile_with_any_head(device: str) -> None:
+    """Head sizes are constants of a trace, also one that is left to PyTorch; scales and dropout vary."""
+    compiled: Any = torch.compile(F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+    for head, scale in ((8, 0.1), (4, 0.2), (300, 0.3)):
+        q = torch.randn(1, 1, 3, head, device=device, requires_grad=True)
+        o = compiled(q, q, q, scale=scale)
+        torch.testing.assert_close(o, F.scaled_dot_product_attention(q, q, q, scale=scale))
+        o.sum().backward()
+        assert not torch.equal(compiled(q, q, q, None, scale), o)
+
+
+@slow
+def test_network_compiles(device: str, triton_runs: bool) -> None:
+    model = AttentionCNN(width=2, image_size=16, heads=2, dropout2d=0.0, dropout=0.0).to(device)
+    counter = compare_compiled(model, lambda n: torch.randn(n, 3, 16, 16), (2,), 900, device)
+    assert operators(counter.graphs[-1].graph) == ({"attention", "conv_stage", "linear"} if triton_runs else set())

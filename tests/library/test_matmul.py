@@ -1,0 +1,131 @@
+"""torch.ops.tkernels.matmul: opcheck, torch.compile, export, autocast, FLOPs, gradients of gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import tkernels
+import tkernels.functional as F
+from tests.library.common import compare_compiled, operators
+
+pytestmark = pytest.mark.gate("torch", "interp", "cuda")
+matmul = torch.ops.tkernels.matmul
+# the interpreter takes its time
+slow_there = pytest.mark.extended("interp")
+
+# matrices, batches, a matrix for all batches, batches broadcast on both sides, nothing
+SHAPES = [((5, 7), (7, 3)), ((2, 5, 7), (2, 7, 3)), ((2, 2, 5, 7), (7, 3)), ((2, 1, 5, 7), (3, 7, 4)), ((2, 0), (0, 3))]
+
+
+def draw(device: str, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=device, requires_grad=True)
+
+
+@pytest.mark.parametrize("a, b", [SHAPES[2], *(pytest.param(*s, marks=slow_there) for s in SHAPES if s != SHAPES[2])])
+def test_opcheck(a: tuple[int, ...], b: tuple[int, ...], device: str) -> None:
+    torch.library.opcheck(matmul, (draw(device, *a), draw(device, *b).mT.contiguous().mT))
+
+
+@slow_there
+def test_opcheck_in_another_dtype(device: str) -> None:
+    a, b = (torch.randn(2, 4, 4, device=device).bfloat16() for _ in range(2))
+    torch.library.opcheck(matmul, (a, b, torch.float32))
+    torch.testing.assert_close(matmul(a, b, torch.float32).bfloat16(), matmul(a, b))
+
+
+@pytest.mark.parametrize("a, b", SHAPES)
+def test_operator_equals_the_function(a: tuple[int, ...], b: tuple[int, ...], device: str) -> None:
+    x, y = draw(device, *a), draw(device, *b)
+    ours, expected = matmul(x, y), F.matmul(x, y)
+    torch.testing.assert_close(ours, expected)
+    dy = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, (x, y), dy)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (x, y), dy))
+
+
+@pytest.mark.gate("torch")
+@pytest.mark.parametrize("a, b", SHAPES[:3])
+def test_gradcheck(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    x, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (a, b))
+    assert torch.autograd.gradcheck(matmul, (x, y), fast_mode=True)
+    assert torch.autograd.gradgradcheck(matmul, (x, y), fast_mode=True)
+
+
+class Mix(torch.nn.Module):
+    """Rows by a matrix, batches by batches, a matrix for all batches on the left, vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (torch.nn.Parameter(torch.randn(7, 7)) for _ in range(2))
+        self.row = torch.nn.Parameter(torch.randn(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.matmul(x, self.right)
+        z = F.matmul(F.matmul(self.left, y.mT).mT, self.left)
+        return z + F.matmul(y, self.row).unsqueeze(-1) + F.matmul(self.row, y.mT).unsqueeze(-1)
+
+
+def test_compile_with_any_batch(device: str, triton_runs: bool) -> None:
+    counter = compare_compiled(Mix().to(device), lambda n: torch.randn(n, 3, 7), (2, 4, 5), 7**3, device)
+    assert counter.frame_count == 2  # the second size makes the batch dynamic, and that serves the others
+    assert operators(counter.graphs[-1].graph) == ({"matmul"} if triton_runs else set())
+
+
+@slow_there
+def test_autocast_in_compile(device: str) -> None:
+    model = Mix().to(device)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 7, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, expected = compiled(x), model(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@slow_there
+def test_export_with_dynamic_batch(device: str, triton_runs: bool) -> None:
+    model = Mix().to(device)
+    x = torch.randn(4, 3, 7, device=device)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert operators(program.graph) == ({"matmul"} if triton_runs else set())
+    other = torch.randn(6, 3, 7, device=device)
+    torch.testing.assert_close(program.module()(other), model(other))
+
+
+def test_fake_and_meta_tensors(device: str) -> None:
+    with FakeTensorMode(), torch.device(device):
+        assert F.matmul(torch.randn(4, 1, 5, 7), torch.randn(2, 7, 3)).shape == (4, 2, 5, 3)
+        assert F.matmul(torch.randn(7), torch.randn(7)).shape == ()
+    with torch.device("meta"), tkernels.backend("auto"):
+        assert F.matmul(torch.randn(5, 7), torch.randn(7)).device.type == "meta"
+
+
+def test_flops(device: str) -> None:
+    """Of batched products, broadcast ones and every gradient: torch's count, which takes them apart into bmm."""
+    totals = []
+    for product in (F.matmul, torch.matmul):
+        a, b, c = draw(device, 3, 1, 5, 7), draw(device, 2, 7, 4), draw(device, 4, 6)
+        with FlopCounterMode(display=False) as counter:
+            product(product(a, b), c).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] == 3 * 2 * 3 * 2 * (5 * 7 * 4 + 5 * 4 * 6)
+
+
+def test_counted_gradients_of_gradients(device: str) -> None:
+    """The registered operator can be differentiated twice, as the function can."""
+    outcomes = []
+    for counted in (True, False):
+        torch.manual_seed(0)
+        a, b = draw(device, 2, 5, 6), draw(device, 6, 7)
+        with FlopCounterMode(display=False) if counted else torch.enable_grad():
+            (da,) = torch.autograd.grad(F.matmul(a, b).square().sum(), a, create_graph=True)
+            outcomes.append(torch.autograd.grad(da.square().sum(), (a, b)))
+    torch.testing.assert_close(*outcomes)
