@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,15 @@ CASES = [
     Case("added masks", {}, "all", masks=("added 3", "added padding")),
     Case("added mask, weights", {}, "all", masks=("added 2",), forward={}),
     Case("learnt and zero key", {"add_bias_kv": True, "add_zero_attn": True}, "key-value", masks=("boolean 2",)),
+    Case("one mask added, one boolean", {}, "key-value", masks=("added 3", "padding")),
+    Case("extra keys and both masks, weights", {"add_bias_kv": True, "add_zero_attn": True}, "key-value",
+         masks=("added 3", "padding"), forward={}),
+    Case("one sequence, a mask for each head", {"batch_first": True}, "key-value", batched=False,
+         masks=("boolean 3", "padding"), forward={"average_attn_weights": False}),
     Case("causal", masks=("causal",), forward={"need_weights": False, "is_causal": True}),
+    Case("causal and padding", masks=("causal", "padding"), forward={"need_weights": False, "is_causal": True}),
+    Case("causal and a zero key", {"add_zero_attn": True}, masks=("causal",),
+         forward={"need_weights": False, "is_causal": True}),
     Case("causal with weights, one sequence", {}, batched=False, masks=("causal",), forward={"is_causal": True}),
 ]  # fmt: skip
 
@@ -62,7 +71,7 @@ def masks_of(case: Case, n_q: int, n_k: int) -> dict[str, Tensor]:
             padding = padding if case.batched else padding[0]
             found["key_padding_mask"] = torch.randn(padding.shape) if "added" in name else padding
         else:
-            shape = (n_q, n_k) if name.endswith("2") else (N * H, n_q, n_k)
+            shape = (n_q, n_k) if name.endswith("2") else (N * H if case.batched else H, n_q, n_k)
             mask = torch.rand(shape) > 0.6
             mask[..., 0] = False
             found["attn_mask"] = torch.randn(shape) if "added" in name else mask
@@ -87,6 +96,7 @@ def moved(tensors: list[Tensor], move: Callable[[Tensor], Tensor]) -> list[Tenso
     return [done[id(t)] for t in tensors]
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_torch(case: Case, device: str, triton_runs: bool, launches: list[str]) -> None:
     module = tnn.MultiheadAttention(E, H, **case.module)
@@ -149,6 +159,141 @@ def test_no_weights_unless_asked_for(device: str) -> None:
         out.sum().backward()
     assert weights is None
     assert not watch.replaced(), watch.replaced()
+
+
+@pytest.mark.parametrize("need_weights", (False, True))
+def test_autocast(need_weights: bool, device: str, triton_runs: bool) -> None:
+    """The dtypes torch gives, of output and weights; masks stay as they are."""
+    mine, theirs = tnn.MultiheadAttention(E, H), nn.MultiheadAttention(E, H)
+    theirs.load_state_dict(mine.state_dict())
+    x, mask = torch.randn(L, N, E), torch.randn(L, L)
+    with torch.autocast(device, torch.bfloat16):
+        at = [t.to(device) for t in (x, x + 1, x + 1)]
+        out, weights = mine.to(device)(*at, need_weights=need_weights, attn_mask=mask.to(device))
+    with torch.autocast("cpu", torch.bfloat16):
+        out_torch, weights_torch = theirs(x, x + 1, x + 1, need_weights=need_weights, attn_mask=mask)
+    assert out.dtype == out_torch.dtype
+    tolerance.assert_close(out, out_torch.detach().double(), 4 * E)
+    if weights is not None and weights_torch is not None:
+        if not triton_runs:  # softmax's on a GPU is float32, but the dispatcher takes ttsem's tensors for a CPU's
+            assert weights.dtype == weights_torch.dtype
+        tolerance.assert_close(weights, weights_torch.detach().double(), 4 * E, dtype=torch.bfloat16, scale=1.0)
+    out.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mine.parameters())
+
+
+@pytest.mark.parametrize("need_weights", (False, True))
+@pytest.mark.parametrize("kind", ("boolean", "added"))
+def test_queries_that_see_nothing(kind: str, need_weights: bool, device: str) -> None:
+    """Zeros into the output's projection, but NaN where weights are asked for: as torch."""
+    mine, theirs = tnn.MultiheadAttention(E, H, batch_first=True), nn.MultiheadAttention(E, H, batch_first=True)
+    theirs.load_state_dict(mine.state_dict())
+    x, mask = torch.randn(N, L, E), torch.zeros(L, L, dtype=torch.bool)
+    mask[1] = True
+    mask = mask if kind == "boolean" else torch.zeros(L, L).masked_fill(mask, -torch.inf)
+    out, weights = mine.to(device)(*[x.to(device)] * 3, need_weights=need_weights, attn_mask=mask.to(device))
+    out_torch, weights_torch = theirs(x, x, x, need_weights=need_weights, attn_mask=mask)
+    assert bool(out_torch[:, 1].isnan().all()) == need_weights
+    tolerance.assert_close(out, out_torch.detach().double(), 4 * E)
+    if weights is not None:
+        tolerance.assert_close(weights, weights_torch.detach().double(), 4 * E)
+
+
+def test_a_float32_mask_beside_a_bf16_module(device: str) -> None:
+    """Added as it is, not rounded first."""
+    module = tnn.MultiheadAttention(E, H, batch_first=True).to(device, torch.bfloat16)
+    x = torch.randn(N, L, E, device=device).bfloat16()
+    mask = 100 + torch.randn(L, L, device=device)
+    out, _ = module(x, x, x, need_weights=False, attn_mask=mask)
+    same, _ = module(x, x, x, need_weights=False, attn_mask=mask - 100)
+    tolerance.assert_close(out, same.detach().double(), 4 * E)
+
+
+@pytest.mark.parametrize("n, length", ((0, L), (N, 0)))
+def test_empty(n: int, length: int, device: str) -> None:
+    mine, theirs = tnn.MultiheadAttention(E, H, batch_first=True), nn.MultiheadAttention(E, H, batch_first=True)
+    theirs.load_state_dict(mine.state_dict())
+    mine.to(device)
+    x = torch.randn(n, length, E, requires_grad=True)
+    for need_weights in (False, True):
+        out, weights = mine(*[x.to(device)] * 3, need_weights=need_weights)
+        out_torch, weights_torch = theirs(x, x, x, need_weights=need_weights)
+        assert out.shape == out_torch.shape
+        assert (None if weights is None else weights.shape) == (None if weights is None else weights_torch.shape)
+        out.sum().backward()
+
+
+class Block(nn.Module):
+    """torch's encoder and decoder layers with attention of a given class dropped in."""
+
+    def __init__(self, attention: type[nn.MultiheadAttention]) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(E, H, 2 * E, dropout=0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoderLayer(E, H, 2 * E, dropout=0.0, batch_first=True)
+        for layer, names in ((self.encoder, ("self_attn",)), (self.decoder, ("self_attn", "multihead_attn"))):
+            for name in names:
+                module = attention(E, H, batch_first=True)
+                module.load_state_dict(getattr(layer, name).state_dict())
+                setattr(layer, name, module)
+
+    def forward(self, source: Tensor, target: Tensor, padding: Tensor, causal: Tensor) -> Tensor:
+        memory = self.encoder(source, src_key_padding_mask=padding)
+        return self.decoder(target, memory, causal, memory_key_padding_mask=padding, tgt_is_causal=True)
+
+
+def test_dropped_into_torchs_transformer(device: str, triton_runs: bool, launches: list[str]) -> None:
+    """In place of torch's in its encoder and decoder layers: training, and evaluation without gradients."""
+    torch.manual_seed(0)
+    mine = Block(tnn.MultiheadAttention)
+    theirs = Block(nn.MultiheadAttention).double()
+    theirs.load_state_dict(mine.state_dict())
+    source, target = torch.randn(N, S, E), torch.randn(N, L, E)
+    padding, causal = torch.zeros(N, S, dtype=torch.bool), torch.ones(L, L).triu(1).bool()
+    padding[0, -2:] = True
+    mine.to(device)
+    at = [t.to(device) for t in (source, target, padding, causal)]
+    exact = [source.double(), target.double(), padding, causal]
+    out, want = mine(*at), theirs(*exact)
+    tolerance.assert_close(out, want.detach(), 16 * E)
+    dy = torch.randn(out.shape)
+    got = torch.autograd.grad(out, list(mine.parameters()), dy.to(device))
+    for (name, _), g, w in zip(mine.named_parameters(), got, torch.autograd.grad(want, list(theirs.parameters()),
+                                                                                 dy.double())):  # fmt: skip
+        tolerance.assert_close(g, w, 64 * E, scale=1.0, name=name)
+    if triton_runs:
+        assert launches.count("attention_forward_kernel") == 3
+        assert launches.count("attention_dq_kernel") == 3
+    mine.eval()
+    theirs.eval()
+    if device == "cpu":  # torch's encoder then leaves its attention module out and calls a kernel for both
+        with torch.no_grad():
+            tolerance.assert_close(mine(*at), theirs(*exact), 16 * E)
+
+
+@pytest.mark.parametrize("way", ("deepcopy", "pickle", "state_dict"))
+def test_copies(way: str, device: str) -> None:
+    module = tnn.MultiheadAttention(E, H, kdim=10, vdim=E, add_bias_kv=True, batch_first=True).to(device)
+    if way == "deepcopy":
+        twin = copy.deepcopy(module)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(module))
+    else:
+        twin = tnn.MultiheadAttention(E, H, kdim=10, vdim=E, add_bias_kv=True, batch_first=True, device=device)
+        twin.load_state_dict(module.state_dict())
+    assert str(twin) == str(module)
+    x, key, value = (torch.randn(N, L, width, device=device) for width in (E, 10, E))
+    for ours, copied in zip(module(x, key, value), twin(x, key, value)):
+        assert torch.equal(ours, copied)
+
+
+def test_frozen_parameters_get_no_gradient(device: str) -> None:
+    module = tnn.MultiheadAttention(E, H, batch_first=True).to(device)
+    module.in_proj_weight.requires_grad_(False)
+    x = torch.randn(N, L, E, device=device)
+    module(x, x, x, need_weights=False)[0].sum().backward()
+    assert module.in_proj_weight.grad is None
+    assert module.out_proj.weight.grad is not None
+    assert module.in_proj_bias.grad is not None
 
 
 def _x(*shape: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -118,9 +119,9 @@ def _merged_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k:
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to the scores: -inf where a boolean one leaves out."""
+    """A mask to add to the scores: -inf where a boolean one leaves out. Float32 ones keep their precision."""
     if mask.dtype != torch.bool:
-        return mask.to(dtype)
+        return mask if mask.dtype == torch.float32 else mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
 
 
@@ -150,7 +151,7 @@ def _attention_with_weights(
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
-        scores = scores + mask
+        scores = scores + mask.to(scores.dtype)
     weights = torch.nn.functional.dropout(torch.softmax(scores, -1), dropout_p)
     return matmul(weights, v), weights
 
@@ -159,16 +160,20 @@ def _check_shapes(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, mask: Tensor | None, parameters: Parameters
 ) -> None:
     """Raise AssertionError for ranks and widths, RuntimeError for sizes of a mask, as torch does."""
+
+    def refuse(rule: str) -> NoReturn:
+        given = f"got query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
+        raise AssertionError(f"{rule}, {given}")
+
     rank = query.dim()
-    given = f"got query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
     if rank not in (2, 3) or key.dim() != rank or value.dim() != rank:
-        raise AssertionError(f"query, key and value must all have 3 dimensions (batched) or 2, {given}")
+        refuse("query, key and value must all have 3 dimensions (batched) or 2")
     if query.shape[-1] != parameters.width:
-        raise AssertionError(f"the last dimension of query must be embed_dim = {parameters.width}, {given}")
+        refuse(f"the last dimension of query must be embed_dim = {parameters.width}")
     if isinstance(parameters.projections, Tensor) and key.shape != value.shape:
-        raise AssertionError(f"key and value must have one shape, {given}")
+        refuse("key and value must have one shape")
     if key.shape[:-1] != value.shape[:-1]:
-        raise AssertionError(f"key and value must be of one length and batch, {given}")
+        refuse("key and value must be of one length and batch")
     for name, t in (("key_padding_mask", padding), ("attn_mask", mask)):
         if t is not None and t.dtype != torch.bool and not t.is_floating_point():
             raise AssertionError(f"{name} must be bool or floating-point, got {t.dtype}")
