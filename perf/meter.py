@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,21 @@ def training_step(
             meter.claim(value, "loss")
             meter.phase = "backward"
             value.backward()
+            meter.end_of_pass()
+    return Step(meter.calls, meter.saved, meter.launches, meter.alive)
+
+
+def one_call(make: Callable[[], tuple[Callable[[], Tensor], Sequence[Tensor]]], target_name: str) -> Step:
+    """Forward and backward of one call. ``make`` returns it and the tensors whose gradients are asked for."""
+    meter = _Meter()
+    with _pretended_gpu(target_name, meter):
+        call, leaves = make()
+        with meter, torch.autograd.graph.saved_tensors_hooks(meter.saving(set()), lambda t: t):
+            value = call()
+            incoming = torch.empty_like(value)
+            meter.end_of_pass()
+            meter.phase = "backward"
+            torch.autograd.grad(value, leaves, incoming)
             meter.end_of_pass()
     return Step(meter.calls, meter.saved, meter.launches, meter.alive)
 
@@ -217,7 +232,9 @@ class _Meter(TorchDispatchMode):
                 self._enter(name)
 
             def after(module: nn.Module, inputs: Any, output: Any, name: str = name or OTHER) -> None:
-                self.claim(output, name)
+                for t in tree_leaves(output):
+                    if isinstance(t, Tensor):
+                        self.claim(t, name)
                 self._enter(outer.pop())
 
             hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]

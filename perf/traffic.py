@@ -3,6 +3,8 @@
 Every launch and every ATen call counts its tensor arguments, read once and written once, over forward, loss and
 backward in bf16 NHWC: of the fused network on Triton, and of plain PyTorch. torch.compile's bytes are Inductor's own
 count. Float32 operands that live within one pass of a layer (split-K partial sums, statistics) are shown apart.
+
+With --op the same is counted of single operators, beside the least they have to move.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 import tkernels
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
-from perf import aot, inductor, meter, options, providers
+from perf import aot, inductor, meter, operator_traffic, operators, options, providers, shapes
 from perf.options import Refused
 from perf.schema import Column
 from tkernels import targets
@@ -65,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--last-batch", type=int, default=17, metavar="N",
         help="images in the last, smaller batch, which should compile nothing new (default: 17)")  # fmt: skip
     add("--target", default="sm_90", metavar="NAME", help=f"{', '.join(targets.TARGETS)} (default: sm_90)")
+    add("--op", nargs="+", metavar="NAME", help=f"of single operators: {', '.join(operator_traffic.NAMES)}")
+    add("--shapes", nargs="+", metavar="SHAPES",
+        help=f"for --op: {', '.join(shapes.NAMED)}, FILE.csv, or 'N=256 C=32 K=64' (default: cnn)")  # fmt: skip
+    add("--dtype", nargs="+", metavar="NAME", help=f"for --op: {', '.join(operators.DTYPES)} (default: bf16)")
     add("--no-inductor", action="store_true", help="leave out torch.compile, which takes longest")
     add("--calls", action="store_true", help="list every launch and call of the fused network")
     add("--csv", type=Path, metavar="FILE", help="where the rows go; an older file is replaced")
@@ -73,11 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Count, print, write."""
     options.one_of("target", args.target, targets.TARGETS)
+    if args.csv is not None:
+        options.new_file(args.csv)
+    if args.op is not None:
+        return _run_operators(args)
+    for name in ("shapes", "dtype"):
+        if getattr(args, name) is not None:
+            raise Refused(f"--{name} goes with --op, which is not given")
     for name in ("batch", "last_batch"):
         if getattr(args, name) < 2:
             raise Refused(f"--{name.replace('_', '-')} must be at least 2, got {getattr(args, name)}")
-    if args.csv is not None:
-        options.new_file(args.csv)
     steps = {"torch": step(plain, args.batch, args.target), "tkernels": step(fused, args.batch, args.target)}
     added = added_specialisations(steps["tkernels"], step(fused, args.last_batch, args.target), args.target)
     rows = [row for name, counted in steps.items() for row in _rows(name, counted, args.target, added)]
@@ -89,6 +100,14 @@ def run(args: argparse.Namespace) -> int:
     if args.calls:
         _print_calls(steps["tkernels"], args.batch)
     _print(frame, args.batch)
+    if args.csv is not None:
+        frame.to_csv(args.csv, index=False)
+    return 0
+
+
+def _run_operators(args: argparse.Namespace) -> int:
+    frame = operator_traffic.table(args.op, args.shapes or ["cnn"], args.dtype or ["bf16"], args.target)
+    print(operator_traffic.summary(frame))
     if args.csv is not None:
         frame.to_csv(args.csv, index=False)
     return 0

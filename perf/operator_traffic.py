@@ -1,0 +1,101 @@
+"""What single operators move, forward and backward: the rows of ``python -m perf traffic --op``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+import tkernels
+from perf import meter, operators, options, plan, providers, schema, shapes
+from perf.plan import Task
+from perf.schema import Column
+
+PROVIDERS = ("torch", "tkernels")
+# (the network is what the command counts without --op)
+NAMES = tuple(name for name in operators.OPERATORS if name != "cnn")
+PHASES = {"forward": "fwd", "backward": "bwd"}
+COLUMNS = (
+    Column("commit", "text", "git commit of the source"),
+    Column("torch", "text", "version of torch"),
+    Column("triton", "text", "version of triton"),
+    Column("target", "text", "the GPU the choosers believed in"),
+    Column("operator", "text", "a name of perf/operators.py"),
+    Column("dtype", "text", "bf16, fp16 or fp32: of inputs, weights and outputs"),
+    *schema.SHAPE,
+    Column("provider", "text", "tkernels or torch (eager)"),
+    Column("phase", "text", "forward or backward"),
+    Column("bytes", "whole", "arguments of launches and ATen calls, read once and written once, without workspaces"),
+    Column("least_bytes", "whole", "each operand of the operator read once, each result written once"),
+    Column("workspace_bytes", "whole", "float32 operands made and dropped within the phase"),
+    Column("launches", "whole", "Triton launches"),
+    Column("aten_calls", "whole", "ATen calls that compute (no views, no allocations)"),
+    Column("saved_bytes", "whole", "forward: distinct storages kept for backward, inputs and parameters counted"),
+)
+
+
+def table(names: Sequence[str], given: Sequence[str], dtypes: Sequence[str], target_name: str) -> pd.DataFrame:
+    """A row for each operator, shape, dtype, provider and phase. ``given``: shapes as perf sweep takes them. Raises
+    Refused."""
+    checked = options.several("operator", names, NAMES)
+    options.several("dtype", dtypes, operators.DTYPES)
+    wanted = plan.Wanted(checked, ["full"], dtypes, ["nhwc"], shapes.parse(given), PROVIDERS, ["wall"])
+    head = {"commit": options.commit(), **providers.versions(), "target": target_name}
+    rows = [{**head, **row} for task in plan.tasks(wanted) for row in _rows(task, count(task, target_name))]
+    frame = pd.DataFrame(rows, columns=[column.name for column in COLUMNS])
+    return frame.astype({column.name: "Int64" for column in COLUMNS if column.kind == "whole"})
+
+
+def count(task: Task, target_name: str) -> meter.Step:
+    """Forward and backward of one operator. Those of ours must take Triton, but for what they leave to PyTorch."""
+    operator = operators.get(task.operator)
+    function = providers.load(task.provider).functions[task.operator]
+    shape = dict(task.shape)
+
+    def make() -> tuple[Any, list[Any]]:
+        tensors = operator.tensors(shape, operators.Sources(operators.DTYPES[task.dtype], task.layout, "cpu"))
+        leaves = [tensors[name].requires_grad_() for name in operator.differentiable]
+        return operator.bind(function, tensors, shape, exact=False), leaves
+
+    with tkernels.backend("triton"):
+        return meter.one_call(make, target_name)
+
+
+def _rows(task: Task, counted: meter.Step) -> list[dict[str, Any]]:
+    rows = []
+    itemsize = operators.DTYPES[task.dtype].itemsize
+    for phase, mode in PHASES.items():
+        calls = [call for call in counted.calls if call.phase == phase]
+        launches = sum(call.kind == "triton" for call in calls)
+        rows.append(
+            {
+                **task.columns(),
+                "phase": phase,
+                "bytes": sum(call.bytes for call in calls),
+                "least_bytes": operators.get(task.operator).work(dict(task.shape), mode, itemsize)[0],
+                "workspace_bytes": sum(call.workspace for call in calls),
+                "launches": launches,
+                "aten_calls": len(calls) - launches,
+                "saved_bytes": sum(counted.saved.values()) if phase == "forward" else 0,
+            }
+        )
+    return rows
+
+
+def summary(frame: pd.DataFrame) -> str:
+    """What is printed: a line an operator, shape and dtype, a group of columns a provider."""
+    frame = frame.assign(shape=[schema.shape_label(row) for row in schema.records(frame)])
+    keys = ["operator", "shape", "dtype"]
+    columns: dict[tuple[str, str], Any] = {}
+    for provider, rows in frame.groupby("provider", sort=False):
+        for phase in PHASES:
+            part = rows[rows.phase == phase].set_index(keys)
+            columns[str(provider), f"{phase} MB"] = (part.bytes / 1e6).astype(float).round(2)
+            columns[str(provider), f"{phase} of least"] = (part.bytes / part.least_bytes).astype(float).round(2)
+        by_case = rows.groupby(keys, sort=False)
+        columns[str(provider), "workspace MB"] = (by_case.workspace_bytes.sum() / 1e6).astype(float).round(2)
+        columns[str(provider), "saved MB"] = (by_case.saved_bytes.sum() / 1e6).astype(float).round(2)
+        columns[str(provider), "calls"] = by_case.launches.sum() + by_case.aten_calls.sum()
+    order = list(dict.fromkeys(frame.set_index(keys).index))
+    return pd.DataFrame(columns).reindex(order).T.to_string()
