@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from perf import providers
+from perf import providers, schema
 from perf.operators import Operator, Sources, Tensors
 from perf.providers import Provider
 from perf.shapes import Shape
@@ -141,15 +142,14 @@ class Reference:
         return Check(status, errors, {mode: "; ".join(names) for mode, names in config.items()})
 
     def _verdict(self, errors: dict[str, float]) -> str:
-        for mode in ("fwd", "bwd"):
-            ours, torchs = errors[mode], self.torch_errors[mode]
-            if not ours <= WORSE_THAN_TORCH * torchs + ROUNDINGS * torch.finfo(self._problem.dtype).eps:
-                what = "output" if mode == "fwd" else "gradients"
-                return f"wrong: {what} off by {ours:.1e} in relative norm, PyTorch by {torchs:.1e}"
-        return "ok"
+        for mode, what in (("fwd", "output"), ("bwd", "gradients")):
+            wrong = too_far(what, errors[mode], self.torch_errors[mode], self._problem.dtype)
+            if wrong:
+                return wrong
+        return schema.OK
 
     def _errors(self, results: Tensors) -> dict[str, float]:
-        found = {name: _relative(results[name], exact) for name, exact in self._exact.items()}
+        found = {name: relative(results[name], exact) for name, exact in self._exact.items()}
         forward = found.pop("output")
         backward = max(found.values())
         return {"fwd": forward, "bwd": backward, "full": max(forward, backward)}
@@ -164,7 +164,15 @@ def _with_gradients(subject: Subject, output: Tensor) -> Tensors:
     return {"output": output.detach(), **dict(zip(subject.leaves, gradients))}
 
 
-def _relative(actual: Tensor, exact: Tensor) -> float:
+def too_far(what: str, error: float, torchs: float, dtype: torch.dtype) -> str | None:
+    """The status of a result so far from float64, where PyTorch is ``torchs`` away; None where that is good enough."""
+    if error <= WORSE_THAN_TORCH * torchs + ROUNDINGS * torch.finfo(dtype).eps:
+        return None
+    return f"wrong: {what} off by {error:.1e} in relative norm, PyTorch by {torchs:.1e}"
+
+
+def relative(actual: Tensor, exact: Tensor) -> float:
+    """The relative norm of the error; infinite where it is not finite. Raises ValueError for another shape."""
     if actual.shape != exact.shape:
         raise ValueError(f"a result has shape {list(actual.shape)}, {list(exact.shape)} is right")
     difference = torch.linalg.vector_norm(actual.double() - exact).item()
@@ -209,57 +217,107 @@ def _recorded_launches() -> Iterator[list[str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call, and on a GPU the memory a call allocates and the time until it returns."""
+    """Milliseconds a call. On a CPU how many rounds there were, the quartiles of this call's time over tkernels' in the
+    same round, and page faults; on a GPU the memory a call allocates and the time until it returns."""
 
     ms: tuple[float, float, float]
     peak_memory_mb: float | None = None
     host_us: float | None = None
+    rounds: int | None = None
+    ratio: tuple[float, float, float] | None = None
+    page_faults: float | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """Its part of a row."""
+        ratio = self.ratio or (None, None, None)
+        return {
+            **dict(zip(("ms_p20", "ms_p50", "ms_p80"), self.ms)),
+            **dict(zip(("ratio_p25", "ratio_p50", "ratio_p75"), ratio)),
+            "rounds": self.rounds,
+            "page_faults": self.page_faults,
+            "peak_memory_mb": self.peak_memory_mb,
+            "host_us": self.host_us,
+        }
 
 
-def quantiles(samples: list[float]) -> tuple[float, float, float]:
+class Sample(NamedTuple):
+    """One call's turn. ``clean``: no other process took the CPU meanwhile."""
+
+    ms: float
+    clean: bool
+    page_faults: float = 0.0
+
+
+def quantiles(samples: list[float], at: Sequence[float] = (0.2, 0.5, 0.8)) -> tuple[float, float, float]:
     """p20, p50 and p80."""
-    low, middle, high = np.quantile(samples, (0.2, 0.5, 0.8))
+    low, middle, high = np.quantile(samples, at)
     return float(low), float(middle), float(high)
 
 
 def interleaved(calls: dict[str, Callable[[], object]], effort: Effort) -> dict[str, Timing]:
-    """Time calls on the CPU in turns, each starting a round in its turn."""
-    repeats, cost = {}, 0.0
+    """Time calls on the CPU in turns."""
+    turn: dict[str, Callable[[], Sample]] = {}
+    cost = 0.0
     for name, call in calls.items():
         call()
         seconds = _clock(call, 1)
         # long enough for the clock and the interpreter not to matter
-        repeats[name] = max(1, min(1000, round(1e-3 / max(seconds, 1e-7))))
-        cost += seconds * repeats[name]
-    rounds = int(min(max(effort.seconds * len(calls) / max(cost, 1e-9), effort.repetitions), 200))
-    samples: dict[str, list[tuple[float, bool]]] = {name: [] for name in calls}
-    names = list(calls)
+        repeats = max(1, min(1000, round(1e-3 / max(seconds, 1e-7))))
+        turn[name] = functools.partial(sample, call, repeats)
+        cost += seconds * repeats
+    return turns(turn, effort, cost, providers.OURS)
+
+
+def turns(turn: dict[str, Callable[[], Sample]], effort: Effort, cost: float, ours: str) -> dict[str, Timing]:
+    """Rounds in which everyone has a turn, each beginning with another one. ``cost``: seconds of a round; ``ours``:
+    whose time is below the ratios."""
+    rounds = int(min(max(effort.seconds * len(turn) / max(cost, 1e-9), effort.repetitions), 200))
+    samples: dict[str, list[Sample]] = {name: [] for name in turn}
+    names = list(turn)
     gc.collect()
     gc.disable()
-    end = time.perf_counter() + 4 * effort.seconds * len(calls)
+    end = time.perf_counter() + 4 * effort.seconds * len(turn)
     try:
-        for turn in range(rounds):
-            if turn >= LEAST_ROUNDS and time.perf_counter() > end:
+        for i in range(rounds):
+            if i >= LEAST_ROUNDS and time.perf_counter() > end:
                 break  # huge shapes, or a machine that others use
-            for i in range(len(names)):
-                name = names[(turn + i) % len(names)]
-                before = _preemptions()
-                ms = 1e3 * _clock(calls[name], repeats[name]) / repeats[name]
-                samples[name].append((ms, _preemptions() == before))
+            for j in range(len(names)):
+                name = names[(i + j) % len(names)]
+                samples[name].append(turn[name]())
     finally:
         gc.enable()
-    return {name: Timing(quantiles(_undisturbed(taken))) for name, taken in samples.items()}
+    return {name: _timing(taken, samples.get(ours)) for name, taken in samples.items()}
 
 
-def _undisturbed(samples: list[tuple[float, bool]], least: int = 5) -> list[float]:
+def sample(call: Callable[[], object], times: int) -> Sample:
+    """A turn of so many calls."""
+    preempted, faults = _usage()
+    ms = 1e3 * _clock(call, times) / times
+    preempted_since, faults_since = _usage()
+    return Sample(ms, preempted_since == preempted, (faults_since - faults) / times)
+
+
+def _timing(taken: list[Sample], ours: list[Sample] | None) -> Timing:
+    ratio = None
+    if ours:
+        rounds = [Sample(a.ms / b.ms, a.clean and b.clean) for a, b in zip(taken, ours)]
+        ratio = quantiles(_undisturbed(rounds), (0.25, 0.5, 0.75))
+    faults = float(np.median([turn.page_faults for turn in taken])) if resource is not None else None
+    return Timing(quantiles(_undisturbed(taken)), rounds=len(taken), ratio=ratio, page_faults=faults)
+
+
+def _undisturbed(samples: Sequence[Sample], least: int = 5) -> list[float]:
     """The samples in which no other process took the CPU away; all of them where those are too few."""
-    clean = [ms for ms, undisturbed in samples if undisturbed]
-    return clean if len(clean) >= least else [ms for ms, _ in samples]
+    clean = [taken.ms for taken in samples if taken.clean]
+    return clean if len(clean) >= least else [taken.ms for taken in samples]
 
 
-def _preemptions() -> int:
-    """How often the system took the CPU from this process so far; 0 where it does not tell."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
+def _usage() -> tuple[int, int]:
+    """How often the system took the CPU from this process so far, and minor page faults; 0 where it does not tell."""
+    if resource is None:
+        return 0, 0
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_nivcsw, usage.ru_minflt
 
 
 def _clock(call: Callable[[], object], times: int) -> float:

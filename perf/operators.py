@@ -216,12 +216,18 @@ class Attention(Operator):
 
 
 class Conv2d(Operator):
-    name = function = "conv2d"
     precision = "conv"
     required = ("N", "C", "H", "W", "K")
     optional = ("R", "S", "stride", "padding", "groups")
     images = True
     differentiable = ("input", "weight", "bias")
+
+    def __init__(self, function: str = "conv2d") -> None:
+        self.name = self.function = function
+
+    @property
+    def family(self) -> str:
+        return "conv2d"
 
     def _with_defaults(self, shape: Shape) -> Shape:
         window = shape.setdefault("R", 3)
@@ -454,6 +460,7 @@ OPERATORS: dict[str, Operator] = {
         Matmul(),
         Attention(),
         Conv2d(),
+        Conv2d("conv2d_relu"),
         BatchNorm(),
         BatchNorm("batch_norm_relu"),
         CrossEntropy(),

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from perf import operators, schema, shapes
+from perf import operators, providers, schema, shapes
 from perf.options import Refused
 from perf.shapes import Shape, Shapes
 
 TIMINGS = ("wall", "cudagraph")
+# what is measured where the command line does not say
+MODES, LAYOUTS, PROVIDERS = ("fwd", "bwd"), ("nhwc",), (providers.BASELINE, providers.OURS)
+# The network, whose training steps and inference are measured as people run them; who competes there, in which layout
+NETWORK, NETWORK_DTYPES = "cnn", ("fp32", "bf16")
+RIVALS = (
+    (providers.BASELINE, "nhwc"),
+    (providers.OURS, "nhwc"),
+    ("torch.compile", "nhwc"),
+    ("torch.compile", "nchw"),
+    (providers.USUAL, "nchw"),
+)
 # as pandas reads it back
 Key = tuple[str, ...]
 
@@ -28,6 +39,7 @@ class Task:
     shape: tuple[tuple[str, int], ...]
     provider: str
     timing: str
+    allocator: str = ""
 
     @property
     def problem(self) -> tuple[object, ...]:
@@ -39,9 +51,20 @@ class Task:
         """What tasks have in common that are timed in turns."""
         return *self.problem, self.mode, self.timing
 
+    @property
+    def process(self) -> tuple[object, ...]:
+        """What tasks have in common that a process is started for."""
+        return (self.operator, self.shape, self.dtype, self.mode, self.allocator) if self.allocator else ()
+
+    @property
+    def bench(self) -> tuple[object, ...]:
+        """What tasks have in common that are set up together: layouts of a network compete too."""
+        return self.process or self.problem
+
     def columns(self) -> dict[str, Any]:
         """The task's part of a row."""
-        named = {name: getattr(self, name) for name in ("operator", "mode", "dtype", "layout", "provider", "timing")}
+        names = ("operator", "mode", "dtype", "layout", "provider", "timing", "allocator")
+        named = {name: getattr(self, name) for name in names}
         return {**dict.fromkeys(schema.SHAPE_COLUMNS), **dict(self.shape), **named}
 
     def key(self) -> Key:
@@ -49,39 +72,66 @@ class Task:
 
     def __str__(self) -> str:
         shape = schema.shape_label(self.columns())
-        return " ".join(s for s in (self.operator, self.mode, self.dtype, self.layout, shape, self.provider) if s)
+        parts = self.operator, self.mode, self.dtype, self.layout, shape, self.provider, self.allocator
+        return " ".join(part for part in parts if part)
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What a command line asked for, each name checked."""
+    """What a command line asked for, each name checked; None: what suits the operator."""
 
     operators: Sequence[str]
-    modes: Sequence[str]
-    dtypes: Sequence[str]
-    layouts: Sequence[str]
+    modes: Sequence[str] | None
+    dtypes: Sequence[str] | None
+    layouts: Sequence[str] | None
     shapes: Sequence[Shapes | Shape]
-    providers: Sequence[str]
+    providers: Sequence[str] | None
     timings: Sequence[str]
     quick: bool = False
+    device: str = "cpu"
+    allocators: Sequence[str] = ("default",)
 
 
 def tasks(wanted: Wanted) -> list[Task]:
-    """Every task wanted, operator by operator. Raises Refused for an operator that none of the shapes is for."""
+    """Every task wanted, operator by operator. Raises Refused for an operator that none of the shapes is for, and for
+    modes of networks where there is no network or no CPU."""
+    networks = [mode for mode in wanted.modes or () if mode in schema.NETWORK_MODES]
+    if networks and (wanted.device != "cpu" or NETWORK not in wanted.operators):
+        raise Refused(
+            f"mode {networks[0]!r} is of operator {NETWORK!r} on a CPU, use {', '.join(schema.MODES)} elsewhere"
+        )
     found: list[Task] = []
     for name in wanted.operators:
-        operator = operators.get(name)
-        listed = _shapes_of(operator, wanted)
+        listed = _shapes_of(operators.get(name), wanted)
         if not listed:
             raise Refused(
-                f"none of the shapes given is for operator {name!r}, which takes {', '.join(operator.required)}"
+                f"none of the shapes given is for operator {name!r}, "
+                f"which takes {', '.join(operators.get(name).required)}"
             )
-        layouts = wanted.layouts if operator.images else ("",)
-        problems = itertools.product(listed, wanted.dtypes, layouts)
-        for shape, dtype, layout in problems:
-            for mode, timing, provider in itertools.product(wanted.modes, wanted.timings, wanted.providers):
-                found.append(Task(name, mode, dtype, layout, tuple(shape.items()), provider, timing))
+        modes = wanted.modes or (schema.NETWORK_MODES if name == NETWORK and wanted.device == "cpu" else MODES)
+        found += _in_calls(name, listed, [mode for mode in modes if mode in schema.MODES], wanted)
+        if name == NETWORK:
+            found += _in_contests(listed, [mode for mode in modes if mode in schema.NETWORK_MODES], wanted)
     return list(dict.fromkeys(found))
+
+
+def _in_calls(name: str, listed: Sequence[Shape], modes: Sequence[str], wanted: Wanted) -> Iterator[Task]:
+    """An operator's tasks of single calls."""
+    dtypes = wanted.dtypes or (("fp32",) if wanted.device == "cpu" else ("bf16",))
+    layouts = (wanted.layouts or LAYOUTS) if operators.get(name).images else ("",)
+    for shape, dtype, layout in itertools.product(listed, dtypes, layouts):
+        for mode, timing, provider in itertools.product(modes, wanted.timings, wanted.providers or PROVIDERS):
+            yield Task(name, mode, dtype, layout, tuple(shape.items()), provider, timing)
+
+
+def _in_contests(listed: Sequence[Shape], modes: Sequence[str], wanted: Wanted) -> Iterator[Task]:
+    """A network's tasks, those of a contest together."""
+    named = itertools.product(wanted.providers or (), wanted.layouts or LAYOUTS)
+    rivals = list(named) if wanted.providers else [r for r in RIVALS if r[1] in (wanted.layouts or r[1])]
+    dtypes = wanted.dtypes or NETWORK_DTYPES
+    for shape, mode, dtype, allocator in itertools.product(listed, modes, dtypes, wanted.allocators):
+        for provider, layout in rivals:
+            yield Task(NETWORK, mode, dtype, layout, tuple(shape.items()), provider, "wall", allocator)
 
 
 def _shapes_of(operator: operators.Operator, wanted: Wanted) -> list[Shape]:
@@ -96,10 +146,13 @@ def _shapes_of(operator: operators.Operator, wanted: Wanted) -> list[Shape]:
 
 
 def missing(planned: Iterable[Task], path: Path, device: str) -> list[Task]:
-    """The tasks a CSV has no row of on this device yet."""
+    """The tasks a CSV has no row of on this device yet, and all of a contest that is not complete: who was not there
+    in the same rounds cannot be compared."""
     frame = schema.read(path)
+    planned = list(planned)
     done = {schema.key(row) for row in schema.records(frame) if row["device"] == device}
-    return [task for task in planned if task.key() not in done]
+    broken = {task.process for task in planned if task.key() not in done} - {()}
+    return [task for task in planned if task.key() not in done or task.process in broken]
 
 
 def baselines(path: Path, device: str) -> dict[Key, dict[str, Any]]:

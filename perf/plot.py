@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         for path in args.csv:
             figures += [(f"{path.stem}-{name}.png", figure) for name, figure in drawn(path)]
         if not figures:
-            raise options.Refused(f"{args.csv[0]} has no row with a time: nothing to draw")
+            raise options.Refused(f"{args.csv[0]} has no row with a time of a call: nothing to draw")
         out = options.directory(args.out or args.csv[0].parent)
         for name, figure in figures:
             figure.savefig(out / name, bbox_inches="tight")
@@ -84,7 +84,8 @@ def drawn(path: Path) -> Iterator[tuple[str, Figure]]:
         yield "bytes", stacked_bytes(schema.typed(frame, traffic.COLUMNS, path))
         return
     sweep = schema.read(path)
-    sweep = sweep[(sweep.status == schema.OK) & sweep.ms_p50.notna()]
+    # networks against their rivals have a table
+    sweep = sweep[(sweep.status == schema.OK) & sweep.ms_p50.notna() & sweep["mode"].isin(list(MODES))]
     for (operator, dtype, device), rows in sweep.groupby(["operator", "dtype", "device"], sort=False):
         yield _slug(f"{operator} {dtype}" + (f" {device}" if sweep.device.nunique() > 1 else "")), latency(rows)
     for (device, dtype), rows in sweep.groupby(["device", "dtype"], sort=False):

@@ -21,7 +21,9 @@ from torch.nn import functional as F
 import tkernels
 from perf.options import Refused
 
-BASELINE = "torch"
+BASELINE, OURS = "torch", "tkernels"
+# a network as most scripts run it on a CPU: float32 without autocast, whatever dtype the others take
+USUAL = "torch-fp32"
 Function = Callable[..., Any]
 # arguments of the network -> (network, loss)
 Factory = Callable[[dict[str, Any]], tuple[Callable[..., Any], Callable[..., Any]]]
@@ -39,7 +41,7 @@ class Provider:
 
 
 # What each name needs to be imported
-NEEDS = {"tkernels": "tkernels", BASELINE: "torch", "torch.compile": "torch", "attorch": "attorch",
+NEEDS = {OURS: "tkernels", BASELINE: "torch", "torch.compile": "torch", USUAL: "torch", "attorch": "attorch",
          "liger-kernel": "liger_kernel", "flag-gems": "flag_gems"}  # fmt: skip
 
 
@@ -64,9 +66,10 @@ def load(name: str) -> Provider:
     if name.startswith("module:"):
         return _from_module(name)
     return {
-        "tkernels": _tkernels,
+        OURS: _tkernels,
         BASELINE: _torch,
         "torch.compile": _compiled,
+        USUAL: lambda: Provider(USUAL, {"cnn": _plain_cnn}),
         "attorch": _attorch,
         "liger-kernel": _liger,
         "flag-gems": _flag_gems,
@@ -80,6 +83,9 @@ def _torch() -> Provider:
     def batch_norm_relu(*args: Any) -> torch.Tensor:
         return F.relu(F.batch_norm(*args))
 
+    def conv2d_relu(*args: Any) -> torch.Tensor:
+        return F.relu(F.conv2d(*args))
+
     return Provider(
         BASELINE,
         {
@@ -88,6 +94,7 @@ def _torch() -> Provider:
             "attention": F.scaled_dot_product_attention,
             "linear_relu": linear_relu,
             "conv2d": F.conv2d,
+            "conv2d_relu": conv2d_relu,
             "batch_norm": F.batch_norm,
             "batch_norm_relu": batch_norm_relu,
             "cross_entropy": F.cross_entropy,
@@ -115,6 +122,9 @@ def _tkernels() -> Provider:
     def batch_norm_relu(*args: Any) -> torch.Tensor:
         return functional.batch_norm(*args, activation="relu")
 
+    def conv2d_relu(*args: Any) -> torch.Tensor:
+        return functional.conv2d(*args, activation="relu")
+
     def conv_stage(x: torch.Tensor, layers: Iterable[tuple[torch.Tensor, ...]], pool: int) -> torch.Tensor:
         stage = [functional.ConvBNLayer(weight, None, *norm, padding=1) for weight, *norm in layers]
         return functional.conv_stage(x, stage, pool, training=True)
@@ -128,7 +138,13 @@ def _tkernels() -> Provider:
     own = ("linear", "linear_relu", "matmul", "conv2d", "batch_norm", "cross_entropy")
     functions: dict[str, Function] = {name: getattr(functional, name) for name in own}
     functions["attention"] = functional.scaled_dot_product_attention
-    return Provider("tkernels", {**functions, "batch_norm_relu": batch_norm_relu, "conv_stage": conv_stage, "cnn": cnn})
+    fused: dict[str, Function] = {
+        "batch_norm_relu": batch_norm_relu,
+        "conv2d_relu": conv2d_relu,
+        "conv_stage": conv_stage,
+        "cnn": cnn,
+    }
+    return Provider(OURS, {**functions, **fused})
 
 
 def _compiled() -> Provider:

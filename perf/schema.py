@@ -44,12 +44,27 @@ COLUMNS = (
     Column("torch", "text", "version of torch"),
     Column("triton", "text", "version of triton; empty where it is not installed"),
     Column("operator", "text", "a name of perf/operators.py"),
-    Column("mode", "text", "fwd: forward without autograd; bwd: backward alone; full: forward and backward"),
-    Column("dtype", "text", "bf16, fp16 or fp32: of inputs, weights and outputs"),
+    Column(
+        "mode",
+        "text",
+        "fwd: forward without autograd; bwd: backward alone; full: forward and backward; of a network train: a step "
+        "with Adam; infer: forward in evaluation, without autograd",
+    ),
+    Column(
+        "dtype",
+        "text",
+        "bf16, fp16 or fp32: of inputs, weights and outputs; train and infer: of autocast over float32 (fp32: none)",
+    ),
     Column("layout", "text", "nhwc (channels_last) or nchw; empty where the operator has no images"),
     *SHAPE,
     Column("provider", "text", "whose code was measured"),
     Column("timing", "text", "wall: the call as a user makes it; cudagraph: replayed from a CUDA graph"),
+    Column(
+        "allocator",
+        "text",
+        "train and infer: default; faultless: glibc told to keep all memory it was ever given; shared: default, but "
+        "all providers in one process; else empty",
+    ),
     Column("config", "text", "kernels that were launched and their launch configurations; empty without Triton"),
     Column("ms_p20", "number", "milliseconds a call, 20th percentile of the repetitions"),
     Column("ms_p50", "number", "milliseconds a call, median"),
@@ -74,20 +89,43 @@ COLUMNS = (
         "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a copy of about as many bytes",
     ),
     Column("speedup_vs_torch", "number", "ms_p50 of provider torch / ms_p50, measured in turns with it on a CPU"),
+    Column(
+        "ratio_p25",
+        "number",
+        "this provider's time over tkernels' in the same round, 25th percentile of the rounds; above 1 tkernels is "
+        "ahead; CPU only",
+    ),
+    Column("ratio_p50", "number", "the same, median"),
+    Column("ratio_p75", "number", "the same, 75th percentile"),
+    Column("rounds", "whole", "rounds in which the providers took turns; CPU only"),
+    Column("page_faults", "number", "minor page faults a call, median of the rounds; CPU only"),
+    Column(
+        "saved_mb", "number", "train: what autograd keeps from forward to backward, 10^6 bytes; not of torch.compile"
+    ),
     Column("err_fp64", "number", "largest error of output and gradients against float64, relative norm"),
     Column("torch_err_fp64", "number", "the same of PyTorch in this dtype on this device"),
-    Column("peak_memory_mb", "number", "most memory a call allocated, 10^6 bytes; empty on a CPU"),
+    Column(
+        "peak_memory_mb",
+        "number",
+        "most memory a call allocated, 10^6 bytes; on a CPU of train only: the process's largest resident memory in a "
+        "step above what stands between steps, where the system tells",
+    ),
     Column("host_us", "number", "microseconds until the call returned, not waiting for the GPU; empty on a CPU"),
     Column("status", "text", "ok; else wrong, error, out of memory, crashed, timeout or unsupported, with the reason"),
 )
 NAMES = tuple(column.name for column in COLUMNS)
 # What makes two rows the same measurement
-KEY = ("device", "operator", "mode", "dtype", "layout", *SHAPE_COLUMNS, "provider", "timing")
+KEY = ("device", "operator", "mode", "dtype", "layout", *SHAPE_COLUMNS, "provider", "timing",
+       "allocator")  # fmt: skip
 # The same without the device: what a sweep is asked for
 TASK = KEY[1:]
+# What CSVs of before have no column of
+LATER = ("allocator", "ratio_p25", "ratio_p50", "ratio_p75", "rounds", "page_faults", "saved_mb")
 OK = "ok"
 # in words, for plots and summaries
 MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
+# of whole networks, on a CPU: perf/ratios.py
+NETWORK_MODES = {"train": "training step", "infer": "inference"}
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -178,6 +216,9 @@ def typed(frame: pd.DataFrame, columns: tuple[Column, ...], path: Path) -> pd.Da
 def read(path: Path) -> pd.DataFrame:
     """A sweep's CSV with typed columns. Raises Refused for anything else."""
     frame = table(path)
+    for name in LATER:
+        if name not in frame.columns:
+            frame[name] = ""
     require(frame, NAMES, path)
     return typed(frame[list(NAMES)], COLUMNS, path)
 

@@ -120,6 +120,22 @@ def _transformer() -> Shapes:
     }  # fmt: skip
 
 
+def _spread() -> Shapes:
+    """From calls of microseconds, where Python counts, to tens of milliseconds, where memory does."""
+    grouped = {**conv(64, 144, 28, 144), "groups": 144}
+    return {
+        "linear": [linear(8, 32, 16), linear(64, 784, 128), linear(256, 128, 10), linear(256, 256, 128),
+                   linear(256, 2048, 256), linear(1024, 768, 3072), linear(4096, 256, 1024), linear(65536, 32, 64),
+                   linear(65536, 64, 256)],
+        "batch_norm": [image(2, 8, 9), image(32, 16, 8), image(256, 256, 1), image(8, 64, 28), image(256, 128, 8),
+                       image(64, 256, 14), image(256, 32, 32), image(64, 64, 56)],
+        "conv2d": [conv(2, 8, 9, 16), conv(1, 64, 56, 64), conv(256, 3, 32, 32), conv(256, 32, 32, 32),
+                   conv(256, 64, 8, 128), conv(64, 64, 56, 64, 1), conv(32, 64, 28, 128, 3, 2), grouped],
+        "cross_entropy": [rows(8, 10), rows(256, 10), rows(256, 1000), rows(8192, 10), rows(1024, 1000),
+                          rows(4096, 1000), rows(512, 32000), rows(1024, 50257)],
+    }  # fmt: skip
+
+
 def distinct(shapes: Iterable[Shape]) -> list[Shape]:
     """The shapes without repetitions, in order."""
     return list({tuple(sorted(shape.items())): shape for shape in shapes}.values())
@@ -134,6 +150,7 @@ NAMED: dict[str, Shapes] = {
     "mlp": {"linear": [linear(n, c, k) for n in (256, 4096) for c, k in ((4096, 4096), (4096, 16384), (16384, 4096))]},
     "transformer": _transformer(),
     "vocab": {"cross_entropy": [rows(4096, c) for c in (32000, 50257, 128256, 256000)]},
+    "spread": _spread(),
     # for trying things out: a moment on any CPU
     "tiny": {
         "conv2d": [conv(2, 8, 9, 16)],

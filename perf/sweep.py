@@ -4,6 +4,12 @@ examples:
   python -m perf sweep --op linear conv2d --mode fwd bwd --shapes cnn --csv out.csv
   python -m perf sweep --op conv2d --shapes "N=64 C=128 H=28 W=28 K=128" --provider tkernels torch torch.compile
   python -m perf sweep --op cross_entropy --shapes vocab --dtype bf16 --csv out.csv --resume
+  python -m perf sweep --op cnn --device cpu
+  python -m perf sweep --op linear_relu batch_norm_relu conv2d_relu cross_entropy --mode fwd full --shapes spread
+
+On a CPU cnn without a --mode is the whole network: training steps (train) and inference (infer) of the CIFAR classifier
+against eager and compiled PyTorch, in float32 and bf16 autocast, with the system's memory allocator as it is and with
+one that never gives memory back, so that nobody has page faults; about ten minutes.
 
 Every provider is compared with float64 before it is timed. One that is wrong, crashes, runs out of memory or takes
 too long gets a row whose status says so, and the sweep goes on.
@@ -15,18 +21,21 @@ import argparse
 import contextlib
 import dataclasses
 import multiprocessing
+import os
+import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
 
-from perf import machine, measure, operators, options, plan, providers, schema, shapes, worker
+from perf import machine, measure, network, operators, options, plan, providers, ratios, schema, shapes, worker
 from perf.options import Refused
 from perf.plan import Task
+from perf.ratios import ALLOCATORS
 
 # seconds until a worker must have imported what it needs
 START_LIMIT = 300.0
@@ -36,15 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
     add("--op", nargs="+", required=True, metavar="NAME", help=f"operators: {', '.join(operators.OPERATORS)}")
-    add("--mode", nargs="+", default=["fwd", "bwd"], metavar="MODE",
-        help=f"{', '.join(schema.MODES)} (default: fwd bwd)")  # fmt: skip
+    add("--mode", nargs="+", metavar="MODE",
+        help=f"{', '.join(schema.MODES)}; of cnn on a CPU {', '.join(schema.NETWORK_MODES)} too "
+        "(default: fwd bwd, of cnn on a CPU train infer)")  # fmt: skip
     add("--dtype", nargs="+", metavar="DTYPE",
-        help=f"{', '.join(operators.DTYPES)} (default: fp32 on a CPU, bf16 on a GPU)")  # fmt: skip
-    add("--layout", nargs="+", default=["nhwc"], metavar="LAYOUT",
-        help="of images: nhwc (channels_last), nchw (default: nhwc)")  # fmt: skip
-    add("--provider", nargs="+", default=["torch", "tkernels"], metavar="NAME",
+        help=f"{', '.join(operators.DTYPES)} (default: fp32 on a CPU, bf16 on a GPU; networks: both)")  # fmt: skip
+    add("--layout", nargs="+", metavar="LAYOUT",
+        help="of images: nhwc (channels_last), nchw (default: nhwc; train and infer: each provider's)")  # fmt: skip
+    add("--provider", nargs="+", metavar="NAME",
         help=f"{', '.join(providers.NEEDS)}, module:NAME (a module of yours whose functions are called as the "
-        "operators) (default: torch tkernels)")  # fmt: skip
+        "operators) (default: torch tkernels; for train and infer torch.compile and torch-fp32 too)")  # fmt: skip
+    add("--allocator", nargs="+", default=["default", "faultless"], metavar="NAME",
+        help="for train and infer: default, faultless (glibc keeps all memory it was ever given), shared (default, but "
+        "all providers in one process) (default: default faultless)")  # fmt: skip
     add("--shapes", nargs="+", default=["cnn"], metavar="SHAPES",
         help=f"{', '.join(shapes.NAMED)}, a FILE.csv, or sizes such as 'N=256 C=32 K=64' (default: cnn)")  # fmt: skip
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
@@ -63,13 +76,15 @@ def run(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     wanted = plan.Wanted(
         options.several("operator", args.op, operators.OPERATORS),
-        options.several("mode", args.mode, schema.MODES),
-        options.several("dtype", args.dtype or ["fp32" if device == "cpu" else "bf16"], operators.DTYPES),
-        options.several("layout", args.layout, operators.LAYOUTS),
+        _several("mode", args.mode, (*schema.MODES, *schema.NETWORK_MODES)),
+        _several("dtype", args.dtype, operators.DTYPES),
+        _several("layout", args.layout, operators.LAYOUTS),
         shapes.parse(args.shapes),
-        providers.check(args.provider),
+        None if args.provider is None else providers.check(args.provider),
         plan.TIMINGS if args.cudagraph else plan.TIMINGS[:1],
         args.quick,
+        device,
+        _allocators(args.allocator),
     )
     if args.limit <= 0:
         raise Refused(f"--limit must be above 0 seconds, got {args.limit:g}")
@@ -84,6 +99,16 @@ def run(args: argparse.Namespace) -> int:
         sweep(tasks, device, effort, path, args.limit)
         summary(schema.read(path))
     return 0
+
+
+def _several(what: str, given: Sequence[str] | None, allowed: Iterable[str]) -> list[str] | None:
+    return None if given is None else options.several(what, given, allowed)
+
+
+def _allocators(given: Sequence[str]) -> list[str]:
+    """Those of ALLOCATORS that are wanted and that there are here."""
+    names = options.several("allocator", given, ALLOCATORS)
+    return [name for name in names if name != "faultless" or platform.libc_ver()[0] == "glibc"] or ["default"]
 
 
 @contextlib.contextmanager
@@ -118,14 +143,36 @@ def sweep(tasks: Sequence[Task], device: str, effort: measure.Effort, path: Path
     """Measure the tasks in processes of their own, appending each row as it comes."""
     earlier = plan.baselines(path, machine.device_name(device)) if path.stat().st_size else {}
     writer = schema.Writer(path)
-    todo = dict(enumerate(tasks))
-    bar = tqdm(total=len(todo), unit="row", disable=None, dynamic_ncols=True)
+    lots: dict[tuple[object, ...], dict[int, Task]] = {}
+    for number, task in enumerate(tasks):
+        lots.setdefault(task.process, {})[number] = task
+    bar = tqdm(total=len(tasks), unit="row", disable=None, dynamic_ncols=True)
     try:
-        while todo:
-            _one_worker(todo, device, effort, writer, limit, earlier, bar)
+        for todo in lots.values():
+            while todo:
+                _one_worker(todo, device, effort, writer, limit, earlier, bar)
     finally:
         bar.close()
         writer.close()
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """Variables that processes started meanwhile find set, or None: not set."""
+    before = {name: os.environ.get(name) for name in changes}
+    _set(changes)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _one_worker(
@@ -138,13 +185,16 @@ def _one_worker(
     bar: Any,
 ) -> None:
     """Run one worker until it is done or gone; tasks that have their rows leave ``todo``."""
+    allocator = next(iter(todo.values())).allocator
     # spawned, not forked: torch's threads and CUDA do not survive a fork
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     current = context.Value("i", min(todo), lock=False)
     arguments = (list(todo.items()), device, effort, sender, current)
-    process = context.Process(target=worker.main, args=arguments, daemon=True)
-    process.start()
+    # one that has a network's rivals to start must be no daemon
+    process = context.Process(target=worker.main, args=arguments, daemon=not allocator)
+    with _environment(network.environment(allocator) if allocator else {}):
+        process.start()
     sender.close()
     fate, patience = "", max(limit, START_LIMIT)
     try:
@@ -165,8 +215,9 @@ def _one_worker(
             number, row = message
             if row.get("ms_p50"):
                 if row["provider"] == providers.BASELINE:
+                    row.setdefault("speedup_vs_torch", 1.0)
                     earlier[todo[number].key()] = row
-                elif row["speedup_vs_torch"] is None:
+                elif row.get("speedup_vs_torch") is None:
                     row["speedup_vs_torch"] = _speedup(row, todo[number], earlier)
             writer.append(row)
             del todo[number]
@@ -182,7 +233,7 @@ def _one_worker(
     if todo:
         fate = fate or _cause(process.exitcode)
         for number in _lost(todo, current.value):
-            writer.append({**worker.stamp(), **machine.facts(device), **todo.pop(number).columns(), "status": fate})
+            writer.append({**machine.stamp(), **machine.facts(device), **todo.pop(number).columns(), "status": fate})
             bar.update()
 
 
@@ -207,10 +258,19 @@ def _cause(exitcode: int | None) -> str:
 
 
 def summary(frame: pd.DataFrame) -> None:
-    """Print the rows as a table."""
+    """Print the rows as tables: single calls, how they compare; networks, how they compare."""
     if frame.empty:
         print("nothing was measured")
         return
+    whole = frame["mode"].isin(list(schema.NETWORK_MODES))
+    parts = [_calls(frame[~whole]), ratios.operators_table(frame[~whole]), *ratios.network_tables(frame[whole])]
+    print("\n\n".join(part for part in parts if part))
+
+
+def _calls(frame: pd.DataFrame) -> str:
+    """Each row of a single call in a line."""
+    if frame.empty:
+        return ""
     table = pd.DataFrame(
         {
             "operator": frame.operator,
@@ -229,4 +289,4 @@ def summary(frame: pd.DataFrame) -> None:
             "status": frame.status,
         }
     )
-    print(table.fillna("").to_string(index=False))
+    return table.fillna("").to_string(index=False)

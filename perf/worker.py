@@ -3,7 +3,6 @@ a row for a task that takes the whole process down."""
 
 from __future__ import annotations
 
-import datetime
 import functools
 import os
 import traceback
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from perf import machine, measure, operators, providers, schema
+from perf import machine, measure, network, operators, providers, schema
 from perf.measure import Check, Effort, Problem, Subject, Timing
 from perf.plan import Task
 
@@ -30,15 +29,24 @@ def main(todo: Sequence[tuple[int, Task]], device: str, effort: Effort, rows: Co
             # "cuda" alone has no index, which set_device wants
             torch.cuda.set_device(torch.device(device).index or 0)
         rows.send(READY)
-        for _, group in groupby(todo, key=lambda item: item[1].problem):
-            for number, row in _Bench(list(group), device, effort, current).rows():
-                rows.send((number, row))
+        for _, group in groupby(todo, key=lambda item: item[1].bench):
+            for row in _rows(list(group), device, effort, rows, current):
+                rows.send(row)
         rows.send(None)
     except (BrokenPipeError, KeyboardInterrupt):
         os._exit(1)  # the parent is gone, or going
     except Exception:
         traceback.print_exc()
         os._exit(BROKEN_GPU if device != "cpu" and not _gpu_answers() else 1)
+
+
+def _rows(
+    todo: list[tuple[int, Task]], device: str, effort: Effort, rows: Connection, current: Any
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    if todo[0][1].mode in schema.NETWORK_MODES:
+        # it takes minutes before it has a row
+        return network.Contest(todo, effort, current, alive=lambda: rows.send(READY)).rows()
+    return _Bench(todo, device, effort, current).rows()
 
 
 def _gpu_answers() -> bool:
@@ -147,7 +155,7 @@ class _Bench:
     ) -> dict[str, Any]:
         check = self._checks[task.provider]
         row: dict[str, Any] = {
-            **stamp(),
+            **machine.stamp(),
             **machine.facts(self._device),
             **task.columns(),
             "config": check.config.get(task.mode, ""),
@@ -164,17 +172,11 @@ class _Bench:
         least = max(row["bytes"] / gbps / 1e9, row["flops"] / tflops / 1e12)
         return {
             **row,
-            **dict(zip(("ms_p20", "ms_p50", "ms_p80"), timing.ms)),
+            **timing.columns(),
             "tflops": row["flops"] / seconds / 1e12,
             "gbps": row["bytes"] / seconds / 1e9,
             "peak_tflops": tflops,
             "peak_gbps": gbps,
             "roofline_pct": 100 * least / seconds,
             "speedup_vs_torch": baseline.ms[1] / timing.ms[1] if baseline else None,
-            "peak_memory_mb": timing.peak_memory_mb,
-            "host_us": timing.host_us,
         }
-
-
-def stamp() -> dict[str, str]:
-    return {"timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}

@@ -96,7 +96,9 @@ def leaves_to_torch(first: Any) -> bool:
 
     The everyday answer on a CPU, in a tenth of use_triton's time: a small layer takes 10 us there.
     """
-    return _backend == "torch" or (_backend == "auto" and not getattr(first, "is_cuda", False) and not interpreting())
+    if _backend == "auto":
+        return not (_INTERPRETING or getattr(first, "is_cuda", False))
+    return _backend == "torch"
 
 
 def use_triton(*tensors: Tensor | None) -> bool:

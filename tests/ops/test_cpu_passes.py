@@ -31,6 +31,7 @@ WORSE, LUCK = 1.25, 0.05
 def _small_calls_take_the_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "small" not in request.node.name:
         monkeypatch.setattr(cross_entropy_cpu, "WORTH_IT", 1)
+        monkeypatch.setattr(cross_entropy_cpu, "SHORT_WORTH_IT", 1)
         monkeypatch.setattr(batch_norm_cpu, "WORTH_IT", 1)
 
 
@@ -78,6 +79,21 @@ def test_cross_entropy(dtype: torch.dtype, smoothing: float, reduction: str) -> 
     _no_worse("gradient", *gradients)
     with torch.no_grad():
         assert torch.equal(TF.cross_entropy(x, target, **options), ours)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+def test_cross_entropy_of_short_rows_in_a_small_call(dtype: torch.dtype) -> None:
+    """Rows below a vector register's length take the passes where there are many of them."""
+    lanes = cross_entropy_cpu.VECTOR // dtype.itemsize
+    for classes, rows, fast in ((lanes - 1, 1 << 15, True), (lanes - 1, 8, False), (lanes, 1 << 12, False)):
+        x = torch.randn(rows, classes).to(dtype).requires_grad_()
+        target = torch.randint(classes, (rows,))
+        ours, torchs = TF.cross_entropy(x, target), F.cross_entropy(x, target)
+        assert _is_fast(ours, "cross_entropy") == fast, (classes, rows)
+        exact_x = x.detach().double().requires_grad_()
+        gradients = [torch.autograd.grad(y, leaf)[0] for y, leaf in
+                     ((ours, x), (torchs, x), (F.cross_entropy(exact_x, target), exact_x))]  # fmt: skip
+        _no_worse("gradient", *gradients)
 
 
 def test_cross_entropy_under_autocast() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from perf import measure, operators, providers, schema
-from perf.measure import Problem, Reference
+from perf.measure import Problem, Reference, Sample
 from perf.providers import Provider
 from tests.perf.command import ROOT, environment, refused, run
 
@@ -215,6 +215,6 @@ def test_slow_calls_are_repeated_less() -> None:
 
 
 def test_disturbed_repetitions_are_left_out_where_enough_remain() -> None:
-    clean, disturbed = [(1.0, True)] * 5, [(9.0, False)] * 5
+    clean, disturbed = [Sample(1.0, True)] * 5, [Sample(9.0, False)] * 5
     assert measure._undisturbed(clean + disturbed) == [1.0] * 5
     assert measure._undisturbed(clean[:4] + disturbed) == [1.0] * 4 + [9.0] * 5

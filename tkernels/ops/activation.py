@@ -24,21 +24,25 @@ def needs_input(activation: str | None) -> bool:
     return activation is not None and activation not in FROM_OUTPUT
 
 
-def apply(z: Tensor, activation: str | None, own: bool = False) -> Tensor:
-    """The activation of ``z``, any shape; the tensor itself for None.
-
-    ``own``: nothing else needs ``z``, and it is no view (autograd would rewrite the history of what it is a view of):
-    ReLU takes its memory.
-    """
+def apply(z: Tensor, activation: str | None) -> Tensor:
+    """The activation of ``z``, any shape; the tensor itself for None."""
     if activation is None:
         return z
     if activation == "relu":
-        return torch.relu_(z) if own else torch.relu(z)
+        return torch.relu(z)
     if activation == "leaky_relu":
         return torch.nn.functional.leaky_relu(z, LEAKY_SLOPE)
     if activation == "gelu":
         return torch.nn.functional.gelu(z)
     return torch.nn.functional.silu(z)
+
+
+def apply_to_own(z: Tensor, activation: str | None, dims: int) -> Tensor:
+    """:func:`apply` where nothing else needs ``z``: ReLU takes its memory. Not where it has another number of
+    dimensions than ``dims``: then it is a view, and autograd would rewrite the history of what it is a view of."""
+    if activation == "relu" and z.dim() == dims:
+        return torch.relu_(z)
+    return apply(z, activation)
 
 
 def gradient(dy: Tensor, saved: Tensor | None, activation: str | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -65,7 +66,7 @@ def counted_batch_norm(
 
     ``momentum`` None: running statistics are the average over all batches counted so far.
     """
-    if activation is not None:
+    if activation not in activations.ACTIVATIONS:
         activations.check(activation)
     if residual is not None:
         residual = _checked_residual(input, residual)
@@ -270,11 +271,8 @@ def _torch_batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
         )  # fmt: skip
     except checks.REFUSALS as error:
-
-        def check() -> None:
-            _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-        checks.explain(error, check)
+        arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
+        checks.explain(error, functools.partial(_check, *arguments))
     if residual is not None:
         y = y.add_(residual)
     if activation is None:
@@ -298,14 +296,19 @@ def _torch_normalize(
     if not training:
         running_mean, running_var = dense(running_mean), dense(running_var)
     counter = num_batches_tracked if training else None
-    if momentum is None and counter is not None:
-        if (counter.is_cuda or runtime.traced()) and running_mean is not None:
-            return _average_on_device(input, running_mean, running_var, weight, bias, eps, counter)
-        momentum = 1.0 / (float(counter) + 1.0)
-    y = torch.nn.functional.batch_norm(
-        # torch's modules stand still (a factor of 0) where there is nothing to average by
-        input, running_mean, running_var, weight, bias, training, 0.0 if momentum is None else momentum, eps
-    )  # fmt: skip
+    if momentum is None:
+        if counter is not None:
+            if (counter.is_cuda or runtime.traced()) and running_mean is not None:
+                return _average_on_device(input, running_mean, running_var, weight, bias, eps, counter)
+            momentum = 1.0 / (float(counter) + 1.0)
+        else:
+            momentum = 0.0  # torch's modules stand still where there is nothing to average by
+    if type(input) is Tensor and input.dim() > 1 and input.shape[0] > 1:
+        # what torch.nn.functional.batch_norm comes to once it has looked at each size of the input
+        cudnn = input.is_cuda and torch.backends.cudnn.enabled
+        y = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn)
+    else:
+        y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if counter is not None:
         counter.add_(1)
     return y
@@ -371,7 +374,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def dense(t: Tensor | None) -> Tensor | None:
-    return t if not isinstance(t, Tensor) or t.is_contiguous() else t.contiguous()
+    return t if t is None or not isinstance(t, Tensor) or t.is_contiguous() else t.contiguous()
 
 
 def triton_statistics(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tkernels import runtime
 from tkernels.ops import activation as activations
@@ -45,7 +46,7 @@ def conv2d(
     Raises TypeError for an argument of the wrong type, ValueError for an unknown activation, RuntimeError for values,
     shapes, dtypes or devices that do not go together.
     """
-    if activation is not None:
+    if activation not in activations.ACTIVATIONS:
         activations.check(activation)
     if runtime.leaves_to_torch(input) or not _takes_triton(input, weight, bias):
         return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
@@ -71,7 +72,7 @@ def _registered(
         both = g.dilation_h * (g.kernel_h - 1), g.dilation_w * (g.kernel_w - 1)
         below, right = both[0] - 2 * pad[0], both[1] - 2 * pad[1]  # the odd one, where there is one
         if below or right:
-            x = torch.nn.functional.pad(x, (0, right, 0, below))
+            x = F.pad(x, (0, right, 0, below))
     dtype = autocast or x.dtype
     y: Tensor = torch.ops.tkernels.conv2d(
         x.to(dtype), weight, bias, (g.stride_h, g.stride_w), pad, (g.dilation_h, g.dilation_w), g.groups, activation,
@@ -118,16 +119,19 @@ def _torch_body(
 ) -> Tensor:
     """PyTorch's own call, with its autograd and autocast. What it refuses is refused in our words."""
     try:
-        z = torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        z = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     except checks.REFUSALS as error:
+        arguments = input, weight, bias, stride, padding, dilation, groups
+        checks.explain(error, functools.partial(_check_all, *arguments))
+    return activations.apply_to_own(z, activation, 4)
 
-        def check() -> None:
-            checks.tensor(input=input, weight=weight)
-            checks.optional_tensor(bias=bias)
-            _checked(input, weight, bias, stride, padding, dilation, groups)
 
-        checks.explain(error, check)
-    return z if activation is None else activations.apply(z, activation, own=z.dim() == 4)
+def _check_all(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> None:
+    checks.tensor(input=input, weight=weight)
+    checks.optional_tensor(bias=bias)
+    _checked(input, weight, bias, stride, padding, dilation, groups)
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
@@ -245,7 +249,7 @@ def torch_is_faster(
     pad = (g.pad_h, g.pad_w)
 
     def theirs() -> Tensor:
-        y = torch.nn.functional.conv2d(x, weight, bias, (g.stride_h, g.stride_w), pad,
+        y = F.conv2d(x, weight, bias, (g.stride_h, g.stride_w), pad,
                                        (g.dilation_h, g.dilation_w), g.groups)  # fmt: skip
         return activations.apply(y, activation)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any, cast
 
@@ -19,6 +20,8 @@ if runtime.HAS_TRITON:
 __all__ = ["cross_entropy"]
 
 REDUCTIONS = ("none", "mean", "sum")
+_NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}  # ATen's
+_aten: Any = torch._C._nn.cross_entropy_loss
 NoneType = type(None)
 
 
@@ -49,13 +52,15 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    if runtime.leaves_to_torch(input):
+        return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
     kind = None
-    if weight is None and not runtime.leaves_to_torch(input):  # what a weight may be depends on more than its kind
+    if weight is None:  # what a weight may be depends on more than its kind
         kind = replay.call_kind((input, target), ignore_index, reduction, label_smoothing)
         options = None if kind is None else _checked.get(kind)
         if options is not None:
             return _run(kind, input, target, None, *options)
-    if runtime.leaves_to_torch(input) or not _takes_triton(input, target, weight):
+    if not _takes_triton(input, target, weight):
         return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
     if reduction == "elementwise_mean":  # torch's old name for it, with torch's warning
         torch.nn._reduction.get_enum(reduction)
@@ -107,17 +112,23 @@ def _torch_body(
             _check_range(input, target, ignore_index)
             raise
     try:
+        if type(input) is type(target) is Tensor and reduction in _NUMBERS:
+            # what torch.nn.functional.cross_entropy comes to
+            return _aten(input, target, weight, _NUMBERS[reduction], ignore_index, label_smoothing)
         return torch.nn.functional.cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
     except checks.REFUSALS as error:
+        arguments = input, target, weight, ignore_index, reduction, label_smoothing
+        checks.explain(error, functools.partial(_check_all, *arguments))
 
-        def check() -> None:
-            _check_tensors(input, target, weight)
-            _check(input, target, weight, ignore_index, reduction, label_smoothing)
-            _check_range(input, target, ignore_index)
 
-        checks.explain(error, check)
+def _check_all(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> None:
+    _check_tensors(input, target, weight)
+    _check(input, target, weight, ignore_index, reduction, label_smoothing)
+    _check_range(input, target, ignore_index)
 
 
 def _check(

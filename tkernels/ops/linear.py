@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tkernels import replay, runtime
 from tkernels.ops import activation as activations
@@ -37,17 +39,17 @@ def linear(
     Raises TypeError for an argument that is not a tensor, ValueError for an unknown activation or a ``dropout_p``
     outside [0, 1], RuntimeError for shapes, dtypes or devices that do not go together.
     """
-    kind = None
-    if not runtime.leaves_to_torch(input):
+    kind, torchs = None, runtime.leaves_to_torch(input)
+    if not torchs:
         kind = replay.call_kind((input, weight, bias), activation, dropout_p, training)
         if kind is not None and kind in _checked:
             return _run(input, weight, bias, activation, float(dropout_p) if training else 0.0, kind)
-    if activation is not None:
+    if activation not in activations.ACTIVATIONS:
         activations.check(activation)
     if not 0.0 <= dropout_p <= 1.0:
         checks.probability("dropout_p", dropout_p)
     p = float(dropout_p) if training else 0.0
-    if runtime.leaves_to_torch(input) or not _takes_triton(input, weight, bias):
+    if torchs or not _takes_triton(input, weight, bias):
         return _torch_body(input, weight, bias, activation, p)
     _check_shapes(input, weight, bias)
     cast = runtime.autocast_dtype(input)
@@ -114,18 +116,18 @@ def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _torch_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float) -> Tensor:
     """The same in ATen calls, with PyTorch's own autograd and autocast."""
     try:
-        z = torch.nn.functional.linear(input, weight, bias)
+        z = F.linear(input, weight, bias)
     except checks.REFUSALS as error:
+        checks.explain(error, functools.partial(_check_all, input, weight, bias))
+    y = activations.apply_to_own(z, activation, 2)
+    return F.dropout(y, p) if p > 0 else y
 
-        def check() -> None:
-            checks.tensor(input=input, weight=weight)
-            checks.optional_tensor(bias=bias)
-            _check_shapes(input, weight, bias)
-            checks.matching_kinds(input, weight, bias, runtime.autocast_dtype(input))
 
-        checks.explain(error, check)
-    y = z if activation is None else activations.apply(z, activation, own=z.dim() == 2)
-    return torch.nn.functional.dropout(y, p) if p > 0 else y
+def _check_all(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.tensor(input=input, weight=weight)
+    checks.optional_tensor(bias=bias)
+    _check_shapes(input, weight, bias)
+    checks.matching_kinds(input, weight, bias, runtime.autocast_dtype(input))
 
 
 def _triton_body(
@@ -136,7 +138,7 @@ def _triton_body(
     if bias is not None and bias.dim() > 1:
         # rows of their own: the sum is a separate pass, and what follows it too
         y = activations.apply(_triton_body(input, weight, None, None, 0.0) + bias, activation)
-        return torch.nn.functional.dropout(y, p) if p > 0 else y
+        return F.dropout(y, p) if p > 0 else y
     if runtime.traced():
         seed = runtime.dropout_seed(input) if p > 0 else None
         return torch.ops.tkernels.linear(input, weight, bias, activation, p, seed)[0]
