@@ -35,7 +35,7 @@ SWEEPS = {
     ("cnn",): ("cnn",),
     ("linear", "linear_relu"): ("cnn", "mlp"),
     ("matmul", "attention"): ("transformer",),
-    ("conv2d",): ("cnn", "resnet50"),
+    ("conv2d", "conv2d_relu"): ("cnn", "resnet50"),
     ("conv_stage",): ("cnn", "vgg"),
     ("batch_norm", "batch_norm_relu"): ("cnn", "resnet50"),
     ("cross_entropy",): ("cnn", "vocab"),
