@@ -33,12 +33,6 @@ EXCEPTIONS: tuple[tuple[str, str, str], ...] = (
     ("pointwise_", "narrow loads", "batch norm's vectors of a step's channels, loaded in the prologue"),
     ("attention_", "narrow loads", "masks, and vectors of a step's queries: log-sum-exps and sums of the gradient"),
     ("attention_", "waiting loads", "the same, which go through registers"),
-    (
-        "attention_",
-        "spills",
-        "open: float32, and heads above 64 with a mask and dropout or above 128, are not tuned yet",
-    ),
-    ("attention_dq", "4 warps", "open: heads of 256 on sm_100"),
 )
 
 

@@ -3,11 +3,21 @@ unseen. A test here fails when its bug goes unnoticed."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+
+from tests.tolerance import assert_close
+from tkernels.tuning import Config
 
 pytestmark = pytest.mark.gate("ttsem")
 
@@ -160,10 +170,117 @@ def _half_accumulator_kernel(a_ptr, b_ptr, out_ptr, n_inner, BLOCK: tl.constexpr
 
 
 def test_half_accumulator_misses_the_tolerance(device: str) -> None:
-    from tests.tolerance import assert_close
-
     a, b = torch.rand(16, 4096, device=device).half(), torch.rand(4096, 16, device=device).half()
     out = torch.empty(16, 16, device=device, dtype=torch.float16)
     _half_accumulator_kernel[(1,)](a, b, out, 4096, 16)
     with pytest.raises(AssertionError, match="over the bound"):
         assert_close(out, a.double() @ b.double(), 4096)
+
+
+# Bugs planted in the library's own kernels, by editing a copy of their source.
+
+
+@pytest.fixture
+def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``edited("attention", (before, after), ...)``: the module tkernels.kernels.attention with its source changed."""
+
+    def edit(name: str, *changes: tuple[str, str]) -> Any:
+        source = Path(importlib.import_module(f"tkernels.kernels.{name}").__file__ or "").read_text()
+        for before, after in changes:
+            assert source.count(before) == 1, f"{name}.py holds {before!r} {source.count(before)} times"
+            source = source.replace(before, after)
+        path = tmp_path / f"edited_{name}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return edit
+
+
+FOUND = r"over the bound|NaN in other places|past the end"
+ATTENTION = Config.of(BLOCK_M=16, BLOCK_N=16, BLOCK_D=16, BLOCK_V=16, CHUNK=16)
+
+
+def _attention(device: str, forward: Any, backward: Any) -> None:
+    """The kernels of two modules, in causal order over several tiles, against float64."""
+    q, k, v, do = (torch.randn(1, 1, 36, 16, dtype=torch.float64) for _ in range(4))
+    # later keys fit better, so that the running maximum moves
+    k *= torch.linspace(0.1, 3, 36, dtype=torch.float64)[:, None]
+    exact = [t.float().double().requires_grad_() for t in (q, k, v)]
+    o64 = torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=True)
+    wanted = [o64.detach(), *torch.autograd.grad(o64, exact, do.float().double())]
+    q, k, v, do = (t.float().to(device) for t in (q, k, v, do))
+    options = {"causal": True, "scale": 0.25, "config": ATTENTION}
+    o, lse = forward.launch_forward(q, k, v, **options)
+    delta = backward.launch_delta(o, do)
+    dq = backward.launch_dq(q, k, v, do, lse, delta, **options)
+    dk, dv = backward.launch_dkv(q, k, v, do, lse, delta, **options)
+    for name, got, want in zip(("o", "dq", "dk", "dv"), (o, dq, dk, dv), wanted):
+        assert_close(got, want, 4 * 36, scale=1.0, name=name)
+
+
+def test_sound_attention_passes(device: str, edited: Callable[..., Any]) -> None:
+    _attention(device, edited("attention"), edited("attention_backward"))
+
+
+@pytest.mark.parametrize(
+    "module, before, after",
+    (
+        ("attention", "        acc *= rescale[:, None]\n", ""),
+        ("attention", "row_sum * rescale + ", "row_sum + "),
+        ("attention", "offs_n <= offs_m", "offs_n < offs_m"),
+        ("attention", "tl.minimum(n_k, (tile + 1) * BLOCK_M)", "tl.minimum(n_k, tile * BLOCK_M)"),
+        ("attention", "tl.minimum(whole, tile * BLOCK_M //", "tl.minimum(whole, (tile + 1) * BLOCK_M //"),
+        ("attention_backward", "first_tile = tile * BLOCK_N // BLOCK_M", "first_tile = tile * BLOCK_N // BLOCK_M + 1"),
+        ("attention_backward", "ds = weights * (dw - delta[:, None])", "ds = weights * dw"),
+        ("attention_backward", "(dq * scale)", "dq"),
+    ),
+    ids=("accumulator not rescaled", "sum not rescaled", "causal off by one", "last tile missed", "tile thought whole",
+         "first queries missed", "no delta", "no scale"),
+)  # fmt: skip
+def test_bugs_in_attention(
+    device: str, faults: type[Exception], edited: Callable[..., Any], module: str, before: str, after: str
+) -> None:
+    names = "attention", "attention_backward"
+    modules = {name: edited(name, *[(before, after)] * (name == module)) for name in names}
+    with pytest.raises((AssertionError, faults), match=FOUND):
+        _attention(device, *modules.values())
+
+
+def _matmul(device: str, module: Any) -> None:
+    a, b = torch.randn(20, 40, dtype=torch.float64), torch.randn(40, 20, dtype=torch.float64)
+    config = Config.of(BLOCK_M=16, BLOCK_N=16, BLOCK_K=32)
+    # views into larger tensors: what lies beyond an edge is there, and is not 0
+    wide = [torch.nn.functional.pad(t.float(), (0, 30, 0, 30), value=3.0).to(device) for t in (a, b)]
+    out = module.launch_matmul(wide[0][:20, :40], wide[1][:40, :20], config=config, splits=0)
+    assert_close(out, a.float().double() @ b.float().double(), 40)
+
+
+FROM_LINEAR = "from tkernels.kernels.linear import"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        (),
+        (("a_stride_k, M, K)\n", "a_stride_k, M, K + BLOCK_K)\n"), (", K, N)\n", ", K + BLOCK_K, N)\n")),
+        (("acc = tl.dot(a, b, acc, input_precision=PRECISION)", "acc = tl.dot(a, b, input_precision=PRECISION)"),),
+        (("tl.minimum(chain + STEPS_A_CHAIN, end_step)", "tl.minimum(chain + STEPS_A_CHAIN, end_step - 1)"),),
+    ),
+    ids=("none", "no mask at the end of K", "not accumulated", "last step missed"),
+)  # fmt: skip
+def test_bugs_in_matmul(
+    device: str, faults: type[Exception], edited: Callable[..., Any], changes: tuple[tuple[str, str], ...]
+) -> None:
+    edited("linear", *changes)
+    module = edited("matmul", (FROM_LINEAR, "from edited_linear import"))
+    if not changes:
+        _matmul(device, module)
+        return
+    with pytest.raises((AssertionError, faults), match=FOUND):
+        _matmul(device, module)

@@ -23,6 +23,7 @@ SHAPES = (
     ("4x16x2048x40", 4, 16, 16, 2048, 2048, 40, ""),
     ("2x32x4096x128 causal, 8 heads of keys", 2, 32, 8, 4096, 4096, 128, "causal"),
     ("2x16x1024x192", 2, 16, 16, 1024, 1024, 192, ""),
+    ("2x16x1024x192 boolean mask dropout", 2, 16, 16, 1024, 1024, 192, "boolean dropout"),
     ("2x16x1024x256 causal", 2, 16, 16, 1024, 1024, 256, "causal"),
 )
 
@@ -32,7 +33,8 @@ def _heads(batch: int, heads: int, length: int, head: int, dtype: torch.dtype) -
     return torch.empty(batch, length, heads, head, device="cuda", dtype=dtype).transpose(1, 2)
 
 
-def _call(name: str, shape: tuple[int, ...], options: str, dtype: torch.dtype) -> None:
+def call(name: str, shape: tuple[int, ...], options: str, dtype: torch.dtype) -> None:
+    """Launch one pass: forward, delta, dq or dkv. shape: batch, heads, heads of keys, queries, keys, head."""
     batch, heads, kv_heads, n_q, n_k, head = shape
     q = _heads(batch, heads, n_q, head, dtype)
     k, v = (_heads(batch, kv_heads, n_k, head, dtype) for _ in range(2))
@@ -68,7 +70,7 @@ def cases() -> list[Case]:
             if dtype is torch.float32 and shape[-1] > 128:  # left to PyTorch
                 continue
             for name in ("forward", "delta", "dq", "dkv"):
-                run = functools.partial(_call, name, tuple(shape), options, dtype)
+                run = functools.partial(call, name, tuple(shape), options, dtype)
                 # a mask's elements, and in dkv's loop those of lse and delta, are loaded as they lie
                 product = dtype is torch.bfloat16 and name in ("forward", "dq") and "mask" not in what
                 left_out = functools.partial(_left_to_torch, shape[-1], dtype, "mask" in what or "dropout" in what)

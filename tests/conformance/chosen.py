@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from tkernels import targets
-from tkernels.tuning import Config
+from tkernels.tuning import Config, attention
 from tkernels.tuning.batch_norm import Matrix
 from tkernels.tuning.conv import Geometry
 from tkernels.tuning.conv_stage import Pooling
 
-MODULES = ("linear", "conv", "conv_stage", "batch_norm", "cross_entropy")
+MODULES = ("linear", "matmul", "attention", "conv", "conv_stage", "batch_norm", "cross_entropy")
 # shared by the choosers of its module, which are asked themselves
 HELPERS = ("tile",)
 SIZES = (1, 3, 10, 17, 32, 33, 64, 128, 200, 512, 2048)
@@ -53,6 +53,11 @@ def _poolings() -> Iterator[Pooling]:
         yield Pooling(size, size, kernel, kernel, stride, stride, pad, pad, out, out)
 
 
+# Rows of a product: m is a Matrix elsewhere.
+ROWS = (2, 17, 40, 200)
+# Widths of a head of queries and of values: one for each power of two that covers them and counts, and two that differ.
+HEADS = (13, 40, 100, 200)
+HEAD_PAIRS = (*((width, width) for width in HEADS), (13, 100), (200, 100))
 # Values for every parameter a chooser may have, by its name. A new name is added here, or the enumeration fails.
 POOL: dict[str, tuple[Any, ...]] = {
     "n": SIZES,
@@ -68,6 +73,10 @@ POOL: dict[str, tuple[Any, ...]] = {
     "inner": (0, 2, 16, 40, 100, 1000, 50176),
     "classes_contiguous": (True, False),
     "drops": (True, False),
+    "transposed": (True, False),
+    "head": HEADS,
+    "v_head": HEADS,
+    "extras": (True, False),
     "itemsize": (2, 4),
     "dtype": (torch.float32, torch.bfloat16),
     "precision": ("ieee", "tf32"),
@@ -109,8 +118,12 @@ def _kind(arguments: dict[str, Any]) -> str:
     g, m = arguments.get("g"), arguments.get("m")
     if g is not None:
         return "depthwise" if g.depthwise else "flat" if g.flattened else "wide"
-    if m is not None:
+    if isinstance(m, Matrix):
         return "planes" if m.planes else "columns"
+    if "transposed" in arguments:
+        return "transposed" if arguments["transposed"] else "dense"
+    if "head" in arguments:
+        return f"{arguments['head']}, {arguments['v_head']}"
     if "pool" in arguments:
         return "overlapping" if arguments["pool"].overlaps else "apart"
     if "n_classes" in arguments:
@@ -126,11 +139,22 @@ def _arguments(function: Callable[..., Config], target: str) -> Iterator[dict[st
             f"{function.__module__}.{function.__name__} has parameters {missing} that POOL has no values for"
         )
     fixed = {"target": target} if "target" in inspect.signature(function).parameters else {}
-    for values in itertools.product(*(POOL[name] for name in names)):
+    pools = [ROWS if name == "m" and "k" in names else POOL[name] for name in names]
+    for values in itertools.product(*pools):
         arguments = {**dict(zip(names, values)), **fixed}
         half = arguments.get("itemsize") == 2 or arguments.get("dtype") == torch.bfloat16
-        if not (half and arguments.get("precision") == "tf32"):
+        if not (half and arguments.get("precision") == "tf32") and not _left_to_torch(arguments):
             yield arguments
+
+
+def _left_to_torch(arguments: dict[str, Any]) -> bool:
+    """Whether attention has no tile for such heads, or they are not among HEAD_PAIRS."""
+    if "head" not in arguments:
+        return False
+    head, v_head = arguments["head"], arguments["v_head"]
+    if (head, v_head) not in HEAD_PAIRS:
+        return True
+    return attention.why_not(head, v_head, arguments["itemsize"], arguments["extras"], arguments["target"]) is not None
 
 
 def enumerate_configs() -> list[Chosen]:

@@ -26,6 +26,11 @@ CHOSEN = [c for c in ALL_CHOSEN if c.module != "conv_stage"]  # those are in tes
 # The kernels that a call of each kind launches, by their choosers.
 GROUPS = {
     ("linear", ""): (("forward", "dgrad", "wgrad"), ("finish", "finish_row")),
+    ("matmul", ""): (("product",),),
+    ("matmul", "dense"): (("vector",),),
+    ("matmul", "transposed"): (("vector",),),
+    **{("attention", f"{head}, {v_head}"): (("forward", "dq", "dkv"),) for head, v_head in chosen.HEAD_PAIRS},
+    ("attention", ""): (("delta",),),
     ("conv", "wide"): (("forward", "dgrad", "wgrad"),),
     ("conv", "flat"): (("forward", "dgrad", "wgrad"),),
     ("conv", "depthwise"): (("depthwise_wgrad",),),
@@ -75,6 +80,34 @@ def _linear(batch: list[Chosen]) -> Call:
         features = max(_largest(batch, "finish_row.BLOCK_N") // outputs + 1, 600)
     arguments = {"input": _draws((rows, features), dtype), "weight": _draws((outputs, features), dtype)}
     return Call("linear", kwargs={**arguments, "bias": _draws((outputs,), dtype), "activation": "relu"})
+
+
+def _matmul(batch: list[Chosen]) -> Call:
+    dtype, (c,) = batch[0].dtype, batch
+    sizes = dict(c.config.blocks)
+    k, n = sizes["BLOCK_K"] + 1, sizes["BLOCK_N"] + 1
+    if c.kind == "dense":
+        return Call("matmul", (_draws((k,), dtype), _draws((k, n), dtype)))
+    if c.kind == "transposed":
+        return Call("matmul", (_draws((n, k), dtype), _draws((k,), dtype)))
+    return Call("matmul", (_draws((sizes["BLOCK_M"] + 1, k), dtype), _draws((k, n), dtype)))
+
+
+def _attention(batch: list[Chosen]) -> Call:
+    """A mask where the tiles are those of one, else in causal order."""
+    dtype, witness = batch[0].dtype, batch[0].witness
+    if batch[0].chooser == "delta":  # which is not asked for a dtype
+        dtype = torch.bfloat16
+    v_head = witness["v_head"]
+    head, n_q, n_k = witness.get("head", 16), _rows(batch, "BLOCK_M"), _rows(batch, "BLOCK_N")
+    shapes = {"query": (1, 1, n_q, head), "key": (1, 1, n_k, head), "value": (1, 1, n_k, v_head)}
+    options = {"attn_mask": torch.rand(n_q, n_k) > 0.3} if witness.get("extras") else {"is_causal": True}
+    return Call("scaled_dot_product_attention", kwargs={**{n: _draws(s, dtype) for n, s in shapes.items()}, **options})
+
+
+def _rows(batch: list[Chosen], block: str) -> int:
+    """One more than the largest tile of the batch has; for the row sums' tiles, which hold as many as fit, few."""
+    return max(min(dict(c.config.blocks).get(block, 16), 128) for c in batch) + 1
 
 
 def _conv(batch: list[Chosen]) -> Call:
@@ -127,7 +160,10 @@ def _cross_entropy(batch: list[Chosen]) -> Call:
 
 @pytest.mark.parametrize("batch", _batches())
 def test_configuration(batch: list[Chosen], device: str, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    make = {"linear": _linear, "conv": _conv, "batch_norm": _batch_norm, "cross_entropy": _cross_entropy}
+    make = {
+        "linear": _linear, "matmul": _matmul, "attention": _attention, "conv": _conv, "batch_norm": _batch_norm,
+        "cross_entropy": _cross_entropy,
+    }  # fmt: skip
     tuning = importlib.import_module(f"tkernels.tuning.{batch[0].module}")
     call = make[batch[0].module](batch)
     asked = set()

@@ -153,7 +153,8 @@ def test_against_float64(case: Case, device: str, triton_runs: bool, launches: l
     check(o, inputs, o64, inputs64, case.k[-2])
     for t, copy in zip(inputs, before):
         assert torch.equal(t.detach(), copy), "an input was written to"
-    assert launches == ([FORWARD, DELTA, DQ, DKV] if triton_runs else [])
+    # float32 takes a launch each for dk and dv
+    assert launches == ([FORWARD, DELTA, DQ, *[DKV] * (1 + (case.dtype == F32))] if triton_runs else [])
 
 
 def test_rows_that_see_nothing_are_zero(device: str) -> None:
@@ -369,7 +370,7 @@ def test_a_tile_or_a_reason(target: str) -> None:
         for (head, v_head), itemsize, extras in itertools.product(heads, (2, 4), (False, True)):
             reason = tuning.why_not(head, v_head, itemsize, extras, target)
             if reason is not None:
-                assert max(head, v_head) > 128 or target.startswith("gfx")
+                assert max(head, v_head) > 128
                 continue
             for chooser in (tuning.forward, tuning.dq, tuning.dkv):
                 config = chooser(head, v_head, itemsize, "ieee", extras, target)

@@ -41,9 +41,9 @@ def scaled_dot_product_attention(
     ``is_causal``: row i sees keys 0 to i. scale: 1 / sqrt(E) by default. A row that sees no key gives 0. Dropout is
     applied whenever ``dropout_p`` is above 0.
 
-    Left to PyTorch on any device (the logger 'tkernels' says so once): heads wider than 256, or than 128 in float32 and
-    with a mask or dropout; AMD's GPUs; an attn_mask that requires grad, whose gradient is a matrix of queries by keys
-    itself. Where Triton runs, gradients can't be differentiated again.
+    Left to PyTorch on any device (the logger 'tkernels' says so once): heads wider than 256, or than 128 in float32 or
+    on AMD's RDNA; an attn_mask that requires grad, whose gradient is a matrix of queries by keys itself. Where Triton
+    runs, gradients can't be differentiated again.
 
     Raises TypeError for an argument of another type, IndexError for an attn_mask of one dimension, RuntimeError for
     shapes, dtypes or devices that do not go together, a ``dropout_p`` outside [0, 1], or a mask beside ``is_causal``.

@@ -5,14 +5,90 @@ once: all of them on tensor cores."""
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 from tkernels import targets
 from tkernels.tuning import Config, block
 from tkernels.tuning.linear import target_name
 
-__all__ = ["delta", "dkv", "dq", "forward", "target_name", "why_not"]
+__all__ = ["apart", "delta", "dkv", "dq", "forward", "target_name", "why_not"]
 
 WIDEST = 256
+
+
+class Tile(NamedTuple):
+    """Rows of queries and of keys, threads, features a product takes at once (0: all), stages, registers a thread at
+    most on NVIDIA, and whether dk and dv take a launch each, because the sums of both do not fit in registers."""
+
+    rows: int
+    keys: int
+    threads: int
+    chunk: int = 0
+    stages: int = 2
+    maxnreg: int | None = None
+    apart: bool = False
+
+
+# By where a product accumulates, then by the head dimension covered and whether there is a mask or dropout ("extras").
+# The largest tiles tried whose every variant compiles without spills, in 99 KiB of shared memory for 'mma', and with
+# eight warps on a multiprocessor. ptxas, left alone, spills a few bytes to stay below 128 registers: hence maxnreg.
+Table = dict[str, dict[tuple[int, bool], Tile]]
+_FORWARD: Table = {
+    "mma": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 32, 256),
+            (128, False): Tile(128, 32, 256, stages=3), (128, True): Tile(128, 16, 256),
+            (256, False): Tile(64, 32, 256), (256, True): Tile(32, 64, 256, 64)},
+    "wgmma": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 32, 256),
+              (128, False): Tile(128, 64, 256), (128, True): Tile(128, 16, 256),
+              (256, False): Tile(128, 32, 256), (256, True): Tile(64, 32, 256, 64)},
+    "tmem": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 16, 256),
+             (128, False): Tile(128, 64, 256), (128, True): Tile(128, 16, 256),
+             (256, False): Tile(128, 64, 256), (256, True): Tile(64, 32, 256, 64)},
+    "cdna": {(64, False): Tile(128, 64, 256), (64, True): Tile(64, 32, 256),
+             (128, False): Tile(128, 32, 256), (128, True): Tile(64, 16, 256),
+             (256, False): Tile(64, 16, 256), (256, True): Tile(64, 16, 256)},
+    "rdna": {(64, False): Tile(128, 32, 256), (64, True): Tile(64, 16, 256),
+             (128, False): Tile(64, 16, 128), (128, True): Tile(64, 16, 256, 64)},
+}  # fmt: skip
+_DQ: Table = {
+    "mma": {(64, False): Tile(128, 32, 256), (64, True): Tile(128, 32, 256),
+            (128, False): Tile(64, 64, 256), (128, True): Tile(32, 64, 256),
+            (256, False): Tile(64, 32, 256, 64), (256, True): Tile(32, 64, 256, 64)},
+    "wgmma": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 32, 256),
+              (128, False): Tile(128, 64, 256), (128, True): Tile(128, 16, 256),
+              (256, False): Tile(128, 32, 256), (256, True): Tile(64, 32, 256, 64)},
+    "tmem": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 32, 256),
+             (128, False): Tile(128, 64, 256), (128, True): Tile(128, 16, 256),
+             (256, False): Tile(128, 32, 256), (256, True): Tile(64, 32, 256, 64)},
+    "cdna": {(64, False): Tile(128, 32, 256), (64, True): Tile(64, 32, 256),
+             (128, False): Tile(64, 16, 256), (128, True): Tile(64, 16, 256),
+             (256, False): Tile(64, 16, 256, 64), (256, True): Tile(64, 16, 256, 64)},
+    "rdna": {(64, False): Tile(64, 32, 256), (64, True): Tile(64, 16, 256),
+             (128, False): Tile(64, 32, 256, 32), (128, True): Tile(64, 16, 256, 32)},
+}  # fmt: skip
+_DKV: Table = {
+    "mma": {(64, False): Tile(32, 128, 256), (64, True): Tile(16, 128, 256),
+            (128, False): Tile(64, 64, 256), (128, True): Tile(64, 32, 256, stages=3),
+            (256, False): Tile(32, 32, 256, 64), (256, True): Tile(32, 32, 256, 64)},
+    "wgmma": {(64, False): Tile(64, 64, 256), (64, True): Tile(64, 64, 256),
+              (128, False): Tile(64, 64, 256), (128, True): Tile(32, 64, 256),
+              (256, False): Tile(32, 64, 256, apart=True), (256, True): Tile(32, 64, 256, apart=True)},
+    "tmem": {(64, False): Tile(64, 128, 256), (64, True): Tile(32, 128, 256),
+             (128, False): Tile(64, 128, 256), (128, True): Tile(32, 128, 256),
+             (256, False): Tile(32, 64, 256, maxnreg=255), (256, True): Tile(16, 64, 256, 64)},
+    "cdna": {(64, False): Tile(32, 64, 256), (64, True): Tile(16, 64, 256),
+             (128, False): Tile(16, 128, 512), (128, True): Tile(16, 64, 256, 64),
+             (256, False): Tile(16, 64, 512, 64), (256, True): Tile(16, 64, 512, 64)},
+    "rdna": {(64, False): Tile(32, 64, 256, 32), (64, True): Tile(16, 64, 256, 32),
+             (128, False): Tile(32, 64, 256, 32), (128, True): Tile(16, 64, 256, 32)},
+}  # fmt: skip
+# Float32, whatever the precision and the head: operands are twice as large, and without tensor cores a thread holds
+# whole rows of a chunk. By where a product accumulates, '' elsewhere.
+_FLOAT32_FORWARD = {"": Tile(32, 32, 256, 16)}
+_FLOAT32_DQ = {"": Tile(32, 32, 256, 16, maxnreg=255), "cdna": Tile(16, 32, 256, 16), "rdna": Tile(16, 32, 256, 16)}
+_FLOAT32_DKV = {
+    "": Tile(32, 32, 256, 16, maxnreg=255, apart=True),
+    "cdna": Tile(16, 32, 256, 16, apart=True),
+}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -25,10 +101,9 @@ def why_not(head: int, v_head: int, itemsize: int, extras: bool, target: str) ->
         return f"heads of {max(head, v_head)} are wider than {WIDEST}"
     if widest == WIDEST and itemsize == 4:
         return f"heads of {max(head, v_head)} in float32 do not fit in registers"
-    if widest == WIDEST and extras:
-        return f"heads of {max(head, v_head)} with a mask or dropout do not fit in registers"
-    if _registers(target) not in _FORWARD:
-        return f"no tile is known to compile without spills for {target}"
+    if itemsize == 2 and (max(widest, 64), extras) not in _DKV[_accumulates(target)]:
+        options = " with a mask or dropout" if extras else ""
+        return f"heads of {max(head, v_head)}{options} do not fit in {target}'s registers"
     return None
 
 
@@ -37,21 +112,7 @@ def _blocks(head: int, v_head: int) -> tuple[int, int]:
     return block(head, 16, 1 << 20), block(v_head, 16, 1 << 20)
 
 
-def _config(head: int, v_head: int, rows: int, keys: int, warps: int, stages: int, chunk: int | None = None,
-            maxnreg: int | None = None) -> Config:  # fmt: skip
-    block_d, block_v = _blocks(head, v_head)
-    chunk = min(chunk, block_d, block_v) if chunk else block_d
-    return Config.of(num_warps=warps, num_stages=stages, maxnreg=maxnreg, BLOCK_M=rows, BLOCK_N=keys, BLOCK_D=block_d,
-                     BLOCK_V=block_v, CHUNK=chunk)  # fmt: skip
-
-
-def _float32(head: int, v_head: int) -> Config:
-    """Small tiles and features in chunks, whatever the precision: operands are twice as large, and without tensor
-    cores a thread holds whole rows of a chunk."""
-    return _config(head, v_head, 32, 32, 256 // targets.current().warp_size, 2, chunk=16)
-
-
-def _registers(target: str) -> str:
+def _accumulates(target: str) -> str:
     """Where a product accumulates: 'mma' in the registers of one warp for 16 rows (sm_80 to sm_89 and sm_120), 'wgmma'
     of four warps for 64 (sm_90), 'tmem' in tensor memory (sm_100), 'cdna' or 'rdna' on AMD."""
     if target in ("sm_90", "sm_100"):
@@ -61,75 +122,46 @@ def _registers(target: str) -> str:
     return "cdna" if targets.current().warp_size == 64 else "rdna"
 
 
-# By where a product accumulates, then by the head dimension covered and whether there is a mask or dropout ("extras"):
-# rows of queries, rows of keys, threads, features a product takes at once (0: all). The largest tiles of a list that
-# compile without spills for each target.
-Tile = tuple[int, int, int, int]
-Table = dict[str, dict[tuple[int, bool], Tile]]
-_FORWARD: Table = {
-    "mma": {(64, False): (128, 64, 256, 0), (64, True): (128, 32, 256, 0),
-            (128, False): (128, 64, 256, 0), (128, True): (64, 16, 128, 0), (256, False): (64, 16, 128, 0)},
-    "wgmma": {(64, False): (128, 64, 256, 0), (64, True): (128, 64, 256, 0),
-              (128, False): (128, 64, 256, 0), (128, True): (128, 32, 256, 0), (256, False): (128, 64, 256, 0)},
-    "tmem": {(64, False): (128, 64, 256, 0), (64, True): (128, 64, 256, 0),
-             (128, False): (128, 64, 256, 0), (128, True): (64, 16, 128, 0), (256, False): (128, 64, 256, 0)},
-}  # fmt: skip
-_DQ: Table = {
-    "mma": {(64, False): (128, 32, 256, 0), (64, True): (128, 32, 256, 0),
-            (128, False): (64, 32, 128, 0), (128, True): (64, 16, 128, 64), (256, False): (64, 16, 128, 64)},
-    "wgmma": {(64, False): (128, 64, 256, 0), (64, True): (128, 64, 256, 0),
-              (128, False): (128, 64, 256, 0), (128, True): (128, 32, 256, 0), (256, False): (128, 32, 256, 0)},
-    "tmem": {(64, False): (128, 64, 256, 0), (64, True): (128, 64, 256, 0),
-             (128, False): (128, 64, 256, 0), (128, True): (128, 32, 256, 0), (256, False): (64, 64, 128, 0)},
-}  # fmt: skip
-_DKV: Table = {
-    "mma": {(64, False): (32, 128, 256, 0), (64, True): (32, 128, 256, 0),
-            (128, False): (32, 64, 128, 0), (128, True): (32, 64, 128, 0), (256, False): (16, 128, 256, 64)},
-    "wgmma": {(64, False): (64, 64, 256, 0), (64, True): (64, 64, 256, 0),
-              (128, False): (64, 64, 256, 0), (128, True): (64, 64, 256, 0), (256, False): (32, 64, 256, 0)},
-    "tmem": {(64, False): (64, 128, 256, 0), (64, True): (64, 128, 256, 0),
-             (128, False): (64, 128, 256, 0), (128, True): (64, 128, 256, 0), (256, False): (32, 64, 256, 0)},
-}  # fmt: skip
+def _tile(
+    half: Table, single: dict[str, Tile], head: int, v_head: int, itemsize: int, extras: bool, target: str
+) -> Tile:
+    """Of the tables of 16-bit operands and of float32's."""
+    where = _accumulates(target)
+    if itemsize == 4:
+        return single.get(where, single[""])
+    return half[where][max(64, *_blocks(head, v_head)), extras]
 
 
-def _looked_up(table: Table, head: int, v_head: int, extras: bool, target: str) -> Config:
-    widest = max(64, *_blocks(head, v_head))
-    rows, keys, threads, chunk = table[_registers(target)][widest, extras]
-    return _config(head, v_head, rows, keys, threads // targets.current().warp_size, 2, chunk or None)
+def _config(head: int, v_head: int, tile: Tile) -> Config:
+    block_d, block_v = _blocks(head, v_head)
+    chunk = min(tile.chunk, block_d, block_v) if tile.chunk else block_d
+    return Config.of(num_warps=tile.threads // targets.current().warp_size, num_stages=tile.stages,
+                     maxnreg=tile.maxnreg, BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_D=block_d, BLOCK_V=block_v,
+                     CHUNK=chunk)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def forward(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> Config:
     """``extras``: a mask or dropout, which want registers of their own."""
-    if itemsize == 4:
-        return _float32(head, v_head)
-    return _looked_up(_FORWARD, head, v_head, extras, target)
+    return _config(head, v_head, _tile(_FORWARD, _FLOAT32_FORWARD, head, v_head, itemsize, extras, target))
 
 
 @functools.lru_cache(maxsize=1024)
 def dq(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> Config:
     """For the gradient of the queries."""
-    if itemsize == 4:
-        return _float32(head, v_head)
-    return _looked_up(_DQ, head, v_head, extras, target)
+    return _config(head, v_head, _tile(_DQ, _FLOAT32_DQ, head, v_head, itemsize, extras, target))
 
 
 @functools.lru_cache(maxsize=1024)
 def dkv(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> Config:
     """For the gradients of keys and values."""
-    if itemsize == 4:
-        return _float32(head, v_head)
-    return _looked_up(_DKV, head, v_head, extras, target)
+    return _config(head, v_head, _tile(_DKV, _FLOAT32_DKV, head, v_head, itemsize, extras, target))
 
 
 @functools.lru_cache(maxsize=1024)
 def apart(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> bool:
-    """Whether dk and dv take a launch each, because the sums of both do not fit in registers: the weights are formed
-    twice."""
-    widest = max(_blocks(head, v_head))
-    if _registers(target) in ("wgmma", "tmem"):
-        return widest > 128
-    return widest > 64 or extras
+    """Whether dk and dv take a launch each; the weights are formed twice then."""
+    return _tile(_DKV, _FLOAT32_DKV, head, v_head, itemsize, extras, target).apart
 
 
 @functools.lru_cache(maxsize=64)
