@@ -4,6 +4,7 @@ memory. Times are measured by ``python -m perf sweep --shapes spread``."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tkernels.functional as TF
+from tests.tolerance import assert_close
+from tkernels.cpu import post_ops
+from tkernels.ops import activation
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -68,11 +72,20 @@ def _saved(call: Call) -> int:
 
 @pytest.mark.parametrize("name", _pairs())
 def test_a_small_call_is_torch_s_calls(name: str) -> None:
-    """Each ATen call torch makes, but for ReLU's, which writes over what is below it, and none besides."""
+    """Each ATen call torch makes and none besides."""
+    leaves, *calls = _pairs()[name]
+    ours, torchs = (_aten(call, leaves) for call in calls)
+    assert ours == torchs
+
+
+@pytest.mark.parametrize("name", ("linear_relu", "conv2d_relu", "batch_norm_relu"))
+def test_of_a_larger_call_relu_takes_the_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation, "IN_PLACE", 1)
     leaves, *calls = _pairs()[name]
     ours, torchs = (_aten(call, leaves) for call in calls)
     in_place = {"aten::relu": "aten::relu_", "aten::clamp_min": "aten::clamp_min_"}
     assert ours == [in_place.get(call, call) for call in torchs]
+    assert ours != torchs
 
 
 @pytest.mark.parametrize("name", _pairs())
@@ -82,7 +95,8 @@ def test_no_more_is_kept_than_by_torch(name: str) -> None:
     assert 0 < ours <= torchs
 
 
-def test_relu_takes_the_memory_of_the_product() -> None:
+def test_relu_takes_the_memory_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation, "IN_PLACE", 1)
     x, w, b = torch.randn(5, 4), torch.randn(3, 4, requires_grad=True), torch.randn(3)
     image, filters = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3, requires_grad=True)
     for step in (lambda: TF.linear(x, w, b, "relu"), lambda: TF.conv2d(image, filters, activation="relu")):
@@ -92,3 +106,69 @@ def test_relu_takes_the_memory_of_the_product() -> None:
     # views keep theirs: their base's history would have to be written again
     assert TF.linear(x.view(1, 5, 4), w, b, "relu")._version == 0
     assert TF.conv2d(image[0], filters, activation="relu")._version == 0
+
+
+LINEAR = (((256, 2048), 24), ((4096, 8), 40))
+CONV: tuple[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]], ...] = (
+    ((8, 24, 32, 32), (40, 24, 3, 3), {"padding": 1}),
+    ((8, 24, 32, 32), (24, 1, 3, 3), {"padding": 1, "groups": 24, "stride": 2}),
+    ((8, 24, 33, 29), (8, 24, 5, 1), {"padding": (2, 0), "dilation": (2, 1), "stride": (1, 3)}),
+)
+
+
+def _without_gradients(dtype: torch.dtype) -> list[tuple[str, Call, Call, Call, int]]:
+    """A name, our call, torch's, float64's, and terms of a sum."""
+    found: list[tuple[str, Call, Call, Call, int]] = []
+    for shape, features in LINEAR:
+        args = torch.randn(shape).to(dtype), torch.randn(features, shape[1]).to(dtype), torch.randn(features).to(dtype)
+        exact = [t.double() for t in args]
+        found.append(("linear", lambda a=args: TF.linear_relu(*a), lambda a=args: F.relu(F.linear(*a)),
+                      lambda e=exact: F.relu(F.linear(*e)), shape[1]))  # type: ignore[misc] # fmt: skip
+    for shape, window, options in CONV:
+        x, w = (torch.randn(size).to(dtype).contiguous(memory_format=torch.channels_last) for size in (shape, window))
+        images = x, w, torch.randn(window[0]).to(dtype)
+        wide = [t.double() for t in images]
+        found.append(("conv", lambda a=images, o=options: TF.conv2d(*a, **o, activation="relu"),
+                      lambda a=images, o=options: F.relu(F.conv2d(*a, **o)),
+                      lambda e=wide, o=options: F.relu(F.conv2d(*e, **o)), w[0].numel()))  # type: ignore[misc] # fmt: skip
+    return found
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+def test_without_gradients_relu_is_onednn_s_last_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(post_ops, "WORTH_IT", 1)
+    monkeypatch.setattr(post_ops, "SMALLEST_INPUT", 1)
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("no bf16 in oneDNN on this CPU")
+    for name, ours, torchs, exact, terms in _without_gradients(dtype):
+        with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            y = ours()
+        called = [e.name for e in profile.events()]
+        assert [n for n in called if "pointwise" in n], called
+        assert not [n for n in called if n in ("aten::relu", "aten::relu_", "aten::threshold")]
+        theirs = torchs()
+        assert (y.dtype, y.shape, y.stride()) == (theirs.dtype, theirs.shape, theirs.stride()), name
+        assert_close(y, exact(), terms, name=name)
+
+
+def test_relu_stays_a_call_where_it_must_be_seen_or_torch_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(post_ops, "WORTH_IT", 1)
+    monkeypatch.setattr(post_ops, "SMALLEST_INPUT", 1)
+    x, w, b = torch.randn(256, 2048), torch.randn(24, 2048), torch.randn(24)
+    image = torch.randn(8, 24, 32, 32).contiguous(memory_format=torch.channels_last)
+    filters = torch.randn(40, 24, 3, 3)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert TF.linear_relu(x, w, b).dtype == torch.bfloat16
+        per_row = torch.func.vmap(lambda row: TF.linear_relu(row, w, b))(x.view(256, 1, 2048))
+        torch.testing.assert_close(per_row.view(256, 24), F.relu(F.linear(x, w, b)), rtol=1e-4, atol=1e-3)
+        for message, call in (
+            ("in_features", lambda: TF.linear_relu(x, w[:, :7])),
+            ("bias", lambda: TF.linear_relu(x, w, b[:7])),
+            ("channels", lambda: TF.conv2d(image, filters[:, :7], activation="relu")),
+            ("stride", lambda: TF.conv2d(image, filters, stride=0, activation="relu")),
+            ("padded input", lambda: TF.conv2d(image, filters, dilation=40, activation="relu")),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                call()

@@ -10,6 +10,9 @@ from tkernels.ops import checks
 ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu")
 # The sign of their output tells the derivative; gelu and silu need their input.
 FROM_OUTPUT = ("relu", "leaky_relu")
+# Bytes from which on ReLU in place pays in training; glibc maps larger buffers anew each time. (Measured: 0.93 to 0.97
+# of the speed at 8 MB, 1.1 to 1.2 times it from 32 MB on.)
+IN_PLACE = 1 << 25
 LEAKY_SLOPE = 0.01  # torch.nn.functional.leaky_relu's default
 aten = torch.ops.aten
 
@@ -39,8 +42,9 @@ def apply(z: Tensor, activation: str | None) -> Tensor:
 
 def apply_to_own(z: Tensor, activation: str | None, dims: int) -> Tensor:
     """:func:`apply` where nothing else needs ``z``: ReLU takes its memory. Not where it has another number of
-    dimensions than ``dims``: then it is a view, and autograd would rewrite the history of what it is a view of."""
-    if activation == "relu" and z.dim() == dims:
+    dimensions than ``dims``: then it is a view, and autograd would rewrite the history of what it is a view of. Nor in
+    training below the size that is mapped anew each time: backward is glad of the memory that ``z`` leaves in cache."""
+    if activation == "relu" and z.dim() == dims and (not z.requires_grad or z.nbytes >= IN_PLACE):
         return torch.relu_(z)
     return apply(z, activation)
 

@@ -275,9 +275,7 @@ def _torch_batch_norm(
         checks.explain(error, functools.partial(_check, *arguments))
     if residual is not None:
         y = y.add_(residual)
-    if activation is None:
-        return y
-    return torch.relu_(y) if activation == "relu" else activations.apply(y, activation)
+    return activations.apply_to_own(y, activation, y.dim())
 
 
 def _torch_normalize(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tkernels import replay, runtime
+from tkernels.cpu import post_ops
 from tkernels.ops import activation as activations
 from tkernels.ops import checks
 from tkernels.ops.autograd import once_differentiable
@@ -68,6 +69,8 @@ _checked = replay.Checked()
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``relu(input @ weight.T + bias)``: :func:`linear` with activation 'relu'; shapes and errors are the same."""
+    if runtime.leaves_to_torch(input):
+        return _torch_body(input, weight, bias, "relu", 0.0)
     return linear(input, weight, bias, "relu")
 
 
@@ -115,6 +118,10 @@ def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _torch_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float) -> Tensor:
     """The same in ATen calls, with PyTorch's own autograd and autocast."""
+    if activation == "relu" and p == 0.0 and not torch.is_grad_enabled():
+        y = post_ops.linear_relu(input, weight, bias)
+        if y is not None:
+            return y
     try:
         z = F.linear(input, weight, bias)
     except checks.REFUSALS as error:
