@@ -84,18 +84,17 @@ def _rows(task: Task, counted: meter.Step) -> list[dict[str, Any]]:
 
 
 def summary(frame: pd.DataFrame) -> str:
-    """What is printed: a line an operator, shape and dtype, a group of columns a provider."""
+    """What is printed: a line an operator, shape, dtype and provider. The ratios are those to the least bytes."""
     frame = frame.assign(shape=[schema.shape_label(row) for row in schema.records(frame)])
-    keys = ["operator", "shape", "dtype"]
-    columns: dict[tuple[str, str], Any] = {}
-    for provider, rows in frame.groupby("provider", sort=False):
-        for phase in PHASES:
-            part = rows[rows.phase == phase].set_index(keys)
-            columns[str(provider), f"{phase} MB"] = (part.bytes / 1e6).astype(float).round(2)
-            columns[str(provider), f"{phase} of least"] = (part.bytes / part.least_bytes).astype(float).round(2)
-        by_case = rows.groupby(keys, sort=False)
-        columns[str(provider), "workspace MB"] = (by_case.workspace_bytes.sum() / 1e6).astype(float).round(2)
-        columns[str(provider), "saved MB"] = (by_case.saved_bytes.sum() / 1e6).astype(float).round(2)
-        columns[str(provider), "calls"] = by_case.launches.sum() + by_case.aten_calls.sum()
-    order = list(dict.fromkeys(frame.set_index(keys).index))
-    return pd.DataFrame(columns).reindex(order).T.to_string()
+    keys = ["operator", "shape", "dtype", "provider"]
+    by_case = frame.groupby(keys, sort=False)
+    columns: dict[str, Any] = {}
+    for phase in PHASES:
+        part = frame[frame.phase == phase].set_index(keys)
+        columns[f"{phase} MB"] = (part.bytes / 1e6).astype(float).round(2)
+        columns[f"of least {phase}"] = (part.bytes / part.least_bytes).astype(float).round(2)
+    columns["workspace MB"] = (by_case.workspace_bytes.sum() / 1e6).astype(float).round(2)
+    columns["saved MB"] = (by_case.saved_bytes.sum() / 1e6).astype(float).round(2)
+    columns["launches"] = by_case.launches.sum()
+    columns["ATen calls"] = by_case.aten_calls.sum()
+    return pd.DataFrame(columns).reset_index().to_string(index=False)

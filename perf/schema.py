@@ -238,13 +238,16 @@ def key(row: Mapping[str, Any], columns: tuple[str, ...] = TASK) -> tuple[str, .
 
 
 def shape_label(row: Mapping[str, Any]) -> str:
-    """A row's shape in short: '256 x 32x32x32 -> 64, 3x3 /2'."""
+    """A row's shape in short: '256x32x32x32→64 3x3/2'; attention's as torch has it, '8x12x197x64', queries and keys
+    '8x12x1x64 at 197' where they differ in number."""
 
     def get(name: str) -> int | None:
         value = row[name]
         return None if value is None or pd.isna(value) else int(value)
 
     n, c, h, w, k, r, s = (get(name) for name in ("N", "C", "H", "W", "K", "R", "S"))
+    if row.get("operator") == "attention":
+        return f"{n}x{k}x{h}x{c}" + (f" at {w}" if w != h else "")
     text = "x".join(str(v) for v in (n, c, h, w) if v is not None)
     if c is None:
         text = f"batch {n}"

@@ -105,3 +105,5 @@ def test_shapes_in_short() -> None:
     assert schema.shape_label(row()) == "256x32x32x32→32 3x3"
     assert schema.shape_label(row(stride=2, groups=32)) == "256x32x32x32→32 3x3/2 g32"
     assert schema.shape_label(row(**dict.fromkeys(("H", "W", "K", "R", "S", "stride", "groups")))) == "256x32"
+    assert schema.shape_label(row(operator="attention", N=8, K=12, H=197, W=197, C=64)) == "8x12x197x64"
+    assert schema.shape_label(row(operator="attention", N=8, K=12, H=1, W=197, C=64)) == "8x12x1x64 at 197"
