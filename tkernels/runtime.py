@@ -83,6 +83,8 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
             return f"{t.dtype} is left to PyTorch"
         if t is not None and _wraps_others(t):
             return f"a {type(t).__name__} has no storage of its own"
+        if t is not None and t.is_neg():
+            return "a view of a conjugate's imaginary part is stored with the opposite sign"
     for t in tensors:
         if t is not None and not t.is_cuda and (t.is_meta or not interpreting()):
             return f"a tensor is on {t.device}, not on a GPU"
@@ -132,14 +134,15 @@ def _can_run(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether why_not_triton has no reason; every call asks this, so nothing is put into words."""
     if not HAS_TRITON or transformed():
         return False
-    anywhere = interpreting()
+    anywhere, eager = interpreting(), not torch.compiler.is_compiling()
     for t in tensors:
         if t is not None:
             if not (t.is_cuda or (anywhere and not t.is_meta)):
                 return False
             if t.dtype not in TRITON_DTYPES and t.is_floating_point():
                 return False
-            if _wraps_others(t):
+            # stored negated, as z.conj().imag is (in a trace, operators get what is resolved)
+            if _wraps_others(t) or (eager and t.is_neg()):
                 return False
     return anywhere or targets.supported()
 

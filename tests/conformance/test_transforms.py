@@ -112,3 +112,16 @@ def test_tensors_made_of_tensors(call: Any, device: str, triton_runs: bool, laun
         ours = function(tkernels.functional, Wrapper(x))
     torch.testing.assert_close(ours, function(F, x))
     assert not launches
+
+
+def test_what_is_stored_with_the_opposite_sign(call: Any, device: str, triton_runs: bool, launches: list[str]) -> None:
+    function, shape = call
+    x = torch.complex(draw(device, *shape), draw(device, *shape)).conj().imag
+    assert x.is_neg()
+    if triton_runs:
+        with pytest.raises(RuntimeError, match="opposite sign"):
+            function(tkernels.functional, x)
+    with tkernels.backend("auto"):
+        ours = function(tkernels.functional, x)
+    torch.testing.assert_close(ours, function(F, x.resolve_neg()))
+    assert not launches

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import tkernels
@@ -29,20 +30,20 @@ def draw(device: str, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("a, b", [SHAPES[2], *(pytest.param(*s, marks=slow_there) for s in SHAPES if s != SHAPES[2])])
 def test_opcheck(a: tuple[int, ...], b: tuple[int, ...], device: str) -> None:
-    torch.library.opcheck(matmul, (draw(device, *a), draw(device, *b).mT.contiguous().mT))
+    torch.library.opcheck(matmul, (draw(device, *a), draw(device, *b).mT.contiguous().mT, None))
 
 
 @slow_there
 def test_opcheck_in_another_dtype(device: str) -> None:
     a, b = (torch.randn(2, 4, 4, device=device).bfloat16() for _ in range(2))
     torch.library.opcheck(matmul, (a, b, torch.float32))
-    torch.testing.assert_close(matmul(a, b, torch.float32).bfloat16(), matmul(a, b))
+    torch.testing.assert_close(matmul(a, b, torch.float32).bfloat16(), matmul(a, b, None))
 
 
 @pytest.mark.parametrize("a, b", SHAPES)
 def test_operator_equals_the_function(a: tuple[int, ...], b: tuple[int, ...], device: str) -> None:
     x, y = draw(device, *a), draw(device, *b)
-    ours, expected = matmul(x, y), F.matmul(x, y)
+    ours, expected = matmul(x, y, None), F.matmul(x, y)
     torch.testing.assert_close(ours, expected)
     dy = torch.randn_like(ours)
     found = torch.autograd.grad(ours, (x, y), dy)
@@ -53,8 +54,8 @@ def test_operator_equals_the_function(a: tuple[int, ...], b: tuple[int, ...], de
 @pytest.mark.parametrize("a, b", SHAPES[:3])
 def test_gradcheck(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     x, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (a, b))
-    assert torch.autograd.gradcheck(matmul, (x, y), fast_mode=True)
-    assert torch.autograd.gradgradcheck(matmul, (x, y), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, y: matmul(x, y, None), (x, y), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x, y: matmul(x, y, None), (x, y), fast_mode=True)
 
 
 class Mix(torch.nn.Module):
@@ -129,3 +130,15 @@ def test_counted_gradients_of_gradients(device: str) -> None:
             (da,) = torch.autograd.grad(F.matmul(a, b).square().sum(), a, create_graph=True)
             outcomes.append(torch.autograd.grad(da.square().sum(), (a, b)))
     torch.testing.assert_close(*outcomes)
+
+
+def test_traced_with_symbols_and_gradients(device: str, triton_runs: bool) -> None:
+    """make_fx's graph of forward and backward, called on other sizes."""
+
+    def call(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(F.matmul(a, b).square().sum(), (a, b))
+
+    graph = make_fx(call, tracing_mode="symbolic")(draw(device, 3, 2, 4, 5), draw(device, 2, 5, 4))
+    assert operators(graph.graph) == ({"matmul"} if triton_runs else set())
+    other = draw(device, 4, 3, 2, 6), draw(device, 3, 6, 5)
+    torch.testing.assert_close(graph(*other), call(*other))

@@ -18,7 +18,7 @@ __all__ = ["matmul"]
 
 
 @torch.library.custom_op("tkernels::matmul", mutates_args=())
-def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     """a [*, M, K] @ b [*, K, N], batch dimensions broadcast; contiguous, in ``dtype`` (default: a's)."""
     if runtime.use_triton(a, b):
         return ops.forward(a, b, dtype)
@@ -27,14 +27,14 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 @matmul.register_fake
-def _(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=dtype or a.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, _ = inputs
-    needs_a, needs_b, _ = ctx.needs_input_grad
+    needs_a, needs_b = ctx.needs_input_grad[:2]
     ctx.shapes = a.shape, b.shape
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
 

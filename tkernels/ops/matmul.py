@@ -150,11 +150,11 @@ def _summed(product: Callable[..., Tensor], a: Tensor, b: Tensor, shape: torch.S
     """a @ b summed over the batch dimensions that ``shape`` lacks: the gradient of an operand that was broadcast."""
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if batch == shape[:-2]:
-        return product(a, b)
+        return product(a, b, None)
     if batch == a.shape[:-2] == b.shape[:-2] and math.prod(shape[:-2]) == 1:
         # sums over all batches: one longer reduction
         (m, k), n = a.shape[-2:], b.shape[-1]
         terms = math.prod(batch) * k  # Size.numel would make symbolic sizes constants
-        return product(a.movedim(-2, 0).reshape(m, terms), b.reshape(terms, n)).reshape(shape)
+        return product(a.movedim(-2, 0).reshape(m, terms), b.reshape(terms, n), None).reshape(shape)
     # added in float32, as the terms of a product are
     return product(a, b, torch.float32).sum_to_size(shape).to(a.dtype)
