@@ -59,10 +59,15 @@ CASES = [
     Case((2, 2, 17, 16), (2, 2, 35, 16), mask="boolean (2, 1, 17, 35)", dtype=BF16),
     Case((2, 2, 17, 16), (2, 2, 35, 16), mask="boolean (35,)"),
     Case((2, 2, 17, 16), (2, 2, 35, 16), mask="added (17, 35)"),
+    Case((2, 2, 17, 16), (2, 2, 35, 16), mask="float32 (2, 1, 17, 35)", dtype=BF16),
     Case((2, 2, 17, 16), (2, 2, 35, 16), mask="added (2, 2, 17, 1)", dtype=F16),
     # grouped heads, a scale of one's own
     Case((1, 6, 20, 16), (1, 2, 33, 16), gqa=True, scale=0.1),
     Case((4, 20, 16), (2, 20, 16), gqa=True, causal=True, dtype=BF16),
+    Case((1, 4, 9, 16), (1, 2, 7, 16), (1, 1, 7, 16), gqa=True),
+    Case((2, 1, 4, 9, 16), (1, 3, 2, 5, 16), gqa=True, mask="boolean (3, 1, 9, 5)"),
+    # every key alike
+    Case((1, 2, 9, 16), (1, 2, 7, 16), scale=0.0),
     # ranks: matrices, one and three leading dimensions, leading dimensions that broadcast
     Case((9, 16), (5, 16)),
     Case((3, 9, 16), (3, 5, 16), mask="boolean (3, 9, 5)"),
@@ -98,7 +103,8 @@ def mask_of(case: Case, device: str) -> Tensor | None:
         seen[..., 1, :] = False
     if kind == "boolean":
         return seen.to(device)
-    return torch.randn(size).masked_fill(~seen, -math.inf).to(device, case.dtype)
+    dtype = F32 if kind == "float32" else case.dtype
+    return torch.randn(size).masked_fill(~seen, -math.inf).to(device, dtype)
 
 
 def tensors(case: Case, device: str) -> list[Tensor]:

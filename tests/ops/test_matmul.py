@@ -59,6 +59,7 @@ CASES = [
     Case((20, 40), (40, 24), BF16, "transposed", "transposed", "transposed"),
     Case((20, 33), (33, 24), F32, "sliced", "sliced", "sliced"),
     Case((6, 7), (7, 5), F32, "expanded", "strided", "expanded"),
+    Case((3, 5, 8), (3, 8, 6), F32, "expanded", "transposed", "expanded"),
     Case((2, 3, 16, 8), (2, 3, 8, 16), BF16, "heads", "heads", "heads"),
     Case((2, 3, 5, 8), (8, 7), F32, "heads", "transposed"),
     Case((2, 5, 8), (8,), F32, "transposed", "strided", "expanded"),
@@ -147,6 +148,20 @@ def test_only_the_gradients_asked_for(device: str, triton_runs: bool, launches: 
     assert a.grad is not None
     if triton_runs:
         assert launches == [PRODUCT, PRODUCT]
+
+
+@pytest.mark.parametrize("shapes", (((5, 6), (6, 7)), ((6,), (2, 6, 3)), ((2, 5, 6), (6,)), ((2, 5, 6), (6, 3))))
+def test_only_b_wants_a_gradient(shapes: tuple[tuple[int, ...], ...], device: str, launches: list[str]) -> None:
+    a, b = torch.randn(shapes[0], device=device), torch.randn(shapes[1], device=device, requires_grad=True)
+    y = matmul(a, b)
+    made = len(launches)
+    y.sum().backward()
+    assert a.grad is None
+    assert b.grad is not None
+    b64 = exact(b)
+    (want,) = torch.autograd.grad((exact(a).detach() @ b64).sum(), b64)
+    tolerance.assert_close(b.grad, want, 10, scale=3.0)
+    assert len(launches) - made <= 1
 
 
 def test_gradients_of_gradients(device: str) -> None:

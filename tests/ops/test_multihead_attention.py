@@ -312,6 +312,7 @@ BAD = {
     "mask dtype": lambda m: m(_x(L, N, E), _x(L, N, E), _x(L, N, E), attn_mask=_x(L, L).long()),
     "padding rank": lambda m: m(_x(L, N, E), _x(L, N, E), _x(L, N, E), key_padding_mask=_x(L)),
     "padding size": lambda m: m(_x(L, N, E), _x(L, N, E), _x(L, N, E), key_padding_mask=_x(N, S)),
+    "padding transposed": lambda m: m(_x(L, N, E), _x(L, N, E), _x(L, N, E), key_padding_mask=_x(L, N)),
     "causal without a mask": lambda m: m(_x(L, N, E), _x(L, N, E), _x(L, N, E), is_causal=True),
 }
 

@@ -15,6 +15,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     query: (L, N, E), or (N, L, E) with ``batch_first``, or (L, E); key and value likewise of length S. Masks, weights
     and errors are torch's. Pass ``need_weights=False`` where the weights are not looked at: only then is no tensor of
     queries by keys formed. On Triton nested tensors are refused (AssertionError); elsewhere torch's forward runs.
+
+    It can take the place of ``self_attn`` in torch's transformer layers. In evaluation without gradients, torch's
+    TransformerEncoderLayer does not call it: it hands the parameters to a kernel of PyTorch's.
     """
 
     def forward(

@@ -190,8 +190,9 @@ def _check_masks(
     batched = query.dim() == 3
     batch = query.shape[batch_dim] if batched else 1
     n_q, n_k = (t.shape[1 - batch_dim if batched else 0] for t in (query, key))
-    if padding is not None and padding.numel() != batch * n_k:
-        raise AssertionError(f"key_padding_mask must have shape {[batch, n_k]}, got {list(padding.shape)}")
+    whole = (batch, n_k) if batched else (n_k,)
+    if padding is not None and padding.shape != whole:
+        raise AssertionError(f"key_padding_mask must have shape {list(whole)}, got {list(padding.shape)}")
     if mask is None:
         return
     allowed = (n_q, n_k) if mask.dim() == 2 else (batch * heads, n_q, n_k)
