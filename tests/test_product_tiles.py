@@ -19,6 +19,7 @@ from perf import aot, rules
 from perf.cases import attention, matmul
 from perf.cases.linear import tf32
 from tkernels import targets
+from tkernels.tuning import Config
 from tkernels.tuning import attention as tuning
 
 pytestmark = pytest.mark.gate("aot")
@@ -71,6 +72,15 @@ def test_tile_compiles_clean(target: str, name: str, head: int, options: str, pr
     problems = [f"{facts.kernel}: {text}" for launch, facts in compiled for text in rules.complaints(launch, facts)]
     assert compiled
     assert not problems, "\n".join(problems)
+
+
+def test_a_tile_too_large_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No exception of perf/rules.py hides what attention spills, nor more shared memory than there is."""
+    large = Config.of(num_warps=4, num_stages=3, BLOCK_M=128, BLOCK_N=64, BLOCK_D=128, BLOCK_V=128, CHUNK=128)
+    monkeypatch.setattr(tuning, "dq", lambda *args: large)
+    run = functools.partial(attention.call, "dq", (2, 16, 16, 2048, 2048, 128), "causal", torch.bfloat16)
+    ((launch, facts),) = aot.inspect(run, "sm_86")
+    assert [text.split()[0] for text in rules.complaints(launch, facts)][:2] == ["spills", "needs"]
 
 
 ROWS, COLUMNS = (2, 17, 40, 200), (16, 32, 64, 512)

@@ -323,7 +323,7 @@ def launch_dkv(
             return launch_dkv(*given, True, False)[0], launch_dkv(*given, False, True)[1]
     config = config or autotune.pick(
         "attention dkv", batch * heads,
-        (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0),
+        (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0, needs_k, needs_v),
         tuning.dkv(head, v_head, q.element_size(), precision, mask is not None or p > 0, tuning.target_name()),
         lambda c: launch_dkv(q, k, v, do, lse, delta, mask, p, causal, scale, seed, needs_k, needs_v, c),
     )  # fmt: skip

@@ -29,14 +29,16 @@ class Tile(NamedTuple):
     apart: bool = False
 
 
-# By where a product accumulates, then by the head dimension covered and whether there is a mask or dropout ("extras").
-# The largest tiles tried whose every variant compiles without spills, in 99 KiB of shared memory for 'mma', and with
-# eight warps on a multiprocessor. ptxas, left alone, spills a few bytes to stay below 128 registers: hence maxnreg.
+# By where a product accumulates, or a target whose compiler wants others; then by the head dimension covered and by
+# whether there is a mask or dropout ("extras"). The largest tiles tried that compile without spills in every variant,
+# in 99 KiB of shared memory for 'mma', and with eight warps on a multiprocessor. ptxas, left alone, spills a few bytes
+# to stay below 128 registers: hence maxnreg.
 Table = dict[str, dict[tuple[int, bool], Tile]]
 _FORWARD: Table = {
     "mma": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 32, 256),
             (128, False): Tile(128, 32, 256, stages=3), (128, True): Tile(128, 16, 256),
             (256, False): Tile(64, 32, 256), (256, True): Tile(32, 64, 256, 64)},
+    "sm_120": {(64, True): Tile(128, 16, 256)},
     "wgmma": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 32, 256),
               (128, False): Tile(128, 64, 256), (128, True): Tile(128, 16, 256),
               (256, False): Tile(128, 32, 256), (256, True): Tile(64, 32, 256, 64)},
@@ -53,6 +55,7 @@ _DQ: Table = {
     "mma": {(64, False): Tile(128, 32, 256), (64, True): Tile(128, 32, 256),
             (128, False): Tile(64, 64, 256), (128, True): Tile(32, 64, 256),
             (256, False): Tile(64, 32, 256, 64), (256, True): Tile(32, 64, 256, 64)},
+    "sm_120": {(64, True): Tile(128, 16, 256), (256, False): Tile(32, 64, 256, 64)},
     "wgmma": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 32, 256),
               (128, False): Tile(128, 64, 256), (128, True): Tile(128, 16, 256),
               (256, False): Tile(128, 32, 256), (256, True): Tile(64, 32, 256, 64)},
@@ -78,16 +81,20 @@ _DKV: Table = {
     "cdna": {(64, False): Tile(32, 64, 256), (64, True): Tile(16, 64, 256),
              (128, False): Tile(16, 128, 512), (128, True): Tile(16, 64, 256, 64),
              (256, False): Tile(16, 64, 512, 64), (256, True): Tile(16, 64, 512, 64)},
-    "rdna": {(64, False): Tile(32, 64, 256, 32), (64, True): Tile(16, 64, 256, 32),
+    "rdna": {(64, False): Tile(16, 64, 256, 32), (64, True): Tile(16, 64, 256, 32),
              (128, False): Tile(32, 64, 256, 32), (128, True): Tile(16, 64, 256, 32)},
 }  # fmt: skip
-# Float32, whatever the precision and the head: operands are twice as large, and without tensor cores a thread holds
-# whole rows of a chunk. By where a product accumulates, '' elsewhere.
-_FLOAT32_FORWARD = {"": Tile(32, 32, 256, 16)}
-_FLOAT32_DQ = {"": Tile(32, 32, 256, 16, maxnreg=255), "cdna": Tile(16, 32, 256, 16), "rdna": Tile(16, 32, 256, 16)}
-_FLOAT32_DKV = {
-    "": Tile(32, 32, 256, 16, maxnreg=255, apart=True),
-    "cdna": Tile(16, 32, 256, 16, apart=True),
+# Float32, whatever the precision: operands are twice as large, and without tensor cores a thread holds whole rows of a
+# chunk. By where a product accumulates ('' for all others) and the head dimension covered (0 for all others).
+Float32Table = dict[tuple[str, int], Tile]
+_FLOAT32_FORWARD: Float32Table = {("", 0): Tile(32, 32, 256, 16), ("", 32): Tile(32, 32, 256, 16, maxnreg=255)}
+_FLOAT32_DQ: Float32Table = {
+    ("", 0): Tile(32, 32, 256, 16, maxnreg=255), ("", 32): Tile(32, 16, 256, 16, maxnreg=255),
+    ("cdna", 0): Tile(16, 32, 256, 16), ("rdna", 0): Tile(16, 32, 256, 16),
+}  # fmt: skip
+_FLOAT32_DKV: Float32Table = {
+    ("", 0): Tile(32, 32, 256, 16, maxnreg=255, apart=True),
+    ("cdna", 0): Tile(16, 32, 256, 16, apart=True),
 }
 
 
@@ -122,14 +129,13 @@ def _accumulates(target: str) -> str:
     return "cdna" if targets.current().warp_size == 64 else "rdna"
 
 
-def _tile(
-    half: Table, single: dict[str, Tile], head: int, v_head: int, itemsize: int, extras: bool, target: str
-) -> Tile:
+def _tile(half: Table, single: Float32Table, head: int, v_head: int, itemsize: int, extras: bool, target: str) -> Tile:
     """Of the tables of 16-bit operands and of float32's."""
-    where = _accumulates(target)
-    if itemsize == 4:
-        return single.get(where, single[""])
-    return half[where][max(64, *_blocks(head, v_head)), extras]
+    where, widest = _accumulates(target), max(_blocks(head, v_head))
+    if itemsize == 2:
+        key = max(64, widest), extras
+        return half.get(target, {}).get(key) or half[where][key]
+    return next(single[key] for key in ((where, widest), (where, 0), ("", widest), ("", 0)) if key in single)
 
 
 def _config(head: int, v_head: int, tile: Tile) -> Config:
