@@ -335,6 +335,9 @@ def test_refusals_come_on_every_call(made: list[host.Made]) -> None:
             _linear(X, weight=torch.ones(16, 31))
         with pytest.raises(ValueError, match="activation"):
             _linear(X, activation="tanh")
+        sparse = X.to_sparse()
+        with runtime.backend("auto"):
+            assert _linear(sparse).shape == (8, 16)
         with runtime.backend("torch"):
             made.clear()
             _linear(X)

@@ -144,7 +144,7 @@ def call_kind(tensors: Tensors, *arguments: Any) -> Hashable | None:
             kind(tensors), arguments, runtime.autocast_dtype(first), runtime.get_backend(), runtime.transformed(),
         )  # fmt: skip
         hash(found)
-    except (AttributeError, TypeError):  # lists, or not what they should be
+    except (AttributeError, TypeError, RuntimeError):  # lists, not what they should be, or without strides
         return None
     return found
 
