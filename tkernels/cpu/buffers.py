@@ -3,11 +3,14 @@
 A fresh allocation of some megabytes costs a page fault for every 4 KB of it, about as much as a pass over it. The pool
 keeps a reference to each storage it lent; one that nothing else refers to is free. So a buffer is never in two hands,
 however many graphs, views, threads or exceptions there were, and nobody has to give one back.
+
+Where the allocator's own memory comes without faults (FRESH), a convolution's result is better left to it.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -70,6 +73,49 @@ def _in_use(kept: Tensor) -> bool:
 
 
 POOL = Pool()
+
+try:
+    import resource
+except ImportError:  # Windows
+    _PAGE = 0
+else:
+    _PAGE = resource.getpagesize()
+# for how many calls memory of a size is not tried afresh once it faulted, doubled each time it faults again
+FIRST_REST, LONGEST_REST = 4, 1024
+
+
+class Fresh:
+    """Whether new memory costs page faults, seen by trying: the allocator may keep what it got back, or the user has
+    told it to (glibc: MALLOC_MMAP_MAX_=0, a large MALLOC_TRIM_THRESHOLD_)."""
+
+    def __init__(self) -> None:
+        self._rest: dict[int, int] = {}
+        self._next: dict[int, int] = {}
+
+    def faulted(self, nbytes: int) -> bool:
+        """Whether memory of this size was seen to fault of late, so that memory used again is better."""
+        rest = self._rest.get(nbytes, 0)
+        if rest:
+            self._rest[nbytes] = rest - 1
+        return _PAGE == 0 or rest > 0
+
+    def watch(self, nbytes: int, make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, which allocates that much and writes to all of it."""
+        before = _faults()
+        result = make()
+        if _faults() - before > nbytes // _PAGE // 2:
+            self._rest[nbytes] = self._next.get(nbytes, FIRST_REST)
+            self._next[nbytes] = min(2 * self._rest[nbytes], LONGEST_REST)
+        else:
+            self._next.pop(nbytes, None)
+        return result
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+FRESH = Fresh()
 
 
 def empty(like: Tensor) -> Tensor:

@@ -112,15 +112,24 @@ def _buffer(like: Tensor, *shape: int) -> Tensor:
 
 
 def _convolution(x: Tensor, w: Tensor, g: Geometry, pad: tuple[int, int], stride: tuple[int, int]) -> Tensor:
-    """The convolution of NHWC maps, NHWC, in memory used again: oneDNN adds to what is there, which is zero."""
+    """The convolution of NHWC maps, NHWC. Where new memory faults it goes to memory used again: oneDNN adds to what is
+    there, which is zero; the bits are the same."""
     n, h, width = x.shape[0], x.shape[1], x.shape[2]
     out_h = (h + 2 * pad[0] - g.dilation_h * (g.kernel_h - 1) - 1) // stride[0] + 1
     out_w = (width + 2 * pad[1] - g.dilation_w * (g.kernel_w - 1) - 1) // stride[1] + 1
-    out = _buffer(x, n, out_h, out_w, w.shape[0]).zero_()
-    mkldnn._convolution_pointwise_.binary(
-        _map(out), _map(x), w, None, pad, stride, (g.dilation_h, g.dilation_w), g.groups, "add", 1.0, None, [], None
-    )
+    shape = n, out_h, out_w, w.shape[0]
+    window: Any = (pad, stride, (g.dilation_h, g.dilation_w), g.groups)
+    nbytes = x.element_size() * torch.Size(shape).numel()
+    if nbytes < buffers.SMALLEST or not buffers.FRESH.faulted(nbytes):
+        return _nhwc(buffers.FRESH.watch(nbytes, lambda: _new_convolution(x, w, window)))
+    out = _buffer(x, *shape).zero_()
+    mkldnn._convolution_pointwise_.binary(_map(out), _map(x), w, None, *window, "add", 1.0, None, [], None)
     return out
+
+
+def _new_convolution(x: Tensor, w: Tensor, window: Any) -> Tensor:
+    result: Tensor = mkldnn._convolution_pointwise(_map(x), w, None, *window, "none", [], "")
+    return result
 
 
 def _conv(x: Tensor, w: Tensor, g: Geometry) -> Tensor:
