@@ -10,7 +10,7 @@ Where the allocator's own memory comes without faults (FRESH), a convolution's r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class Pool:
                 self._give_back()
             lent = self._lent.setdefault(nbytes, [])
             for i, (kept, _) in enumerate(lent):
-                if not _in_use(kept) and kept.untyped_storage().nbytes() == nbytes and not kept.is_shared():
+                storage = kept.untyped_storage()
+                if not _in_use(storage) and storage.nbytes() == nbytes and not storage.is_shared():
                     lent[i] = kept, self._requests
                     return kept.detach()
             # no tensor of inference mode, which backward could not keep later
@@ -61,15 +62,15 @@ class Pool:
 
     def _give_back(self) -> None:
         for nbytes, lent in list(self._lent.items()):
-            kept = [(t, last) for t, last in lent if self._requests - last < PATIENCE or _in_use(t)]
+            kept = [(t, last) for t, last in lent if self._requests - last < PATIENCE or _in_use(t.untyped_storage())]
             self._lent[nbytes] = kept
             if not kept:
                 del self._lent[nbytes]
 
 
-def _in_use(kept: Tensor) -> bool:
-    """Whether anything refers to the storage but the pool's own tensor and, here, the object that is asked."""
-    return torch._C._storage_Use_Count(kept.untyped_storage()._cdata) > 2
+def _in_use(storage: torch.UntypedStorage) -> bool:
+    """Whether anything refers to the storage but the pool's own tensor and the object that is asked."""
+    return torch._C._storage_Use_Count(storage._cdata) > 2
 
 
 POOL = Pool()
@@ -124,5 +125,19 @@ def empty(like: Tensor) -> Tensor:
     nbytes = like.element_size() * like.numel()
     if nbytes < SMALLEST:
         return torch.empty_like(like)
-    fresh = torch.empty(0, dtype=like.dtype)
-    return fresh.set_(POOL.take(nbytes).untyped_storage(), 0, like.shape, like.stride())
+    return _whole(nbytes, like.dtype, like.shape, like.stride())
+
+
+def dense(dtype: torch.dtype, *shape: int) -> Tensor:
+    """The same, contiguous."""
+    size = torch.Size(shape)
+    nbytes = dtype.itemsize * size.numel()
+    if nbytes < SMALLEST:
+        return torch.empty(size, dtype=dtype)
+    strides = [size[i + 1 :].numel() for i in range(len(size))]
+    return _whole(nbytes, dtype, size, strides)
+
+
+def _whole(nbytes: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    fresh = torch.empty(0, dtype=dtype)
+    return fresh.set_(POOL.take(nbytes).untyped_storage(), 0, shape, strides)

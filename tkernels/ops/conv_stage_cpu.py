@@ -88,6 +88,14 @@ def _nhwc(t: Tensor) -> Tensor:
     return t.permute(0, 2, 3, 1).contiguous()
 
 
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` itself, or a channels_last copy in ``dtype``."""
+    if x.dtype == dtype:
+        return x
+    n, c, h, w = x.shape
+    return _map(buffers.dense(dtype, n, h, w, c)).copy_(x)
+
+
 def _map(nhwc: Tensor) -> Tensor:
     return nhwc.permute(0, 3, 1, 2)
 
@@ -177,7 +185,7 @@ def forward(
 ) -> tuple[Tensor, list[SavedLayer], End]:
     """(y, what backward needs, the stage's end) in training; moves running statistics and counters. ``kept``: there
     will be a backward."""
-    a = _nhwc(x.detach().to(plan.dtype))
+    a = _nhwc(_cast(x.detach(), plan.dtype))
     saved: list[SavedLayer] = []
     last = len(layers) - 1
     end = End(draw(a, plan.geometries[-1].out_channels, plan.dtype, plan.p), plan.pool, plan.plain_end)
@@ -205,7 +213,7 @@ def _layout(nhwc: Tensor, channels_last: bool) -> Tensor:
 
 def _end(layer: SavedLayer, end: End, kept: bool) -> tuple[Tensor, End]:
     raw, pool = layer.raw, end.pool
-    y = raw.new_empty(raw.shape[0], pool.out_h, pool.out_w, raw.shape[3])
+    y = buffers.dense(raw.dtype, raw.shape[0], pool.out_h, pool.out_w, raw.shape[3])
     vectors = layer.mean, layer.scale, layer.bias
     if end.plain:
         passes.normalize(_rows(raw), *vectors, _rows(y))
@@ -411,11 +419,11 @@ def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -
     and so few images at a time that their maps stay in cache."""
     with torch.autocast("cpu", enabled=False):
         folded = [_folded(layer, plan.dtype) for layer in layers]
-        x = x.to(plan.dtype)
+        x = _cast(x, plan.dtype)
         largest = max(g.out_h * g.out_w * max(g.out_channels, g.in_channels) for g in plan.geometries)
         chunk = max(1, CHUNK // (largest * x.element_size()))
         g, pool = plan.geometries[-1], plan.pool
-        y = x.new_empty(x.shape[0], pool.out_h, pool.out_w, g.out_channels)
+        y = buffers.dense(x.dtype, x.shape[0], pool.out_h, pool.out_w, g.out_channels)
         for start in range(0, x.shape[0], chunk):
             a = x[start : start + chunk]
             for (w, b), g in zip(folded, plan.geometries):
