@@ -56,8 +56,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def machine_line() -> str:
     """What the figures depend on."""
     capability = torch.backends.cpu.get_cpu_capability()
-    bf16 = "with" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without"
-    return f"{machine.device_name('cpu')}, {capability} {bf16} bf16 instructions, torch {torch.__version__}"
+    has_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    instructions = f"{capability} {'with' if has_bf16 else 'without'} bf16 instructions"
+    return f"{machine.device_name('cpu')}, {instructions}, torch {torch.__version__}"
 
 
 def network_tables(frame: pd.DataFrame) -> list[str]:

@@ -21,13 +21,14 @@ SMALLEST_INPUT, WORTH_IT = 1 << 16, 1 << 20
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """relu(x @ weight.T + bias) of dense x [M, C] and weight [K, C], float32 or bfloat16; None where the call is of
     another kind, or one that torch refuses."""
-    if is_dynamo_compiling() or type(x) not in PLAIN or x.numel() < SMALLEST_INPUT or not _ours(x, weight, bias):
+    # (what most calls fail on first: they are small)
+    if is_dynamo_compiling() or type(x) not in PLAIN or x.numel() < SMALLEST_INPUT or type(weight) not in PLAIN:
         return None
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[0] * weight.shape[0] < WORTH_IT or not _ours(x, weight, bias):
         return None
-    if x.shape[0] * weight.shape[0] < WORTH_IT:
+    if x.shape[1] != weight.shape[1] or not (x.is_contiguous() and weight.is_contiguous()):
         return None
-    if not (x.is_contiguous() and weight.is_contiguous()) or not _fits(bias, weight.shape[0]):
+    if not _fits(bias, weight.shape[0]):
         return None
     y: Tensor = mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
     return y
@@ -37,22 +38,22 @@ def conv2d_relu(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: object, padding: object, dilation: object, groups: int
 ) -> Tensor | None:
     """relu(conv2d(x, weight) + bias) of channels_last images, float32 or bfloat16; None as above."""
-    if is_dynamo_compiling() or type(x) not in PLAIN or x.numel() < SMALLEST_INPUT or not _ours(x, weight, bias):
+    if is_dynamo_compiling() or type(x) not in PLAIN or x.numel() < SMALLEST_INPUT or type(weight) not in PLAIN:
         return None
     numbers = _pair(stride), _pair(padding), _pair(dilation)
     if x.dim() != 4 or weight.dim() != 4 or None in numbers or type(groups) is not int or groups < 1:
         return None
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return None
     (out, group_in, height, width), (_, channels, h, w) = weight.shape, x.shape
     (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = numbers  # type: ignore[misc]
-    if channels != group_in * groups or out == 0 or out % groups or not _fits(bias, out):
+    if channels != group_in * groups or out == 0 or out % groups:
         return None
     if min(stride_h, stride_w, dilation_h, dilation_w, height, width) < 1 or min(pad_h, pad_w) < 0:
         return None
     out_h = (h + 2 * pad_h - dilation_h * (height - 1) - 1) // stride_h + 1
     out_w = (w + 2 * pad_w - dilation_w * (width - 1) - 1) // stride_w + 1
-    if min(out_h, out_w) < 1 or x.shape[0] * out * out_h * out_w < WORTH_IT:
+    if min(out_h, out_w) < 1 or x.shape[0] * out * out_h * out_w < WORTH_IT or not _ours(x, weight, bias):
+        return None
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last) or not _fits(bias, out):
         return None
     y: Tensor = mkldnn._convolution_pointwise(
         x, weight.contiguous(memory_format=torch.channels_last), bias, (pad_h, pad_w), (stride_h, stride_w),
@@ -80,7 +81,7 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 @functools.cache
 def _takes_bf16() -> bool:
-    return bool(mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(mkldnn._is_mkldnn_bf16_supported())
 
 
 def _fits(bias: Tensor | None, out: int) -> bool:
