@@ -83,21 +83,20 @@ def test_a_tile_too_large_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [text.split()[0] for text in rules.complaints(launch, facts)][:2] == ["spills", "needs"]
 
 
-ROWS, COLUMNS = (2, 17, 40, 200), (16, 32, 64, 512)
+# results narrower than 64 have too few tiles for any rule on how many warps a multiprocessor holds
+ROWS, COLUMNS = (2, 17, 40, 200), (64, 512)
 
 
 @pytest.mark.extended("aot")
-@pytest.mark.parametrize("precision", ("bf16", "ieee", "tf32"))
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("precision", ("bf16", "ieee"))
+@pytest.mark.parametrize("target", TARGETS if EVERYTHING else ("sm_86", "sm_90", "gfx942"))
 def test_matmul_compiles_clean(target: str, precision: str) -> None:
     """Every height and width of tile that matmul's chooser returns for long sums."""
-    if precision == "tf32" and not targets.TARGETS[target].has_tf32:
-        pytest.skip("no tf32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     problems = []
     for m, n in itertools.product(ROWS, COLUMNS):
         run = functools.partial(matmul.product, (m, 2048), (2048, n), "", dtype)
-        for launch, facts in aot.inspect(functools.partial(tf32, run) if precision == "tf32" else run, target):
+        for launch, facts in aot.inspect(run, target):
             problems += [f"{m}x2048 @ 2048x{n}, {facts.kernel}: {text}" for text in rules.complaints(launch, facts)]
     assert not problems, "\n".join(problems)
 

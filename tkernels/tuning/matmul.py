@@ -31,7 +31,7 @@ def product(m: int, n: int, k: int, itemsize: int, precision: str, target: str) 
     warp = targets.current().warp_size
     shares = height * low["BLOCK_N"] // (16 * warp), height * low["BLOCK_K"] * itemsize // (16 * warp)
     warps = max(1, min(config.num_warps, *shares))
-    return dataclasses.replace(config, blocks=tuple(low.items()), num_warps=warps)
+    return dataclasses.replace(config, blocks=tuple(low.items()), num_warps=warps, maxnreg=168)
 
 
 @functools.lru_cache(maxsize=1024)
