@@ -335,9 +335,12 @@ def test_refusals_come_on_every_call(made: list[host.Made]) -> None:
             _linear(X, weight=torch.ones(16, 31))
         with pytest.raises(ValueError, match="activation"):
             _linear(X, activation="tanh")
-        sparse = X.to_sparse()
         with runtime.backend("auto"):
-            assert _linear(sparse).shape == (8, 16)
+            _linear(X)
+            made.clear()
+            for t in (X.to_sparse(), torch._neg_view(X)):
+                assert _linear(t).shape == (8, 16)
+            assert not made
         with runtime.backend("torch"):
             made.clear()
             _linear(X)

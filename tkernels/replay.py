@@ -128,7 +128,7 @@ def kind(tensors: Tensors) -> tuple[Hashable, ...]:
     first: Any = tensors[0]
     precision = runtime.float32_products() if first.dtype is torch.float32 else None
     return (targets.identity(), precision, *[
-        t if t is None else (t.__class__, t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.get_device())
+        t if t is None else (t.__class__, t.dtype, t.shape, t.stride(), t.data_ptr() & 15, t.get_device(), t.is_neg())
         for t in tensors
     ])  # fmt: skip
 

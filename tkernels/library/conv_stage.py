@@ -223,7 +223,7 @@ def _saved(input: Tensor, call: _Call, kept: Sequence[Tensor]) -> list[triton.Sa
         mean = triton.dense(layer.running_mean) if given else stats[i]
         var = triton.dense(layer.running_var) if given else None
         saved.append(triton.SavedLayer(x, layer.weight, layer.bias, None, maps[2 * i + 1], cast(Tensor, mean), var,
-                                    triton.dense(layer.bn_weight), triton.dense(layer.bn_bias)))  # fmt: skip
+                                       triton.dense(layer.bn_weight), triton.dense(layer.bn_bias)))  # fmt: skip
     return saved
 
 
