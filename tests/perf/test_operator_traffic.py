@@ -120,9 +120,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ours = frame[frame.provider == "tkernels"]
     assert (ours.launches > 0).all()
     assert (frame[frame.provider == "torch"].launches == 0).all()
-    # eager attention and both products move no less than the least, and ours not twice as much
+    # eager attention and both products move no less than the least; ours reads what float32's dk and dv both need once
+    # for each of them
     assert (frame.bytes >= frame.least_bytes).all()
-    assert (ours.bytes < 1.7 * ours.least_bytes).all()
+    assert (ours.bytes < 2.2 * ours.least_bytes).all()
     printed = capsys.readouterr().out
     assert "of least backward" in printed
     assert "tkernels" in printed

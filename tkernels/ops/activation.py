@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from tkernels.ops import checks
 
@@ -44,9 +45,14 @@ def apply_to_own(z: Tensor, activation: str | None, dims: int) -> Tensor:
     """:func:`apply` where nothing else needs ``z``: ReLU takes its memory. Not where it has another number of
     dimensions than ``dims``: then it is a view, and autograd would rewrite the history of what it is a view of. Nor in
     training below the size that is mapped anew each time: backward is glad of the memory that ``z`` leaves in cache."""
-    if activation == "relu" and z.dim() == dims and (not z.requires_grad or z.nbytes >= IN_PLACE):
+    if activation == "relu" and z.dim() == dims and (not z.requires_grad or _is_large(z)):
         return torch.relu_(z)
     return apply(z, activation)
+
+
+def _is_large(z: Tensor) -> bool:
+    # a trace must not learn of sizes: Dynamo is gone after the first test, fake tensors after the second
+    return not is_dynamo_compiling() and type(z) is Tensor and z.nbytes >= IN_PLACE
 
 
 def gradient(dy: Tensor, saved: Tensor | None, activation: str | None) -> Tensor:
