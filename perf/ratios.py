@@ -13,9 +13,9 @@ import torch
 from perf import machine, providers, schema
 
 ALLOCATORS = {
-    "default": "default allocator",
+    "shared": "one process",
+    "default": "a process each",
     "faultless": "fault-free allocator",
-    "shared": "default allocator, one process",
 }
 # the best that PyTorch offers: of these the one that comes nearest
 RIVALS = ("torch nhwc", "torch.compile nhwc", "torch.compile nchw")

@@ -8,8 +8,9 @@ examples:
   python -m perf sweep --op linear_relu batch_norm_relu conv2d_relu cross_entropy --mode fwd full --shapes spread
 
 On a CPU cnn without a --mode is the whole network: training steps (train) and inference (infer) of the CIFAR classifier
-against eager and compiled PyTorch, in float32 and bf16 autocast, with the system's memory allocator as it is and with
-one that never gives memory back, so that nobody has page faults; about ten minutes.
+against eager and compiled PyTorch, in float32 and bf16 autocast, with the system's memory allocator as it is, all in
+one process and in a process each, and with one that never gives memory back, so that nobody has page faults; about a
+quarter of an hour.
 
 Every provider is compared with float64 before it is timed. One that is wrong, crashes, runs out of memory or takes
 too long gets a row whose status says so, and the sweep goes on.
@@ -55,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--provider", nargs="+", metavar="NAME",
         help=f"{', '.join(providers.NEEDS)}, module:NAME (a module of yours whose functions are called as the "
         "operators) (default: torch tkernels; for train and infer torch.compile and torch-fp32 too)")  # fmt: skip
-    add("--allocator", nargs="+", default=["default", "faultless"], metavar="NAME",
-        help="for train and infer: default, faultless (glibc keeps all memory it was ever given), shared (default, but "
-        "all providers in one process) (default: default faultless)")  # fmt: skip
+    add("--allocator", nargs="+", default=["shared", "default", "faultless"], metavar="NAME",
+        help="for train and infer: shared (the system's, all providers in one process), default (the system's, a "
+        "process each), faultless (glibc keeps all memory it was ever given) (default: all three)")  # fmt: skip
     add("--shapes", nargs="+", default=["cnn"], metavar="SHAPES",
         help=f"{', '.join(shapes.NAMED)}, a FILE.csv, or sizes such as 'N=256 C=32 K=64' (default: cnn)")  # fmt: skip
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
