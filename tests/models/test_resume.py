@@ -181,11 +181,16 @@ def test_what_cannot_be_resumed(
 def test_a_second_signal_acts_at_once() -> None:
     from models.interrupt import StopWish
 
-    with StopWish() as wish:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert wish.agreed() == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            _interrupt_this_process()
+    # a suite in a shell's background is started with the signal ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopWish() as wish:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert wish.agreed() == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                _interrupt_this_process()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupt_this_process() -> None:

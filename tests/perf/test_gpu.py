@@ -70,7 +70,8 @@ def test_the_tests_run_on_the_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPa
 
 # ends like pytest when it is interrupted; what it started holds on
 STUBBORN = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the suite runs in a shell's background
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
 print(f"child {child.pid}", flush=True)
 try:
