@@ -298,6 +298,29 @@ def test_threads_do_not_share_buffers() -> None:
         assert all(torch.equal(a, b) for a, b in zip(alone[seed], together[seed]))
 
 
+def test_a_result_is_nobody_elses_while_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "SMALLEST", 1024)
+    wrong: list[int] = []
+
+    def fill(number: int) -> None:
+        for _ in range(2000):
+            t = buffers.dense(torch.float32, 1024).fill_(number)
+            if not bool((t == number).all()):
+                wrong.append(number)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=fill, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_has_buffers_of_its_own() -> None:
     x, layers, arguments = stage()

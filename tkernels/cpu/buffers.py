@@ -140,4 +140,6 @@ def dense(dtype: torch.dtype, *shape: int) -> Tensor:
 
 def _whole(nbytes: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     fresh = torch.empty(0, dtype=dtype)
-    return fresh.set_(POOL.take(nbytes).untyped_storage(), 0, shape, strides)
+    # held until the result holds the storage: between the two another thread would find it free
+    lent = POOL.take(nbytes)
+    return fresh.set_(lent.untyped_storage(), 0, shape, strides)
