@@ -128,7 +128,9 @@ def _convolution(x: Tensor, w: Tensor, g: Geometry, pad: tuple[int, int], stride
     shape = n, out_h, out_w, w.shape[0]
     window: Any = (pad, stride, (g.dilation_h, g.dilation_w), g.groups)
     nbytes = x.element_size() * torch.Size(shape).numel()
-    if nbytes < buffers.SMALLEST or not buffers.FRESH.faulted(nbytes):
+    if nbytes < buffers.SMALLEST:
+        return _nhwc(_new_convolution(x, w, window))
+    if not buffers.FRESH.faulted(nbytes):
         return _nhwc(buffers.FRESH.watch(nbytes, lambda: _new_convolution(x, w, window)))
     out = _buffer(x, *shape).zero_()
     mkldnn._convolution_pointwise_.binary(_map(out), _map(x), w, None, *window, "add", 1.0, None, [], None)
