@@ -87,7 +87,6 @@ class Ends:
         self.forward = Pass(self._forward, f"end {size}")
         self.pool = Pass(self._pool, f"pool {size}")
         self.winners = Pass(self._winners, f"winners {size}")
-        self.forward_winners = Pass(self._forward_winners, f"end and winners {size}")
         self.sums = Pass(self._sums, f"end sums {size}")
         self.gradient = Pass(self._gradient, f"end gradient {size}")
 
@@ -103,9 +102,12 @@ class Ends:
         out.copy_(self._largest(x))
         return ()
 
-    def _found(self, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each window the largest value of batch norm, the place of the first one (the number of taps where ReLU
-        gives 0: no gradient passes) and what stands there in x."""
+    def _winners(
+        self, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, place: Tensor, winner: Tensor
+    ) -> tuple[()]:
+        """Of each window the place of the first largest value (the number of taps where ReLU gives 0: no gradient
+        passes) and what stands there in x. Places are bfloat16: whole numbers that vectorise, as bytes do not."""
+        x = x.float()
         z = _normalized(x, mean, scale, bias)
         best, raw = z[:, :, 0, :, 0], x[:, :, 0, :, 0]
         found = torch.zeros_like(best)
@@ -115,25 +117,7 @@ class Ends:
             best = torch.where(wins, other, best)
             raw = torch.where(wins, x[:, :, i, :, j], raw)
             found = torch.where(wins, float(k), found)
-        return best, torch.where(best <= 0, float(len(self.taps)), found), raw
-
-    def _winners(
-        self, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, place: Tensor, winner: Tensor
-    ) -> tuple[()]:
-        """Places are bfloat16: whole numbers that vectorise, as bytes do not."""
-        _, found, raw = self._found(x.float(), mean, scale, bias)
-        place.copy_(found)
-        winner.copy_(raw)
-        return ()
-
-    def _forward_winners(
-        self, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, keep: Tensor, out: Tensor, place: Tensor,
-        winner: Tensor,
-    ) -> tuple[()]:  # fmt: skip
-        """Both at once."""
-        best, found, raw = self._found(x.float(), mean, scale, bias)
-        out.copy_(torch.relu(best) * keep[:, None, None, :])
-        place.copy_(found)
+        place.copy_(torch.where(best <= 0, float(len(self.taps)), found))
         winner.copy_(raw)
         return ()
 

@@ -73,14 +73,11 @@ class SavedLayer(NamedTuple):
 
 
 class End(NamedTuple):
-    """A stage's end: Dropout2d's factors [N, C], whether nothing follows the last ReLU, and else, where forward kept
-    them, of each window the place of its largest value and the raw value there."""
+    """A stage's end: Dropout2d's factors [N, C], and whether anything follows the last ReLU."""
 
     keep: Tensor
     pool: Pooling
     plain: bool
-    place: Tensor | None = None
-    winner: Tensor | None = None
 
 
 def _nhwc(t: Tensor) -> Tensor:
@@ -182,11 +179,8 @@ def draw(x: Tensor, channels: int, dtype: torch.dtype, p: float) -> Tensor:
     return factors / (1 - p) if 0 < p < 1 else factors
 
 
-def forward(
-    x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool, kept: bool
-) -> tuple[Tensor, list[SavedLayer], End]:
-    """(y, what backward needs, the stage's end) in training; moves running statistics and counters. ``kept``: there
-    will be a backward."""
+def forward(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> tuple[Tensor, list[SavedLayer], End]:
+    """(y, what backward needs, the stage's end) in training; moves running statistics and counters."""
     a = _nhwc(_cast(x.detach(), plan.dtype))
     saved: list[SavedLayer] = []
     last = len(layers) - 1
@@ -204,8 +198,7 @@ def forward(
         if i < last:
             a = _buffer(raw, *raw.shape)
             passes.normalize(_rows(raw), mean, scale, bias, _rows(a))
-    y, end = _end(saved[-1], end, kept)
-    return _layout(y, channels_last), saved, end
+    return _layout(_end(saved[-1], end), channels_last), saved, end
 
 
 def _layout(nhwc: Tensor, channels_last: bool) -> Tensor:
@@ -213,26 +206,15 @@ def _layout(nhwc: Tensor, channels_last: bool) -> Tensor:
     return y if channels_last else y.contiguous()
 
 
-def _end(layer: SavedLayer, end: End, kept: bool) -> tuple[Tensor, End]:
+def _end(layer: SavedLayer, end: End) -> Tensor:
     raw, pool = layer.raw, end.pool
     y = buffers.dense(raw.dtype, raw.shape[0], pool.out_h, pool.out_w, raw.shape[3])
     vectors = layer.mean, layer.scale, layer.bias
     if end.plain:
         passes.normalize(_rows(raw), *vectors, _rows(y))
-        return y, end
-    ends = passes.ends(pool.kernel_h, pool.kernel_w)
-    # in float32 they would be a tenth of all that is kept: backward finds them out
-    if not kept or raw.dtype == torch.float32:
-        ends.forward(_windows(raw, pool), *vectors, end.keep, y)
-        return y, end
-    end = _with_winners(end, y)
-    ends.forward_winners(_windows(raw, pool), *vectors, end.keep, y, end.place, end.winner)
-    return y, end
-
-
-def _with_winners(end: End, y: Tensor) -> End:
-    """Memory for them."""
-    return end._replace(place=_buffer(y.new_empty(0, dtype=torch.bfloat16), *y.shape), winner=_buffer(y, *y.shape))
+    else:
+        passes.ends(pool.kernel_h, pool.kernel_w).forward(_windows(raw, pool), *vectors, end.keep, y)
+    return y
 
 
 def _move_statistics(layer: Any, mean: Tensor, var: Tensor, values: int) -> None:
@@ -266,12 +248,7 @@ def backward(
         weight, bias, bn_weight, bn_bias = needs[1 + 4 * i : 5 + 4 * i]
         below = i > lowest or needs[0]
         at_end = i == len(saved) - 1
-        replays = at_end and not end.plain
-        if replays and end.place is None:
-            end = _with_winners(end, d)
-            ends = passes.ends(end.pool.kernel_h, end.pool.kernel_w)
-            ends.winners(_windows(layer.raw, end.pool), layer.mean, layer.scale, layer.bias, end.place, end.winner)
-        first, second = _end_sums(d, layer, end) if replays else _sums(d, layer)
+        first, second, replayed = _end_sums(d, layer, end) if at_end and not end.plain else (*_sums(d, layer), None)
         if bn_weight:
             gradients[3 + 4 * i] = (second * layer.inverse).to(layers[i].bn_weight.dtype)
         if bn_bias:
@@ -281,7 +258,7 @@ def backward(
             gradients[2 + 4 * i] = torch.zeros_like(layers[i].bias)
         if not (weight or below):
             continue
-        d = _raw_gradient(d, layer, end if replays else None, first, second, fresh=at_end)
+        d = _raw_gradient(d, layer, end, first, second, replayed, fresh=at_end)
         if weight:
             dw = _conv_backward(d, layer, g, (False, True, False))[1]
             gradients[1 + 4 * i] = dw.to(layers[i].weight.dtype)
@@ -296,15 +273,18 @@ def _sums(d: Tensor, layer: SavedLayer) -> tuple[Tensor, Tensor]:
     return passes.sums(_rows(d), _rows(layer.raw), layer.mean, layer.scale, layer.bias)
 
 
-def _end_sums(dy: Tensor, layer: SavedLayer, end: End) -> tuple[Tensor, Tensor]:
+def _end_sums(dy: Tensor, layer: SavedLayer, end: End) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm's sums and, to be used once more, the places of the windows' winners."""
     ends = passes.ends(end.pool.kernel_h, end.pool.kernel_w)
-    found: tuple[Tensor, Tensor] = ends.sums(dy, end.place, end.winner, layer.mean, end.keep)
-    return found
+    place, winner = _buffer(torch.empty(0, dtype=torch.bfloat16), *dy.shape), _buffer(layer.raw, *dy.shape)
+    ends.winners(_windows(layer.raw, end.pool), layer.mean, layer.scale, layer.bias, place, winner)
+    return *ends.sums(dy, place, winner, layer.mean, end.keep), place
 
 
-def _raw_gradient(d: Tensor, layer: SavedLayer, end: End | None, first: Tensor, second: Tensor, fresh: bool) -> Tensor:
-    """The gradient of a convolution's output, over ``d`` unless that is the caller's (``fresh``). ``end``: what is to
-    be replayed in between."""
+def _raw_gradient(
+    d: Tensor, layer: SavedLayer, end: End, first: Tensor, second: Tensor, place: Tensor | None, fresh: bool
+) -> Tensor:
+    """The gradient of a convolution's output, over ``d`` unless that is the caller's (``fresh``)."""
     raw = layer.raw
     values = raw.numel() // raw.shape[3]
     a, b = first / values, second * layer.inverse**2 / values
@@ -312,12 +292,12 @@ def _raw_gradient(d: Tensor, layer: SavedLayer, end: End | None, first: Tensor, 
         passes.gradient_in_place(_rows(d), _rows(raw), layer.mean, layer.scale, layer.bias, a, b)
         return d
     out = _buffer(raw, *raw.shape)
-    if end is None:
+    if place is None:
         passes.gradient(_rows(d), _rows(raw), layer.mean, layer.scale, layer.bias, a, b, _rows(out))
     else:
         ends = passes.ends(end.pool.kernel_h, end.pool.kernel_w)
         ends.gradient(
-            d, _windows(raw, end.pool), end.place, layer.mean, layer.scale, a, b, end.keep, _windows(out, end.pool)
+            d, _windows(raw, end.pool), place, layer.mean, layer.scale, a, b, end.keep, _windows(out, end.pool)
         )
     return out
 
@@ -349,9 +329,9 @@ class _ConvStageCPU(torch.autograd.Function):
         ctx: Any, plan: Any, layers: Sequence[Any], channels_last: bool, x: Tensor, *own: Tensor | None
     ) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            y, saved, end = forward(x, layers, plan, channels_last, True)
+            y, saved, end = forward(x, layers, plan, channels_last)
         # the arguments themselves too: autograd then notices if one is written to, and can differentiate once more
-        ctx.save_for_backward(x, *own, end.keep, end.place, end.winner, *(t for layer in saved for t in layer))
+        ctx.save_for_backward(x, *own, end.keep, *(t for layer in saved for t in layer))
         ctx.plan, ctx.layers = (
             plan,
             [
@@ -373,12 +353,12 @@ class _ConvStageCPU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, count = ctx.plan, len(ctx.layers)
         x, *rest = ctx.saved_tensors
-        own, (keep, place, winner, *kept) = rest[: 4 * count], rest[4 * count :]
+        own, keep, kept = rest[: 4 * count], rest[4 * count], rest[4 * count + 1 :]
         layers = [
             layer._replace(weight=own[4 * i], bias=own[4 * i + 1], bn_weight=own[4 * i + 2], bn_bias=own[4 * i + 3])
             for i, layer in enumerate(ctx.layers)
         ]
-        end, needs = End(keep, plan.pool, plan.plain_end, place, winner), ctx.needs_input_grad[3:]
+        end, needs = End(keep, plan.pool, plan.plain_end), ctx.needs_input_grad[3:]
         with torch.autocast("cpu", enabled=False):
             if torch.is_grad_enabled():
                 return None, None, None, *_differentiable(dy, x, own, layers, plan, end, needs)
@@ -412,7 +392,7 @@ def train(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> T
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *own)):
         return _ConvStageCPU.apply(plan, layers, channels_last, x, *own)
     with torch.autocast("cpu", enabled=False):
-        return forward(x, layers, plan, channels_last, False)[0]
+        return forward(x, layers, plan, channels_last)[0]
 
 
 @torch.no_grad()
