@@ -156,12 +156,9 @@ class Checked:
         self._found: dict[Hashable, Any] = {}
         _checked.append(self._found)
 
-    def __contains__(self, call: Hashable | None) -> bool:
-        return call in self._found
-
     def get(self, call: Hashable | None) -> Any:
         """What was found out, None where nothing was."""
-        return self._found.get(call)
+        return None if call is None else self._found.get(call)  # (a trace, which knows no kinds, stays out of it)
 
     def add(self, call: Hashable | None, value: Any = True) -> None:
         """Remember; None is not remembered."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +20,20 @@ IntOrPair = int | tuple[int, int]
 def layer_of(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ConvBNLayer:
     """The arguments of one layer, from the modules that own its tensors."""
     own, affine, buffers = conv._parameters, norm._parameters, norm._buffers
+    tensors: tuple[Any, ...]
     try:  # a third of what attributes cost
-        return ConvBNLayer(
-            cast(Tensor, own["weight"]), own["bias"], affine["weight"], affine["bias"], buffers["running_mean"],
-            buffers["running_var"], buffers["num_batches_tracked"], conv.stride, conv.padding, conv.dilation,
-            conv.groups, norm.momentum, norm.eps, norm.training,
+        tensors = (
+            own["weight"], own["bias"], affine["weight"], affine["bias"],
+            buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"],
         )  # fmt: skip
     except KeyError:  # parametrized: computed when they are asked for
-        return ConvBNLayer(
-            conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-            norm.num_batches_tracked, conv.stride, conv.padding, conv.dilation, conv.groups, norm.momentum, norm.eps,
-            norm.training,
+        tensors = (
+            conv.weight, conv.bias, norm.weight, norm.bias,
+            norm.running_mean, norm.running_var, norm.num_batches_tracked,
         )  # fmt: skip
+    return ConvBNLayer._make(
+        (*tensors, conv.stride, conv.padding, conv.dilation, conv.groups, norm.momentum, norm.eps, norm.training)
+    )
 
 
 class ConvStage(torch.nn.Module):

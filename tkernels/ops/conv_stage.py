@@ -1,4 +1,4 @@
-"""A conv stage, n x (conv -> batch norm -> ReLU), max pooling, Dropout2d: checks, autograd function, PyTorch body."""
+"""A conv stage, n x (conv -> batch norm -> ReLU), max pooling, Dropout2d: checks, the way a call goes, PyTorch body."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def conv_stage(
     devices that do not go together.
     """
     kind = None if runtime.leaves_to_torch(input) else _kind(input, layers, pool, dropout_p, training)
-    known = None if kind is None else _checked.get(kind)
+    known = _checked.get(kind)
     if known is not None:
         return conv_stage_triton.run(input, layers, known)
     checks.tensor(input=input)

@@ -108,14 +108,6 @@ def _windows(nhwc: Tensor, pool: Pooling) -> Tensor:
     return nhwc.view(n, pool.out_h, pool.kernel_h, pool.out_w, pool.kernel_w, c)
 
 
-def _buffer(like: Tensor, *shape: int) -> Tensor:
-    """Memory for a map that stays inside the stage."""
-    nbytes = like.element_size() * torch.Size(shape).numel()
-    if nbytes < buffers.SMALLEST:
-        return like.new_empty(shape)
-    return buffers.POOL.take(nbytes).view(like.dtype).view(shape)
-
-
 def _convolution(x: Tensor, w: Tensor, g: Geometry, pad: tuple[int, int], stride: tuple[int, int]) -> Tensor:
     """The convolution of NHWC maps, NHWC. Where new memory faults it goes to memory used again: oneDNN adds to what is
     there, which is zero; the bits are the same."""
@@ -129,7 +121,7 @@ def _convolution(x: Tensor, w: Tensor, g: Geometry, pad: tuple[int, int], stride
         return _nhwc(_new_convolution(x, w, window))
     if not buffers.FRESH.faulted(nbytes):
         return _nhwc(buffers.FRESH.watch(nbytes, lambda: _new_convolution(x, w, window)))
-    out = _buffer(x, *shape).zero_()
+    out = buffers.dense(x.dtype, *shape).zero_()
     mkldnn._convolution_pointwise_.binary(_map(out), _map(x), w, None, *window, "add", 1.0, None, [], None)
     return out
 
@@ -196,7 +188,7 @@ def forward(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) ->
         if layer.counts(plan.training):
             _move_statistics(layer, mean, var, raw.numel() // raw.shape[3])
         if i < last:
-            a = _buffer(raw, *raw.shape)
+            a = buffers.dense(raw.dtype, *raw.shape)
             passes.normalize(_rows(raw), mean, scale, bias, _rows(a))
     return _layout(_end(saved[-1], end), channels_last), saved, end
 
@@ -276,7 +268,7 @@ def _sums(d: Tensor, layer: SavedLayer) -> tuple[Tensor, Tensor]:
 def _end_sums(dy: Tensor, layer: SavedLayer, end: End) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm's sums and, to be used once more, the places of the windows' winners."""
     ends = passes.ends(end.pool.kernel_h, end.pool.kernel_w)
-    place, winner = _buffer(torch.empty(0, dtype=torch.bfloat16), *dy.shape), _buffer(layer.raw, *dy.shape)
+    place, winner = buffers.dense(torch.bfloat16, *dy.shape), buffers.dense(layer.raw.dtype, *dy.shape)
     ends.winners(_windows(layer.raw, end.pool), layer.mean, layer.scale, layer.bias, place, winner)
     return *ends.sums(dy, place, winner, layer.mean, end.keep), place
 
@@ -291,7 +283,7 @@ def _raw_gradient(
     if not fresh:
         passes.gradient_in_place(_rows(d), _rows(raw), layer.mean, layer.scale, layer.bias, a, b)
         return d
-    out = _buffer(raw, *raw.shape)
+    out = buffers.dense(raw.dtype, *raw.shape)
     if place is None:
         passes.gradient(_rows(d), _rows(raw), layer.mean, layer.scale, layer.bias, a, b, _rows(out))
     else:

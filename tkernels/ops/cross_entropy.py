@@ -57,7 +57,7 @@ def cross_entropy(
     kind = None
     if weight is None:  # what a weight may be depends on more than its kind
         kind = replay.call_kind((input, target), ignore_index, reduction, label_smoothing)
-        options = None if kind is None else _checked.get(kind)
+        options = _checked.get(kind)
         if options is not None:
             return _run(kind, input, target, None, *options)
     if not _takes_triton(input, target, weight):

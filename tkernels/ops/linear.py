@@ -43,7 +43,7 @@ def linear(
     kind, torchs = None, runtime.leaves_to_torch(input)
     if not torchs:
         kind = replay.call_kind((input, weight, bias), activation, dropout_p, training)
-        if kind is not None and kind in _checked:
+        if _checked.get(kind):
             return _run(input, weight, bias, activation, float(dropout_p) if training else 0.0, kind)
     if activation not in activations.ACTIVATIONS:
         activations.check(activation)
