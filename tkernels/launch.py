@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -32,7 +31,7 @@ if runtime.HAS_TRITON:
 
 # whoever sees this many specialisations of a kernel has shapes that never come back
 _MOST_ENTRIES = 4096
-_fast = os.environ.get("TKERNELS_FAST_LAUNCH", "0").lower() in ("1", "true", "on", "yes")
+_fast = runtime.flag("TKERNELS_FAST_LAUNCH")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -29,7 +28,7 @@ Body = Callable[..., Tensors]
 
 # kinds of calls a function keeps: whoever has more has shapes that never come back
 _MOST_KINDS = 1024
-_on = os.environ.get("TKERNELS_REPLAY", "1").lower() in ("1", "true", "on", "yes")
+_on = runtime.flag("TKERNELS_REPLAY", "1")
 _SEEN, _NEVER = object(), object()
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset((

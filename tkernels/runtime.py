@@ -63,8 +63,13 @@ def get_backend() -> str:
     return _backend
 
 
+def flag(name: str, default: str = "0") -> bool:
+    """Whether an environment variable says yes."""
+    return os.environ.get(name, default).lower() in ("1", "true", "on", "yes")
+
+
 # triton itself asks once, as it defines a kernel
-_INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+_INTERPRETING = HAS_TRITON and flag("TRITON_INTERPRET")
 
 
 def interpreting() -> bool:

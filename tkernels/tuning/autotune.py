@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from tkernels import runtime
 from tkernels.tuning import Config, next_power_of_two
 
 # A choice of the closed form stays unless another is faster by this: timings of the same kernel differ by as much.
@@ -29,7 +30,7 @@ MARGIN = 0.03
 PYTORCH = "PyTorch"
 KERNEL = "kernel"
 
-enabled = os.environ.get("TKERNELS_AUTOTUNE", "0").lower() in ("1", "true", "on", "yes")
+enabled = runtime.flag("TKERNELS_AUTOTUNE")
 # milliseconds a call
 Clock = Callable[[Callable[[], object]], float]
 
