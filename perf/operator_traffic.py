@@ -17,20 +17,16 @@ PROVIDERS = ("torch", "tkernels")
 NAMES = tuple(name for name in operators.OPERATORS if name != "cnn")
 PHASES = {"forward": "fwd", "backward": "bwd"}
 COLUMNS = (
-    Column("commit", "text", "git commit of the source"),
-    Column("torch", "text", "version of torch"),
-    Column("triton", "text", "version of triton"),
-    Column("target", "text", "the GPU the choosers believed in"),
+    *schema.COUNTED_FOR,
     Column("operator", "text", "a name of perf/operators.py"),
     Column("dtype", "text", "bf16, fp16 or fp32: of inputs, weights and outputs"),
     *schema.SHAPE,
     Column("provider", "text", "tkernels or torch (eager)"),
     Column("phase", "text", "forward or backward"),
-    Column("bytes", "whole", "arguments of launches and ATen calls, read once and written once, without workspaces"),
+    schema.COUNTED_BYTES,
     Column("least_bytes", "whole", "each operand of the operator read once, each result written once"),
     Column("workspace_bytes", "whole", "float32 operands made and dropped within the phase"),
-    Column("launches", "whole", "Triton launches"),
-    Column("aten_calls", "whole", "ATen calls that compute (no views, no allocations)"),
+    *schema.COUNTED_CALLS,
     Column("saved_bytes", "whole", "forward: distinct storages kept for backward, inputs and parameters counted"),
 )
 

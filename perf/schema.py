@@ -113,6 +113,20 @@ COLUMNS = (
     Column("host_us", "number", "microseconds until the call returned, not waiting for the GPU; empty on a CPU"),
     Column("status", "text", "ok; else wrong, error, out of memory, crashed, timeout or unsupported, with the reason"),
 )
+# What counts, and is not timed, begins with these columns, and counts these
+COUNTED_FOR = (
+    Column("commit", "text", "git commit of the source"),
+    Column("torch", "text", "version of torch"),
+    Column("triton", "text", "version of triton"),
+    Column("target", "text", "the GPU the choosers believed in"),
+)
+COUNTED_BYTES = Column(
+    "bytes", "whole", "arguments of launches and ATen calls, read once and written once, without workspaces"
+)
+COUNTED_CALLS = (
+    Column("launches", "whole", "Triton launches"),
+    Column("aten_calls", "whole", "ATen calls that compute (no views, no allocations)"),
+)
 NAMES = tuple(column.name for column in COLUMNS)
 # What makes two rows the same measurement
 KEY = ("device", "operator", "mode", "dtype", "layout", *SHAPE_COLUMNS, "provider", "timing",

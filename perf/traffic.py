@@ -19,25 +19,21 @@ from torch import Tensor, nn
 
 import tkernels
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
-from perf import aot, inductor, meter, operator_traffic, operators, options, providers, shapes
+from perf import aot, inductor, meter, operator_traffic, operators, options, providers, schema, shapes
 from perf.options import Refused
 from perf.schema import Column
 from tkernels import targets
 
 COLUMNS = (
-    Column("commit", "text", "git commit of the source"),
-    Column("torch", "text", "version of torch"),
-    Column("triton", "text", "version of triton"),
-    Column("target", "text", "the GPU the choosers believed in"),
+    *schema.COUNTED_FOR,
     Column("batch", "whole", "images a step"),
     Column("provider", "text", "tkernels, torch (eager) or torch.compile"),
     Column("layer", "text", "the module's name; (step) for the whole step"),
     Column("phase", "text", "forward or backward; empty in the row of the whole step"),
-    Column("bytes", "whole", "arguments of launches and ATen calls, read once and written once, without workspaces"),
+    schema.COUNTED_BYTES,
     Column("workspace_bytes", "whole", "float32 operands made and dropped within one pass of a layer"),
     Column("workspace_alive", "whole", "in the row of the step: most bytes of workspace in one pass of a layer"),
-    Column("launches", "whole", "Triton launches"),
-    Column("aten_calls", "whole", "ATen calls that compute (no views, no allocations)"),
+    *schema.COUNTED_CALLS,
     Column("saved_bytes", "whole", "distinct storages kept for backward, parameters not counted"),
     Column("specialisations", "whole", "in the row of the step: kernels that Triton compiles for it"),
     Column(
