@@ -43,3 +43,25 @@ def compare_compiled(
             dtype = value.dtype if value.is_floating_point() else torch.float32  # a counter
             assert_close(ours[name], value.detach().double(), reduction, dtype=dtype, name=f"{name} at batch {n}")
     return counter
+
+
+def check_autocast_in_compile(model: torch.nn.Module, x: Tensor) -> None:
+    """Assert that a compiled model gives what it gives without, in autocast's dtype, and gradients in its own."""
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        y, expected = compiled(x), model(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def check_dropout_in_compile(model: torch.nn.Module, x: Tensor) -> None:
+    """Assert that a compiled model draws dropout anew at each call, by torch's seed."""
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    first, second = compiled(x), compiled(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    torch.testing.assert_close(compiled(x), first)
+    compiled(x).sum().backward()

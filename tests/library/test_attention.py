@@ -15,7 +15,7 @@ import tkernels
 import tkernels.functional as F
 import tkernels.nn as tnn
 from models.cifar_cnn import AttentionCNN
-from tests.library.common import compare_compiled, operators
+from tests.library.common import check_autocast_in_compile, check_dropout_in_compile, compare_compiled, operators
 
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
 # the interpreter takes its time
@@ -177,28 +177,12 @@ def test_compile_with_any_batch_and_length(model: type[torch.nn.Module], device:
 
 @slow_there
 def test_compile_draws_dropout_anew(device: str) -> None:
-    model: Any = torch.compile(Heads(0.5).to(device), backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 6, 8, device=device)
-    torch.manual_seed(0)
-    first, second = model(x), model(x)
-    assert not torch.equal(first, second)
-    torch.manual_seed(0)
-    torch.testing.assert_close(model(x), first)
-    model(x).sum().backward()
+    check_dropout_in_compile(Heads(0.5).to(device), torch.randn(2, 6, 8, device=device))
 
 
 @slow_there
 def test_autocast_in_compile(device: str) -> None:
-    model = Heads().to(device)
-    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 5, 8, device=device)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        y, expected = compiled(x), model(x)
-    assert y.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected)
-    y.sum().backward()
-    assert model.project.weight.grad is not None
-    assert model.project.weight.grad.dtype == torch.float32
+    check_autocast_in_compile(Heads().to(device), torch.randn(2, 5, 8, device=device))
 
 
 @slow_there

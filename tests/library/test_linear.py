@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tkernels
 import tkernels.functional as F
 import tkernels.nn as tnn
-from tests.library.common import compare_compiled, operators
+from tests.library.common import check_autocast_in_compile, check_dropout_in_compile, compare_compiled, operators
 
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
 
@@ -63,27 +63,11 @@ def test_compile_with_any_batch(device: str, triton_runs: bool) -> None:
 
 
 def test_compile_draws_dropout_anew(device: str) -> None:
-    model = torch.compile(Hidden(0.5).to(device), backend="aot_eager", fullgraph=True)
-    x = torch.randn(8, 7, device=device)
-    torch.manual_seed(0)
-    first, second = model(x), model(x)
-    assert not torch.equal(first, second)
-    torch.manual_seed(0)
-    torch.testing.assert_close(model(x), first)
-    model(x).sum().backward()
+    check_dropout_in_compile(Hidden(0.5).to(device), torch.randn(8, 7, device=device))
 
 
 def test_autocast_in_compile(device: str) -> None:
-    model = Hidden().to(device)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(4, 7, device=device)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        y, expected = compiled(x), model(x)
-    assert y.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected)
-    y.sum().backward()
-    assert model[0].weight.grad is not None
-    assert model[0].weight.grad.dtype == torch.float32
+    check_autocast_in_compile(Hidden().to(device), torch.randn(4, 7, device=device))
 
 
 def test_export_with_dynamic_batch(device: str, triton_runs: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tkernels
 import tkernels.functional as F
-from tests.library.common import compare_compiled, operators
+from tests.library.common import check_autocast_in_compile, compare_compiled, operators
 
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
 matmul = torch.ops.tkernels.matmul
@@ -80,15 +78,7 @@ def test_compile_with_any_batch(device: str, triton_runs: bool) -> None:
 
 @slow_there
 def test_autocast_in_compile(device: str) -> None:
-    model = Mix().to(device)
-    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 3, 7, device=device)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        y, expected = compiled(x), model(x)
-    assert y.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected)
-    y.sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    check_autocast_in_compile(Mix().to(device), torch.randn(2, 3, 7, device=device))
 
 
 @slow_there
