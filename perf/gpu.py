@@ -168,9 +168,12 @@ def _visible(device: str) -> tuple[tuple[str, str], ...]:
 
 
 def _installed(device: str) -> list[str]:
-    """The providers that can be measured here. In a dry run torch.compile, which takes long on a CPU, is left out."""
+    """The providers that can be measured here, but the usual code of CPUs, which has no single operators. In a dry run
+    torch.compile, which takes long on a CPU, is left out."""
     names = []
     for name in providers.NEEDS:
+        if name == providers.USUAL:
+            continue
         try:
             providers.check([name])
         except Refused:

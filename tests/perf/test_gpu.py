@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from perf import gpu, operators, report, schema
+from perf import gpu, operators, providers, report, schema
 from perf.gpu import Part
 from tests.perf.command import environment, refused, row, run, write
 
@@ -54,7 +54,10 @@ def test_every_part_is_in_a_run() -> None:
         assert len(tests) == (1 if dry else 2)
         gate = {"TK_GATE": "torch" if dry else "cuda", "TK_EXTENDED": "0"}
         assert all(dict(part.environment) == gate for part in tests)
-        assert all(("tiny" in part.command) == dry for part in parts if part.name.startswith("sweep"))
+        sweeps = [part.command for part in parts if part.name.startswith("sweep")]
+        assert all(("tiny" in command) == dry for command in sweeps)
+        # it has no operators but the network: rows that say "unsupported" and nothing else
+        assert not any(providers.USUAL in command for command in sweeps)
 
 
 def test_the_tests_run_on_the_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
