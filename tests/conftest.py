@@ -31,6 +31,7 @@ import torch
 
 import tkernels
 from tests.gates import interpreter, ttsem
+from tkernels import replay
 
 _stack = contextlib.ExitStack()
 _ttsem_state: Any = None
@@ -107,7 +108,9 @@ def triton_runs() -> bool:
 
 @pytest.fixture(autouse=True)
 def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test starts from the same seed, IEEE float32 products and the strict backend of its gate."""
+    """Every test starts from the same seed, IEEE float32 products and the strict backend of its gate, and no operator
+    repeats what it did in a test before, which may have put another choice in its way."""
+    replay.forget()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # whatever a command under test has set
     torch.backends.cudnn.conv.fp32_precision = "ieee"

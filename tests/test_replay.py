@@ -24,13 +24,6 @@ from tkernels.tuning import autotune
 CALLS = 4  # the first is remembered, the second recorded, the others replayed
 
 
-@pytest.fixture(autouse=True)
-def _nothing_recorded() -> Iterator[None]:
-    replay.forget()
-    yield
-    replay.forget()
-
-
 def programs() -> list[replay.Program]:
     return [p for f in replay._functions for p in f.kinds.values() if isinstance(p, replay.Program)]
 
