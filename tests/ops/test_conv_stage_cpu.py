@@ -344,11 +344,15 @@ def test_a_forked_process_has_buffers_of_its_own() -> None:
 
 def test_buffers_that_nobody_wants_are_given_back() -> None:
     pool = buffers.Pool()
-    held = pool.take(4096)
+
+    def take(nbytes: int) -> Tensor:
+        return pool.take(torch.uint8, (nbytes,), (1,), nbytes)
+
+    held = take(4096)
     del held
-    kept = pool.take(8192)
+    kept = take(8192)
     for _ in range(2 * buffers.PATIENCE):
-        pool.take(1024)
+        take(1024)
     assert pool.held() == 8192 + 1024
     assert kept.numel() == 8192
 

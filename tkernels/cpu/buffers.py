@@ -1,14 +1,15 @@
 """Memory for activations that is used again instead of being mapped anew at every step.
 
 A fresh allocation of some megabytes costs a page fault for every 4 KB of it, about as much as a pass over it. The pool
-keeps a reference to each storage it lent; one that nothing else refers to is free. So a buffer is never in two hands,
-however many graphs, views, threads or exceptions there were, and nobody has to give one back.
+keeps each storage it lent; one that nobody else refers to is free. So a buffer is never in two hands, however many
+graphs, views, threads or exceptions there were, and nobody has to give one back.
 
 Where the allocator's own memory comes without faults (FRESH), a convolution's result is better left to it.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -21,34 +22,56 @@ SMALLEST = 1 << 20
 PATIENCE = 512
 
 
+class Buffer:
+    """A storage, and the number of the request that took it last."""
+
+    __slots__ = ("last", "storage")
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage, self.last = storage, 0
+
+    def holders(self) -> tuple[int, int]:
+        """How many tensors hold the storage, and how many variables; more of each than there are, by what asking adds
+        in this version of Python and torch."""
+        storage = self.storage
+        return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+
+
+# the holders of a storage that only its Buffer has
+_NOBODY = Buffer(torch.UntypedStorage(0)).holders()
+
+
 class Pool:
-    """Flat tensors of bytes by their size, each with the number of the request that took it last."""
+    """Storages by their size."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._lent: dict[int, list[tuple[Tensor, int]]] = {}
+        self._lent: dict[int, list[Buffer]] = {}
         self._requests = 0
 
-    def take(self, nbytes: int) -> Tensor:
-        """``nbytes`` bytes that nobody else holds, uint8 [nbytes]; their contents are anything.
+    def take(self, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], nbytes: int) -> Tensor:
+        """A tensor over ``nbytes`` that nobody else holds, a view of nothing; its contents are anything.
 
         What was moved to shared memory is not used again: another process may hold it.
         """
-        with self._lock:
+        tensor = torch.empty(0, dtype=dtype)
+        with self._lock:  # until the tensor holds the storage: between the two another thread would find it free
             self._requests += 1
             if self._requests % PATIENCE == 0:
                 self._give_back()
-            lent = self._lent.setdefault(nbytes, [])
-            for i, (kept, _) in enumerate(lent):
-                storage = kept.untyped_storage()
-                if not _in_use(storage) and storage.nbytes() == nbytes and not storage.is_shared():
-                    lent[i] = kept, self._requests
-                    return kept.detach()
-            # no tensor of inference mode, which backward could not keep later
-            with torch.inference_mode(False):
-                kept = torch.empty(nbytes, dtype=torch.uint8)
-            lent.append((kept, self._requests))
-            return kept.detach()
+            lent = self._lent.get(nbytes)
+            if lent is None:
+                lent = self._lent[nbytes] = []
+            for buffer in lent:
+                if buffer.holders() == _NOBODY:
+                    storage = buffer.storage
+                    if storage.nbytes() == nbytes and not storage.is_shared():
+                        break
+            else:
+                buffer = Buffer(torch.empty(nbytes, dtype=torch.uint8).untyped_storage())
+                lent.append(buffer)
+            buffer.last = self._requests
+            return tensor.set_(buffer.storage, 0, shape, strides)
 
     def held(self) -> int:
         """Bytes of all buffers, lent or free."""
@@ -62,15 +85,9 @@ class Pool:
 
     def _give_back(self) -> None:
         for nbytes, lent in list(self._lent.items()):
-            kept = [(t, last) for t, last in lent if self._requests - last < PATIENCE or _in_use(t.untyped_storage())]
-            self._lent[nbytes] = kept
-            if not kept:
+            self._lent[nbytes] = [b for b in lent if self._requests - b.last < PATIENCE or b.holders() != _NOBODY]
+            if not self._lent[nbytes]:
                 del self._lent[nbytes]
-
-
-def _in_use(storage: torch.UntypedStorage) -> bool:
-    """Whether anything refers to the storage but the pool's own tensor and the object that is asked."""
-    return torch._C._storage_Use_Count(storage._cdata) > 2
 
 
 POOL = Pool()
@@ -125,21 +142,16 @@ def empty(like: Tensor) -> Tensor:
     nbytes = like.element_size() * like.numel()
     if nbytes < SMALLEST:
         return torch.empty_like(like)
-    return _whole(nbytes, like.dtype, like.shape, like.stride())
+    return POOL.take(like.dtype, like.shape, like.stride(), nbytes)
 
 
 def dense(dtype: torch.dtype, *shape: int) -> Tensor:
     """The same, contiguous."""
-    size = torch.Size(shape)
-    nbytes = dtype.itemsize * size.numel()
+    strides, count = [], 1
+    for size in reversed(shape):
+        strides.append(count)
+        count *= size
+    nbytes = dtype.itemsize * count
     if nbytes < SMALLEST:
-        return torch.empty(size, dtype=dtype)
-    strides = [size[i + 1 :].numel() for i in range(len(size))]
-    return _whole(nbytes, dtype, size, strides)
-
-
-def _whole(nbytes: int, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    fresh = torch.empty(0, dtype=dtype)
-    # held until the result holds the storage: between the two another thread would find it free
-    lent = POOL.take(nbytes)
-    return fresh.set_(lent.untyped_storage(), 0, shape, strides)
+        return torch.empty(shape, dtype=dtype)
+    return POOL.take(dtype, shape, strides[::-1], nbytes)
