@@ -89,7 +89,7 @@ class Pass:
 def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
     from torch._functorch import config as functorch_config
     from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -108,6 +108,14 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> C
         graph = make_fx(lambda *args: function(*args), tracing_mode="real")(*fakes)
     thresholds = config.patch(fx_graph_cache=True, realize_reads_threshold=16, realize_opcount_threshold=200)
     # the cache of whole autograd graphs cannot read a graph that did not come from Dynamo
+    inner: list[Any] = []
+
+    def compile_inner(*args: Any, **kwargs: Any) -> Any:
+        inner.append(compile_fx_inner(*args, **kwargs))
+        return inner[-1]
+
     with torch.no_grad(), thresholds, functorch_config.patch(enable_autograd_cache=False):
-        run: Any = compile_fx(graph, fakes)
-        return run
+        run: Any = compile_fx(graph, fakes, inner_compile=compile_inner)
+    # what stands around it is autograd's, and as much Python again
+    call = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None
+    return run if call is None else lambda *tensors: call(list(tensors))

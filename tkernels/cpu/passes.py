@@ -3,7 +3,9 @@
 Maps are dense NHWC. Where every pixel is like another they come as [groups, rows, C], and sums over pixels are taken
 group by group first, which keeps a group in cache and float32 sums short. Where windows matter they come as
 [N, out_h, kernel_h, out_w, kernel_w, C]. Vectors are float32 [C], ``keep`` is float32 [N, C]: Dropout2d's factors.
-``mean``: the batch's; ``scale``: bn_weight / sqrt(var + eps); ``bias``: bn_bias. Arithmetic is float32.
+``mean``: the batch's; ``inverse``: 1 / sqrt(var + eps); ``scale``: that times bn_weight; ``bias``: bn_bias; ``eps``:
+float32 []. Arithmetic is float32. What follows from a pass's sums for each channel is part of the pass: between two
+convolutions, which leave nothing in the caches, a call of ATen for a few numbers costs as much as thousands of pixels.
 """
 
 from __future__ import annotations
@@ -26,16 +28,21 @@ def _behind_relu(d: Tensor, z: Tensor) -> Tensor:
     return torch.where(z <= 0, 0.0, d.float())
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of x [groups, rows, C]: Chan's merge of the groups, shifted by the first one's mean."""
+def _statistics(x: Tensor, shift: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of x [groups, rows, C]: mean, inverse, scale; mean plus ``shift`` and unbiased variance, as running statistics
+    see them. Chan's merge of the groups, about the first one's mean."""
     groups, rows, _ = x.shape
-    shift = x[0].float().mean(0)
-    d = x.float() - shift
+    count = groups * rows
+    start = x[0].float().mean(0)
+    d = x.float() - start
     total, squares = d.sum(1), (d * d).sum(1)
-    mean = total.sum(0) / (groups * rows)
+    mean = total.sum(0) / count
     within = squares - total * total / rows
     between = rows * (total / rows - mean) ** 2
-    return shift + mean, (within + between).sum(0) / (groups * rows)
+    deviations = (within + between).sum(0)
+    inverse = torch.rsqrt(deviations / count + eps)
+    mean = start + mean
+    return mean, inverse, inverse * weight, mean + shift, deviations / (count - 1)
 
 
 def _normalize(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, out: Tensor) -> tuple[()]:
@@ -43,14 +50,23 @@ def _normalize(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, out: Tensor
     return ()
 
 
-def _sums(d: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the gradient behind ReLU and of its product with x - mean."""
+def _gradients(first: Tensor, second: Tensor, inverse: Tensor, count: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the sums of the gradient behind ReLU and of its product with x - mean: the gradients of bias and weight, and
+    what _raw_gradient takes."""
+    dweight = second * inverse
+    return first, dweight, first / count, dweight * inverse / count
+
+
+def _sums(
+    d: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = _behind_relu(d, _normalized(x, mean, scale, bias))
-    return g.sum(1).sum(0), (g * (x.float() - mean)).sum(1).sum(0)
+    sums = g.sum(1).sum(0), (g * (x.float() - mean)).sum(1).sum(0)
+    return _gradients(*sums, inverse, x.shape[0] * x.shape[1])
 
 
 def _raw_gradient(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Batch norm's input gradient; ``a``, ``b``: the sums over the number of values, b also times 1 / (var + eps)."""
+    """Batch norm's input gradient; ``a``, ``b``: the sums over the number of values, b also times inverse squared."""
     return scale * (g - a - (x.float() - mean) * b)
 
 
@@ -70,7 +86,37 @@ def _gradient_in_place(
     return ()
 
 
+def _fold(
+    weight: Tensor, bias: Tensor, bn_weight: Tensor, bn_bias: Tensor, mean: Tensor, var: Tensor, eps: Tensor,
+    out_weight: Tensor, out_bias: Tensor,
+) -> tuple[()]:  # fmt: skip
+    """A convolution's weight [K, kh, kw, C] and bias with the batch norm by running statistics that follows it."""
+    scale = torch.rsqrt(var + eps) * bn_weight
+    out_weight.copy_(weight.float() * scale[:, None, None, None])
+    out_bias.copy_((bias - mean) * scale + bn_bias)
+    return ()
+
+
+@functools.lru_cache(maxsize=256)
+def number(value: float) -> Tensor:
+    """A number as an argument of passes: float32 []."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(channels: int, value: float) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((channels,), value)
+
+
+def vector(t: Tensor | None, channels: int, default: float) -> Tensor:
+    """A parameter as an argument of passes; nobody may write to it."""
+    return _constant(channels, default) if t is None else t.float().contiguous()
+
+
 statistics = Pass(_statistics)
+fold = Pass(_fold)
 normalize = Pass(_normalize)
 sums = Pass(_sums)
 gradient = Pass(_gradient)
@@ -124,10 +170,13 @@ class Ends:
     def _passing(self, dy: Tensor, place: Tensor, keep: Tensor) -> Tensor:
         return torch.where(place.float() == float(len(self.taps)), 0.0, dy.float() * keep[:, None, None, :])
 
-    def _sums(self, dy: Tensor, place: Tensor, winner: Tensor, mean: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(
+        self, dy: Tensor, place: Tensor, winner: Tensor, mean: Tensor, keep: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As sums: only a window's winner has a gradient."""
         g = self._passing(dy, place, keep)
-        return g.sum((1, 2)).sum(0), (g * (winner.float() - mean)).sum((1, 2)).sum(0)
+        sums = g.sum((1, 2)).sum(0), (g * (winner.float() - mean)).sum((1, 2)).sum(0)
+        return _gradients(*sums, inverse, dy.shape[0] * dy.shape[1] * dy.shape[2] * len(self.taps))
 
     def _gradient(
         self, dy: Tensor, x: Tensor, place: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor, keep: Tensor,

@@ -97,18 +97,17 @@ def _forward(
     momentum: float | None, eps: float, counter: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The result; the batch's mean, 1 / sqrt(var + eps), that times the weight, and the bias."""
-    pixels = _groups(x)
-    mean, var = passes.statistics(pixels)
+    pixels, channels = _groups(x), x.shape[1]
+    mean, inverse, scale, _, var = passes.statistics(
+        pixels, passes.vector(None, channels, 0.0), passes.vector(weight, channels, 1.0), passes.number(eps)
+    )
     if counter is not None:
         counter.add_(1)
     if running_mean is not None and running_var is not None:
-        count = x.numel() // x.shape[1]
         factor = 1.0 / float(counter) if momentum is None and counter is not None else momentum
-        for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        for running, batch in ((running_mean, mean), (running_var, var)):
             running.mul_(1.0 - factor).add_(batch, alpha=factor)  # type: ignore[operator]
-    inverse = (var + eps).rsqrt()
-    scale = inverse if weight is None else inverse * weight
-    shift = torch.zeros_like(mean) if bias is None else bias.contiguous()
+    shift = passes.vector(bias, channels, 0.0)
     y = buffers.empty(x)
     passes.normalize(pixels, mean, scale, shift, _groups(y))
     return y, [mean, inverse, scale, shift]
@@ -138,12 +137,9 @@ class _BatchNormReLU(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             return *(next(found) if need else None for need in needs), None, None, None, None, None
         d, pixels = _groups(dy), _groups(x)
-        count = x.numel() // x.shape[1]
-        first, second = passes.sums(d, pixels, mean, scale, shift)
+        dbias, dweight, a, b = passes.sums(d, pixels, mean, scale, shift, inverse)
         dx = None
         if needs[0]:
             dx = buffers.empty(x)
-            a, b = first / count, second * inverse**2 / count
             passes.gradient(d, pixels, mean, scale, shift, a, b, _groups(dx))
-        dweight = second * inverse if needs[1] else None
-        return dx, dweight, first if needs[2] else None, None, None, None, None, None
+        return dx, dweight if needs[1] else None, dbias if needs[2] else None, None, None, None, None, None

@@ -80,6 +80,15 @@ class End(NamedTuple):
     plain: bool
 
 
+class Sums(NamedTuple):
+    """What batch norm's backward sums over a batch: gradients of its parameters, and ``a`` and ``b`` of passes."""
+
+    dbias: Tensor
+    dweight: Tensor
+    a: Tensor
+    b: Tensor
+
+
 def _nhwc(t: Tensor) -> Tensor:
     """A map as a dense tensor (N, H, W, C); the same memory where it is channels_last."""
     return t.permute(0, 2, 3, 1).contiguous()
@@ -155,11 +164,6 @@ def _cast_weight(layer: Any, dtype: torch.dtype) -> Tensor:
     return layer.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _vector(t: Tensor | None, like: Tensor, value: float) -> Tensor:
-    """A batch norm parameter as the passes read it."""
-    return torch.full_like(like, value) if t is None else t.detach().float().contiguous()
-
-
 def draw(x: Tensor, channels: int, dtype: torch.dtype, p: float) -> Tensor:
     """Dropout2d's factors [N, C], with the draws of torch.nn.functional.dropout2d on a map of ``dtype``."""
     keep = torch.empty(x.shape[0], channels, 1, 1, dtype=dtype)
@@ -180,13 +184,15 @@ def forward(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) ->
     for i, (layer, g) in enumerate(zip(layers, plan.geometries)):
         w = _cast_weight(layer, plan.dtype)
         raw = _conv(a, w, g)
-        mean, var = passes.statistics(_rows(raw))
-        inverse = (var + layer.eps).rsqrt_()
-        bias = _vector(layer.bn_bias, mean, 0.0)
-        scale = inverse if layer.bn_weight is None else inverse * layer.bn_weight.detach().float()
+        channels = g.out_channels
+        mean, inverse, scale, *seen = passes.statistics(
+            _rows(raw), passes.vector(layer.bias, channels, 0.0), passes.vector(layer.bn_weight, channels, 1.0),
+            passes.number(layer.eps),
+        )  # fmt: skip
+        bias = passes.vector(layer.bn_bias, channels, 0.0)
         saved.append(SavedLayer(a, w, raw, mean, scale, inverse, bias))
         if layer.counts(plan.training):
-            _move_statistics(layer, mean, var, raw.numel() // raw.shape[3])
+            _move_statistics(layer, *seen)
         if i < last:
             a = buffers.dense(raw.dtype, *raw.shape)
             passes.normalize(_rows(raw), mean, scale, bias, _rows(a))
@@ -209,7 +215,7 @@ def _end(layer: SavedLayer, end: End) -> Tensor:
     return y
 
 
-def _move_statistics(layer: Any, mean: Tensor, var: Tensor, values: int) -> None:
+def _move_statistics(layer: Any, mean: Tensor, var: Tensor) -> None:
     """torch's running statistics: of the map with the convolution's bias, with the unbiased variance."""
     factor = layer.momentum
     if layer.num_batches_tracked is not None:
@@ -219,10 +225,12 @@ def _move_statistics(layer: Any, mean: Tensor, var: Tensor, values: int) -> None
     if factor is None:
         counter = layer.num_batches_tracked
         factor = 0.0 if counter is None else 1.0 / float(counter)
-    if layer.bias is not None:
-        mean = mean + layer.bias.detach().float()
-    for running, batch in ((layer.running_mean, mean), (layer.running_var, var * (values / (values - 1)))):
-        running.lerp_(batch.to(running.dtype), factor)
+    layer.running_mean.lerp_(_as(mean, layer.running_mean), factor)
+    layer.running_var.lerp_(_as(var, layer.running_var), factor)
+
+
+def _as(t: Tensor, like: Tensor) -> Tensor:
+    return t if t.dtype is like.dtype else t.to(like.dtype)
 
 
 def backward(
@@ -240,20 +248,19 @@ def backward(
         weight, bias, bn_weight, bn_bias = needs[1 + 4 * i : 5 + 4 * i]
         below = i > lowest or needs[0]
         at_end = i == len(saved) - 1
-        first, second, replayed = _end_sums(d, layer, end) if at_end and not end.plain else (*_sums(d, layer), None)
+        sums, place = _end_sums(d, layer, end) if at_end and not end.plain else (_sums(d, layer), None)
         if bn_weight:
-            gradients[3 + 4 * i] = (second * layer.inverse).to(layers[i].bn_weight.dtype)
+            gradients[3 + 4 * i] = _as(sums.dweight, layers[i].bn_weight)
         if bn_bias:
-            gradients[4 + 4 * i] = first.to(layers[i].bn_bias.dtype)
+            gradients[4 + 4 * i] = _as(sums.dbias, layers[i].bn_bias)
         if bias:
             # batch norm takes a bias away again
             gradients[2 + 4 * i] = torch.zeros_like(layers[i].bias)
         if not (weight or below):
             continue
-        d = _raw_gradient(d, layer, end, first, second, replayed, fresh=at_end)
+        d = _raw_gradient(d, layer, end, sums, place, fresh=at_end)
         if weight:
-            dw = _conv_backward(d, layer, g, (False, True, False))[1]
-            gradients[1 + 4 * i] = dw.to(layers[i].weight.dtype)
+            gradients[1 + 4 * i] = _as(_conv_backward(d, layer, g, (False, True, False))[1], layers[i].weight)
         if below:
             d = _input_gradient(d, layer, g)
     if needs[0]:
@@ -261,36 +268,33 @@ def backward(
     return gradients
 
 
-def _sums(d: Tensor, layer: SavedLayer) -> tuple[Tensor, Tensor]:
-    return passes.sums(_rows(d), _rows(layer.raw), layer.mean, layer.scale, layer.bias)
+def _sums(d: Tensor, layer: SavedLayer) -> Sums:
+    return Sums(*passes.sums(_rows(d), _rows(layer.raw), layer.mean, layer.scale, layer.bias, layer.inverse))
 
 
-def _end_sums(dy: Tensor, layer: SavedLayer, end: End) -> tuple[Tensor, Tensor, Tensor]:
+def _end_sums(dy: Tensor, layer: SavedLayer, end: End) -> tuple[Sums, Tensor]:
     """Batch norm's sums and, to be used once more, the places of the windows' winners."""
     ends = passes.ends(end.pool.kernel_h, end.pool.kernel_w)
     place, winner = buffers.dense(torch.bfloat16, *dy.shape), buffers.dense(layer.raw.dtype, *dy.shape)
     ends.winners(_windows(layer.raw, end.pool), layer.mean, layer.scale, layer.bias, place, winner)
-    return *ends.sums(dy, place, winner, layer.mean, end.keep), place
+    return Sums(*ends.sums(dy, place, winner, layer.mean, end.keep, layer.inverse)), place
 
 
-def _raw_gradient(
-    d: Tensor, layer: SavedLayer, end: End, first: Tensor, second: Tensor, place: Tensor | None, fresh: bool
-) -> Tensor:
+def _raw_gradient(d: Tensor, layer: SavedLayer, end: End, sums: Sums, place: Tensor | None, fresh: bool) -> Tensor:
     """The gradient of a convolution's output, over ``d`` unless that is the caller's (``fresh``)."""
     raw = layer.raw
-    values = raw.numel() // raw.shape[3]
-    a, b = first / values, second * layer.inverse**2 / values
     if not fresh:
-        passes.gradient_in_place(_rows(d), _rows(raw), layer.mean, layer.scale, layer.bias, a, b)
+        passes.gradient_in_place(_rows(d), _rows(raw), layer.mean, layer.scale, layer.bias, sums.a, sums.b)
         return d
     out = buffers.dense(raw.dtype, *raw.shape)
     if place is None:
-        passes.gradient(_rows(d), _rows(raw), layer.mean, layer.scale, layer.bias, a, b, _rows(out))
+        passes.gradient(_rows(d), _rows(raw), layer.mean, layer.scale, layer.bias, sums.a, sums.b, _rows(out))
     else:
         ends = passes.ends(end.pool.kernel_h, end.pool.kernel_w)
         ends.gradient(
-            d, _windows(raw, end.pool), place, layer.mean, layer.scale, a, b, end.keep, _windows(out, end.pool)
-        )
+            d, _windows(raw, end.pool), place, layer.mean, layer.scale, sums.a, sums.b, end.keep,
+            _windows(out, end.pool),
+        )  # fmt: skip
     return out
 
 
@@ -416,12 +420,10 @@ def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -
 def _folded(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution with batch norm's. Made at each call: a kept copy would not notice
     parameters written through ``.data``, as averaging of weights does."""
-    scale = (layer.running_var.float() + layer.eps).rsqrt()
-    if layer.bn_weight is not None:
-        scale = scale * layer.bn_weight.float()
-    shift = -layer.running_mean.float() if layer.bias is None else layer.bias.float() - layer.running_mean.float()
-    shift = shift * scale
-    if layer.bn_bias is not None:
-        shift = shift + layer.bn_bias.float()
-    weight = (layer.weight.float() * scale[:, None, None, None]).to(dtype)
-    return weight.contiguous(memory_format=torch.channels_last), shift.to(dtype)
+    weight = _nhwc(layer.weight)
+    channels = weight.shape[0]
+    folded, bias = torch.empty(weight.shape, dtype=dtype), torch.empty(channels, dtype=dtype)
+    norm = (layer.bn_weight, 1.0), (layer.bn_bias, 0.0), (layer.running_mean, 0.0), (layer.running_var, 1.0)
+    vectors = [passes.vector(t, channels, default) for t, default in ((layer.bias, 0.0), *norm)]
+    passes.fold(weight, *vectors, passes.number(layer.eps), folded, bias)
+    return _map(folded), bias
