@@ -65,6 +65,9 @@ class Pass:
                 run = _compiled.get(key)
                 if run is None:
                     run = _compiled[key] = self._compile(tensors)
+        if torch.autograd._profiler_enabled():
+            with torch.profiler.record_function(f"tkernels: {self.name}"):
+                return run(*tensors)
         return run(*tensors)
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
