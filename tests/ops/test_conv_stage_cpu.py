@@ -461,7 +461,7 @@ def test_bytes_kept_and_calls_made(dtype: torch.dtype, monkeypatch: pytest.Monke
     theirs, _ = saved_bytes(call, leaves(x, layers))
     assert ours <= 0.75 * theirs
     assert all(kept.is_floating_point for kept in dtypes)
-    assert PASSES <= set(_calls(lambda: call().sum().backward()))
+    assert set(_calls(lambda: call().sum().backward())) >= PASSES
     assert not PASSES & set(called)
     # two layers: forward, the weights' gradients, and the input gradients as convolutions
     assert called.count("aten::convolution_backward") == 2
