@@ -110,15 +110,15 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> C
         # (a bound method would count its object as an argument)
         graph = make_fx(lambda *args: function(*args), tracing_mode="real")(*fakes)
     thresholds = config.patch(fx_graph_cache=True, realize_reads_threshold=16, realize_opcount_threshold=200)
-    # the cache of whole autograd graphs cannot read a graph that did not come from Dynamo
     inner: list[Any] = []
 
     def compile_inner(*args: Any, **kwargs: Any) -> Any:
         inner.append(compile_fx_inner(*args, **kwargs))
         return inner[-1]
 
+    # the cache of whole autograd graphs cannot read a graph that did not come from Dynamo
     with torch.no_grad(), thresholds, functorch_config.patch(enable_autograd_cache=False):
         run: Any = compile_fx(graph, fakes, inner_compile=compile_inner)
-    # what stands around it is autograd's, and as much Python again
+    # what stands around it serves autograd, and is as much Python again between two passes
     call = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None
     return run if call is None else lambda *tensors: call(list(tensors))

@@ -36,7 +36,7 @@ def takes(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, s
         and type(target) is Tensor
         and x.dim() == 2
         and x.dtype in DTYPES
-        and (x.nbytes >= WORTH_IT or x.shape[1] * x.itemsize < VECTOR)
+        and (x.nbytes >= WORTH_IT or _short(x))
         and target.dtype is torch.int64
         and target.shape == x.shape[:1]
         and x.shape[1] < 2**31
@@ -51,6 +51,10 @@ def takes(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, s
         and compiler.enabled()
         and compiler.plain_eager()
     )
+
+
+def _short(x: Tensor) -> bool:
+    return x.shape[1] * x.itemsize < VECTOR
 
 
 def cross_entropy(x: Tensor, target: Tensor, ignore_index: int, reduction: str, smoothing: float) -> Tensor:
@@ -69,11 +73,13 @@ def _forward(
     counts = target != ignore_index
     index = torch.where(counts, target, 0)
     picked = x.gather(1, index[:, None]).squeeze(1)  # refuses an index out of range
+    # (Inductor takes short rows of bfloat16 value by value: 0.9 ms where a copy and its pass take 0.2)
+    logits = x.float() if _short(x) else x
     if smoothing > 0:
-        top, log_sum, total = rows.softmax_statistics_and_sum(x)
+        top, log_sum, total = rows.softmax_statistics_and_sum(logits)
         even = log_sum - total / x.shape[1]
     else:
-        top, log_sum = rows.softmax_statistics(x)
+        top, log_sum = rows.softmax_statistics(logits)
     loss = log_sum - (picked - top)
     if smoothing > 0:
         loss = loss * (1.0 - smoothing) + even * smoothing
