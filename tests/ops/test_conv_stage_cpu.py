@@ -342,17 +342,18 @@ def test_a_forked_process_has_buffers_of_its_own() -> None:
     assert all(torch.equal(a, b) for a, b in zip(saved, kept))
 
 
+def take(pool: buffers.Pool, nbytes: int) -> Tensor:
+    """Bytes of a pool."""
+    return pool.take(torch.uint8, (nbytes,), (1,), nbytes)
+
+
 def test_buffers_that_nobody_wants_are_given_back() -> None:
     pool = buffers.Pool()
-
-    def take(nbytes: int) -> Tensor:
-        return pool.take(torch.uint8, (nbytes,), (1,), nbytes)
-
-    held = take(4096)
+    held = take(pool, 4096)
     del held
-    kept = take(8192)
+    kept = take(pool, 8192)
     for _ in range(2 * buffers.PATIENCE):
-        take(1024)
+        take(pool, 1024)
     assert pool.held() == 8192 + 1024
     assert kept.numel() == 8192
 

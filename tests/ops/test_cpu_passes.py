@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tkernels.functional as TF
+from tests.ops.test_conv_stage_cpu import take
 from tests.tolerance import assert_close
 from tkernels.cpu import buffers, compiler
 from tkernels.ops import batch_norm_cpu, cross_entropy_cpu
@@ -267,19 +268,19 @@ def test_memory_that_is_held_is_not_used_again() -> None:
 
 def test_shared_memory_is_not_used_again() -> None:
     pool = buffers.Pool()
-    memory = pool.take(torch.uint8, (4096,), (1,), 4096).share_memory_()
+    memory = take(pool, 4096).share_memory_()
     address = memory.data_ptr()
     del memory
-    assert pool.take(torch.uint8, (4096,), (1,), 4096).data_ptr() != address
+    assert take(pool, 4096).data_ptr() != address
 
 
 def test_a_storage_that_somebody_holds_is_not_used_again() -> None:
     pool = buffers.Pool()
-    storage = pool.take(torch.uint8, (4096,), (1,), 4096).untyped_storage()
+    storage = take(pool, 4096).untyped_storage()
     address = storage.data_ptr()
-    assert pool.take(torch.uint8, (4096,), (1,), 4096).data_ptr() != address
+    assert take(pool, 4096).data_ptr() != address
     del storage
-    assert pool.take(torch.uint8, (4096,), (1,), 4096).data_ptr() == address
+    assert take(pool, 4096).data_ptr() == address
 
 
 def test_results_may_be_written_to() -> None:

@@ -423,7 +423,10 @@ def _folded(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = _nhwc(layer.weight)
     channels = weight.shape[0]
     folded, bias = torch.empty(weight.shape, dtype=dtype), torch.empty(channels, dtype=dtype)
-    norm = (layer.bn_weight, 1.0), (layer.bn_bias, 0.0), (layer.running_mean, 0.0), (layer.running_var, 1.0)
-    vectors = [passes.vector(t, channels, default) for t, default in ((layer.bias, 0.0), *norm)]
+    given = (
+        (layer.bias, 0.0), (layer.bn_weight, 1.0), (layer.bn_bias, 0.0), (layer.running_mean, 0.0),
+        (layer.running_var, 1.0),
+    )  # fmt: skip
+    vectors = [passes.vector(t, channels, default) for t, default in given]
     passes.fold(weight, *vectors, passes.number(layer.eps), folded, bias)
     return _map(folded), bias
