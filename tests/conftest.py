@@ -4,7 +4,7 @@ torch   CPU tensors, the PyTorch bodies, models, command lines.
 ttsem   device="cuda" tests on a machine without a GPU: every launch's TTIR executed, bounds and races checked.
 aot     kernels compiled for GPUs that are not there; facts read off the machine code.
 interp  Triton's interpreter on CPU tensors.
-cuda    a real GPU.
+cuda    a real GPU, launched as users launch; TK_DETERMINISTIC=1 fills fresh memory with NaN there too.
 
 A module or test is marked ``pytest.mark.gate("ttsem", "cuda")``; the others are not collected. What is marked
 ``pytest.mark.extended("ttsem")`` too is exhaustive and slow there: it runs with TK_EXTENDED=1, and nothing else then.
@@ -22,6 +22,8 @@ GATE = os.environ.get("TK_GATE", "torch")
 if GATE not in GATES:
     raise ValueError(f"TK_GATE must be one of {GATES}, got {GATE!r}")
 EXTENDED = os.environ.get("TK_EXTENDED") == "1"
+# a GPU runs what users run, and torch's deterministic mode takes another allocator than they get
+DETERMINISTIC = GATE != "cuda" or os.environ.get("TK_DETERMINISTIC") == "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # xdist runs a worker per core; commands under test inherit it
 if GATE == "interp":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -31,6 +33,7 @@ import torch
 
 import tkernels
 from tests.gates import interpreter, ttsem
+from tests.gates import launches as launch_counts
 from tkernels import replay
 
 _stack = contextlib.ExitStack()
@@ -41,37 +44,22 @@ _launched: list[str] = []
 def pytest_configure(config: pytest.Config) -> None:
     global _ttsem_state
     torch.set_num_threads(1)  # xdist runs a worker per core
-    # NaN in whatever torch.empty returns, inside backward() too: unwritten memory must show
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    if DETERMINISTIC:
+        # NaN in whatever torch.empty returns, inside backward() too: unwritten memory must show
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
     if GATE == "interp":
         interpreter.patch()
     if GATE == "ttsem":
         _ttsem_state = ttsem.open_session(_stack)
-    if GATE in ("ttsem", "interp", "cuda"):
-        _count_launches()
+    if GATE in ("ttsem", "interp"):
+        launch_counts.count_runs(_launched)
+    if GATE == "cuda":
+        _stack.enter_context(launch_counts.counting_driver_calls(_launched))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     _stack.close()
-
-
-def _count_launches() -> None:
-    from triton.runtime.interpreter import GridExecutor
-    from triton.runtime.jit import JITFunction
-
-    run, interpret = JITFunction.run, GridExecutor.__call__
-
-    def counted_run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("warmup"):
-            _launched.append(self.__name__)
-        return run(self, *args, **kwargs)
-
-    def counted_interpret(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _launched.append(self.fn.__name__)
-        return interpret(self, *args, **kwargs)
-
-    JITFunction.run, GridExecutor.__call__ = counted_run, counted_interpret
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
