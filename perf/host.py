@@ -39,8 +39,10 @@ from tkernels.kernels import conv_stage
 
 # the first steps compile and record
 WARM_UP = 5
-# what the C launcher was given: grid, stream, function, ..., the kernel's arguments
+# what the C launcher was given: grid, stream, function, ..., a tuple of the kernel's arguments
 Made = tuple[Any, ...]
+# what Triton 3.5 and 3.6, which compile a launcher for each signature, give it before the kernel's arguments
+_BEFORE_ARGUMENTS = 13
 
 
 class _Utils:
@@ -63,8 +65,8 @@ class _Compiled(CompiledKernel):
         self.function = self.hash = f"{self.name} {source.signature} {source.constants} {source.attrs} {options}"
         self.packed_metadata = (options["num_warps"], options["num_ctas"], 0)
         self.metadata = cast(Any, SimpleNamespace(
-            num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
-            launch_cooperative_grid=False, launch_pdl=False, tensordesc_meta=None,
+            num_ctas=1, cluster_dims=(1, 1, 1), global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
+            profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False, tensordesc_meta=None,
         ))  # fmt: skip
         self._run = nvidia.CudaLauncher(source, self.metadata)
 
@@ -76,11 +78,10 @@ class _Compiled(CompiledKernel):
 def stubbed_driver(made: Callable[..., None], target_name: str = "sm_90") -> Iterator[None]:
     """Within the block CPU tensors say is_cuda, operators take Triton, and each launch ends in ``made(...)`` with what
     the driver's launch call would have been given."""
-    tensor, compiler, module = cast(Any, torch.Tensor), cast(Any, triton.compiler), cast(Any, nvidia)
+    tensor, compiler = cast(Any, torch.Tensor), cast(Any, triton.compiler)
     compile_for_real, active = compiler.compile, triton.runtime.driver._active
-    module.PyKernelArg, module.ARG_CONSTEXPR, module.ARG_KERNEL, module.ARG_TUPLE = SimpleNamespace, 0, 1, 2
     _forget_compiled()
-    with targets.pretend(target_name) as target, tkernels.backend("triton"):
+    with targets.pretend(target_name) as target, tkernels.backend("triton"), _stubbed_launcher(made):
         driver: Any = aot.StubDriver(aot.gpu_target(target))
         driver.utils, driver.launcher_cls = _Utils(made), nvidia.CudaLauncher
         triton.runtime.driver.set_active(driver)
@@ -93,6 +94,29 @@ def stubbed_driver(made: Callable[..., None], target_name: str = "sm_90") -> Ite
             compiler.compile = compile_for_real
             triton.runtime.driver._active = active
             _forget_compiled()
+
+
+@contextlib.contextmanager
+def _stubbed_launcher(made: Callable[..., None]) -> Iterator[None]:
+    """Within the block Triton's CudaLauncher is made without the driver's library, which isn't there."""
+    module = cast(Any, nvidia)
+
+    def compiled_launcher(*args: Any, **kwargs: Any) -> SimpleNamespace:
+        return SimpleNamespace(launch=lambda *given: made(*given[:_BEFORE_ARGUMENTS], given[_BEFORE_ARGUMENTS:]))
+
+    # the first two are Triton 3.5's and 3.6's, the others 3.7's and 3.8's
+    stubs = {
+        "compile_module_from_src": compiled_launcher, "library_dirs": list,
+        "PyKernelArg": SimpleNamespace, "ARG_CONSTEXPR": 0, "ARG_KERNEL": 1, "ARG_TUPLE": 2,
+    }  # fmt: skip
+    before = {name: getattr(module, name) for name in stubs if hasattr(module, name)}
+    vars(module).update(stubs)
+    try:
+        yield
+    finally:
+        for name in stubs:
+            delattr(module, name)
+        vars(module).update(before)
 
 
 def _forget_compiled() -> None:

@@ -24,9 +24,12 @@ if runtime.HAS_TRITON:
     from triton.runtime.jit import JITFunction
 
     _RUN = JITFunction.run
-    # whose C function driver_call knows, as Triton 3.8 has it; builds for AMD alone have none
+    # Triton 3.5 and 3.6 take a kernel's arguments one by one, 3.7 and 3.8 in a tuple, after what tells them apart
+    _ONE_BY_ONE = _version.startswith(("3.5.", "3.6."))
+    # whose C function driver_call knows; builds for AMD alone have none
     _LAUNCHER: Any = None
-    if _version.startswith("3.8.") and importlib.util.find_spec("triton.backends.nvidia") is not None:
+    _KNOWN = _ONE_BY_ONE or _version.startswith(("3.7.", "3.8."))
+    if _KNOWN and importlib.util.find_spec("triton.backends.nvidia") is not None:
         _LAUNCHER = importlib.import_module("triton.backends.nvidia.driver").CudaLauncher
 
 # whoever sees this many specialisations of a kernel has shapes that never come back
@@ -57,19 +60,21 @@ def is_compiled(kernel: Any) -> bool:
     return isinstance(kernel, CompiledKernel)
 
 
-def driver_call(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """The C function that launches a compiled kernel, and what it takes between grid and stream and the kernel's
-    arguments, then a tuple. None where Triton's own Python has more to do than to call it (scratch memory), or in
-    releases whose call is another."""
+def driver_call(compiled: Any) -> tuple[Any, tuple[Any, ...], bool] | None:
+    """The C function that launches a compiled kernel, what it takes between grid and stream and the kernel's
+    arguments, and whether it takes those in a tuple. None where Triton's own Python has more to do than to call it
+    (scratch memory), or in releases whose call is another."""
     run = compiled.run
-    if type(run) is not _LAUNCHER or run.gsan_enabled:
+    if type(run) is not _LAUNCHER or getattr(run, "gsan_enabled", False):
         return None
     if run.global_scratch_size or run.profile_scratch_size:
         return None
-    return run.launch, (
-        compiled.function, run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata,
-        None, None, None, None, None, run.arg_annotations, run.kernel_signature,
-    )  # fmt: skip
+    scratch, hooks = (None, None), (None, None, None)
+    first = compiled.function, run.launch_cooperative_grid, run.launch_pdl
+    if _ONE_BY_ONE:
+        return run.launch, (*first, *scratch, compiled.packed_metadata, *hooks), False
+    last = run.arg_annotations, run.kernel_signature
+    return run.launch, (*first, compiled.packed_metadata, *hooks, *scratch, *last), True
 
 
 def current_stream(device: int) -> Any:

@@ -247,8 +247,9 @@ class Recorder(TorchDispatchMode):
     def _direct(self, compiled: Any, grid: str, bound: str) -> str:
         call = launch.driver_call(compiled)
         if call is not None:
-            function, between = call
-            return f"{self._constant(function)}({grid}, stream, {', '.join(map(self._constant, between))}, ({bound},))"
+            function, between, in_a_tuple = call
+            last = f"({bound},)" if in_a_tuple else bound
+            return f"{self._constant(function)}({grid}, stream, {', '.join(map(self._constant, between))}, {last})"
         options = f"{self._constant(compiled.function)}, {self._constant(compiled.packed_metadata)}"
         return f"{self._constant(compiled.run)}({grid}, stream, {options}, None, None, None, {bound})"
 
