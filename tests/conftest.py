@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 GATES = ("torch", "ttsem", "aot", "interp", "cuda")
@@ -32,7 +32,7 @@ import pytest
 import torch
 
 import tkernels
-from tests.gates import interpreter, ttsem
+from tests.gates import interpreter, optional, ttsem
 from tests.gates import launches as launch_counts
 from tkernels import replay
 
@@ -73,6 +73,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if GATE in marks[0].args and extended == EXTENDED else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, Any]:
+    """A module of tests that imports a package which is not there is skipped."""
+    report: Any = yield
+    if report.failed:
+        reason = optional.reason(report.call.excinfo.value)
+        if reason is not None:
+            report.outcome, report.longrepr = "skipped", (str(collector.path), 1, f"Skipped: {reason}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    """So is a test that imports one as it runs."""
+    with optional.skipping():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    with optional.skipping():
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
