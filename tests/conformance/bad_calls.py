@@ -39,6 +39,8 @@ class Bad:
     says: tuple[str, ...]
     # a target's values are not waited for on a GPU, so the error is the CPU's alone
     cpu_only: bool = False
+    # what our kernels raise where the torch at hand takes the call, and why; what PyTorch runs takes it too
+    stricter: tuple[type[Exception], str] | None = None
 
 
 def _matmul(functions: Any) -> Callable[..., Tensor]:
@@ -47,6 +49,7 @@ def _matmul(functions: Any) -> Callable[..., Tensor]:
 
 
 QKV = (1, 2, 4, 8)
+TWO_MASKS = RuntimeError, "torch's documentation says that it is an error; 2.14 raises it, 2.11 not on every device"
 
 
 def _attention(functions: Any, maker: Maker, tensors: list[tuple[int, ...]], options: dict[str, Any]) -> Tensor:
@@ -92,7 +95,12 @@ FUNCTIONS = (
     Bad("matmul: None", lambda f, t: _matmul(f)(t(2, 3), None), ("b", "NoneType")),
     # scaled_dot_product_attention
     *(
-        Bad(f"attention: {what}", functools.partial(_attention, tensors=tensors, options=options), says)
+        Bad(
+            f"attention: {what}",
+            functools.partial(_attention, tensors=tensors, options=options),
+            says,
+            stricter=TWO_MASKS if "is_causal" in options else None,
+        )
         for what, tensors, options, says in (
             ("vectors", [(8,), (5, 8), (5, 8)], {}, ("query", "[8]")),
             ("heads of two sizes", [(1, 2, 4, 8), (1, 2, 5, 9), (1, 2, 5, 8)], {}, ("query", "key", "[1, 2, 5, 9]")),

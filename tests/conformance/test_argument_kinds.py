@@ -68,10 +68,26 @@ def loss(f: Any, t: Maker, **arguments: Any) -> Tensor:
     return f.cross_entropy(t(4, 5), t(4, dtype=LONG), **arguments)
 
 
+# What torch 2.14 takes and 2.11 refuses for no reason; we take it beside either, so it is compared with a call that
+# means the same to float32 where torch refuses it.
+LATER = {
+    "batch_norm: eps 0 in evaluation": (ValueError, lambda t: F.batch_norm(t(4, 3), t(3), t(3, value=9.0), eps=1e-30)),
+}
+
+
+def expected(name: str, device: str) -> Tensor:
+    """What torch gives, the one at hand or a later one."""
+    error, same = LATER.get(name, ((), None))
+    try:
+        return CALLS[name](F, Maker(device)).detach()
+    except error:
+        return same(Maker(device)).detach()
+
+
 @pytest.mark.filterwarnings("ignore:.*(size_average|elementwise_mean)")
 @pytest.mark.parametrize("name", CALLS)
 def test_accepted_as_torch_accepts_it(name: str, device: str, triton_runs: bool, launches: list[str]) -> None:
-    theirs = CALLS[name](F, Maker(device)).detach()
+    theirs = expected(name, device)
     ours = CALLS[name](tkernels.functional, Maker(device)).detach()
     assert ours.dtype == theirs.dtype
     if theirs.numel():
