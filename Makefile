@@ -6,12 +6,20 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # executes Triton's intermediate code on the CPU; states Python >= 3.12, runs on 3.10 and newer, needs only numpy
 TTSEM := ttsem==0.1.0
 
-.PHONY: help demo perf test test-torch test-ttsem test-aot test-interp test-extended lint clean
+# the versions of a machine with a GPU that is to be expected, and of our packages what such a machine has
+COMPAT ?= .venv-compat
+COMPAT_PYTHON ?= python3.12
+COMPAT_RUN = PYTHONPATH=$(CURDIR) $(COMPAT)/bin/python -m
+COMPAT_PACKAGES := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 \
+	pytest pytest-xdist hypothesis numpy pandas matplotlib tqdm scikit-learn
+
+.PHONY: help demo perf test test-torch test-ttsem test-aot test-interp test-extended compat lint clean
 
 help:
 	@echo "make demo   train the fused CNN on real handwritten digits (about 2 minutes, no download of data)"
 	@echo "make test   prove every kernel without a GPU, one process a gate: torch, ttsem, aot, interp"
 	@echo "make test-extended   the exhaustive rest: every configuration, module samples on the kernels, long sweeps"
+	@echo "make compat   the torch gate, the aot gate for sm_90 and a dry run of perf gpu on Python 3.12, torch 2.11, triton 3.6"
 	@echo "make perf   time the operators against PyTorch and count a training step's bytes: CSVs and PNGs in runs/perf"
 	@echo "make lint   ruff and mypy"
 
@@ -45,13 +53,18 @@ test-extended: $(VENV)/test.stamp
 	TK_GATE=aot TK_EXTENDED=1 $(PYTEST)
 	TK_GATE=interp TK_EXTENDED=1 $(PYTEST)
 
+compat: $(COMPAT)/compat.stamp
+	TK_GATE=torch $(COMPAT_RUN) pytest -n 2 --dist worksteal
+	TK_GATE=aot TK_AOT=sm_90 $(COMPAT_RUN) pytest -n 2 --dist worksteal
+	out=$$(mktemp -d) && $(COMPAT_RUN) perf gpu --dry-run --out "$$out/run"; status=$$?; rm -rf "$$out"; exit $$status
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-compat runs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,4 +80,14 @@ $(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/dev.stamp: $(VENV)/test.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(COMPAT)/bin/python:
+	@$(COMPAT_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || { \
+		echo "make compat wants Python 3.12, which $(COMPAT_PYTHON) is not: make compat COMPAT_PYTHON=/path/to/python3.12"; \
+		exit 1; }
+	$(COMPAT_PYTHON) -m venv $(COMPAT)
+
+$(COMPAT)/compat.stamp: Makefile | $(COMPAT)/bin/python
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check $(COMPAT_PACKAGES)
 	touch $@
