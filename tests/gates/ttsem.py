@@ -12,18 +12,34 @@ import functools
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import triton
+
+OLDEST_TRITON = (3, 7)
 
 
 def open_session(stack: contextlib.ExitStack, compute_capability: int = 90) -> Any:
     """Enter a ttsem session for the life of ``stack``; returns its state (launches, races_unchecked)."""
-    from ttsem import sanitize
-
+    sanitize = _sanitizer()
     _poison_masked_lanes()
     _bound_by_view()
     _compile_once()
     _fused_multiply_add_at_once()
     return stack.enter_context(sanitize.session(compute_capability, "<pytest>"))
+
+
+def _sanitizer() -> Any:
+    """Raises pytest.UsageError, which ends the run with this one line, where the gate cannot run."""
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if release < OLDEST_TRITON:
+        raise pytest.UsageError(f"TK_GATE=ttsem wants triton 3.7 or newer: ttsem cannot read the IR of "
+                                f"{triton.__version__}")  # fmt: skip
+    try:
+        from ttsem import sanitize
+    except ModuleNotFoundError as error:
+        raise pytest.UsageError(f"TK_GATE=ttsem wants ttsem (make test installs it): {error}") from error
+    return sanitize
 
 
 def _poison_masked_lanes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cProfile
 
 import pytest
+import torch
 
 from perf import host, traffic
 from tests.perf.command import refused, run
@@ -36,6 +37,8 @@ def test_calls_between_launches_stay_few(fast: bool, most: int) -> None:
         profile = cProfile.Profile()
         profile.runcall(step)
     calls = sum(entry.callcount for entry in profile.getstats())
+    # before torch 2.14 each autograd function runs through Python of torch's own; Triton 3.6's stub has a call more
+    most += 0 if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14) else 4
     assert calls / 56 < most, calls / 56
 
 
