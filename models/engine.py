@@ -94,6 +94,12 @@ class TrainingStep:
             self._update()
         return loss.detach(), logits.detach()
 
+    def abandon(self) -> None:
+        """Let go of what a call that broke off has left: gradients, and what the scaler noted of them."""
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._scaler is not None:
+            self._scaler.update(self._scaler.get_scale())
+
     def _update(self) -> None:
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)

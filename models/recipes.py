@@ -50,9 +50,9 @@ def build_optimizer(
     ]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr, weight_decay=weight_decay, capturable=capturable)
-    # one kernel for all parameters takes a learning rate that is a tensor without asking for its value
+    # fused alone takes a learning rate that is a tensor without asking the device for its value
     return torch.optim.SGD(
-        groups, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, foreach=True if capturable else None
+        groups, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=True if capturable else None
     )
 
 

@@ -2,8 +2,9 @@
 
 Writes to the output directory history.csv (a line an epoch, as it happens), checkpoint.pt (after every epoch and when
 it is told to stop; the one before it stays as checkpoint.previous.pt), and at the end curves.png and confusion.png.
-Exit status: 0 trained; 1 the loss diverged, results could not be written or another process died; 2 a bad option, data
-that cannot be had or no checkpoint to resume from; 130 and 143 stopped by SIGINT and SIGTERM.
+Exit status: 0 trained; 1 the loss diverged, results could not be written, another process died or the GPU was lost to a
+failed capture; 2 a bad option, data that cannot be had or no checkpoint to resume from; 130 and 143 stopped by SIGINT
+and SIGTERM.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import tkernels
 from models import augment, checkpoint, data, distributed, options, plots, tabular, tensorboard
 from models.checkpoint import CheckpointError
+from models.cuda_graph import CaptureError
 from models.data import Data, DataError
 from models.engine import EpochResult
 from models.interrupt import Stopped
@@ -51,6 +53,8 @@ def _run_reporting(chosen: options.Options) -> int:
         return _fail(error, 2)
     except (TrainingError, OSError) as error:
         return _fail(error, 1)
+    except CaptureError as error:
+        return _fail(f"{error}; --no-cuda-graph does without", 1)
     except Stopped as stopped:
         return _fail(f"stopped by {signal.Signals(stopped.signum).name} {stopped}", 128 + stopped.signum)
     except KeyboardInterrupt:

@@ -168,7 +168,7 @@ class Trainer:
             model, self.criterion, self.optimizer, amp=self.chosen.amp, scaler=self.scaler, clip=self.chosen.clip
         )
         if self.chosen.cuda_graph:
-            return GraphedStep(step)
+            return GraphedStep(step, self.say, step.abandon)
         if self.chosen.accumulate == 1:
             return step
         return self._accumulated(step)
@@ -250,12 +250,13 @@ class Trainer:
 
 
 def _portable(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state without the marks of a CUDA graph, which a CPU refuses: a learning rate that is a tensor."""
+    """An optimizer's state without the marks of a CUDA graph: a learning rate in a tensor, and what takes it."""
     groups = []
     for group in state["param_groups"]:
         changed: dict[str, Any] = {}
         if isinstance(group["lr"], Tensor):
-            changed = {"lr": group["lr"].item(), **({"capturable": False} if "capturable" in group else {})}
+            unmarked = {"lr": group["lr"].item(), "capturable": False, "fused": None}
+            changed = {key: value for key, value in unmarked.items() if key in group}
         groups.append({**group, **changed})
     return {**state, "param_groups": groups}
 

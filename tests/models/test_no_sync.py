@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 import tkernels.nn as tnn
 from models.cifar_cnn import FusedCNNClassifier
 from models.engine import Totals, TrainingStep
+from models.recipes import OPTIMIZERS, build_optimizer
 from perf import host
+from tests.models.stand_in_gpu import as_on_a_gpu
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -70,9 +71,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], 
             finally:
                 torch.set_default_device(before)
 
-    monkeypatch.setattr(
-        sys.modules[torch.optim.Adam.__module__], "_get_capturable_supported_devices", lambda *_: ["cpu"]
-    )
+    as_on_a_gpu(monkeypatch)
     with host.stubbed_driver(lambda *made: launches.append(made)):
         yield go
 
@@ -80,11 +79,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], 
 launches: list[object] = []
 
 
-def step_of(model: nn.Module) -> Callable[[], None]:
-    """A training step with loss, optimizer and the epoch's sums, its kernels compiled and its state made."""
+def step_of(model: nn.Module, name: str = "adam", momentum: float = 0.9) -> Callable[[], None]:
+    """A training step with loss, clipping, optimizer and the epoch's sums, its kernels compiled and its state made."""
     model = model.to(torch.bfloat16).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), torch.tensor(1e-3), weight_decay=1e-4, capturable=True)
-    step = TrainingStep(model, tnn.CrossEntropyLoss(label_smoothing=0.1), optimizer)
+    optimizer = build_optimizer(name, model, torch.tensor(1e-3), momentum, 1e-4, True)
+    step = TrainingStep(model, tnn.CrossEntropyLoss(label_smoothing=0.1), optimizer, clip=1.0)
     images = torch.zeros(8, 3, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     target, totals = torch.zeros(8, dtype=torch.int64), Totals("cpu")
 
@@ -95,8 +94,11 @@ def step_of(model: nn.Module) -> Callable[[], None]:
     return body
 
 
-def test_a_training_step_neither_waits_nor_touches_the_host(watched: Callable[[Callable[[], object]], None]) -> None:
-    body = step_of(FusedCNNClassifier())
+@pytest.mark.parametrize("how", [*((name, 0.9) for name in OPTIMIZERS), ("sgd", 0.0)])
+def test_a_training_step_neither_waits_nor_touches_the_host(
+    how: tuple[str, float], watched: Callable[[Callable[[], object]], None]
+) -> None:
+    body = step_of(FusedCNNClassifier(), *how)
     launches.clear()
     watched(body)
     assert len(launches) > 50

@@ -59,6 +59,23 @@ def test_optimizers() -> None:
     assert build_optimizer("sgd", model, 0.1, 0.0, 0.3, False).param_groups[0]["nesterov"] is False
 
 
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_the_sgd_of_a_graph_steps_as_the_other(momentum: float) -> None:
+    """It is fused, for that form alone does not ask for a learning rate that is a tensor; and rounds a little else."""
+    found = []
+    for rate, capturable in ((0.1, False), (torch.tensor(0.1), True)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        optimizer = build_optimizer("sgd", model, rate, momentum, 0.3, capturable)
+        assert optimizer.param_groups[0]["fused"] is (True if capturable else None)
+        for i in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(5, 3, generator=torch.Generator().manual_seed(i))).square().sum().backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
 def test_recipes_set_what_is_not_given() -> None:
     default = options.parse(["--data", "cifar10"])
     assert (default.epochs, default.batch_size, default.optimizer, default.schedule) == (50, 128, "adam", "cosine")
