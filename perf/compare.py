@@ -1,4 +1,4 @@
-"""What got slower or less exact from one sweep's CSV to another's.
+"""What got slower or less exact from one sweep's CSV, or one run of perf gpu, to another.
 
 A row counts as slower where its median grew by more than the threshold and the two bands from p20 to p80 do not
 overlap. On a CPU, where the providers took turns, what the machine did to PyTorch in the same turns is divided out
@@ -23,13 +23,15 @@ from perf.providers import BASELINE
 # by which factor an error must grow to count
 LESS_EXACT = 1.25
 MS = ("ms_p20", "ms_p50", "ms_p80")
+# of a run of perf gpu
+TIMINGS, CHECKS = "timings.csv", "checks.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
-    add("old", type=Path, metavar="OLD.csv", help="of perf sweep")
-    add("new", type=Path, metavar="NEW.csv", help="of perf sweep, later")
+    add("old", type=Path, metavar="OLD", help="a CSV of perf sweep, or a folder of perf gpu")
+    add("new", type=Path, metavar="NEW", help="a later one")
     add("--threshold", type=_percent, default=0.05, metavar="PERCENT",
         help="growth of the median that counts as slower (default: 5%%)")  # fmt: skip
     add("--absolute", action="store_true", help="do not divide out what the machine did to PyTorch (CPU rows)")
@@ -47,7 +49,7 @@ def _percent(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print; 1 if anything got worse."""
-    both = match(schema.read(args.old), schema.read(args.new))
+    both = match(*(schema.read(_file(given)) for given in (args.old, args.new)))
     if both.empty:
         raise Refused(
             f"{args.old} and {args.new} have no measurement in common (the same operator, shape, device, ...)"
@@ -56,12 +58,29 @@ def run(args: argparse.Namespace) -> int:
     worse = verdicts[verdicts.verdict != ""]
     if not worse.empty:
         print(worse.to_string(index=False))
+    broken = newly_wrong(args.old, args.new)
+    for line in broken:
+        print(line)
     faster = int(judge(_swapped(both), args.threshold, args.absolute).verdict.str.startswith("slower").sum())
     print(
         f"{len(both)} measurements in both files: {len(worse)} worse, {faster} faster by more than "
         f"{100 * args.threshold:g}%, beyond noise"
     )
-    return 1 if len(worse) else 0
+    return 1 if len(worse) or broken else 0
+
+
+def newly_wrong(old: Path, new: Path) -> list[str]:
+    """What two runs of perf gpu both checked and only the later one found wrong or less exact."""
+    if not (old / CHECKS).exists() or not (new / CHECKS).exists():
+        return []
+    before, after = (schema.table(given / CHECKS).set_index(["check", "what"]).status for given in (old, new))
+    both = [name for name in before.index if name in after.index and before[name] == schema.OK != after[name]]
+    return [f"{check}: {what}: was ok, now {after[check, what]}" for check, what in both]
+
+
+def _file(given: Path) -> Path:
+    """The timings of a folder that perf gpu wrote; any other path as it is."""
+    return given / TIMINGS if given.is_dir() else given
 
 
 def match(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perf import providers, schema
+from perf import machine, providers, schema
 from perf.operators import Operator, Sources, Tensors
 from perf.providers import Provider
 from perf.shapes import Shape
@@ -62,13 +62,23 @@ QUICK = Effort(0.15, 9)
 
 
 class Subject:
-    """One provider's call of an operator, with what backward is asked for."""
+    """One provider's call of an operator, with what backward is asked for. ``exact``: without randomness; ``precise``:
+    the dtype that floating-point inputs are widened to; ``lay``: gives tensors another layout, by name."""
 
-    def __init__(self, problem: Problem, provider: Provider, *, exact: bool, double: bool = False) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        provider: Provider,
+        *,
+        exact: bool,
+        precise: torch.dtype | None = None,
+        lay: Callable[[str, Tensor], Tensor] = lambda name, t: t,
+    ) -> None:
         operator = problem.operator
         tensors = operator.tensors(problem.shape, Sources(problem.dtype, problem.layout, problem.device))
-        if double:
-            tensors = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+        if precise is not None:
+            tensors = {name: t.to(precise) if t.is_floating_point() else t for name, t in tensors.items()}
+        tensors = {name: lay(name, t) for name, t in tensors.items()}
         self.leaves = {name: tensors[name].requires_grad_() for name in operator.differentiable}
         self._forward = operator.bind(provider.functions[operator.name], tensors, problem.shape, exact)
         self._problem = problem
@@ -76,8 +86,8 @@ class Subject:
     def forward(self) -> Tensor:
         return self._forward()
 
-    def gradients(self, output: Tensor, output_gradient: Tensor, retain: bool = False) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(output, list(self.leaves.values()), output_gradient, retain_graph=retain)
+    def gradients(self, output: Tensor, output_gradient: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, list(self.leaves.values()), output_gradient)
 
     def output_gradient(self, output: Tensor) -> Tensor:
         """What flows into backward: ones for a scalar, else random values in the layout of an image."""
@@ -94,9 +104,16 @@ class Subject:
             return self._forward_only
         output = self.forward()
         gradient = self.output_gradient(output)
-        if mode == "bwd":
-            return lambda: self.gradients(output, gradient, retain=True)
-        return lambda: self.gradients(self.forward(), gradient)
+        if mode == "full":
+            return lambda: self.gradients(self.forward(), gradient)
+        asked = self._asked(mode)
+        return lambda: torch.autograd.grad(output, asked, gradient, retain_graph=True)
+
+    def _asked(self, mode: str) -> list[Tensor]:
+        """The tensors whose gradients a mode of backward computes."""
+        if mode == "dgrad":
+            return [self.leaves[self._problem.operator.differentiable[0]]]
+        return [self.leaves["weight"]] if mode == "wgrad" else list(self.leaves.values())
 
     def _forward_only(self) -> Tensor:
         with torch.no_grad():
@@ -118,8 +135,8 @@ class Reference:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         baseline = providers.load(providers.BASELINE)
-        self._exact = _evaluate(Subject(problem, baseline, exact=True, double=True))
-        self.torch_errors = self._errors(_evaluate(Subject(problem, baseline, exact=True)))
+        self._exact = evaluate(Subject(problem, baseline, exact=True, precise=torch.float64))
+        self.torch_errors = self._errors(evaluate(Subject(problem, baseline, exact=True)))
 
     def check(self, provider: Provider) -> Check:
         """Run a provider once and compare; what it raises becomes its status."""
@@ -130,10 +147,10 @@ class Reference:
         try:
             subject = Subject(self._problem, provider, exact=True)
             # the provider's context may replace PyTorch's own operators: neither the draws nor the comparison see it
-            with _recorded_launches() as launched, provider.context():
+            with recorded_launches() as launched, provider.context():
                 output = subject.forward()
                 in_forward = len(launched)
-                results = _with_gradients(subject, output)
+                results = with_gradients(subject, output)
             errors = self._errors(results)
         except Exception as error:  # whatever a provider does wrong is a row of the report
             return Check(failure(error))
@@ -155,11 +172,13 @@ class Reference:
         return {"fwd": forward, "bwd": backward, "full": max(forward, backward)}
 
 
-def _evaluate(subject: Subject) -> Tensors:
-    return _with_gradients(subject, subject.forward())
+def evaluate(subject: Subject) -> Tensors:
+    """The output and every gradient, by name."""
+    return with_gradients(subject, subject.forward())
 
 
-def _with_gradients(subject: Subject, output: Tensor) -> Tensors:
+def with_gradients(subject: Subject, output: Tensor) -> Tensors:
+    """The output of a call that was made, and every gradient, by name."""
     gradients = subject.gradients(output, subject.output_gradient(output))
     return {"output": output.detach(), **dict(zip(subject.leaves, gradients))}
 
@@ -190,7 +209,7 @@ def failure(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _recorded_launches() -> Iterator[list[str]]:
+def recorded_launches() -> Iterator[list[str]]:
     """Within the block every Triton launch leaves its kernel's name and configuration in the list."""
     launched: list[str] = []
     try:
@@ -331,7 +350,7 @@ def on_gpu(prepare: Callable[[], Callable[[], object]], timing: str, effort: Eff
     """Time what ``prepare`` returns on the current GPU: the call as it is, or replayed from a CUDA graph."""
     from triton import testing
 
-    call = prepare() if timing == "wall" else _graphed(prepare)
+    call = prepare() if timing == "wall" else graphed(prepare)
     rep = _budget_ms(call, effort)
     ms = tuple(testing.do_bench(call, warmup=rep / 4, rep=rep, quantiles=[0.2, 0.5, 0.8]))
     if timing != "wall":
@@ -342,10 +361,10 @@ def on_gpu(prepare: Callable[[], Callable[[], object]], timing: str, effort: Eff
     call()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return Timing(ms, peak, _host_us(call))
+    return Timing(ms, peak, host_us(call))
 
 
-def _graphed(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+def graphed(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     """The call captured once; what it returns stays in the graph's own memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -376,7 +395,8 @@ def _budget_ms(call: Callable[[], object], effort: Effort) -> float:
     return max(30 * effort.seconds, effort.repetitions * once)
 
 
-def _host_us(call: Callable[[], object], repetitions: int = 20) -> float:
+def host_us(call: Callable[[], object], repetitions: int = 20) -> float:
+    """Microseconds until a call on a GPU returns, not waiting for the GPU."""
     samples = []
     for _ in range(repetitions):
         torch.cuda.synchronize()
@@ -385,6 +405,20 @@ def _host_us(call: Callable[[], object], repetitions: int = 20) -> float:
     return float(np.median(samples))
 
 
-def work(problem: Problem, mode: str) -> tuple[int, int]:
-    """Bytes and operations a mode of the problem has to do at least."""
-    return problem.operator.work(problem.shape, mode, problem.dtype.itemsize)
+def rates(problem: Problem, mode: str, timing: Timing | None) -> dict[str, Any]:
+    """Columns of a row: the least bytes and operations of a mode, and the rates at which they were done."""
+    moved, flops = problem.operator.work(problem.shape, mode, problem.dtype.itemsize)
+    if timing is None:
+        return {"bytes": moved, "flops": flops}
+    tflops, gbps = machine.peaks(problem.device, problem.dtype, problem.operator.precision, moved)
+    seconds = timing.ms[1] / 1e3
+    least = max(moved / gbps / 1e9, flops / tflops / 1e12)
+    return {
+        "bytes": moved,
+        "flops": flops,
+        "tflops": flops / seconds / 1e12,
+        "gbps": moved / seconds / 1e9,
+        "peak_tflops": tflops,
+        "peak_gbps": gbps,
+        "roofline_pct": 100 * least / seconds,
+    }

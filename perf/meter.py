@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from perf import aot
+from tkernels.targets import Target
 
 OTHER = "(other)"
 _ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
@@ -62,8 +63,8 @@ def training_step(
     meter = _Meter()
     network, loss = build()
     model = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
-    with _pretended_gpu(target_name, meter) as mode:
-        _make_fake(model, mode)
+    with pretended_gpu(target_name, meter.launch) as mode:
+        make_fake(model, mode)
         kept = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         images = torch.empty(batch, 3, image_size, image_size, dtype=torch.bfloat16)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -82,7 +83,7 @@ def training_step(
 def one_call(make: Callable[[], tuple[Callable[[], Tensor], Sequence[Tensor]]], target_name: str) -> Step:
     """Forward and backward of one call. ``make`` returns it and the tensors whose gradients are asked for."""
     meter = _Meter()
-    with _pretended_gpu(target_name, meter):
+    with pretended_gpu(target_name, meter.launch):
         call, leaves = make()
         with meter, torch.autograd.graph.saved_tensors_hooks(meter.saving(set()), lambda t: t):
             value = call()
@@ -96,8 +97,8 @@ def one_call(make: Callable[[], tuple[Callable[[], Tensor], Sequence[Tensor]]], 
 
 
 @contextlib.contextmanager
-def _pretended_gpu(target_name: str, meter: _Meter) -> Iterator[FakeTensorMode]:
-    """Fake tensors on the CPU that say is_cuda, and launches that go to the meter."""
+def pretended_gpu(target: str | Target, launch: Callable[..., None]) -> Iterator[FakeTensorMode]:
+    """Fake tensors on the CPU that say is_cuda; each launch becomes ``launch(kernel, args, kwargs, grid)``."""
     fused = torch.nn.functional.dropout
     tensor: Any = torch.Tensor
     switch: Any = torch.utils.deterministic
@@ -112,7 +113,7 @@ def _pretended_gpu(target_name: str, meter: _Meter) -> Iterator[FakeTensorMode]:
     torch.nn.functional.dropout = dropout
     tensor.is_cuda = property(lambda self: True)
     try:
-        with aot.intercepting(target_name, meter.launch), FakeTensorMode() as mode:
+        with aot.intercepting(target, launch), FakeTensorMode() as mode:
             yield mode
     finally:
         del tensor.is_cuda
@@ -120,7 +121,7 @@ def _pretended_gpu(target_name: str, meter: _Meter) -> Iterator[FakeTensorMode]:
         switch.fill_uninitialized_memory = fill
 
 
-def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Replace a real model's parameters and buffers by fake ones."""
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -107,11 +107,13 @@ class Operator:
         raise NotImplementedError
 
     def work(self, shape: Shape, mode: str, itemsize: int) -> tuple[int, int]:
-        """Bytes and floating-point operations of a mode: each operand read once, each result written once."""
+        """Bytes and floating-point operations of a mode (schema.MODES, schema.GRADIENTS): each operand read once, each
+        result written once."""
         forward, backward = self._forward(shape, itemsize), self._backward(shape, itemsize)
         if mode == "full":
             return forward[0] + backward[0], forward[1] + backward[1]
-        return forward if mode == "fwd" else backward
+        # one gradient of a product alone has the operands and the multiply-adds of its forward
+        return backward if mode == "bwd" else forward
 
     def _forward(self, shape: Shape, itemsize: int) -> tuple[int, int]:
         raise NotImplementedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +47,9 @@ COLUMNS = (
     Column(
         "mode",
         "text",
-        "fwd: forward without autograd; bwd: backward alone; full: forward and backward; of a network train: a step "
-        "with Adam; infer: forward in evaluation, without autograd",
+        "fwd: forward without autograd; bwd: backward alone, of which dgrad: the input's gradient, wgrad: the "
+        "weight's; full: forward and backward; of a network train: a step with Adam; infer: forward in evaluation, "
+        "without autograd",
     ),
     Column(
         "dtype",
@@ -138,32 +139,35 @@ LATER = ("allocator", "ratio_p25", "ratio_p50", "ratio_p75", "rounds", "page_fau
 OK = "ok"
 # in words, for plots and summaries
 MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
+# of products, each gradient alone: perf gpu
+GRADIENTS = {"dgrad": "input gradient", "wgrad": "weight gradient"}
 # of whole networks, on a CPU: perf/ratios.py
 NETWORK_MODES = {"train": "training step", "infer": "inference"}
 
 
-def line(row: Mapping[str, Any]) -> str:
-    """One row as a line of CSV. Raises KeyError for a column that is not in the schema."""
-    unknown = set(row) - set(NAMES)
+def line(row: Mapping[str, Any], names: Sequence[str] = NAMES) -> str:
+    """One row as a line of CSV. Raises KeyError for a column that is not among the names."""
+    unknown = set(row) - set(names)
     if unknown:
         raise KeyError(f"not in the schema: {sorted(unknown)}")
     text = {name: str(value).replace("\n", " ").replace("\r", " ") if isinstance(value, str) else value
             for name, value in row.items()}  # fmt: skip
     buffer = io.StringIO()
-    pd.DataFrame([text], columns=list(NAMES), dtype=object).to_csv(buffer, header=False, index=False)
+    pd.DataFrame([text], columns=list(names), dtype=object).to_csv(buffer, header=False, index=False)
     return buffer.getvalue()
 
 
 class Writer:
     """Appends rows to a CSV, each in a single write that is on disk before the call returns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Sequence[str] = NAMES) -> None:
+        self._names = names
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         if self._file.tell() == 0:
-            self._write(",".join(NAMES) + "\n")
+            self._write(",".join(names) + "\n")
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self._write(line(row))
+        self._write(line(row, self._names))
 
     def close(self) -> None:
         self._file.close()

@@ -22,11 +22,10 @@ import argparse
 import contextlib
 import dataclasses
 import multiprocessing
-import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,25 +156,6 @@ def sweep(tasks: Sequence[Task], device: str, effort: measure.Effort, path: Path
         writer.close()
 
 
-@contextlib.contextmanager
-def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """Variables that processes started meanwhile find set, or None: not set."""
-    before = {name: os.environ.get(name) for name in changes}
-    _set(changes)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
 def _one_worker(
     todo: dict[int, Task],
     device: str,
@@ -194,7 +174,7 @@ def _one_worker(
     arguments = (list(todo.items()), device, effort, sender, current)
     # one that has a network's rivals to start must be no daemon
     process = context.Process(target=worker.main, args=arguments, daemon=not allocator)
-    with _environment(network.environment(allocator) if allocator else {}):
+    with options.environment(network.environment(allocator) if allocator else {}):
         process.start()
     sender.close()
     fate, patience = "", max(limit, START_LIMIT)

@@ -163,20 +163,8 @@ class _Bench:
             "torch_err_fp64": self._torch_errors.get(task.mode),
             "status": failed or check.status,
         }
-        row["bytes"], row["flops"] = measure.work(self._problem, task.mode)
-        if timing is None:
-            return row
-        problem = self._problem
-        tflops, gbps = machine.peaks(self._device, problem.dtype, problem.operator.precision, row["bytes"])
-        seconds = timing.ms[1] / 1e3
-        least = max(row["bytes"] / gbps / 1e9, row["flops"] / tflops / 1e12)
-        return {
-            **row,
-            **timing.columns(),
-            "tflops": row["flops"] / seconds / 1e12,
-            "gbps": row["bytes"] / seconds / 1e9,
-            "peak_tflops": tflops,
-            "peak_gbps": gbps,
-            "roofline_pct": 100 * least / seconds,
-            "speedup_vs_torch": baseline.ms[1] / timing.ms[1] if baseline else None,
-        }
+        row |= measure.rates(self._problem, task.mode, timing)
+        if timing is not None:
+            row |= timing.columns()
+            row["speedup_vs_torch"] = baseline.ms[1] / timing.ms[1] if baseline else None
+        return row

@@ -66,10 +66,10 @@ _pretended: Target | None = None
 
 
 @contextlib.contextmanager
-def pretend(name: str) -> Iterator[Target]:
-    """Let the chooser answer for another GPU (ahead-of-time compilation, tests). Raises KeyError if unknown."""
+def pretend(target: str | Target) -> Iterator[Target]:
+    """Let the chooser answer for another GPU (ahead-of-time compilation, tests). Raises KeyError for an unknown name."""
     global _pretended
-    before, _pretended = _pretended, TARGETS[name]
+    before, _pretended = _pretended, TARGETS[target] if isinstance(target, str) else target
     try:
         yield _pretended
     finally:

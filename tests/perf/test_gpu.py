@@ -1,153 +1,399 @@
-"""The run of everything: its path on a CPU, its time limits, and what it does when a part fails."""
+"""perf gpu: what it finds of what is planted, its limits, and what it does when something crashes, hangs or fails."""
 
 from __future__ import annotations
 
 import re
-import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
-from perf import gpu, operators, providers, report, schema
-from perf.gpu import Part
-from tests.perf.command import environment, refused, row, run, write
+from perf import compare, gpu, providers, schema
+from perf.gpu import checks, problems, suite, summary, supervisor, tools
+from perf.gpu.results import CHECK_NAMES, Failure, Outcome, Results
+from perf.gpu.session import Block, Request, Run
+from perf.gpu.supervisor import Supervisor
+from tests.perf.command import ROOT, environment, refused, row, run
 
 pytestmark = pytest.mark.gate("torch")
 
+# a wrong element, other bits each time, a crash, and a loss slower than PyTorch's
+PLANTED = """
+import os, time, torch
+from torch.nn import functional as F
 
-@pytest.mark.extended("torch")
-def test_a_dry_run_walks_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    chosen = ("facts", "tests", "sweep cnn", "sweep linear", "train", "plots")
-    # long enough for a machine with other things to do
-    assert run("gpu", "--dry-run", "--out", "run", "--only", *chosen, "--minutes", "60") == 0
-    out = tmp_path / "run"
-    text = (out / "summary.md").read_text()
-    for name in chosen:
-        assert f"| [{name}](logs/{name.replace(' ', '-')}.log) | ok |" in text
-    assert re.search(r"\| \[tests\]\(logs/tests.log\) \| ok \| \d+ \| \d+ passed", text)
-    assert "| 24 rows, 12 of them measured |" in text
-    assert "validation accuracy" in text
-    assert "## A training step of the CIFAR network" in text
-    assert "| linear | forward + backward | fp32 | tkernels | as called | 1 | **" in text
-    assert "| tkernels | unsupported: a CPU has no CUDA graphs | 9 | cnn, linear, linear_relu | cnn fwd fp32" in text
-    for name in ("sweep-linear-fp32.png", "sweep-cnn-fp32.png", "sweep-roofline-fp32.png"):
-        assert f"]({name})" in text
-        assert (out / name).exists()
-    assert (out / "train" / "checkpoint.pt").exists()
-    assert len(schema.read(out / "sweep.csv")) == 36
+def conv2d(*arguments):
+    output = F.conv2d(*arguments)
+    wrong = torch.zeros_like(output)
+    wrong[0, 0, 0, 0] = 0.5
+    return output + wrong
 
+def batch_norm(*arguments):
+    output = F.batch_norm(*arguments)
+    return output + 1e-7 * torch.randn_like(output)
 
-def test_every_part_is_in_a_run() -> None:
-    for device, dry in (("cpu", True), ("cuda", False)):
-        parts = gpu.parts(Path("out"), device, dry)
-        names = [part.name for part in parts]
-        assert names[0] == "facts"
-        assert names[-3:] == ["train", "traffic", "plots"]
-        assert all(part.weight > 0 for part in parts)
-        swept = {name for operators in gpu.SWEEPS for name in operators}
-        assert swept == set(operators.OPERATORS)
-        tests = [part for part in parts if part.name.startswith("tests")]
-        assert len(tests) == (1 if dry else 2)
-        gate = {"TK_GATE": "torch" if dry else "cuda", "TK_EXTENDED": "0"}
-        assert all(dict(part.environment) == gate for part in tests)
-        sweeps = [part.command for part in parts if part.name.startswith("sweep")]
-        assert all(("tiny" in command) == dry for command in sweeps)
-        # it has no operators but the network: rows that say "unsupported" and nothing else
-        assert not any(providers.USUAL in command for command in sweeps)
+def matmul(a, b):
+    os.abort()
 
+def cross_entropy(*arguments):
+    time.sleep(0.005)
+    return F.cross_entropy(*arguments)
 
-def test_the_tests_run_on_the_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seen(device: str) -> set[str | None]:
-        parts = gpu.parts(Path("out"), device, dry=False)
-        return {dict(part.environment).get("CUDA_VISIBLE_DEVICES") for part in parts if part.name.startswith("tests")}
-
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert (seen("cuda"), seen("cuda:1")) == ({None}, {"1"})
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-abc")
-    assert (seen("cuda"), seen("cuda:1")) == ({None}, {"GPU-abc"})
-
-
-# ends like pytest when it is interrupted; what it started holds on
-STUBBORN = """
-import signal, subprocess, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the suite runs in a shell's background
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-print(f"child {child.pid}", flush=True)
-try:
-    time.sleep(1000)
-except KeyboardInterrupt:
-    print("1 failed, 2 passed in 3 s")
+def linear(*arguments):
+    return F.linear(*arguments)
 """
 
 
-def test_a_part_that_fails_or_hangs_is_reported_and_the_rest_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> str:
+    """A module that this process and those it starts can import."""
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    for variable, value in environment().items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
+    return name
+
+
+def test_what_is_planted_shows_in_the_first_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def python(code: str) -> list[str]:
-        return [sys.executable, "-c", code]
-
-    listed = [
-        Part("breaks", python("print('because of this'); raise SystemExit(3)"), 0.1),
-        Part("tests", python(STUBBORN), 0.1),
-        Part("works", python("print('fine')"), 1.0),
-    ]
-    monkeypatch.setattr(gpu, "parts", lambda out, device, dry: listed)
+    name = module(tmp_path, monkeypatch, "planted_kernels", PLANTED)
     out = tmp_path / "run"
-    assert run("gpu", "--dry-run", "--out", out, "--minutes", "0.4") == 1
+    arguments = ["--dry-run", "--out", out, "--only", "facts", "checks", "products", "--minutes", "60"]
+    assert run("gpu", *arguments, "--provider", f"module:{name}") == 1
     text = (out / "summary.md").read_text()
-    assert "| [breaks](logs/breaks.log) | exit status 3 |" in text
-    assert "because of this" in text
-    assert "| [tests](logs/tests.log) | stopped after its 2 s | 2 | 1 failed, 2 passed in 3 s |" in text
-    assert "| [works](logs/works.log) | ok |" in text
-    assert (out / "logs" / "works.log").read_text() == "fine\n"
-    child = int((out / "logs" / "tests.log").read_text().split()[1])
-    status = Path(f"/proc/{child}/status")
-    assert not status.exists() or "zombie" in status.read_text()
+    first = text[: text.index("## Faster")]
+    assert len(first.splitlines()) < 40
+    assert re.search(r"\| checks: matmul [^|]*\| crashed: signal 6 \|", first)
+    assert re.search(r"\| conv2d 2x8x9x9→16 3x3 fp32 nhwc: output \| wrong: off by \S+ in [a-z ]+, PyTorch by", first)
+    assert re.search(r"\| batch_norm [^|]*: again \| differs: \d+ of 1,296 elements of output \|", first)
+    assert re.search(r"\| cross_entropy 8x10 fp32 forward \| [^|]+\| [^|]+\| torch \| 0\.0\d+ \|", first)
+    # nothing else is wrong, and what came after the crash was done
+    found = pd.read_csv(out / "checks.csv")
+    assert set(found[found.status != "ok"].check.str.split().str[0]) == {"conv2d", "batch_norm"}
+    assert set(found[found.check.str.startswith("linear")].status) == {"ok"}
+    assert (found.check.str.contains("misaligned") & (found.status == "ok")).any()
+    # on the terminal the screen comes last
+    assert capsys.readouterr().out.rstrip().endswith("Everything was.")
 
 
-def test_parts_that_take_all_their_time_keep_within_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, limits = [0.0], []
+@pytest.mark.extended("torch")
+def test_a_dry_run_walks_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in environment().items():
+        monkeypatch.setenv(variable, value)
+    out = tmp_path / "run"
+    # what is slower is no failure; long enough for a machine with other things to do
+    assert run("gpu", "--dry-run", "--out", out, "--minutes", "60") == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {"summary.md", "timings.csv", "checks.csv", "profile.csv", "environment.txt", "log.txt"}
+    text = (out / "summary.md").read_text()
+    for block in gpu.BLOCKS:
+        assert re.search(rf"\| {block.name} \| ok \| \d+ \|", text), block.name
+    assert re.search(r"Nothing: \d+ results of 14 cases were compared", text)
+    assert re.search(r"6 kernels compiled for sm_90 by \d+ processes", text)
+    assert re.search(r"\| tests tests \| \d+ passed", text)
+    assert "| memcheck | compute-sanitizer is not installed |" in text
+    assert "not recorded" not in (out / "log.txt").read_text()
+    timings = schema.read(out / "timings.csv")
+    assert {"copy", "matmul", "cnn", "resnet50", "conv2d", "attention"} <= set(timings.operator)
+    assert set(timings[timings.operator == "linear"]["mode"]) == {"fwd", "dgrad", "wgrad"}
+    assert run("compare", out, out) == 0
 
-    def execute(part: Part, limit: float, out: Path) -> gpu.Outcome:
-        limits.append(limit)
-        used = 0.0 if part.name == "facts" else limit
-        clock[0] += used
-        return gpu.Outcome(part.name, "ok", used)
 
-    monkeypatch.setattr(gpu, "execute", execute)
+BLOCKS = """
+import os, time, pathlib
+from perf.gpu.session import Item
+
+def items(run):
+    here = pathlib.Path(__file__).parent
+    def note(name): open(here / "done.txt", "a").write(name + "\\n")
+    def fails(): raise ValueError("because of this")
+    def crashes(): note("crashes"); os.abort()
+    def sleeps(): note("sleeps"); time.sleep(1000)
+    def holds_on():
+        note("holds on")
+        while True:
+            try: time.sleep(1000)
+            except BaseException: pass
+    last = {"stop": sleeps, "hold": holds_on}[run.request.block]
+    return [Item("works", lambda: run.tell("facts", {"a": "b"})), Item("fails", fails), Item("crashes", crashes),
+            Item("goes on", lambda: note("goes on")), Item("last", last), Item("never", lambda: note("never"))]
+"""
+
+
+@pytest.mark.parametrize("how, status", [("stop", "stopped after its"), ("hold", "stopped: it did not answer")])
+def test_an_item_that_fails_crashes_or_hangs_leaves_the_others(
+    how: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = module(tmp_path, monkeypatch, "planted_blocks", BLOCKS)
+    monkeypatch.setattr(supervisor, "GRACE", 1.0)
+    found = Results(tmp_path, providers.OURS)
+    limit = 25.0  # of which starting a second process takes most
+    start = time.monotonic()
+    with Supervisor(found, "cpu", dry=True) as processes:
+        outcome = processes.do(Block(how, 1.0, name), limit)
+        again = processes.do(Block("facts", 1.0, "perf.gpu.facts"), 60.0)
+    found.close()
+    assert outcome.status.startswith(status)
+    assert outcome.left == ("last", "never")
+    assert time.monotonic() - start < limit + 60
+    assert found.facts["a"] == "b"
+    assert found.failures[0] == Failure(how, "fails", "error: ValueError: because of this")
+    assert found.failures[1] == Failure(how, "crashes", "crashed: signal 6")
+    hung = {"stop": "sleeps", "hold": "holds on"}[how]
+    assert (tmp_path / "done.txt").read_text().splitlines() == ["crashes", "goes on", hung]
+    # the next block has a process of its own
+    assert again.status == "ok"
+    assert "device" in found.facts
+
+
+def test_blocks_that_take_all_their_time_keep_within_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, limits = [0.0], {}
+
+    class Slow:
+        def __init__(self, *_: Any) -> None: ...
+
+        def __enter__(self) -> Slow:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+
+        def do(self, block: Block, limit: float) -> Outcome:
+            limits[block.name] = limit
+            clock[0] += 0.0 if block.name == "facts" else limit
+            return Outcome(block.name, "ok", limit)
+
+    monkeypatch.setattr(gpu, "Supervisor", Slow)
     monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
     assert run("gpu", "--dry-run", "--out", tmp_path / "run", "--minutes", "10") == 0
+    assert list(limits) == [block.name for block in gpu.BLOCKS]
     assert clock[0] == pytest.approx(600)
+    weights = {block.name: block.weight for block in gpu.BLOCKS}
     # the minute that the facts did not take is for the others
-    assert limits[1] > 600 * gpu.WEIGHTS["tests ops"] / sum(p.weight for p in gpu.parts(tmp_path, "cpu", True))
+    assert limits["compile"] > 600 * weights["compile"] / sum(weights.values())
 
 
-def test_a_summary_of_a_gpu_reads_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sweeps").mkdir()
-    step = {"operator": "cnn", "mode": "full", "C": None, "H": None, "peak_memory_mb": 123.4, "host_us": 4321.0}
-    rows = [
-        row(**step, provider="torch", ms_p50=2.0),
-        row(**step, speedup_vs_torch=2.0),
-        row(**step, timing="cudagraph", ms_p50=0.5, speedup_vs_torch=3.0),
-        row(status="out of memory: a|b", ms_p20=None, ms_p50=None, ms_p80=None, speedup_vs_torch=None),
-        row(N=8, speedup_vs_torch=4.0),
-        row(N=4, speedup_vs_torch=1.0),
+def judged(actual: torch.Tensor, torchs: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> str:
+    return str(checks.compare(actual.to(dtype), torchs.to(dtype), exact, dtype)["status"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_verdict_sees_one_element_and_a_norm(dtype: torch.dtype) -> None:
+    exact = torch.randn(512, 512, dtype=torch.float64)
+    torchs = exact.to(dtype)
+    assert judged(torchs, torchs, exact, dtype) == "ok"
+    one = torchs.clone()
+    one[3, 5] += 0.5
+    assert judged(one, torchs, exact, dtype).startswith("wrong: off by")
+    one[3, 5] = torch.nan
+    assert judged(one, torchs, exact, dtype).startswith("wrong: off by inf")
+    eps = torch.finfo(dtype).eps
+    assert judged(exact * (1 + 30 * eps), torchs, exact, torch.float32 if dtype == torch.float32 else dtype).startswith(
+        "wrong"
+    )
+    assert judged(exact * (1 + 4 * eps), torchs, exact, dtype).startswith("less exact: ")
+    with pytest.raises(ValueError, match="is right"):
+        checks.compare(torchs[:1], torchs, exact, dtype)
+
+
+def test_bits_are_compared_not_values() -> None:
+    a = torch.tensor([0.0, torch.nan, 1.0])
+    assert int(checks.differing(a, a.clone())) == 0
+    assert int(checks.differing(a, torch.tensor([-0.0, torch.nan, 1.0]))) == 1
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_variants_lay_the_same_values_elsewhere(format: torch.memory_format) -> None:
+    t = torch.randn(2, 8, 5, 5).contiguous(memory_format=format)
+    moved, part = problems.misaligned("input", t), problems.strided("input", t)
+    assert torch.equal(moved, t)
+    assert torch.equal(part, t)
+    assert moved.stride() == t.stride()
+    assert moved.data_ptr() % 16 == 4
+    assert not part.is_contiguous(memory_format=format)
+    matrix = problems.strided("a", torch.randn(4, 6))
+    assert matrix.stride() == (14, 1)
+
+
+def test_every_operator_is_checked_and_every_variant_differs_from_the_plain_case() -> None:
+    for dry in (True, False):
+        cases = problems.checked(dry)
+        assert len(set(map(str, cases))) == len(cases)
+        assert {case.variant for case in cases} == {*problems.LAYS, problems.EXPANDED}
+    assert {"bf16", "fp16", "fp32"} == {case.dtype for case in problems.checked(False)}
+    assert len(problems.checked(False)) >= 45
+
+
+def results(folder: Path) -> Results:
+    found = Results(folder, providers.OURS)
+    found.take("facts", "facts", {"device": "GPU", "commit": "abc", "torch": "2", "copy": "3,000 GB/s"})
+    return found
+
+
+def test_a_summary_has_one_screen_however_much_there_is_to_say(tmp_path: Path) -> None:
+    found = results(tmp_path)
+    for i in range(60):
+        found.take("checks", "check", {"check": f"case {i}", "what": "output", "status": "wrong: off"})
+        found.take("checks", "failed", (f"item {i}", "error: x"))
+        for provider, ms in (("torch", 1.0), ("tkernels", 2.0 if i % 2 else 0.5)):
+            found.take("products", "timing", row(N=i + 1, provider=provider, ms_p50=ms))
+        found.outcomes.append(Outcome(f"block {i}", "stopped after its 3 s", 3.0, ("x", "y")))
+    found.close()
+    screen = summary.screen(found, 10, 600)
+    assert len(screen.splitlines()) <= 60
+    assert "## Wrong: 120" in screen
+    assert "## Slower than the fastest rival: 30 of 60" in screen
+    assert "## Faster than the fastest rival: 30" in screen
+    assert "## Not reached: 60" in screen
+    assert (
+        screen.index("## Wrong")
+        < screen.index("## Slower")
+        < screen.index("## Faster")
+        < screen.index("## Not reached")
+    )
+    assert len(pd.read_csv(tmp_path / "checks.csv")) == 60
+
+
+def test_a_summary_says_who_is_faster(tmp_path: Path) -> None:
+    found = results(tmp_path)
+    step = {"operator": "cnn", "mode": "train", "N": 256, "C": 3, "K": None, "R": None, "S": None, "stride": None}
+    for provider, timing, ms in (
+        ("torch", "wall", 2.0), ("tkernels", "wall", 2.5), ("torch.compile", "wall", 1.5),
+        ("tkernels fast launch", "wall", 0.1), ("tkernels graph", "cudagraph", 0.5), ("torch graph", "cudagraph", 1.0),
+        ("torch.compile max-autotune", "cudagraph", 0.75), ("tkernels sgd graph", "cudagraph", 0.2),
+    ):  # fmt: skip
+        found.take("headline", "timing", row(**step, provider=provider, timing=timing, ms_p50=ms))
+    listed = summary.speeds(found)
+    assert [(speed.rival, speed.ratio) for speed in listed] == [
+        ("torch.compile", pytest.approx(0.6)),
+        ("torch.compile max-autotune", pytest.approx(1.5)),
     ]
-    torn = write(tmp_path / "sweeps" / "cnn.csv", *rows)
-    torn.write_bytes(torn.read_bytes() + b"2026-01-01,dead")
-    (tmp_path / "sweeps" / "linear.csv").write_text("timest")
-    outcomes = [gpu.Outcome("sweep cnn", "stopped after its 60 s", 61.0), gpu.Outcome("sweep linear", "ok", 1.0)]
-    text = report.summary(tmp_path, "cpu", 10, outcomes)
-    assert "| 6 rows, 5 of them measured |" in text
-    assert "| no row |" in text
-    assert "| tkernels | as called | bf16 | 256 | 1 (0.99 to 1.01) | 256,000 | 2.00 | 123 | 4,321 |" in text
-    assert "| tkernels | CUDA graph | bf16 | 256 | 0.5 (0.99 to 1.01) | 512,000 | 3.00 |" in text
-    assert "| conv2d | forward | bf16 | tkernels | as called | 2 | **2.00** | 1.00 to 4.00 | 50 |" in text
-    assert "| tkernels | out of memory: a/b | 1 | conv2d | conv2d fwd bf16 nhwc 256x32x32x32→32 3x3 |" in text
+    details = summary.details(found)
+    assert "| cnn | 256 | tkernels graph | CUDA graph | 0.5 | 512,000 |" in details
+    assert summary.exit_status(found) == 0
+
+
+def test_what_cannot_be_measured_of_ours_is_wrong_and_of_a_rival_is_not_reached(tmp_path: Path) -> None:
+    found = results(tmp_path)
+    for provider, status in (("tkernels", "error: a"), ("torch flash", "error: b"), ("tkernels", "unsupported: c")):
+        found.take("products", "timing", row(provider=provider, status=status))
+    found.take("tools", "tool", ("memcheck", "wrong: 3 errors"))
+    found.take("tools", "tool", ("ncu", "ncu is not installed"))
+    assert [status for _, status in summary.wrongs(found)] == ["wrong: 3 errors", "error: a"]
+    screen = summary.screen(found, 10, 600)
+    left = screen[screen.index("## Not reached") :]
+    assert "error: b" in left
+    assert "unsupported: c" in left
+    assert "ncu is not installed" in left
+    assert summary.exit_status(found) == 1
+
+
+def test_a_kind_of_result_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no kind of result"):
+        results(tmp_path).take("checks", "chekc", {})
+    with pytest.raises(KeyError, match="erorr"):
+        results(tmp_path).take("checks", "check", {**dict.fromkeys(CHECK_NAMES), "erorr": 1})
+
+
+def tools_of(told: list[tuple[str, Any]], **request: Any) -> Run:
+    return Run(Request("tools", "cpu", True, providers.OURS, 60.0, **request), lambda kind, what: told.append(what))
+
+
+SANITIZER = """#!/bin/sh
+echo "$@" >> {folder}/asked.txt
+echo "========= COMPUTE-SANITIZER"
+case "$2" in
+memcheck) echo "========= Invalid __global__ read of size 4 bytes"; echo "========= ERROR SUMMARY: 1 error";;
+racecheck) echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)";;
+esac
+"""
+NCU = """#!/bin/sh
+echo "$@" >> {folder}/asked.txt
+echo "==PROF== Connected to process 1"
+echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+echo '"0","one","gpu__time_duration.sum","ns","1,500"'
+echo '"0","one","dram__throughput.avg.pct_of_peak_sustained_elapsed","%","61.5"'
+echo '"1","one","gpu__time_duration.sum","ns","900"'
+echo '"2","two","gpu__time_duration.sum","us","7"'
+"""
+
+
+def test_nvidias_tools_are_asked_and_their_answers_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("compute-sanitizer", SANITIZER), ("ncu", NCU)):
+        (tmp_path / name).write_text(text.format(folder=tmp_path))
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    told: list[Any] = []
+    for item in tools.items(tools_of(told, slowest=("one", "two"))):
+        item.do()
+    assert told == [
+        ("memcheck", "wrong: 1 error; Invalid __global__ read of size 4 bytes"),
+        ("ncu one", "us 1.5, DRAM % 61.5"),
+        ("ncu two", "us 7.0"),
+        ("racecheck", "no errors (0 hazards displayed (0 errors, 0 warnings))"),
+    ]
+    asked = (tmp_path / "asked.txt").read_text()
+    assert "--clock-control none" in asked  # its default would set the GPU's clocks
+    assert "regex:^one$|^two$" in asked
+
+
+def test_a_tool_that_says_nothing_of_use_is_an_error() -> None:
+    assert tools.verdict("Device not supported").startswith("error: no summary; it said last: Device not supported")
+    assert tools.table("no rows") == {}
+
+
+def test_the_step_that_the_tools_watch_runs() -> None:
+    tools.main("cpu", 2)
+
+
+TESTS = """
+import time
+
+def test_passes(): pass
+def test_fails(): assert 1 == 2
+def test_sleeps(): time.sleep(1000)
+"""
+
+
+def test_a_suite_that_is_interrupted_tells_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "test_planted.py"
+    path.write_text(TESTS)
+    module(tmp_path, monkeypatch, "planted_suite", f"""
+from perf.gpu import suite
+from perf.gpu.suite import items
+suite.QUICK_TESTS = ({str(path)!r}, "-c", "/dev/null", "-p", "no:xdist")
+""")  # fmt: skip
+    found = Results(tmp_path, providers.OURS)
+    with Supervisor(found, "cpu", dry=True) as processes:
+        outcome = processes.do(Block("tests", 1.0, "planted_suite", alone=True), 12.0)
+    found.close()
+    assert outcome.status == "stopped after its 12 s"
+    ((name, status),) = found.tools
+    assert name == "tests tests"
+    assert re.match(r"wrong: 1 failed, 1 passed in .*; first: FAILED .*test_fails", status), status
+
+
+def test_how_a_suite_closed() -> None:
+    assert suite.closing(["x", "=== 3 passed, 1 skipped in 2.0s ==="], 0) == "3 passed, 1 skipped in 2.0s"
+    assert suite.closing(["boom"], 4) == "error: no test ran (exit status 4)"
+
+
+def test_a_comparison_of_two_runs_sees_what_became_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, ms, status in (("old", 1.0, "ok"), ("new", 2.0, "wrong: off by 1")):
+        (tmp_path / name).mkdir()
+        found = results(tmp_path / name)
+        found.take("products", "timing", row(ms_p20=0.99 * ms, ms_p50=ms, ms_p80=1.01 * ms))
+        found.take("checks", "check", {"check": "linear", "what": "output", "status": status})
+        found.close()
+    assert run("compare", tmp_path / "old", tmp_path / "new") == 1
+    shown = capsys.readouterr().out
+    assert "slower by 100%" in shown
+    assert "linear: output: was ok, now wrong: off by 1" in shown
+    assert run("compare", tmp_path / "old", tmp_path / "old") == 0
+    assert compare.TIMINGS == "timings.csv"
 
 
 def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,8 +402,10 @@ def test_bad_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert "torch sees no GPU" in refused(capsys, "gpu", "--out", out)
     assert "a GPU is needed" in refused(capsys, "gpu", "--out", out, "--device", "cpu")
     assert "leave out --device" in refused(capsys, "gpu", "--out", out, "--dry-run", "--device", "cpu")
-    assert "no part is named swoop" in refused(capsys, "gpu", "--out", out, "--dry-run", "--only", "swoop")
+    assert "unknown block 'swoop'" in refused(capsys, "gpu", "--out", out, "--dry-run", "--only", "swoop")
     assert "--minutes must be above 0" in refused(capsys, "gpu", "--out", out, "--dry-run", "--minutes", "0")
+    assert "name another provider" in refused(capsys, "gpu", "--out", out, "--dry-run", "--provider", "torch")
+    assert "unknown provider" in refused(capsys, "gpu", "--out", out, "--dry-run", "--provider", "mine")
     assert not out.exists()
     (tmp_path / "mine.txt").write_text("mine")
     assert "not an empty folder" in refused(capsys, "gpu", "--out", tmp_path, "--dry-run")

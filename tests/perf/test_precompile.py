@@ -1,0 +1,126 @@
+"""The kernels that perf gpu compiles beforehand are those that the run asks for, and are found in Triton's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import triton
+
+import tkernels
+from perf import aot, measure, providers, shapes
+from perf.gpu import precompile, problems
+from perf.gpu.checks import Checked
+from perf.gpu.problems import EXPANDED, Case
+from perf.gpu.session import Request, Run
+from tkernels import targets
+
+pytestmark = pytest.mark.gate("torch")
+
+TARGET = targets.TARGETS["sm_90"]
+SMALL = {
+    "linear_relu": shapes.linear(64, 256, 32),
+    "conv2d_relu": shapes.conv(2, 16, 8, 24),
+    "conv_stage": {**shapes.image(4, 3, 16), "K": 32},
+    "batch_norm_relu": shapes.image(8, 32, 9),
+    "cross_entropy": shapes.rows(64, 1000),
+    "attention": shapes.heads(1, 2, 64, 80, 32),
+    "matmul": shapes.linear(64, 128, 96),
+}
+
+
+def asked_for(call: Callable[[], object]) -> set[str]:
+    """What Triton would specialise for, called with real tensors at real addresses."""
+    seen = set()
+
+    def launch(kernel: Any, args: Any, kwargs: Any, grid: Any) -> None:
+        seen.add(aot.specialisation(aot.Launch(kernel, args, kwargs, grid, {}), TARGET.name))
+
+    tensor = cast(Any, torch.Tensor)
+    tensor.is_cuda = property(lambda self: True)
+    try:
+        with tkernels.backend("triton"), aot.intercepting(TARGET, launch):
+            call()
+    finally:
+        del tensor.is_cuda
+    return seen
+
+
+@pytest.mark.parametrize("variant", ["", "misaligned", "strided", EXPANDED])
+@pytest.mark.parametrize("operator", list(SMALL))
+def test_what_is_recorded_is_what_a_call_asks_for(operator: str, variant: str) -> None:
+    if not problems._takes(operator, variant):
+        pytest.skip("says nothing of this operator")
+    case = problems.case(operator, SMALL[operator], variant=variant)
+    ours = providers.load(providers.OURS)
+
+    def call(mode: Any = None) -> object:
+        return measure.evaluate(Checked(case, "cpu", ours))
+
+    found = set(precompile.recorded(call, TARGET))
+    assert found == asked_for(call)
+    assert len(found) > 1
+
+
+def test_alignment_is_recorded() -> None:
+    """Else the misaligned cases would be compiled while they are measured."""
+
+    def kinds(case: Case) -> set[str]:
+        ours = providers.load(providers.OURS)
+        return set(precompile.recorded(lambda mode: measure.evaluate(Checked(case, "cpu", ours)), TARGET))
+
+    plain, moved = (problems.case("matmul", SMALL["matmul"], variant=variant) for variant in ("", "misaligned"))
+    assert kinds(plain) != kinds(moved)
+
+
+def test_the_network_under_autocast_is_among_them() -> None:
+    run = Run(Request("compile", "cpu", True, providers.OURS, 60.0), lambda kind, what: None)
+    names = {launch.kernel.__name__ for launch in precompile.needed(run, TARGET).values()}
+    assert {"conv_stage_kernel", "linear_dgrad_kernel", "cross_entropy_forward", "attention_dkv_kernel"} <= names
+    calls = dict(precompile._calls(run))
+    bf16, mixed = (
+        precompile.recorded(calls[f"the network, {dtype} parameters"], TARGET)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    # the same products, but batch norm's vectors and the gradients of the weights are float32
+    assert {key for key in mixed if "conv_stage_kernel" in key}
+    assert set(mixed) != set(bf16)
+    dtypes = {str(arg.dtype) for launch in mixed.values() for arg in launch.args[:1] if hasattr(arg, "dtype")}
+    assert "torch.bfloat16" in dtypes
+
+
+def test_compiled_kernels_are_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = problems.case("batch_norm_relu", SMALL["batch_norm_relu"])
+    ours = providers.load(providers.OURS)
+    launches = precompile.recorded(lambda mode: measure.evaluate(Checked(case, "cpu", ours)), TARGET)
+    assert precompile.compile_all(launches.items(), TARGET, 2) == []
+    hits = []
+    monkeypatch.setattr(
+        triton.knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit), raising=False
+    )
+    active = triton.runtime.driver._active
+    triton.runtime.driver.set_active(aot.StubDriver(aot.gpu_target(TARGET)))
+    try:
+        for launch in launches.values():
+            launch.kernel.device_caches.clear()
+            cast(Any, launch.kernel).run(*launch.args, grid=launch.grid, warmup=True, **launch.kwargs)
+            launch.kernel.device_caches.clear()
+    finally:
+        triton.runtime.driver._active = active
+    assert hits == [True] * len(launches)
+
+
+def test_a_kernel_that_cannot_be_compiled_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = problems.case("matmul", SMALL["matmul"])
+    ours = providers.load(providers.OURS)
+    launches = precompile.recorded(lambda mode: measure.evaluate(Checked(case, "cpu", ours)), TARGET)
+    key, launch = next(iter(launches.items()))
+    broken = aot.Launch(launch.kernel, launch.args, {**launch.kwargs, "BLOCK_M": 48}, launch.grid, launch.bytes)
+    ((name, status),) = precompile.compile_all([(key, broken)], TARGET, 1)
+    assert name == launch.kernel.__name__
+    assert status.startswith("error: ")
