@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import tkernels
 import tkernels.nn as tnn
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
-from tests.tolerance import assert_close
+from tests.tolerance import assert_close, bound
 
 pytestmark = pytest.mark.gate("torch", "cuda")
 
@@ -74,23 +74,34 @@ def test_larger_network_equals_the_original(name: str, size: int, device: str) -
 
 
 def _compare(name: str, size: int, device: str) -> None:
-    """Three steps of training, then evaluation: gradients, running statistics and outputs."""
+    """Three steps of training, then evaluation: gradients, running statistics and outputs.
+
+    On a GPU the original in float64 is the measure, and PyTorch's own distance from it says how much the network
+    amplifies rounding; on a CPU both run the same products.
+    """
     model, fused = networks(name, device)
+    exact = copy.deepcopy(model).double() if device == "cuda" else model
     x, target = torch.randn(4, 3, size, size, device=device), torch.arange(4, device=device)
-    for network in (model, fused):
-        _train(network, x, target, 3)
+    for network in {model, fused, exact}:
+        _train(network, x.double() if network is exact is not model else x, target, 3)
     # the longest sum: a weight's gradient over the first map's pixels, through all layers after it
     reduction = x.shape[0] * size * size
-    ours = dict(fused.named_parameters())
+
+    def compare(ours: Tensor, theirs: Tensor, truth: Tensor, name: str) -> None:
+        dtype = theirs.dtype if theirs.is_floating_point() else torch.float32  # a counter
+        theirs, truth = theirs.detach().double(), truth.detach().double()
+        amplified = (theirs - truth).abs().max().item() / bound(dtype, reduction)
+        assert_close(ours, truth, reduction, dtype=dtype, scale=max(1e-2, 4 * amplified), name=name)
+
+    ours, truths = dict(fused.named_parameters()), dict(exact.named_parameters())
     for key, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        assert ours[key].grad is not None, key
-        assert_close(ours[key].grad, parameter.grad.double(), reduction, scale=1e-2, name=f"gradient of {key}")
-    state = fused.state_dict()
+        gradients = [p.grad for p in (ours[key], parameter, truths[key])]
+        assert all(g is not None for g in gradients), key
+        compare(*gradients, f"gradient of {key}")
+    state, truth = fused.state_dict(), exact.state_dict()
     assert list(state) == list(model.state_dict())
     for key, value in model.state_dict().items():
-        dtype = value.dtype if value.is_floating_point() else torch.float32  # a counter
-        assert_close(state[key], value.double(), reduction, dtype=dtype, scale=1e-2, name=key)
+        compare(state[key], value, truth[key], key)
     fused.load_state_dict(model.state_dict())
     model.load_state_dict(fused.state_dict())
     model.eval()
@@ -128,11 +139,15 @@ def test_cifar_cnn_equals_the_hand_fused_one(device: str) -> None:
             model.train(training)
             torch.manual_seed(5)  # dropout draws alike: the calls are the same
             outputs.append(model(x))
-        assert torch.equal(*outputs)
+        # the last layer, which has nothing to be fused with, is PyTorch's in the fused network: its product by cuBLAS
+        exactly = {"rtol": 0.0, "atol": 0.0} if device == "cpu" else {}
+        torch.testing.assert_close(*outputs, **exactly)
 
 
 class Block(nn.Module):
     """Functions instead of modules, a residual, a layer used twice, dropout that asks self.training."""
+
+    p = 0.5
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +159,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         y = F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)
         z = (self.norm(y) + y * scale).relu()
-        return F.dropout(F.gelu(self.fc(torch.flatten(z, 1))), 0.5, self.training)
+        return F.dropout(F.gelu(self.fc(torch.flatten(z, 1))), self.p, self.training)
 
 
 def _check_block(model: nn.Module, original: nn.Module, device: str, **kwargs: Any) -> None:
@@ -159,7 +174,10 @@ def _check_block(model: nn.Module, original: nn.Module, device: str, **kwargs: A
 @pytest.fixture
 def block(device: str) -> nn.Module:
     torch.manual_seed(0)
-    return Block().to(device)
+    block = Block().to(device)
+    if device == "cuda":
+        block.p = 0.0  # kernels draw other masks than PyTorch
+    return block
 
 
 def test_functions_and_modes(block: nn.Module, device: str) -> None:

@@ -147,6 +147,7 @@ def test_conv_bn_folding(device: str) -> None:
     assert_close(folded(x), norm(conv(x)).double(), 27)
 
 
+@pytest.mark.gate("torch")
 def test_onnx_has_standard_operators() -> None:
     onnx = pytest.importorskip("onnx", reason="install the ecosystem extra")
     pytest.importorskip("onnxscript", reason="install the ecosystem extra")

@@ -167,15 +167,15 @@ def test_module_error(name: str, index: int, device: str) -> None:
     """Construction and forward together: torch's exception class, wherever it shows."""
     sample = errors(name)[index].module_error_input
 
-    def call(library: Any) -> Tensor:
+    def call(library: Any, device: str) -> Tensor:
         module = getattr(library, name)(*sample.constructor_input.args, **sample.constructor_input.kwargs).to(device)
         given = sample.forward_input
         return module(*(replica(t, device) for t in given.args), **given.kwargs)
 
     nothing = Call(MODULES[name])
-    theirs = run(lambda: call(nn), nothing, None)
+    theirs = run(lambda: call(nn, "cpu"), nothing, None)
     assert theirs.error is not None
-    check_errors(run(lambda: call(tkernels.nn), nothing, None), theirs, f"{name} {sample.constructor_input}")
+    check_errors(run(lambda: call(tkernels.nn, device), nothing, None), theirs, f"{name} {sample.constructor_input}")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -15,7 +15,7 @@ import tkernels
 import tkernels.nn as tnn
 from models.cifar_cnn import CNNClassifier
 
-pytestmark = pytest.mark.gate("torch", "cuda")
+pytestmark = pytest.mark.gate("torch")
 REASON = "install the ecosystem extra"
 
 

@@ -209,6 +209,8 @@ def test_same_bits_twice(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.int64, torch.complex64, torch.float64))
 def test_other_dtypes_are_pytorchs(dtype: torch.dtype, device: str, launches: list[str]) -> None:
+    if dtype == torch.int64 and torch.cuda.is_available():
+        pytest.skip("torch has no integer product on a GPU")
     a, b = torch.ones(3, 4, device=device).to(dtype), torch.ones(4, 5, device=device).to(dtype)
     assert torch.equal(matmul(a, b), torch.matmul(a, b))
     assert not launches
