@@ -39,10 +39,9 @@ from tkernels.kernels import conv_stage
 
 # the first steps compile and record
 WARM_UP = 5
-# what the C launcher was given: grid, stream, function, ..., a tuple of the kernel's arguments
+# what the C launcher was given, in Triton 3.8's order: grid, stream, function, two flags, metadata, hooks, scratch
+# memory, ..., a tuple of the kernel's arguments
 Made = tuple[Any, ...]
-# what Triton 3.5 and 3.6, which compile a launcher for each signature, give it before the kernel's arguments
-_BEFORE_ARGUMENTS = 13
 
 
 class _Utils:
@@ -102,7 +101,8 @@ def _stubbed_launcher(made: Callable[..., None]) -> Iterator[None]:
     module = cast(Any, nvidia)
 
     def compiled_launcher(*args: Any, **kwargs: Any) -> SimpleNamespace:
-        return SimpleNamespace(launch=lambda *given: made(*given[:_BEFORE_ARGUMENTS], given[_BEFORE_ARGUMENTS:]))
+        # takes the scratch memory before the metadata and the kernel's arguments one by one
+        return SimpleNamespace(launch=lambda *given: made(*given[:7], *given[9:13], *given[7:9], given[13:]))
 
     # the first two are Triton 3.5's and 3.6's, the others 3.7's and 3.8's
     stubs = {

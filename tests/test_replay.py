@@ -58,6 +58,22 @@ def trained(device: str, replays: bool) -> dict[str, Tensor]:
 @pytest.mark.gate("ttsem", "cuda")
 def test_replays_give_the_same_bits(device: str, launches: list[str]) -> None:
     """Dropout's draws, running statistics and gradients included; every launch is still made."""
+    check_replays(device, launches)
+
+
+@pytest.mark.gate("cuda")
+def test_fast_replays_give_the_same_bits(device: str, launches: list[str]) -> None:
+    """With TKERNELS_FAST_LAUNCH=1 a replay calls the driver, which only a GPU has; the allocator is the shipped one."""
+    with launch.fast(True):
+        check_replays(device, launches)
+        assert all(p.direct is not None and launch.is_fast(p.kernels) for p in programs())
+    shipped = torch._C._dynamo.guards._empty_strided_cuda
+    found = [p.direct.__globals__.values() for p in programs()]
+    assert any(value is shipped for values in found for value in values) != torch.are_deterministic_algorithms_enabled()
+
+
+def check_replays(device: str, launches: list[str]) -> None:
+    launches.clear()
     expected = trained(device, False)
     made = list(launches)
     assert not programs()
@@ -101,11 +117,16 @@ def test_buffers_die_in_a_replay_as_they_do_in_the_operator() -> None:
     alive: list[int] = []
 
     def peak(replays: bool) -> int:
-        step = host.step(*traffic.fused(), 8)
-        with replay.enabled(replays), host.stubbed_driver(lambda *given: alive.append(living())):
-            for _ in range(CALLS):
-                alive.clear()
-                step()
+        gc.collect()
+        gc.freeze()  # what there was before is not looked through
+        try:
+            step = host.step(*traffic.fused(), 8)
+            with replay.enabled(replays), host.stubbed_driver(lambda *given: alive.append(living())):
+                for _ in range(CALLS):
+                    alive.clear()
+                    step()
+        finally:
+            gc.unfreeze()
         return max(alive)
 
     def living() -> int:
