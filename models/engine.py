@@ -99,6 +99,8 @@ class TrainingStep:
         self._optimizer.zero_grad(set_to_none=True)
         if self._scaler is not None:
             self._scaler.update(self._scaler.get_scale())
+            for name in ("grad_scale", "found_inf"):  # lent to a fused optimizer for its step
+                vars(self._optimizer).pop(name, None)
 
     def _update(self) -> None:
         if self._scaler is not None:

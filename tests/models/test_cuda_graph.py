@@ -22,7 +22,7 @@ from models.engine import TrainingStep
 from models.interrupt import Stopped, StopWish
 from tests.models.stand_in_gpu import MODES, Gpu, Stream
 
-pytestmark = pytest.mark.gate("torch")
+pytestmark = [pytest.mark.gate("torch"), pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
 
 EPOCHS = 4
 # of 40 images in batches of 16 two are full and one is not
@@ -174,17 +174,20 @@ def test_goes_on_without_a_graph_and_with_one(
 
 
 class Net(nn.Module):
-    """Linear, dropout, linear; in between what ``fault`` does, once it has a graph to spoil."""
+    """Linear, dropout, linear, dropout; ``fault`` is called between them, forward or backward."""
 
-    def __init__(self, fault: Callable[[Tensor], object] = lambda x: None) -> None:
+    def __init__(self, fault: Callable[[Tensor], object] = lambda x: None, place: str = "forward") -> None:
         super().__init__()
-        self.first, self.second, self.fault = nn.Linear(3, 8), nn.Linear(8, 2), fault
+        self.first, self.second, self.fault, self.place = nn.Linear(3, 8), nn.Linear(8, 2), fault, place
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         hidden = nn.functional.dropout(self.first(x), 0.5, self.training)
-        self.fault(hidden.detach())
+        if self.place == "forward":
+            self.fault(hidden.detach())
+        if self.place == "backward":
+            hidden.register_hook(lambda gradient: (self.fault(gradient), None)[1])
         return self.second(nn.functional.dropout(hidden, 0.5, self.training))
 
 
@@ -192,12 +195,15 @@ BATCH_LIST = [(torch.randn(4, 3, generator=torch.Generator().manual_seed(i)), to
 
 
 def weights(
-    fault: Callable[[Tensor], object], graphed: bool, optimizer: str = "adam", told: Any = None, **how: Any
-) -> tuple[dict[str, Any], int]:
+    fault: Callable[[Tensor], object], graphed: bool, optimizer: str = "adam", told: Any = None,
+    place: str = "forward", **how: Any,
+) -> tuple[dict[str, Any], int]:  # fmt: skip
     """(Network, optimizer and the next random number after seven batches; how often the network was called)."""
     torch.manual_seed(0)
-    model = Net(fault)
+    model = Net(fault, place)
     chosen = recipes.build_optimizer(optimizer, model, torch.tensor(0.1), 0.9, 0.01, True)
+    if place == "update":
+        chosen.register_step_pre_hook(lambda *_: (fault(model.first.weight), None)[1])
     eager = TrainingStep(model, nn.CrossEntropyLoss(), chosen, **how)
     step: Any = GraphedStep(eager, [].append if told is None else told.append, eager.abandon) if graphed else eager
     for batch in BATCH_LIST:
@@ -227,15 +233,16 @@ FORBIDDEN = {
 }
 
 
+@pytest.mark.parametrize("place", ["forward", "backward", "update"])
 @pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)
-def test_a_step_that_waits_is_not_captured(gpu: Gpu, optimizer: str) -> None:
+def test_a_step_that_waits_is_not_captured(gpu: Gpu, optimizer: str, place: str) -> None:
     """The step in which that is seen is a whole one: all is as without a graph."""
     told: list[str] = []
     fault = lambda x: 1.0 if x.sum().item() > 0 else 0.5  # noqa: E731
-    found, calls = weights(fault, True, optimizer, told)
+    found, calls = weights(fault, True, optimizer, told, place)
     assert (len(gpu.graphs), gpu.beside, gpu.watched, calls) == (0, WARM_UP, 1, len(BATCH_LIST))
     assert gpu.sound()
-    assert not differ(found, weights(fault, False, optimizer)[0])
+    assert not differ(found, weights(fault, False, optimizer, None, place)[0])
     (line,) = told
     assert line.startswith("note: the step could not be captured as a CUDA graph, training goes on without: it waits ")
     assert "test_cuda_graph.py:" in line
@@ -243,15 +250,16 @@ def test_a_step_that_waits_is_not_captured(gpu: Gpu, optimizer: str) -> None:
 
 # a loss that is scaled makes the others wait
 @pytest.mark.parametrize("how", [*((name, clip) for name in recipes.OPTIMIZERS for clip in (0.0, 0.1)), ("sgd", None)])
+@pytest.mark.parametrize("place", ["forward", "backward", "update"])
 @pytest.mark.parametrize("fault", FORBIDDEN)
-def test_a_failed_capture_changes_nothing(gpu: Gpu, fault: str, how: tuple[str, float | None]) -> None:
+def test_a_failed_capture_changes_nothing(gpu: Gpu, fault: str, place: str, how: tuple[str, float | None]) -> None:
     do, says = FORBIDDEN[fault]
     told: list[str] = []
 
     def run(graphed: bool) -> tuple[dict[str, Any], int]:
         optimizer, clip = how
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if clip is None else None
-        return weights(do, graphed, optimizer, told, clip=clip or 0.0, scaler=scaler)
+        return weights(do, graphed, optimizer, told, place, clip=clip or 0.0, scaler=scaler)
 
     found, calls = run(True)
     (graph,) = gpu.graphs
