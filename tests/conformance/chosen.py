@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from tkernels.tuning.batch_norm import Matrix
 from tkernels.tuning.conv import Geometry
 from tkernels.tuning.conv_stage import Pooling
 
+GATE = os.environ.get("TK_GATE", "torch")
 MODULES = ("linear", "matmul", "attention", "conv", "conv_stage", "batch_norm", "cross_entropy")
 # shared by the choosers of its module, which are asked themselves
 HELPERS = ("tile",)
@@ -157,6 +159,12 @@ def _left_to_torch(arguments: dict[str, Any]) -> bool:
     return attention.why_not(head, v_head, arguments["itemsize"], arguments["extras"], arguments["target"]) is not None
 
 
+def targets_here() -> tuple[str, ...]:
+    """On a GPU, its own: it need not fit the tiles of another, which nobody gives it. Else every target."""
+    own = targets.current().name
+    return (own,) if GATE == "cuda" and torch.cuda.is_available() and own in targets.TARGETS else tuple(targets.TARGETS)
+
+
 def enumerate_configs() -> list[Chosen]:
     """Distinct block sizes by chooser and kind; num_warps, num_stages and maxnreg do not change what is computed.
 
@@ -166,7 +174,7 @@ def enumerate_configs() -> list[Chosen]:
     for name in MODULES:
         module = importlib.import_module(f"tkernels.tuning.{name}")
         for chooser, function in choosers(module).items():
-            for target in targets.TARGETS:
+            for target in targets_here():
                 with targets.pretend(target):
                     for arguments in _arguments(function, target):
                         half = arguments.get("itemsize") == 2 or arguments.get("dtype") == torch.bfloat16

@@ -21,7 +21,8 @@ from tests.conformance.calls import Call, Outcome, of_torch, run
 from tkernels.ops import activation as activations
 
 Cotangent = Callable[[Tensor], Tensor]
-IN_TTSEM = os.environ.get("TK_GATE", "torch") == "ttsem"
+GATE = os.environ.get("TK_GATE", "torch")
+IN_TTSEM = GATE == "ttsem"
 STATISTICS = ("running_mean", "running_var")
 
 

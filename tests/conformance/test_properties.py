@@ -1,7 +1,7 @@
 """hypothesis draws calls (shapes, strides, dtypes, arguments, gradients asked for and coming in); each is as torch's.
 
-Hundreds an operator on the PyTorch body, tens under ttsem, where every new combination of dtype and flags is compiled.
-The draws are the same in every run.
+Hundreds an operator on the PyTorch body, tens under ttsem and on a GPU, where every new combination of dtype and flags
+is compiled. The draws are the same in every run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import tkernels
 from tests import tolerance
 from tests.conformance import draws
 from tests.conformance.calls import replica
-from tests.conformance.compare import IN_TTSEM, check_call, ours, same_bits
+from tests.conformance.compare import GATE, check_call, ours, same_bits
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 ALL_DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
-if IN_TTSEM:
+FEW = GATE in ("ttsem", "cuda")
+if FEW:
     GRIDS = {
         "linear": draws.Grid((torch.float32, torch.bfloat16), (None, "relu", "gelu"), 3, 17, rich=False),
         "conv2d": draws.Grid((torch.float32, torch.bfloat16), (None, "relu"), 6, rich=False),
@@ -30,10 +31,11 @@ else:
     GRIDS = {name: draws.Grid(ALL_DTYPES) for name in ("linear", "conv2d", "batch_norm", "cross_entropy")}
 
 
-def repeatable(examples: int, in_ttsem: int) -> settings:
-    """So many examples, the same in every run. A seed has no simpler form, so there is nothing to shrink."""
+def repeatable(examples: int, compiled: int) -> settings:
+    """So many examples (``compiled``: where kernels are compiled), the same in every run. A seed has no simpler form, so
+    there is nothing to shrink."""
     return settings(
-        max_examples=(in_ttsem if IN_TTSEM else examples) or 1,
+        max_examples=(compiled if FEW else examples) or 1,
         derandomize=True,
         deadline=None,
         database=None,
