@@ -102,11 +102,14 @@ class Subject:
         """What is timed in a mode."""
         if mode == "fwd":
             return self._forward_only
+        asked = self._asked(mode)
+        # an autograd function computes the gradient of whatever requires one, asked for or not
+        for leaf in self.leaves.values():
+            leaf.requires_grad_(any(leaf is wanted for wanted in asked))
         output = self.forward()
         gradient = self.output_gradient(output)
         if mode == "full":
             return lambda: self.gradients(self.forward(), gradient)
-        asked = self._asked(mode)
         return lambda: torch.autograd.grad(output, asked, gradient, retain_graph=True)
 
     def _asked(self, mode: str) -> list[Tensor]:

@@ -98,7 +98,8 @@ def main(connection: Connection, log: Path, dry: bool) -> None:
     # the parent decides; a handler, unlike SIG_IGN, is not passed on to pytest, which must hear of an interrupt
     signal.signal(signal.SIGINT, lambda signum, frame: None)
     # what takes seconds to import is there when the first request comes
-    for name in ("torch", "tkernels", "perf.measure"):
+    # (perf.aot sets a variable that is part of the key of Triton's cache: all processes must agree on it)
+    for name in ("torch", "tkernels", "perf.measure", "perf.aot"):
         importlib.import_module(name)
     if dry:
         importlib.import_module("torch").set_num_threads(1)

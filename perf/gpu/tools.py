@@ -68,7 +68,7 @@ def _ncu(run: Run) -> None:
         run.tell("tool", ("ncu", "there is no profile that says what is slowest"))
         return
     names = "|".join(f"^{re.escape(name)}$" for name in run.request.slowest)
-    text = watched([path, "--clock-control", "none", "--csv", "--kernel-name", f"regex:{names}", "--launch-count", "12",
+    text = watched([path, "--clock-control", "none", "--csv", "--kernel-name", f"regex:{names}", "--launch-count", "40",
                     "--metrics", ",".join(METRICS), *STEP, run.device, "256"])  # fmt: skip
     rows = table(text)
     for kernel, values in rows.items():

@@ -39,6 +39,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> str:
+    """A module that this process and those it starts can import."""
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    for variable, value in environment().items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
+    return name
+
+
 def row(**given: Any) -> dict[str, Any]:
     """A complete row of a sweep."""
     shape = dict(N=256, C=32, H=32, W=32, K=32, R=3, S=3, stride=1, padding=1, groups=1)  # noqa: C408

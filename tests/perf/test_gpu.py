@@ -16,7 +16,7 @@ from perf.gpu import checks, problems, suite, summary, supervisor, tools
 from perf.gpu.results import CHECK_NAMES, Failure, Outcome, Results
 from perf.gpu.session import Block, Request, Run
 from perf.gpu.supervisor import Supervisor
-from tests.perf.command import ROOT, environment, refused, row, run
+from tests.perf.command import environment, module, refused, row, run
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -45,16 +45,6 @@ def cross_entropy(*arguments):
 def linear(*arguments):
     return F.linear(*arguments)
 """
-
-
-def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> str:
-    """A module that this process and those it starts can import."""
-    (folder / f"{name}.py").write_text(text)
-    monkeypatch.syspath_prepend(folder)
-    for variable, value in environment().items():
-        monkeypatch.setenv(variable, value)
-    monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
-    return name
 
 
 def test_what_is_planted_shows_in_the_first_lines(

@@ -15,7 +15,10 @@ from perf import aot, measure, providers, shapes
 from perf.gpu import precompile, problems
 from perf.gpu.checks import Checked
 from perf.gpu.problems import EXPANDED, Case
-from perf.gpu.session import Request, Run
+from perf.gpu.results import Results
+from perf.gpu.session import Block, Request, Run
+from perf.gpu.supervisor import Supervisor
+from tests.perf import command
 from tkernels import targets
 
 pytestmark = pytest.mark.gate("torch")
@@ -112,6 +115,46 @@ def test_compiled_kernels_are_found_in_the_cache(tmp_path: Path, monkeypatch: py
     finally:
         triton.runtime.driver._active = active
     assert hits == [True] * len(launches)
+
+
+PLANTED = """
+import triton
+from perf import aot
+from perf.gpu import precompile, problems
+from perf.gpu.session import Item
+from tkernels import targets
+
+TARGET = targets.TARGETS["sm_90"]
+
+def items(run):
+    return [Item("kernels", lambda: {"compile": compile, "later": find}[run.request.block](run))]
+
+def launches(run):
+    return list(precompile.needed(run, TARGET).items())[:3]
+
+def compile(run):
+    run.tell("compiled", str(precompile.compile_all(launches(run), TARGET, 2)))
+
+def find(run):
+    triton.runtime.driver.set_active(aot.StubDriver(aot.gpu_target(TARGET)))
+    for _, launch in launches(run):
+        launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.kwargs)
+    triton.knobs.compilation.listener(src=launch.kernel, cache_hit=False)
+"""
+
+
+def test_another_process_finds_them_and_says_what_it_did_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables of the environment are part of the cache's key."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
+    name = command.module(tmp_path, monkeypatch, "planted_precompile", PLANTED)
+    found = Results(tmp_path, providers.OURS)
+    with Supervisor(found, "cpu", dry=True) as processes:
+        outcomes = [processes.do(Block(block, 1.0, name, alone=True), 60.0) for block in ("compile", "later")]
+    found.close()
+    assert [outcome.status for outcome in outcomes] == ["ok", "ok"]
+    assert (found.compiled, found.failures) == ("[]", [])
+    assert len(found.late) == 1, "but for the one that was made up"
 
 
 def test_a_kernel_that_cannot_be_compiled_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
