@@ -32,7 +32,7 @@ else:
 
 
 def repeatable(examples: int, compiled: int) -> settings:
-    """So many examples (``compiled``: where kernels are compiled), the same in every run. A seed has no simpler form, so
+    """So many examples, or ``compiled`` where each is compiled; the same in every run. A seed has no simpler form, so
     there is nothing to shrink."""
     return settings(
         max_examples=(compiled if FEW else examples) or 1,
