@@ -40,7 +40,7 @@ BLOCKS = (
     Block("facts", 1.0, "perf.gpu.facts"),
     Block("compile", 5.0, "perf.gpu.precompile", alone=True),
     Block("checks", 9.0, "perf.gpu.checks"),
-    Block("headline", 10.0, "perf.gpu.headline"),
+    Block("headline", 12.0, "perf.gpu.headline"),
     Block("products", 9.0, "perf.gpu.products"),
     Block("resnet50", 5.0, "perf.gpu.resnet50"),
     Block("tools", 5.0, "perf.gpu.tools", alone=True),

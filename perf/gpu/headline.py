@@ -16,25 +16,27 @@ from perf.gpu.training import Rival, Task
 from tkernels import launch
 
 BATCHES, DRY_BATCHES = (256, 1024, 64), (4,)
-# who is measured at every batch, and who takes so long to compile that one batch must do, or the last minutes
-FIRST = ("tkernels", "tkernels graph", "torch", "torch graph", "tkernels fast launch", "torch.compile")
-LATER = ("torch.compile reduce-overhead", "tkernels sgd graph")
-LAST = "torch.compile max-autotune"
+# who is ready at once, and who compiles for a minute or more, at the first batch and then at the others
+AT_ONCE = ("tkernels", "tkernels graph", "torch", "torch graph")
+ONCE = ("tkernels fast launch", "tkernels sgd graph")
+COMPILED, MODES = "torch.compile", ("reduce-overhead", "max-autotune")
 # steps that are profiled, and rows kept of the profile
 STEPS, ROWS = 5, 40
 
 
 def items(run: Run) -> list[Item]:
     """Batch by batch, whatever takes longest to compile last."""
-    batches = DRY_BATCHES if run.request.dry else BATCHES
+    first, *others = DRY_BATCHES if run.request.dry else BATCHES
     rivals = {rival.name: rival for rival in _rivals(run)}
-    order = [(batches[0], name) for name in FIRST]
-    found = [_item(run, rivals[name], batch) for batch, name in order]
-    found.append(Item("profile", functools.partial(_profile, run, rivals["tkernels"], batches[0])))
-    found += [_item(run, rivals[name], batch) for batch in batches[1:] for name in FIRST[:4]]
-    found += [_item(run, rivals[name], batches[0]) for name in LATER]
-    found += [_item(run, rivals[FIRST[-1]], batch) for batch in batches[1:]]
-    return [*found, _item(run, rivals[LAST], batches[0])]
+    found = [_item(run, rivals[name], first) for name in AT_ONCE]
+    found.append(Item("profile", functools.partial(_profile, run, rivals["tkernels"], first)))
+    found += [_item(run, rivals[name], first) for name in ONCE]
+    found += [_item(run, rivals[name], others[0]) for name in AT_ONCE if others]
+    found.append(_item(run, rivals[COMPILED], first))
+    found += [_item(run, rivals[name], batch) for batch in others[1:] for name in AT_ONCE]
+    found += [_item(run, rivals[f"{COMPILED} {mode}"], first) for mode in MODES[:1]]
+    found += [_item(run, rivals[COMPILED], batch) for batch in others]
+    return [*found, *(_item(run, rivals[f"{COMPILED} {mode}"], first) for mode in MODES[1:])]
 
 
 def _item(run: Run, rival: Rival, batch: int) -> Item:
@@ -52,10 +54,10 @@ def _rivals(run: Run) -> Iterator[Rival]:
     yield Rival("tkernels sgd graph", traffic.fused, graph=True, optimizer="sgd")
     yield Rival("torch", traffic.plain, context=tuned)
     yield Rival("torch graph", traffic.plain, graph=True, context=tuned)
-    yield Rival("torch.compile", training.compiled(traffic.plain, run), context=tuned)
-    for mode in ("reduce-overhead", "max-autotune"):
+    yield Rival(COMPILED, training.compiled(traffic.plain, run), context=tuned)
+    for mode in MODES:
         build = training.compiled(traffic.plain, run, mode)
-        yield Rival(f"torch.compile {mode}", build, replayed=run.on_gpu, context=tuned)
+        yield Rival(f"{COMPILED} {mode}", build, replayed=run.on_gpu, context=tuned)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import multiprocessing
+import multiprocessing.connection
 import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -161,30 +162,68 @@ def _layer(layer: nn.Module, s: shapes.Shape, mode: Any) -> None:
 
 def compile_all(launches: Iterable[tuple[str, aot.Launch]], target: Target, processes: int) -> list[tuple[str, str]]:
     """Compile launches into Triton's cache; (kernel, what the compiler said) of those that failed."""
-    context = multiprocessing.get_context("fork")  # launches hold kernels, which cannot be sent
-    todo, said = context.Queue(), context.Queue()
-    listed = list(launches)
-    for index in range(len(listed)):
-        todo.put(index)
-    for _ in range(processes):
-        todo.put(None)
-    pool = [context.Process(target=_work, args=(listed, target, todo, said), daemon=True) for _ in range(processes)]
-    for process in pool:
-        process.start()
-    results = [said.get() for _ in listed]
-    for process in pool:
-        process.join()
-    return [(listed[index][1].kernel.__name__, status) for index, status in results if status]
+    listed = [launch for _, launch in launches]
+    todo, failures = iter(range(len(listed))), []
+    pool = [_Compiler(listed, target) for _ in range(processes)]
+    try:
+        busy = {compiler.connection: compiler for compiler in pool if compiler.start(next(todo, None))}
+        while busy:
+            for connection in multiprocessing.connection.wait(list(busy)):
+                compiler = busy.pop(connection)  # type: ignore[call-overload]
+                index, status = compiler.answer()
+                if status:
+                    failures.append((listed[index].kernel.__name__, status))
+                if status.startswith("crashed"):
+                    pool.append(compiler := _Compiler(listed, target))
+                if compiler.start(next(todo, None)):
+                    busy[compiler.connection] = compiler
+    finally:  # out of time, say: nothing may go on compiling beside what is measured
+        for compiler in pool:
+            compiler.end()
+    return failures
 
 
-def _work(launches: list[tuple[str, aot.Launch]], target: Target, todo: Any, said: Any) -> None:
-    triton.runtime.driver.set_active(aot.StubDriver(aot.gpu_target(target)))
-    while (index := todo.get()) is not None:
+class _Compiler:
+    """A process that compiles one launch after another. Forked: launches hold kernels, which cannot be sent."""
+
+    def __init__(self, launches: list[aot.Launch], target: Target) -> None:
+        context = multiprocessing.get_context("fork")
+        self.connection, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(launches, target, there), daemon=True)
+        self._process.start()
+        there.close()
+        self._index = -1
+
+    def start(self, index: int | None) -> bool:
+        """Give it a launch; whether there was one."""
+        if index is None:
+            return False
+        self._index = index
+        self.connection.send(index)
+        return True
+
+    def answer(self) -> tuple[int, str]:
+        """Which launch it had, and what was wrong with it, empty where nothing was."""
         try:
-            _into_cache(launches[index][1])
-            said.put((index, ""))
-        except BaseException as error:  # noqa: PERF203 - the parent counts on an answer
-            said.put((index, measure.failure(error)))
+            return self._index, self.connection.recv()
+        except EOFError:
+            self._process.join()
+            return self._index, f"crashed: the compiler ended its process with {self._process.exitcode}"
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(launches: list[aot.Launch], target: Target, connection: Connection) -> None:
+    triton.runtime.driver.set_active(aot.StubDriver(aot.gpu_target(target)))
+    while True:
+        try:
+            _into_cache(launches[connection.recv()])
+        except Exception as error:  # noqa: PERF203
+            connection.send(measure.failure(error))
+        else:
+            connection.send("")
 
 
 def _into_cache(launch: aot.Launch) -> None:

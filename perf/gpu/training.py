@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ def measured(run: Run, rival: Rival, task: Task) -> dict[str, Any]:
     if rival.graph and not run.on_gpu:
         return {**head, "status": "unsupported: a CPU has no CUDA graphs"}
     if run.on_gpu:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if run.on_gpu else 0

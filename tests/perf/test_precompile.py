@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -167,3 +170,14 @@ def test_a_kernel_that_cannot_be_compiled_is_told(tmp_path: Path, monkeypatch: p
     ((name, status),) = precompile.compile_all([(key, broken)], TARGET, 1)
     assert name == launch.kernel.__name__
     assert status.startswith("error: ")
+
+
+def test_a_compiler_that_crashes_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def into_cache(launch: Any) -> None:
+        if launch.kernel.__name__ == "b":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(precompile, "_into_cache", into_cache)
+    launches = [("", cast(Any, SimpleNamespace(kernel=SimpleNamespace(__name__=name)))) for name in "abbcd"]
+    failures = precompile.compile_all(launches, TARGET, 2)
+    assert failures == [("b", "crashed: the compiler ended its process with -9")] * 2
