@@ -32,6 +32,9 @@ PROFILE_COLUMNS = (
     Column("share", "number", "of the step's time on the device"),
     Column("mb", "number", "10^6 bytes a step that a count of its arguments gives; empty for what is not ours"),
     Column("gbps", "number", "mb / us, in 10^9 bytes a second"),
+    Column(
+        "of_copy", "number", "gbps over the rate of the large copy: near 1 it is bound by memory and as fast as that"
+    ),
 )
 PROFILE_NAMES = tuple(column.name for column in PROFILE_COLUMNS)
 
@@ -113,8 +116,10 @@ class Results:
     def _traffic(self, row: dict[str, Any]) -> dict[str, Any]:
         moved = self.bytes.get(row["kernel"])
         if moved is None:
-            return {"mb": None, "gbps": None}
-        return {"mb": moved / 1e6, "gbps": moved / row["us"] / 1e3}
+            return {"mb": None, "gbps": None, "of_copy": None}
+        rate = moved / row["us"] / 1e3
+        copy = next((t["gbps"] for t in self.timings if t["operator"] == "copy"), None)
+        return {"mb": moved / 1e6, "gbps": rate, "of_copy": rate / copy if copy else None}
 
     def _take_compiled(self, block: str, what: str) -> None:
         self.compiled = what

@@ -172,8 +172,8 @@ def _training(found: Results) -> list[str]:
     return ["", "## Training steps", "", note, "", *_table(head, cells)]
 
 
-def _number(value: Any) -> str:
-    return "" if value is None or value != value else f"{float(value):,.0f}"
+def _number(value: Any, form: str = ",.0f") -> str:
+    return "" if value is None or value != value else format(float(value), form)
 
 
 def _not_reached(found: Results) -> list[str]:
@@ -206,10 +206,10 @@ def _profile(found: Results) -> list[str]:
         return []
     rows = [
         (row["kernel"][:70], f"{row['calls']:g}", f"{row['us']:.1f}", f"{100 * row['share']:.1f}",
-         "" if row["mb"] is None else f"{row['mb']:.1f}", "" if row["gbps"] is None else f"{row['gbps']:,.0f}")
+         _number(row["mb"], ".1f"), _number(row["gbps"], ",.0f"), _number(row["of_copy"], ".0%"))
         for row in found.profile
     ]  # fmt: skip
-    head = ("kernel", "calls a step", "us a step", "% of the step", "MB", "GB/s")
+    head = ("kernel", "calls a step", "us a step", "% of the step", "MB", "GB/s", "of the copy's")
     return ["", "## Where our training step goes", "", *_table(head, _cut(rows, 15, "profile.csv"))]
 
 

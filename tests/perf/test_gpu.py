@@ -281,6 +281,20 @@ def test_what_cannot_be_measured_of_ours_is_wrong_and_of_a_rival_is_not_reached(
     assert summary.exit_status(found) == 1
 
 
+def test_a_profile_stands_beside_its_bytes_and_the_copy(tmp_path: Path) -> None:
+    found = results(tmp_path)
+    found.take("facts", "timing", row(operator="copy", provider="torch", gbps=2000.0))
+    found.take("compile", "bytes", {"ours": 50e6, "faster": 10e6, "unused": 1.0})
+    names = {"ours": 50.0, "theirs": 30.0, "faster": 20.0}
+    profile = [{"kernel": name, "calls": 2.0, "us": us, "share": us / 100} for name, us in names.items()]
+    found.take("headline", "profile", profile)
+    found.close()
+    assert found.slowest() == ("ours", "faster")
+    assert "| ours | 2 | 50.0 | 50.0 | 50.0 | 1,000 | 50% |" in summary.details(found)
+    assert "| theirs | 2 | 30.0 | 30.0 |  |  |  |" in summary.details(found)
+    assert list(pd.read_csv(tmp_path / "profile.csv").of_copy.dropna()) == [0.5, 0.25]
+
+
 def test_a_kind_of_result_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no kind of result"):
         results(tmp_path).take("checks", "chekc", {})
