@@ -33,7 +33,7 @@ PROFILE_COLUMNS = (
     Column("mb", "number", "10^6 bytes a step that a count of its arguments gives; empty for what is not ours"),
     Column("gbps", "number", "mb / us, in 10^9 bytes a second"),
     Column(
-        "of_copy", "number", "gbps over the rate of the large copy: near 1 it is bound by memory and as fast as that"
+        "of_copy", "number", "gbps over the large copy's: near 1 it is bound by memory and as fast as that"
     ),
 )
 PROFILE_NAMES = tuple(column.name for column in PROFILE_COLUMNS)
