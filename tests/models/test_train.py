@@ -92,7 +92,9 @@ def test_one_epoch(run: Callable[..., Path], model: str, capsys: pytest.CaptureF
         assert optimizer.param_groups[0]["weight_decay"] == 1e-4
 
     printed, errors = capsys.readouterr()
-    assert errors == "", "no progress bar where there is no terminal"
+    # torch tells of a CUDA toolkit without a GPU when it first compiles
+    told = [line for line in errors.splitlines() if "No CUDA runtime is found" not in line]
+    assert told == [], "no progress bar where there is no terminal"
     lines = printed.splitlines()
     assert f"{model} CNN of 698,794 parameters on cpu" in lines[0]
     assert "40 images to train on, 16 to validate" in lines[0]
