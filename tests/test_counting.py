@@ -132,11 +132,12 @@ def test_deterministic_mode_alone_takes_another_allocator(on: bool, made: list[h
 
 
 STATE = """
+from types import SimpleNamespace
 import torch
 from tests import conftest
 from triton.runtime.jit import JITFunction
 from tkernels import launch
-conftest.pytest_configure(None)
+conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace()))
 with launch.fast(True):
     print(launch.is_fast([]), torch.are_deterministic_algorithms_enabled())
 """
