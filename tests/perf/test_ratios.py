@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from perf import measure, network, plan, ratios, schema, shapes, sweep
+from perf import measure, network, options, plan, ratios, schema, shapes
 from perf.measure import Sample
 from tests.perf.command import refused, row, run, write
 
@@ -146,7 +146,7 @@ def test_memory_of_a_step() -> None:
 def test_a_process_is_started_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "mine")
     monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
-    with sweep._environment(network.environment("faultless")):
+    with options.environment(network.environment("faultless")):
         assert os.environ["MALLOC_MMAP_MAX_"] == "0"
         assert "GLIBC_TUNABLES" not in os.environ
     assert os.environ["GLIBC_TUNABLES"] == "mine"
