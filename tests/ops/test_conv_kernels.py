@@ -17,6 +17,8 @@ pytestmark = pytest.mark.gate("ttsem", "cuda")
 conv = pytest.importorskip("tkernels.kernels.conv")
 conv_backward = pytest.importorskip("tkernels.kernels.conv_backward")
 conv_depthwise = pytest.importorskip("tkernels.kernels.conv_depthwise")
+pointwise = pytest.importorskip("tkernels.kernels.conv_stage_pointwise")
+batch_norm = pytest.importorskip("tkernels.kernels.batch_norm")
 
 CL = torch.channels_last
 PRODUCT = Config.of(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)
@@ -28,6 +30,7 @@ PROBLEMS = {
     "padded": ((2, 20, 5, 6), (24, 20, 3, 3), (1, 1), (1, 1), (1, 1), 1, False),
     "groups, strides": ((2, 36, 7, 9), (40, 18, 2, 3), (2, 3), (1, 0), (2, 1), 2, True),
     "flat": ((2, 3, 6, 5), (20, 3, 3, 3), (1, 2), (1, 1), (1, 1), 1, True),
+    "flat, outputs on rows": ((2, 3, 6, 5), (40, 3, 3, 3), (1, 2), (1, 1), (1, 1), 1, False),
     "outputs on rows": ((2, 17, 5, 4), (40, 17, 1, 1), (1, 1), (0, 0), (1, 1), 1, False),
 }
 CASES = [("padded", d) for d in (torch.float32, torch.float16, torch.bfloat16)] + [
@@ -96,6 +99,71 @@ def test_weight_gradient(problem: Problem) -> None:
     assert dw.stride() == w.stride()
     assert_close(dw, p.truths[1], pixels, dtype=p.dtype, name="dw")
     assert_close(db, p.truths[2], pixels, dtype=p.dtype, name="db")
+
+
+# no block like another: a tile stored the wrong way round does not even fit
+UNEVEN = Config.of(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16)
+UNEVEN_SUMS = Config.of(BLOCK_M=64, BLOCK_N=32, BLOCK_P=16)
+
+
+@pytest.mark.parametrize("name", ("flat", "flat, outputs on rows", "padded", "outputs on rows"))
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("cast", (False, True))
+def test_either_operand_or_both_may_be_computed(device: str, name: str, masked: bool, cast: bool) -> None:
+    """By the activation's derivative, or by a cast of an image of few channels: which operand of the product is the
+    left one depends on it."""
+    p = Problem(device, name, torch.bfloat16)
+    if cast and not p.g.flattened:
+        pytest.skip("only images of few channels are cast in the kernel")
+    x = p.x.float() if cast else p.x
+    packed = conv.launch_pack(p.w, p.g, p.dtype)
+    y, _ = conv.launch_forward(x, packed, p.b, p.g, "relu", config=UNEVEN)
+    assert_close(y, F.relu(p.z), p.g.reduction, dtype=p.dtype, name="y")
+    dy = p.dy if masked else conv_backward.launch_mask(p.dy, p.saved, "relu", False)
+    through = (p.saved, "relu") if masked else (None, None)
+    for transposed in (False, True):
+        packed = conv.launch_pack(p.w, p.g, p.dtype, transposed)
+        dx = conv_backward.launch_dgrad(dy, packed, p.g, p.dtype, True, transposed, *through, config=UNEVEN)
+        assert_close(dx, p.truths[0], p.g.taps * p.g.group_out, name="dx")
+    workspace = conv_backward.launch_wgrad(x, dy, p.g, True, False, *through, UNEVEN_SUMS, runs=2)
+    assert workspace.shape[0] == 2
+    dw, _ = conv_backward.launch_merge(workspace, p.g, p.w, None, MERGE)
+    assert_close(dw, p.truths[1], dy.numel() // p.g.out_channels, dtype=p.dtype, name="dw")
+
+
+def test_no_pixels_have_no_weight_gradient(device: str, launches: list[str]) -> None:
+    """Zeros, without the kernel, which takes a run to have some."""
+    p = Problem(device, "padded", torch.float32)
+    workspace = conv_backward.launch_wgrad(p.x[:0], p.dy[:0], p.g)
+    assert "conv_wgrad_kernel" not in launches
+    dw, db = conv_backward.launch_merge(workspace, p.g, p.w, p.b, MERGE)
+    assert torch.equal(dw.cpu(), torch.zeros(p.w.shape))
+    assert torch.equal(db.cpu(), torch.zeros(p.b.shape))
+
+
+@pytest.mark.parametrize("channels", ((20, 40), (40, 20)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_pointwise_products_normalise_what_they_load(
+    device: str, channels: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Batch norm and ReLU in the prologue of forward and weight gradient, whichever of the channels are the more."""
+    c_in, c_out = channels
+    g = geometry((2, c_in, 5, 7), (c_out, c_in, 1, 1), (1, 1), (0, 0), (1, 1), 1)
+    x = torch.randn(2, c_in, 5, 7).to(dtype).contiguous(memory_format=CL)
+    w = torch.randn(c_out, c_in, 1, 1).to(dtype)
+    mean, var, scale, shift = torch.randn(c_in), torch.rand(c_in) + 0.5, torch.randn(c_in), torch.randn(c_in)
+    a = F.relu(F.batch_norm(x.double(), *(t.double() for t in (mean, var, scale, shift)), eps=1e-5)).to(dtype).double()
+    leaf = w.double().requires_grad_()
+    truth = F.conv2d(a, leaf)
+    dy = torch.randn(truth.shape).to(dtype).contiguous(memory_format=CL)
+    (dw_truth,) = torch.autograd.grad(truth, leaf, dy.double())
+    norm = batch_norm.Norm(*(t.to(device) for t in (mean, var, scale, shift)), 1e-5)
+    x, w, dy = x.to(device), w.to(device), dy.to(device)
+    y, _ = pointwise.launch_forward(x, norm, conv.launch_pack(w, g, dtype), None, g, config=UNEVEN)
+    assert_close(y, truth, c_in, name="y")
+    workspace = pointwise.launch_wgrad(x, norm, dy, g, UNEVEN_SUMS)
+    dw, _ = conv_backward.launch_merge(workspace, g, w, None, MERGE)
+    assert_close(dw, dw_truth, 70, name="dw")
 
 
 def test_bias_gradient_alone(device: str) -> None:

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.gate("ttsem", "cuda")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SMALL = Config.of(num_warps=4, num_stages=2, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)
 UNEVEN = Config.of(num_warps=4, num_stages=2, BLOCK_M=32, BLOCK_N=16, BLOCK_K=32)
+# no block like another, and the gradient's products are of transposed tiles
+THIN = Config.of(num_warps=4, num_stages=2, BLOCK_M=16, BLOCK_N=64, BLOCK_K=32)
 # three tiles on each axis, the last of them partial; a group of tiles for L2 is partial too
 M, N, K = 41, 36, 39
 
@@ -62,6 +64,8 @@ def mask_of(seed: Tensor, p: float, config: Config) -> Tensor:
         (BF16, "gelu", 0.3, UNEVEN, 2),
         (F16, "leaky_relu", 0.3, SMALL, 0),
         (F16, "silu", 0.0, UNEVEN, 0),
+        (BF16, "relu", 0.0, THIN, 0),
+        (F32, "silu", 0.3, THIN, 2),
     ),
 )
 def test_small_tiles(
@@ -108,7 +112,8 @@ def test_transposed_weight_and_row_strides(device: str) -> None:
     x, wt = wide[:, 4 : K + 4], w.t().contiguous().t()
     y64, (dx64, dw64, _) = reference(x, w, b, dy, None, None)
     tolerance.assert_close(kernels.launch_forward(x, wt, b, config=SMALL)[0], y64, K)
-    tolerance.assert_close(kernels.launch_dgrad(dy, wt, config=SMALL), dx64, N)
+    for config in (SMALL, THIN):
+        tolerance.assert_close(kernels.launch_dgrad(dy, wt, config=config), dx64, N)
     tolerance.assert_close(kernels.launch_wgrad(dy, x, config=SMALL)[0], dw64, M)
     with pytest.raises(ValueError, match="do not fold"):
         kernels.launch_forward(wide.t()[:K, :].t()[:, ::2], w[:, : (K + 1) // 2], b)

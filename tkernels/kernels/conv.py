@@ -63,6 +63,7 @@ def forward_product(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask
     left = col * STRIDE_W - PAD_W
     w_rows = (group * group_out + offs_n).to(tl.int64) * row_pitch(KERNEL_H * KERNEL_W * group_in, PADDED)
     steps = tl.cdiv(group_in, BLOCK_K)
+    tl.assume(steps > 0)  # no channels at all are PyTorch's: ops/conv.py
     for step in range(KERNEL_H * KERNEL_W * steps):
         tap = step // steps
         offs_k = (step - tap * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -90,13 +91,17 @@ def forward_product_flat(x_ptr, w_ptr, image, row, col, in_range, group, offs_n,
                          DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PRECISION: tl.constexpr,
                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """As forward_product for few channels a group: taps and channels are one axis of the reduction, and the image is
-    read through its strides in its own dtype, so that it need be neither transposed nor cast."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    read through its strides in its own dtype, so that it need be neither transposed nor cast. An image that is cast on
+    the way is a computed operand, and the right one (kernels/linear.py's input gradient says why)."""
+    CAST: tl.constexpr = x_ptr.dtype.element_ty != w_ptr.dtype.element_ty
+    N_AXIS: tl.constexpr = 0 if CAST else 1  # of the weight's tile
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if CAST else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     reduction = KERNEL_H * KERNEL_W * group_in
     origin = tl.where(in_range, image, 0) * x_stride_n
     top = row * STRIDE_H - PAD_H
     left = col * STRIDE_W - PAD_W
     w_rows = (group * group_out + offs_n).to(tl.int64) * row_pitch(reduction, PADDED)
+    tl.assume(reduction > 0)
     for first in range(0, reduction, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K)
         mask_k = offs_k < reduction
@@ -109,9 +114,14 @@ def forward_product_flat(x_ptr, w_ptr, image, row, col, in_range, group, offs_n,
         a = tl.load(
             x_ptr + (origin[:, None] + spot) + (channel.to(tl.int64) * x_stride_c)[None, :], mask=inside, other=0.0
         )
-        b = tl.load(w_ptr + w_rows[None, :] + offs_k[:, None], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
-    return acc
+        w_offsets = tl.expand_dims(w_rows, 1 - N_AXIS) + tl.expand_dims(offs_k, N_AXIS)
+        w_mask = tl.expand_dims(mask_n, 1 - N_AXIS) & tl.expand_dims(mask_k, N_AXIS)
+        w = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
+        if CAST:
+            acc = tl.dot(w, tl.trans(a.to(w.dtype)), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    return tl.trans(acc) if CAST else acc
 
 
 # One program: a [BLOCK_M output pixels, BLOCK_N channels of one group] tile of y = activation(conv(x, w) + bias) and,

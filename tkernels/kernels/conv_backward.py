@@ -70,14 +70,19 @@ def dgrad_product(dy_ptr, saved_ptr, w_ptr, image, row, col, in_range, phase_h, 
                   PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_K: tl.constexpr):  # fmt: skip
     """Float32 tile [BLOCK_M input pixels of a phase, BLOCK_N input channels]: one loop over the phase's taps and
-    blocks of output channels. ``row``, ``col``: pixels counted within the phase."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    blocks of output channels. ``row``, ``col``: pixels counted within the phase. Where dy is multiplied by the
+    activation's derivative it is the right operand (kernels/linear.py's input gradient says why)."""
+    COMPUTED: tl.constexpr = saved_ptr is not None
+    N_AXIS: tl.constexpr = 0 if COMPUTED else 1  # of the weight's tile
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if COMPUTED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     first_h, count_h, base_h = phase_taps(phase_h, KERNEL_H, STRIDE_H, PAD_H, DILATION_H, TAP_STEP_H)
     first_w, count_w, base_w = phase_taps(phase_w, KERNEL_W, STRIDE_W, PAD_W, DILATION_W, TAP_STEP_W)
     origin = image * out_h * out_w
     bottom = row + base_h
     right = col + base_w
     steps = tl.cdiv(group_out, BLOCK_K)
+    if STRIDE_H == 1 and STRIDE_W == 1:  # elsewhere a phase may have no taps
+        tl.assume(steps > 0)
     for step in range(count_h * count_w * steps):
         tap = step // steps
         offs_k = (step - tap * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -94,13 +99,17 @@ def dgrad_product(dy_ptr, saved_ptr, w_ptr, image, row, col, in_range, phase_h, 
         tap = (first_h + tap_h * TAP_STEP_H) * KERNEL_W + first_w + tap_w * TAP_STEP_W
         if TRANSPOSED:
             w_rows = (group * group_in + offs_n).to(tl.int64) * (KERNEL_H * KERNEL_W * group_out)
-            offsets = w_rows[None, :] + (tap * group_out + offs_k)[:, None]
+            offsets = tl.expand_dims(w_rows, 1 - N_AXIS) + tl.expand_dims(tap * group_out + offs_k, N_AXIS)
         else:
             w_rows = (group * group_out + offs_k).to(tl.int64) * row_pitch(KERNEL_H * KERNEL_W * group_in, PADDED)
-            offsets = w_rows[:, None] + (tap * group_in + offs_n)[None, :]
-        b = tl.load(w_ptr + offsets, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+            offsets = tl.expand_dims(w_rows, N_AXIS) + tl.expand_dims(tap * group_in + offs_n, 1 - N_AXIS)
+        mask = tl.expand_dims(mask_n, 1 - N_AXIS) & tl.expand_dims(mask_k, N_AXIS)
+        w = tl.load(w_ptr + offsets, mask=mask, other=0.0)
+        if COMPUTED:
+            acc = tl.dot(w, tl.trans(a), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    return tl.trans(acc) if COMPUTED else acc
 
 
 # One program: a [BLOCK_M input pixels of one phase, BLOCK_N channels of one group] tile of dx. Pixels no output
@@ -160,10 +169,13 @@ def wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficient
                   PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_P: tl.constexpr):  # fmt: skip
     """Float32 tile of the weight gradient, summed over pixels first .. last - 1: (tap, input channel) ``offs_r``
-    against output channel ``offs_o``, the latter along M if OUT_ON_ROWS. The operand along M is loaded through
-    transposed pointers."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    R_AXIS: tl.constexpr = 1 if OUT_ON_ROWS else 0
+    against output channel ``offs_o``, the latter along M if OUT_ON_ROWS. The left operand is loaded through transposed
+    pointers: the one along M, unless that one alone is computed (kernels/linear.py's input gradient says why)."""
+    CAST: tl.constexpr = x_ptr.dtype.element_ty != dy_ptr.dtype.element_ty
+    COMPUTED: tl.constexpr = saved_ptr is not None
+    DZ_LEFT: tl.constexpr = OUT_ON_ROWS if CAST == COMPUTED else CAST
+    acc = tl.zeros((BLOCK_M, BLOCK_N) if DZ_LEFT == OUT_ON_ROWS else (BLOCK_N, BLOCK_M), dtype=tl.float32)
+    R_AXIS: tl.constexpr = 1 if DZ_LEFT else 0
     P_AXIS: tl.constexpr = 1 - R_AXIS  # the pixels' axis of x's tile; dy's tile has it on the other one
     tap = offs_r // group_in
     shift_h = tl.expand_dims(tap // KERNEL_W * DILATION_H - PAD_H, P_AXIS)
@@ -173,7 +185,9 @@ def wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficient
     dy_channel = tl.expand_dims(offs_o, R_AXIS)
     dy_mask = tl.expand_dims(mask_o, R_AXIS)
     image, _inside, row, col = locate_pixels(first, out_pixels, out_w, BLOCK_P)
-    for p in range(0, (last - first).to(tl.int32), BLOCK_P):
+    pixels = (last - first).to(tl.int32)
+    tl.assume(pixels > 0)
+    for p in range(0, pixels, BLOCK_P):
         pixel = first + p + tl.arange(0, BLOCK_P)
         mask_p = pixel < last
         y = tl.expand_dims(row * STRIDE_H, R_AXIS) + shift_h
@@ -194,12 +208,12 @@ def wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficient
                                    dy_channel, dy_mask, channels_out)  # fmt: skip
         else:
             dz = load_gradient(dy_ptr, saved_ptr, dy_offsets, mask, ACTIVATION)
-        if OUT_ON_ROWS:
+        if DZ_LEFT:
             acc = tl.dot(dz, x_tile, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(x_tile, dz, acc, input_precision=PRECISION)
         image, row, col = advance_pixels(image, row, col, out_pixels, out_w, BLOCK_P)
-    return acc
+    return acc if DZ_LEFT == OUT_ON_ROWS else tl.trans(acc)
 
 
 @triton.jit
@@ -373,7 +387,8 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, dtype: torch.dtype, ch
         return dx
     precision = runtime.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
-        "conv2d dgrad", n, (g, dy.dtype, precision, activation, channels_last), tuning.dgrad(g, dy.dtype, precision),
+        "conv2d dgrad", n, (g, dy.dtype, precision, activation, channels_last),
+        tuning.dgrad(g, dy.dtype, precision, saved is not None),
         lambda c: launch_dgrad(dy, packed, g, dtype, channels_last, transposed, saved, activation, c),
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
@@ -405,7 +420,7 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     precision = runtime.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
         "conv2d wgrad", dy.shape[0], (g, dy.dtype, precision, activation, needs_weight, needs_bias),
-        tuning.wgrad(g, dy.dtype, precision),
+        tuning.wgrad(g, dy.dtype, precision, saved is not None),
         lambda c: launch_wgrad(x, dy, g, needs_weight, needs_bias, saved, activation, c, runs, through),
     )  # fmt: skip
     block_m, block_n, block_p = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_P"]
@@ -416,6 +431,8 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     weight_size = g.out_channels * g.reduction if needs_weight else 0
     size = weight_size + (g.out_channels if needs_bias else 0)
     pixels = dy.shape[0] * g.out_h * g.out_w
+    if pixels == 0:  # the kernel takes a run to have some
+        return dy.new_zeros((1, size), dtype=torch.float32)
     run, runs = tuning.runs(pixels, tiles, block_p, size * 4, runs)
     workspace = dy.new_empty((runs, size), dtype=torch.float32)
     group_in, group_out, in_unit, out_unit = channel_units(g)

@@ -2,6 +2,8 @@
 
 The layer before leaves its raw output; its activation relu(batch_norm(x)) is formed in the prologue of the two products
 that read it, forward and weight gradient, and never stored. Maps are NHWC, which here is a matrix [pixels, channels].
+
+In both the computed operand is the right one, as in kernels/linear.py's input gradient, and for its reason.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def pointwise_forward_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_pt
     in_range = rows < pixels
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < channels_out
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    tl.assume(channels_in > 0)
     for k in range(0, channels_in, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < channels_in
@@ -57,9 +60,10 @@ def pointwise_forward_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_pt
         a = load_activation(x_ptr, rows[:, None] * channels_in + offs_k[None, :],
                             in_range[:, None] & mask_k[None, :], mean[None, :], scale[None, :], shift[None, :],
                             w_ptr.dtype.element_ty)  # fmt: skip
-        b = tl.load(w_ptr + offs_n.to(tl.int64)[None, :] * channels_in + offs_k[:, None],
-                    mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # fmt: skip
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        w = tl.load(w_ptr + offs_n.to(tl.int64)[:, None] * channels_in + offs_k[None, :],
+                    mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # fmt: skip
+        acc = tl.dot(w, tl.trans(a), acc, input_precision=PRECISION)
+    acc = tl.trans(acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y = acc.to(y_ptr.dtype.element_ty)
@@ -68,8 +72,8 @@ def pointwise_forward_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_pt
                     offs_n, mask_n, pid_n == 0)  # fmt: skip
 
 
-# One program: over one run of pixels, a [BLOCK_M, BLOCK_N] tile of dy^T @ relu(batch_norm(x)) (output channels along M
-# if OUT_ON_ROWS, else its transpose), in the workspace of conv_wgrad_kernel. Grid: (tiles, runs).
+# One program: over one run of pixels, a tile of dy^T @ relu(batch_norm(x)), BLOCK_M output channels by BLOCK_N input
+# channels, BLOCK_N by BLOCK_M if not OUT_ON_ROWS, in conv_wgrad_kernel's workspace. Grid: (tiles, runs).
 @triton.jit(do_not_specialize=["eps", "pixels", "run"])
 def pointwise_wgrad_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, dy_ptr, workspace_ptr, pixels,
                            run, channels_in, channels_out, IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
@@ -79,39 +83,34 @@ def pointwise_wgrad_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr,
     channels_out *= OUT_UNIT
     first = tl.program_id(1).to(tl.int64) * run
     last = tl.minimum(first + run, pixels)
-    rows = channels_out if OUT_ON_ROWS else channels_in
-    cols = channels_in if OUT_ON_ROWS else channels_out
-    tiles_n = tl.cdiv(cols, BLOCK_N)
+    tiles_n = tl.cdiv(channels_in if OUT_ON_ROWS else channels_out, BLOCK_N)
     offs_m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m = offs_m < rows
-    mask_n = offs_n < cols
-    # the operand along M is loaded through transposed pointers
     if OUT_ON_ROWS:
-        mean, scale, shift = load_scale(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, offs_n, mask_n, channels_in,
-                                        eps)  # fmt: skip
+        offs_o, offs_i = offs_m, offs_n
     else:
-        mean, scale, shift = load_scale(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, offs_m, mask_m, channels_in,
-                                        eps)  # fmt: skip
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for p in range(0, (last - first).to(tl.int32), BLOCK_P):
+        offs_o, offs_i = offs_n, offs_m
+    mask_o = offs_o < channels_out
+    mask_i = offs_i < channels_in
+    mean, scale, shift = load_scale(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, offs_i, mask_i, channels_in, eps)
+    acc = tl.zeros((offs_o.shape[0], offs_i.shape[0]), dtype=tl.float32)
+    pixels_here = (last - first).to(tl.int32)
+    tl.assume(pixels_here > 0)
+    for p in range(0, pixels_here, BLOCK_P):
         pixel = first + p + tl.arange(0, BLOCK_P)
         mask_p = pixel < last
-        along_m = mask_m[:, None] & mask_p[None, :]
-        along_n = mask_p[:, None] & mask_n[None, :]
-        offsets_m = pixel[None, :] * rows + offs_m[:, None]
-        offsets_n = pixel[:, None] * cols + offs_n[None, :]
-        if OUT_ON_ROWS:
-            a = tl.load(dy_ptr + offsets_m, mask=along_m, other=0.0)
-            b = load_activation(x_ptr, offsets_n, along_n, mean[None, :], scale[None, :], shift[None, :],
-                                dy_ptr.dtype.element_ty)  # fmt: skip
-        else:
-            a = load_activation(x_ptr, offsets_m, along_m, mean[:, None], scale[:, None], shift[:, None],
-                                dy_ptr.dtype.element_ty)  # fmt: skip
-            b = tl.load(dy_ptr + offsets_n, mask=along_n, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    offsets = (tl.program_id(1).to(tl.int64) * rows + offs_m)[:, None] * cols + offs_n[None, :]
-    tl.store(workspace_ptr + offsets, acc, mask=mask_m[:, None] & mask_n[None, :])
+        # loaded through transposed pointers
+        dy = tl.load(dy_ptr + pixel[None, :] * channels_out + offs_o[:, None], mask=mask_o[:, None] & mask_p[None, :],
+                     other=0.0)  # fmt: skip
+        a = load_activation(x_ptr, pixel[:, None] * channels_in + offs_i[None, :], mask_p[:, None] & mask_i[None, :],
+                            mean[None, :], scale[None, :], shift[None, :], dy_ptr.dtype.element_ty)  # fmt: skip
+        acc = tl.dot(dy, a, acc, input_precision=PRECISION)
+    workspace_ptr += tl.program_id(1).to(tl.int64) * channels_out * channels_in
+    if OUT_ON_ROWS:
+        offsets = offs_o.to(tl.int64)[:, None] * channels_in + offs_i[None, :]
+    else:
+        offsets = offs_i.to(tl.int64)[None, :] * channels_out + offs_o[:, None]
+    tl.store(workspace_ptr + offsets, acc, mask=mask_o[:, None] & mask_i[None, :])
 
 
 def launch_forward(x: Tensor, norm: Norm, packed: Tensor, bias: Tensor | None, g: Geometry,
@@ -139,7 +138,7 @@ def launch_forward(x: Tensor, norm: Norm, packed: Tensor, bias: Tensor | None, g
 def launch_wgrad(x: Tensor, norm: Norm, dy: Tensor, g: Geometry, config: Config | None = None) -> Tensor:
     """The workspace [runs, weight sums] that conv's launch_merge turns into the weight's gradient.
 
-    ``x``, ``norm``: as in launch_forward. ``dy``: NHWC, the gradient of the raw output.
+    ``x``, ``norm``: as in launch_forward. ``dy``: NHWC, the gradient of the raw output, of one pixel at the least.
     """
     precision = runtime.dot_precision(dy.dtype, "conv")
     config = config or tuning.pointwise_wgrad(g, dy.dtype, precision)

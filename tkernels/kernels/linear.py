@@ -43,7 +43,8 @@ def load_tile(ptr, rows, cols, row_stride, col_stride, n_rows, n_cols):
 def product_tile(a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k, b_stride_k, b_stride_n, first_step,
                  end_step, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_K: tl.constexpr):  # fmt: skip
-    """Float32 tile [BLOCK_M, BLOCK_N] of a[M, K] @ b[K, N], over the steps of BLOCK_K in [first_step, end_step)."""
+    """Float32 tile [BLOCK_M, BLOCK_N] of a[M, K] @ b[K, N], over the steps of BLOCK_K in [first_step, end_step): one at
+    the least."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if PRECISION == "ieee" and a_ptr.dtype.element_ty == tl.float32:
         # float32 products round in every term of one long chain; short chains summed on their own halve the error
@@ -52,6 +53,7 @@ def product_tile(a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k, 
             acc += product_steps(tl.zeros_like(acc), a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k,
                                  b_stride_k, b_stride_n, chain, last, PRECISION, BLOCK_K)  # fmt: skip
         return acc
+    tl.assume(first_step < end_step)  # or ptxas runs wgmma one at a time, for the sake of a loop without steps
     return product_steps(acc, a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k, b_stride_k, b_stride_n,
                          first_step, end_step, PRECISION, BLOCK_K)  # fmt: skip
 
@@ -140,6 +142,8 @@ def linear_forward_kernel(x_ptr, w_ptr, b_ptr, y_ptr, z_ptr, seed_ptr, partials_
 
 
 # One program: a [BLOCK_M, BLOCK_K] tile of dx = dz @ w, over its split of N. Grid: (tiles of dx, splits).
+# The product is dx^T = w^T @ dz^T, for dz is computed: wgmma reads a computed left operand from registers, which the
+# next step may overwrite while it does (Triton 3.5 and 3.6, ptxas before 13.3); a right one lies in shared memory.
 @triton.jit(do_not_specialize=["M", "steps"])
 def linear_dgrad_kernel(dy_ptr, saved_ptr, seed_ptr, w_ptr, dx_ptr, partials_ptr, M, N, K, dy_stride, w_stride, p,
                         steps, UNIT: tl.constexpr, W_TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -155,16 +159,26 @@ def linear_dgrad_kernel(dy_ptr, saved_ptr, seed_ptr, w_ptr, dx_ptr, partials_ptr
     first_step = tl.program_id(1) * steps
     end_step = tl.minimum(first_step + steps, tl.cdiv(N, BLOCK_N))
     seed = None if seed_ptr is None else tl.load(seed_ptr)
-    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    if W_TRANSPOSED:
+        w_stride_n, w_stride_k = 1, w_stride
+    else:
+        w_stride_n, w_stride_k = w_stride, 1
+    # without tensor cores the transposed tile only costs registers
+    LEFT: tl.constexpr = PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_K) if LEFT else (BLOCK_K, BLOCK_M), dtype=tl.float32)
+    tl.assume(first_step < end_step)
     for step in range(first_step, end_step):
         offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
         dz = gradient_tile(dy_ptr, saved_ptr, seed, offs_m, step * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,
-                           BLOCK_M, BLOCK_N)  # fmt: skip
-        if W_TRANSPOSED:
-            w = load_tile(w_ptr, offs_n, offs_k, 1, w_stride, N, K)
+                           BLOCK_M, BLOCK_N).to(w_ptr.dtype.element_ty)  # fmt: skip
+        if LEFT:
+            w = load_tile(w_ptr, offs_n, offs_k, w_stride_n, w_stride_k, N, K)
+            acc = tl.dot(dz, w, acc, input_precision=PRECISION)
         else:
-            w = load_tile(w_ptr, offs_n, offs_k, w_stride, 1, N, K)
-        acc = tl.dot(dz.to(w.dtype), w, acc, input_precision=PRECISION)
+            wt = load_tile(w_ptr, offs_k, offs_n, w_stride_k, w_stride_n, K, N)
+            acc = tl.dot(wt, tl.trans(dz), acc, input_precision=PRECISION)
+    if not LEFT:
+        acc = tl.trans(acc)
     if partials_ptr is not None:
         store_partial(partials_ptr, acc, offs_m, offs_k, M, K)
     else:
@@ -194,6 +208,7 @@ def linear_wgrad_kernel(dy_ptr, saved_ptr, seed_ptr, x_ptr, dw_ptr, db_ptr, M, N
     seed = None if seed_ptr is None else tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    tl.assume(first_step < end_step)
     for step in range(first_step, end_step):
         offs_m = step * BLOCK_M + tl.arange(0, BLOCK_M)
         dz = gradient_tile(dy_ptr, saved_ptr, seed, offs_m, pid_n * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,

@@ -141,7 +141,7 @@ def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, prec
 
 @functools.lru_cache(maxsize=4096)
 def _pixels_product(
-    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target
+    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target, maps: int = 1
 ) -> Config:
     block_m, block_n, warps = product_tile(True, pixels, cols, dtype, precision)
     block_k = reduction_block(length, dtype, precision, target)
@@ -152,7 +152,9 @@ def _pixels_product(
     maxnreg = 128 if block_m * block_n <= 4096 and block_m == 64 and dtype != torch.float32 else None
     if target.name == "sm_120" and block_m == 128 and warps == 4:
         maxnreg = 255  # there of large ones too, at 96 and 128; limits between spill more
-    return Config.of(warps, stages((block_m + block_n) * block_k * dtype.itemsize, target), maxnreg,
+    if maps > 1 and target.name in ("sm_86", "sm_89") and warps == 4:
+        maxnreg = maxnreg or 192  # and there at 168, where the gradient is computed on the way to the product
+    return Config.of(warps, stages((maps * block_m + block_n) * block_k * dtype.itemsize, target), maxnreg,
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
 
 
@@ -172,25 +174,32 @@ def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
     return _pixels_product(g.out_h * g.out_w, g.group_out, g.group_in, dtype, precision, targets.current())
 
 
-def dgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
-    """Tiles of the input gradient: BLOCK_M input pixels, BLOCK_N input channels, BLOCK_K output channels."""
+def dgrad(g: Geometry, dtype: torch.dtype, precision: str, masked: bool = False) -> Config:
+    """Tiles of the input gradient: BLOCK_M input pixels, BLOCK_N input channels, BLOCK_K output channels. ``masked``:
+    the gradient is multiplied by an activation's derivative as it is loaded, from a second map."""
     phase = cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
-    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, targets.current())
+    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, targets.current(), 1 + masked)
 
 
 @functools.lru_cache(maxsize=4096)
-def _wgrad(reduction: int, group_out: int, dtype: torch.dtype, precision: str, target: targets.Target) -> Config:
+def _wgrad(
+    reduction: int, group_out: int, dtype: torch.dtype, precision: str, target: targets.Target, flat: bool, masked: bool
+) -> Config:
     rows, cols = max(reduction, group_out), min(reduction, group_out)
     block_m, block_n, warps = product_tile(False, rows, cols, dtype, precision)
     block_p = reduction_block(64, dtype, precision, target)
     warps = wide_warps(block_m, block_n, block_p, warps, dtype, target)
-    return Config.of(warps, stages((block_m + block_n) * block_p * dtype.itemsize, target),
+    if flat and target.name == "sm_90" and block_m >= 64:
+        warps = 8  # 4 spill the addresses and masks of an image that is gathered element by element
+    second_map = (block_m if group_out > reduction else block_n) if masked else 0
+    return Config.of(warps, stages((block_m + block_n + second_map) * block_p * dtype.itemsize, target),
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=block_p)  # fmt: skip
 
 
-def wgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
-    """Tiles of the weight gradient: BLOCK_M and BLOCK_N of its longer and its shorter side, BLOCK_P pixels a step."""
-    return _wgrad(g.reduction, g.group_out, dtype, precision, targets.current())
+def wgrad(g: Geometry, dtype: torch.dtype, precision: str, masked: bool = False) -> Config:
+    """Tiles of the weight gradient: BLOCK_M and BLOCK_N of its longer and its shorter side, BLOCK_P pixels a step.
+    ``masked``: as for dgrad."""
+    return _wgrad(g.reduction, g.group_out, dtype, precision, targets.current(), g.flattened, masked)
 
 
 def wgrad_sides(g: Geometry) -> tuple[int, int, bool]:

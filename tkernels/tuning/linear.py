@@ -45,7 +45,8 @@ def _tensor_core_product(cols: int, reduction: int, itemsize: int, narrow: bool)
 def forward(n: int, k: int, itemsize: int, precision: str, drops: bool, target: str) -> Config:
     """For y[M, n] = x[M, k] @ w[n, k]^T; ``drops``: with dropout."""
     if itemsize == 4 and precision == "ieee":
-        return _ieee(BLOCK_M=64, BLOCK_N=block(n, 16, 64), BLOCK_K=16)
+        # left alone ptxas aims at 80 registers on sm_90 and spills four
+        return _ieee(128 if target == "sm_90" else None, BLOCK_M=64, BLOCK_N=block(n, 16, 64), BLOCK_K=16)
     bm, bn, bk, warps = _tensor_core_product(n, k, itemsize, drops)
     stages = _stages(targets.current(), (bm + bn) * bk * itemsize)
     # left alone ptxas aims at 64 registers for shares of a tile and spills four
@@ -59,8 +60,11 @@ def dgrad(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
     if itemsize == 4 and precision == "ieee":
         return _ieee(BLOCK_M=64, BLOCK_N=16, BLOCK_K=block(k, 16, 64))
     bm, bk, bn, warps = _tensor_core_product(k, n, itemsize, True)
+    if targets.current().warp_size == 64 and bk == 128:
+        bn = min(bn, 32)  # gelu's gradient and dropout's draws on longer steps leave room for one wave a SIMD
     stages = _stages(targets.current(), (2 * bm + bk) * bn * itemsize)
-    cap = MORE_REGISTERS.get(target) if warps == 8 else None
+    # gelu's gradient and dropout's draws take 160 registers where nobody stops them: half the programs
+    cap = MORE_REGISTERS.get(target, 128) if warps == 8 else None
     return Config.of(num_warps=warps, num_stages=stages, maxnreg=cap, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
 
 
