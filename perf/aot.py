@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
+from perf import hopper, sass
 from tkernels import targets
 
 # Its default changes between releases of Triton; the facts must not.
@@ -72,7 +73,8 @@ class Launch:
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What the machine code of one launch says. ``mix``: instruction counts of the whole kernel; ``loop``: of the
-    innermost loop with tensor-core instructions (empty without one). Names are cut to mnemonic and width."""
+    innermost loop with tensor-core instructions (empty without one). Names are cut to mnemonic and width. ``wgmma``:
+    how Hopper's kernels use theirs, None without any."""
 
     kernel: str
     target: str
@@ -85,6 +87,7 @@ class Facts:
     mix: collections.Counter[str]
     loop: collections.Counter[str]
     ttir: str = dataclasses.field(repr=False)
+    wgmma: hopper.Wgmma | None = None
 
     @property
     def tensor_core(self) -> str | None:
@@ -145,7 +148,7 @@ def gpu_target(target: targets.Target) -> GPUTarget:
 
 
 @contextlib.contextmanager
-def intercepting(target_name: str, launch: Callable[..., None]) -> Iterator[targets.Target]:
+def intercepting(target_name: str | targets.Target, launch: Callable[..., None]) -> Iterator[targets.Target]:
     """Within the block ``launch(kernel, args, kwargs, grid)`` is called for each ``kernel[grid](...)``, nothing runs,
     and choosers and Triton believe in the target."""
     jit = cast(Any, JITFunction)
@@ -190,6 +193,17 @@ def recording(target_name: str) -> Iterator[list[Launch]]:
         fake.contiguous = original_contiguous
 
 
+class _Pointer(MockTensor):
+    """A tensor as the compiler sees it: its dtype, and how its first element is aligned in memory that itself is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(tensor.dtype)
+        self._offset = int(tensor.storage_offset()) * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self._offset
+
+
 def record(
     kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any, device: str = "cuda:0"
 ) -> Launch:
@@ -207,7 +221,7 @@ def record(
             raise ValueError(f"{kernel.__name__}: grid {full} is outside {_MAX_GRID}")
 
     def mock(value: Any) -> Any:
-        return MockTensor.wrap_dtype(value.dtype) if isinstance(value, torch.Tensor) else value
+        return _Pointer(value) if isinstance(value, torch.Tensor) else value
 
     return Launch(
         kernel,
@@ -232,46 +246,57 @@ def specialisation(launch: Launch, target_name: str) -> str:
     return f"{target_name} {launch.kernel.__module__}.{launch.kernel.__name__} {spec} {options}"
 
 
-def compile_launch(launch: Launch, target_name: str) -> Facts:
-    """Compile one recorded launch for a target and read its facts. Raises what the compiler raises."""
-    target = targets.TARGETS[target_name]
-    backend = make_backend(gpu_target(target))
+def compiled(launch: Launch, target_name: str) -> Any:
+    """One recorded launch as Triton compiles it for a target. Raises what the compiler raises."""
+    target = gpu_target(targets.TARGETS[target_name])
+    backend = make_backend(target)
     kernel = launch.kernel
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, spec, options = binder(*launch.args, **launch.kwargs)
     options, signature, constexprs, attrs = kernel._pack_args(backend, launch.kwargs, bound, spec, options)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    compiled = triton.compile(source, target=gpu_target(target), options=options.__dict__)
-    has_dot = "tt.dot" in compiled.asm["ttir"]
-    if target.is_nvidia:
-        registers, spill_bytes, mix, loop = _read_nvidia(compiled)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def compile_launch(launch: Launch, target_name: str) -> Facts:
+    """Compile one recorded launch for a target and read its facts. Raises what the compiler raises."""
+    made = compiled(launch, target_name)
+    wgmma = None
+    if targets.TARGETS[target_name].is_nvidia:
+        (registers, spill_bytes), code = _usage(made), listing(made)
+        mix, loop = collections.Counter(each.name for each in code), _product_loop(_names(sass.loops(code)))
+        if target_name == "sm_90":
+            wgmma = hopper.inspect(made.asm["ptx"], code)
     else:
-        registers, spill_bytes, mix, loop = _read_amd(compiled)
+        registers, spill_bytes, mix, loop = _read_amd(made)
     return Facts(
-        kernel.__name__,
+        launch.kernel.__name__,
         target_name,
         launch.grid,
-        compiled.metadata.num_warps,
+        made.metadata.num_warps,
         registers,
         spill_bytes,
-        compiled.metadata.shared,
-        has_dot,
+        made.metadata.shared,
+        "tt.dot" in made.asm["ttir"],
         mix,
         loop,
-        compiled.asm["ttir"],
+        made.asm["ttir"],
+        wgmma,
     )
 
 
 _compiled: dict[str, Facts] = {}  # by specialisation: cases share many launches
 
 
-def inspect(fn: Callable[[], object], target_name: str) -> list[tuple[Launch, Facts]]:
-    """Every launch ``fn`` makes on ``target_name`` ('sm_90', 'gfx942', ...) and its facts; of launches that differ in
-    the grid alone the first."""
+def inspect(
+    fn: Callable[[], object], target_name: str, wanted: Callable[[Launch], bool] = lambda launch: True
+) -> list[tuple[Launch, Facts]]:
+    """Every launch ``fn`` makes on ``target_name`` ('sm_90', 'gfx942', ...) that is ``wanted``, and its facts; of
+    launches that differ in the grid alone the first."""
     with recording(target_name) as launches:
         fn()
     distinct: dict[str, Launch] = {}
-    for launch in launches:
+    for launch in filter(wanted, launches):
         distinct.setdefault(specialisation(launch, target_name), launch)
     for key, launch in distinct.items():
         if key not in _compiled:
@@ -279,31 +304,32 @@ def inspect(fn: Callable[[], object], target_name: str) -> list[tuple[Launch, Fa
     return [(launch, dataclasses.replace(_compiled[key], grid=launch.grid)) for key, launch in distinct.items()]
 
 
-def _read_nvidia(compiled: Any) -> tuple[int, int, collections.Counter[str], collections.Counter[str]]:
+def _dump(made: Any, flag: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         with open(path, "wb") as f:
-            f.write(compiled.asm["cubin"])
+            f.write(made.asm["cubin"])
+        command = [os.path.join(_TOOLS, "cuobjdump"), flag, path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        def dump(flag: str) -> str:
-            command = [os.path.join(_TOOLS, "cuobjdump"), flag, path]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage, listing = dump("-res-usage"), dump("-sass")
+def _usage(made: Any) -> tuple[int, int]:
+    """Registers and spilled bytes of what was compiled for NVIDIA."""
+    usage = _dump(made, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
     # STACK is where spills show; LOCAL stays 0
-    registers, spill_bytes = int(found[1]), int(found[2])
-    line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.M)
-    ops = [(int(m[1], 16), m[2], m[3]) for m in line.finditer(listing)]
-    loops = []
-    for address, op, operands in ops:
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if op.startswith("BRA") and target is not None and int(target[1], 16) < address:
-            start = int(target[1], 16)
-            loops.append([o for a, o, _ in ops if start <= a <= address])
-    return registers, spill_bytes, collections.Counter(o for _, o, _ in ops), _product_loop(loops)
+    return int(found[1]), int(found[2])
+
+
+def listing(made: Any) -> list[sass.Instruction]:
+    """The machine code of what was compiled for NVIDIA."""
+    return sass.parse(_dump(made, "-sass"))
+
+
+def _names(loops: Iterable[list[sass.Instruction]]) -> list[list[str]]:
+    return [[each.name for each in loop] for loop in loops]
 
 
 def _read_amd(compiled: Any) -> tuple[int, int, collections.Counter[str], collections.Counter[str]]:

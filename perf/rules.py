@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from perf import aot, ttir
 from tkernels import targets
@@ -23,26 +23,50 @@ SMALL_TRAFFIC = 4 << 20
 # Operations of a product that is over before a card is full.
 SMALL_PRODUCT = 2e9
 
-# (kernel's name begins with, complaint begins with, reason)
-EXCEPTIONS: tuple[tuple[str, str, str], ...] = (
-    ("conv_pack", "no 128-bit loads", "transposes a contiguous weight; a channels_last one is copied as it lies"),
-    ("conv_merge", "no 128-bit loads", "writes a weight's own layout, its reads go along"),
-    ("merge_pair", "no 128-bit loads", "writes a weight's own layout, its reads go along"),
-    ("pack_pair", "no 128-bit loads", "transposes a contiguous weight"),
-    ("conv_depthwise", "keeps", "neighbouring windows share their loads, which the caches serve"),
-    ("pointwise_", "narrow loads", "batch norm's vectors of a step's channels, loaded in the prologue"),
-    ("attention_", "narrow loads", "masks, and vectors of a step's queries: log-sum-exps and sums of the gradient"),
-    ("attention_", "waiting loads", "the same, which go through registers"),
+
+class Excused(NamedTuple):
+    """A complaint that begins with ``complaint`` about kernels whose names begin with ``kernel``, launched with the
+    arguments ``given``, and why it stands."""
+
+    kernel: str
+    complaint: str
+    reason: str
+    given: Mapping[str, Any] = {}
+
+
+_OWN_LAYOUT = "writes a weight's own layout, its reads go along"
+_OF_QUERIES = "masks, and vectors of a step's queries: log-sum-exps and sums of the gradient"
+_MAY_BE_EMPTY = (
+    "either of its loops may have no step, so that none can be assumed; of all variants ptxas minds this one"
+)
+EXCEPTIONS = (
+    Excused(
+        "conv_pack", "no 128-bit loads", "transposes a contiguous weight; channels_last ones are copied as they lie"
+    ),
+    Excused("conv_merge", "no 128-bit loads", _OWN_LAYOUT),
+    Excused("merge_pair", "no 128-bit loads", _OWN_LAYOUT),
+    Excused("pack_pair", "no 128-bit loads", "transposes a contiguous weight"),
+    Excused("conv_depthwise", "keeps", "neighbouring windows share their loads, which the caches serve"),
+    Excused("pointwise_", "narrow loads", "batch norm's vectors of a step's channels, loaded in the prologue"),
+    Excused("attention_", "narrow loads", _OF_QUERIES),
+    Excused("attention_", "waiting loads", f"{_OF_QUERIES}; they go through registers"),
+    Excused("attention_forward", "serialised wgmma: C7515", _MAY_BE_EMPTY, {"BOOLEAN": True, "BLOCK_D": 64}),
 )
 
 
 def complaints(launch: aot.Launch, facts: aot.Facts) -> list[str]:
     """What is wrong with one compiled launch, exceptions left out."""
     target = targets.TARGETS[facts.target]
-    found = [*_resources(facts, target)]
+    found = [*_resources(facts, target), *(facts.wgmma.complaints() if facts.wgmma is not None else ())]
     found += _product(launch, facts, target) if facts.has_dot else _memory_bound(launch, facts, target)
-    excused = [what for kernel, what, _ in EXCEPTIONS if facts.kernel.startswith(kernel)]
-    return [text for text in found if not any(text.startswith(what) for what in excused)]
+    return [text for text in found if not any(_excuses(each, text, facts.kernel, launch) for each in EXCEPTIONS)]
+
+
+def _excuses(exception: Excused, complaint: str, kernel: str, launch: aot.Launch) -> bool:
+    if not (kernel.startswith(exception.kernel) and complaint.startswith(exception.complaint)):
+        return False
+    given = arguments(launch)
+    return all(given[name] == value for name, value in exception.given.items())
 
 
 def arguments(launch: aot.Launch) -> dict[str, Any]:
@@ -116,9 +140,22 @@ CHANNELS = (
 
 def _tile(kernel: str, given: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of a product's accumulator."""
-    sides = {"linear_dgrad_kernel": ("BLOCK_M", "BLOCK_K"), "linear_wgrad_kernel": ("BLOCK_N", "BLOCK_K")}
-    rows, cols = sides.get(kernel, ("BLOCK_M", "BLOCK_N"))
+    sides = {"linear_dgrad_kernel": ("BLOCK_K", "BLOCK_M"), "linear_wgrad_kernel": ("BLOCK_K", "BLOCK_N")}
+    rows, cols = sides.get(kernel, ("BLOCK_N", "BLOCK_M") if _transposed(kernel, given) else ("BLOCK_M", "BLOCK_N"))
     return given[rows], given[cols]
+
+
+def _transposed(kernel: str, given: Mapping[str, Any]) -> bool:
+    """Whether a convolution's product has its tile's columns for rows, because one operand is computed."""
+    if kernel == "pointwise_wgrad_kernel":
+        return not given["OUT_ON_ROWS"]
+    computed = given.get("saved_ptr") is not None
+    if kernel == "conv_wgrad_kernel":
+        cast = given["x_ptr"].dtype != given["dy_ptr"].dtype
+        return cast != computed and given["OUT_ON_ROWS"] == computed
+    if given.get("FLAT"):
+        return given["x_ptr"].dtype != given["w_ptr"].dtype
+    return kernel == "pointwise_forward_kernel" or (kernel == "conv_dgrad_kernel" and computed)
 
 
 def sixteen_bit(launch: aot.Launch) -> bool:

@@ -50,6 +50,10 @@ COLUMNS = (
     Column("stores_128", "whole", "128-bit stores in the code"),
     Column("loop_wide_loads", "whole", "128-bit loads in the loop of the product"),
     Column("loop_narrow_loads", "whole", "narrower ones there"),
+    Column("wgmma_from_registers", "whole", "wgmma whose left operand lies in registers; sm_90, as the next three"),
+    Column("wgmma_in_flight", "whole", "the most groups of wgmma that a wait leaves in flight"),
+    Column("wgmma_overwrites", "whole", "writes to registers that a wgmma in flight reads: wrong values"),
+    Column("wgmma_serialised", "text", "why ptxas runs one wgmma at a time (C7514, C7515); empty if they overlap"),
     Column("bytes", "whole", "every tensor argument once"),
     Column("flops", "number", "of the products, padding included"),
     Column("estimate_us", "number", "microseconds at the peak rates: a bound, not a forecast"),
@@ -156,11 +160,24 @@ def _row(launch: aot.Launch, key: str, target_name: str, compiled: dict[str, aot
         "stores_128": facts.stores_128(),
         "loop_wide_loads": facts.wide_loads(),
         "loop_narrow_loads": facts.narrow_loads(),
+        **_wgmma(facts),
         "flops": sum(products.values()),
         "estimate_us": round(microseconds, 3),
         "bound_by": bound,
         "complaints": "; ".join(rules.complaints(launch, facts)),
         "status": "ok",
+    }
+
+
+def _wgmma(facts: aot.Facts) -> dict[str, Any]:
+    if facts.wgmma is None:
+        return {}
+    use = facts.wgmma
+    return {
+        "wgmma_from_registers": use.from_registers,
+        "wgmma_in_flight": use.in_flight,
+        "wgmma_overwrites": use.overwrites,
+        "wgmma_serialised": use.serialised,
     }
 
 

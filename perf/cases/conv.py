@@ -21,29 +21,41 @@ def window3x3(c_in: int, c_out: int, size: int, stride: int = 1, groups: int = 1
     return Geometry(c_in, c_out, groups, size, size, 3, 3, stride, stride, 1, 1, 1, 1, out, out)
 
 
+def window1x1(c_in: int, c_out: int, size: int) -> Geometry:
+    """A 1x1 convolution of a square image."""
+    return Geometry(c_in, c_out, 1, size, size, 1, 1, 1, 1, 0, 0, 1, 1, size, size)
+
+
 def image(channels: int, size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(BATCH, size, size, channels, device="cuda", dtype=dtype).permute(0, 3, 1, 2)
 
 
-def forward(g: Geometry, dtype: torch.dtype, activation: str | None, keep_input: bool, channels_last: bool) -> None:
+def forward(g: Geometry, dtype: torch.dtype, activation: str | None, keep_input: bool, channels_last: bool,
+            cast: bool = False) -> None:  # fmt: skip
+    """``cast``: from an image in float32, as autocast gets it."""
     weight = torch.empty(g.out_channels, g.group_in, g.kernel_h, g.kernel_w, device="cuda")
     bias = torch.empty(g.out_channels, device="cuda")
     packed = conv.launch_pack(weight, g, dtype)
-    conv.launch_forward(image(g.in_channels, g.height, dtype), packed, bias, g, activation, keep_input, channels_last)
+    x = image(g.in_channels, g.height, torch.float32 if cast else dtype)
+    conv.launch_forward(x, packed, bias, g, activation, keep_input, channels_last)
 
 
-def dgrad(g: Geometry, dtype: torch.dtype, transposed: bool, channels_last: bool) -> None:
+def dgrad(g: Geometry, dtype: torch.dtype, transposed: bool, channels_last: bool,
+          activation: str | None = None) -> None:  # fmt: skip
     weight = torch.empty(g.out_channels, g.group_in, g.kernel_h, g.kernel_w, device="cuda")
     packed = conv.launch_pack(weight, g, dtype, transposed)
-    conv_backward.launch_dgrad(image(g.out_channels, g.out_h, dtype), packed, g, dtype, channels_last, transposed)
+    dy = image(g.out_channels, g.out_h, dtype)
+    saved = dy if activation else None
+    conv_backward.launch_dgrad(dy, packed, g, dtype, channels_last, transposed, saved, activation)
 
 
-def wgrad(g: Geometry, dtype: torch.dtype, activation: str | None) -> None:
+def wgrad(g: Geometry, dtype: torch.dtype, activation: str | None, cast: bool = False) -> None:
     weight = torch.empty(g.out_channels, g.group_in, g.kernel_h, g.kernel_w, device="cuda")
     bias = torch.empty(g.out_channels, device="cuda")
     dy = image(g.out_channels, g.out_h, dtype)
     saved = dy if activation else None
-    workspace = conv_backward.launch_wgrad(image(g.in_channels, g.height, dtype), dy, g, True, True, saved, activation)
+    x = image(g.in_channels, g.height, torch.float32 if cast else dtype)
+    workspace = conv_backward.launch_wgrad(x, dy, g, True, True, saved, activation)
     conv_backward.launch_merge(workspace, g, weight, bias)
 
 
@@ -60,6 +72,31 @@ def depthwise(g: Geometry, dtype: torch.dtype) -> None:
     conv_depthwise.launch_forward(x, weight, bias, g, "relu")
     conv_depthwise.launch_dgrad(dy, weight, g, dtype)
     conv_backward.launch_merge(conv_depthwise.launch_wgrad(x, dy, g), g, weight, bias)
+
+
+def computed_operands() -> list[Case]:
+    """Products one of whose operands, or both, are computed as they are loaded: by an activation's derivative, or by a
+    cast of the image."""
+    dtype, run = torch.bfloat16, functools.partial
+    # a 1x1 window's gradients apply the derivative themselves: see ops/conv.py
+    wider, narrower = (window1x1(c_in, c_out, 56) for c_in, c_out in ((64, 256), (256, 64)))
+    # the images of CIFAR, and of ImageNet
+    small, large = window3x3(3, 32, 32), Geometry(3, 64, 1, 224, 224, 7, 7, 2, 2, 3, 3, 1, 1, 112, 112)
+    found = []
+    for g in (wider, narrower):
+        label = f"{g.in_channels}-{g.out_channels}@{g.height} bf16"
+        found += [
+            Case(f"conv dgrad in prologue {label}", run(dgrad, g, dtype, False, True, "relu"), True),
+            Case(f"conv wgrad in prologue {label}", run(wgrad, g, dtype, "relu"), True),
+        ]
+    for g in (small, large):
+        label = f"{g.in_channels}-{g.out_channels}@{g.height} bf16"
+        found += [
+            Case(f"conv forward cast {label}", run(forward, g, dtype, "relu", False, True, True)),
+            Case(f"conv wgrad cast {label}", run(wgrad, g, dtype, None, True)),
+            Case(f"conv wgrad cast in prologue {label}", run(wgrad, g, dtype, "relu", True)),
+        ]
+    return found
 
 
 def cases() -> list[Case]:
@@ -91,4 +128,4 @@ def cases() -> list[Case]:
             Case(f"conv mask {label}", functools.partial(mask, g, dtype, False)),
             Case(f"conv mask NCHW {label}", functools.partial(mask, g, dtype, True)),
         ]
-    return found
+    return found + computed_operands()

@@ -71,6 +71,19 @@ def test_the_command_reports_every_target(tmp_path: Path, capsys: pytest.Capture
     assert "0 failed, 0 with complaints" in capsys.readouterr().out
 
 
+def test_hopper_has_columns_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    chosen = ["--op", "linear", "--target", "sm_80", "sm_90", "--case", "dgrad 256->128 relu bf16"]
+    assert run("static", *chosen, "--csv", path) == 0
+    frame = pd.read_csv(path).set_index("target")
+    columns = ["wgmma_from_registers", "wgmma_in_flight", "wgmma_overwrites"]
+    assert frame.loc["sm_80", columns].isna().all()
+    assert frame.loc["sm_90", "tensor_core"] == "HGMMA"
+    # the gradient is computed on the way to the product, of which it is the right operand
+    assert frame.loc["sm_90", columns].tolist() == [0, 0, 0]
+    assert frame.wgmma_serialised.isna().all()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     (
