@@ -244,8 +244,9 @@ def conv_stage_dgrad_kernel(dy_ptr, w_ptr, x_ptr, dz_ptr, partials_ptr, mean_ptr
     mean, scale, shift = load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, mask_n, channels, eps)
     centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
     z = tl.fma(centred, scale[None, :], shift[None, :])
-    # rounded before ReLU's derivative picks: the other way round ptxas runs wgmma one at a time (C7514)
-    dz = common.activation_gradient(acc.to(dz_ptr.dtype.element_ty), z, "relu")
+    # the sum keeps what picks from the accumulators apart from them: else ptxas runs wgmma one at a time (C7514), under
+    # Triton 3.6 with 32 channels
+    dz = common.activation_gradient(acc + 0.0, z, "relu").to(dz_ptr.dtype.element_ty)
     tl.store(dz_ptr + offsets, dz, mask=mask)
     # the sums are of what is stored
     value = tl.where(mask, dz.to(tl.float32), 0.0)
