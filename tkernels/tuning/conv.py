@@ -152,7 +152,7 @@ def _pixels_product(
     maxnreg = 128 if block_m * block_n <= 4096 and block_m == 64 and dtype != torch.float32 else None
     if target.name == "sm_120" and block_m == 128 and warps == 4:
         maxnreg = 255  # there of large ones too, at 96 and 128; limits between spill more
-    if maps > 1 and target.name in ("sm_86", "sm_89") and warps == 4:
+    if maps > 1 and target.name in ("sm_80", "sm_86", "sm_89") and warps == 4:
         maxnreg = maxnreg or 192  # and there at 168, where the gradient is computed on the way to the product
     return Config.of(warps, stages((maps * block_m + block_n) * block_k * dtype.itemsize, target), maxnreg,
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
