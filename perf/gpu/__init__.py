@@ -6,8 +6,8 @@ Blocks, in this order, each with its share of the minutes; one that needs less l
   compile   every kernel that the run needs, compiled by a process a core
   checks    every output and gradient at real shapes against float64, each again for equal bits: as called, on a side
             stream, from a CUDA graph, a thousand times beside a busy stream; tensors strided, offset and misaligned
-  headline  a training step of the CIFAR CNN with its optimizer against eager and torch.compile, with and without CUDA
-            graphs; a profile by kernel
+  profile   a training step of the CIFAR CNN kernel by kernel
+  headline  the step with its optimizer against eager and torch.compile, with and without CUDA graphs
   products  each product and each pass alone, replayed from a CUDA graph, against cuDNN, cuBLAS and PyTorch's attention
   resnet50  fuse(resnet50) against eager and torch.compile
   tools     compute-sanitizer over a small step, ncu over the slowest kernels, where they are installed
@@ -37,9 +37,10 @@ from perf.gpu.supervisor import Supervisor
 from perf.options import Refused
 
 BLOCKS = (
-    Block("facts", 1.0, "perf.gpu.facts"),
-    Block("compile", 5.0, "perf.gpu.precompile", alone=True),
+    Block("facts", 2.0, "perf.gpu.facts"),
+    Block("compile", 7.0, "perf.gpu.precompile", alone=True),
     Block("checks", 9.0, "perf.gpu.checks"),
+    Block("profile", 2.0, "perf.gpu.profile", alone=True),
     Block("headline", 12.0, "perf.gpu.headline"),
     Block("products", 9.0, "perf.gpu.products"),
     Block("resnet50", 5.0, "perf.gpu.resnet50"),

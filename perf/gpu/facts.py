@@ -21,32 +21,34 @@ SECTIONS = ("CLOCK", "POWER", "TEMPERATURE", "PERFORMANCE", "ECC", "MEMORY")
 
 
 def items(run: Run) -> list[Item]:
-    """Facts, then ceilings."""
+    """Facts, then ceilings; last what nvidia-smi is asked, which may take its time."""
     return [
         Item("machine", lambda: _machine(run)),
         Item("copy", lambda: _copy(run)),
         Item("product", lambda: _product(run)),
+        Item("nvidia-smi", lambda: _told(run, machine.smi(run.device))),
     ]
 
 
 def _machine(run: Run) -> None:
-    device = run.device
-    found = {
-        **machine.facts(device),
-        **machine.smi(device),
-        "python": sys.version.split()[0],
-        "system": platform.platform(),
-    }
-    run.tell("facts", {name: value for name, value in found.items() if value})
     run.tell("target", targets.current() if run.on_gpu else targets.TARGETS["sm_90"])
+    found = {**machine.facts(run.device), "python": sys.version.split()[0], "system": platform.platform()}
+    _told(run, found)
+
+
+def _told(run: Run, found: dict[str, str]) -> None:
+    run.tell("facts", {name: value for name, value in found.items() if value})
 
 
 def details() -> str:
-    """nvidia-smi's report, as far as it says what state the GPU is in; empty without it. Asks, and sets nothing."""
+    """nvidia-smi's report, as far as it says what state the GPU is in; empty where it does not. Asks, sets nothing."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return ""
-    told = subprocess.run([smi, "-q", "-d", ",".join(SECTIONS)], capture_output=True, text=True, timeout=30)
+    try:
+        told = subprocess.run([smi, "-q", "-d", ",".join(SECTIONS)], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
     return told.stdout
 
 

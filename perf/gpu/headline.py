@@ -1,11 +1,10 @@
-"""The headline: a training step of the CIFAR CNN with its optimizer, ours and everybody's, and where ours goes."""
+"""The headline: a training step of the CIFAR CNN with its optimizer, ours and everybody's."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -20,8 +19,6 @@ BATCHES, DRY_BATCHES = (256, 1024, 64), (4,)
 AT_ONCE = ("tkernels", "tkernels graph", "torch", "torch graph")
 ONCE = ("tkernels fast launch", "tkernels sgd graph")
 COMPILED, MODES = "torch.compile", ("reduce-overhead", "max-autotune")
-# steps that are profiled, and rows kept of the profile
-STEPS, ROWS = 5, 40
 
 
 def items(run: Run) -> list[Item]:
@@ -29,7 +26,6 @@ def items(run: Run) -> list[Item]:
     first, *others = DRY_BATCHES if run.request.dry else BATCHES
     rivals = {rival.name: rival for rival in _rivals(run)}
     found = [_item(run, rivals[name], first) for name in AT_ONCE]
-    found.append(Item("profile", functools.partial(_profile, run, rivals["tkernels"], first)))
     found += [_item(run, rivals[name], first) for name in ONCE]
     found += [_item(run, rivals[name], others[0]) for name in AT_ONCE if others]
     found.append(_item(run, rivals[COMPILED], first))
@@ -40,10 +36,10 @@ def items(run: Run) -> list[Item]:
 
 
 def _item(run: Run, rival: Rival, batch: int) -> Item:
-    return Item(f"batch {batch} {rival.name}", lambda: run.tell_timing(training.measured(run, rival, _task(batch))))
+    return Item(f"batch {batch} {rival.name}", lambda: run.tell_timing(training.measured(run, rival, task(batch))))
 
 
-def _task(batch: int) -> Task:
+def task(batch: int) -> Task:
     return Task("cnn", {"N": batch, "C": 3, "H": 32, "W": 32}, 10)
 
 
@@ -68,31 +64,3 @@ def tuned() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def _profile(run: Run, rival: Rival, batch: int) -> None:
-    """Time on the device by kernel, from PyTorch's profiler; on a CPU by operator."""
-    from torch.profiler import ProfilerActivity, profile
-
-    call = training.step(run, rival, _task(batch))
-    for _ in range(3):
-        call()
-    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU] if run.on_gpu else [ProfilerActivity.CPU]
-    with profile(activities=activities) as recorded:
-        for _ in range(STEPS):
-            call()
-        if run.on_gpu:
-            torch.cuda.synchronize()
-    rows = [row for event in recorded.key_averages() if (row := _row(run, event)) is not None]
-    total = sum(row["us"] for row in rows)
-    rows.sort(key=lambda row: -row["us"])
-    run.tell("profile", [{**row, "share": row["us"] / total} for row in rows[:ROWS]])
-
-
-def _row(run: Run, event: Any) -> dict[str, Any] | None:
-    """One kernel's part of the profile."""
-    on_device = "CUDA" in str(event.device_type)
-    if on_device != run.on_gpu:
-        return None
-    us = event.self_device_time_total if run.on_gpu else event.self_cpu_time_total
-    return {"kernel": event.key, "calls": event.count / STEPS, "us": us / STEPS} if us else None

@@ -23,9 +23,9 @@ import triton
 from torch import nn
 
 import tkernels
-import tkernels.nn as tnn
-from perf import aot, measure, meter, providers, shapes, traffic
-from perf.gpu import problems
+from models.cifar_cnn import FusedCNNClassifier
+from perf import aot, measure, meter, operators, providers, traffic
+from perf.gpu import problems, resnet50, tools
 from perf.gpu.checks import Checked
 from perf.gpu.problems import Case
 from perf.gpu.session import Item, Run
@@ -34,7 +34,11 @@ from tkernels.targets import Target
 
 # kernels that a dry run compiles: enough to walk the way
 DRY_KERNELS = 6
+# whose convolutions go where backend 'auto' sends them
+RESNET50 = "fuse(resnet50)"
 Launches = dict[str, aot.Launch]
+# on fake tensors of this mode
+Call = Callable[[meter.FakeTensorMode], object]
 
 
 def items(run: Run) -> list[Item]:
@@ -78,57 +82,71 @@ def needed(run: Run, target: Target) -> Launches:
     """Every distinct launch of what the run does, by its specialisation. What cannot be recorded is printed, and is
     compiled when it is met."""
     found: Launches = {}
-    for name, call in _calls(run):
+    for name, made in _calls(run.request.dry):
         try:
-            found |= recorded(call, target)
+            found |= recorded(made(), target, "auto" if name == RESNET50 else "triton")
         except Exception:  # noqa: PERF203
             print(f"not recorded: {name}\n{traceback.format_exc(limit=-3)}", flush=True)
     return found
 
 
-def recorded(call: Callable[[meter.FakeTensorMode], object], target: Target) -> Launches:
+def recorded(call: Call, target: Target, backend: str = "triton") -> Launches:
     """What ``call`` launches on a GPU that is not there."""
     launches: list[aot.Launch] = []
 
     def launch(kernel: Any, args: Any, kwargs: Any, grid: Any) -> None:
         launches.append(aot.record(kernel, args, kwargs, grid, device="cpu"))
 
-    with tkernels.backend("triton"), meter.pretended_gpu(target, launch) as mode:
+    with tkernels.backend(backend), meter.pretended_gpu(target, launch) as mode:
         call(mode)
     return {aot.specialisation(each, target.name): each for each in launches}
 
 
-def _calls(run: Run) -> Iterator[tuple[str, Callable[[Any], object]]]:
-    """The run's cases, as calls on fake tensors."""
+def _calls(dry: bool) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """The run's cases: what makes a call on fake tensors of each."""
     ours = providers.load(providers.OURS)
-    dry = run.request.dry
     for case in (*problems.checked(dry), *(case for case, _ in problems.repeated(dry)), *problems.timed(dry)):
         if case.operator != "cnn":
-            yield str(case), functools.partial(_evaluate, ours, case)
-    # modules are made here: under fake tensors they could not be moved any more
-    for dtype in (torch.float32, torch.bfloat16):
-        model, loss = traffic.fused()
-        model = model.to(dtype).to(memory_format=torch.channels_last)
-        yield f"the network, {dtype} parameters", functools.partial(_network, model, loss, dtype, 4 if dry else 256)
-    for s in () if dry else shapes.NAMED["resnet50"]["conv2d"]:
-        yield f"a layer of ResNet-50, {s}", functools.partial(_layer, _stage(s), s)
+            yield str(case), functools.partial(_evaluation, ours, case)
+    batch = 4 if dry else 256
+    for name, build, dtype, autocast in (
+        ("the network in training", traffic.fused, torch.float32, True),
+        ("the network in bf16", traffic.fused, torch.bfloat16, False),
+        ("the network as checked", _exact, torch.bfloat16, False),
+    ):
+        yield name, functools.partial(_step, build, (batch, 3, 32, 32), dtype, autocast)
+    images = (2, 3, 32, 32) if dry else (256, 3, 224, 224)
+    yield RESNET50, functools.partial(_step, resnet50.fused, images, torch.float32, True)
+    yield "the tools' attention", lambda: lambda mode: tools.attend("cpu")
 
 
-def _evaluate(ours: providers.Provider, case: Case, mode: Any) -> object:
-    return measure.evaluate(Checked(case, "cpu", ours))
+def _evaluation(ours: providers.Provider, case: Case) -> Call:
+    return lambda mode: measure.evaluate(Checked(case, "cpu", ours))
 
 
-def _images(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(n, c, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
+def _exact() -> tuple[nn.Module, nn.Module]:
+    """The network as it is checked: without dropout, and without the gradients that nobody compares."""
+    model = FusedCNNClassifier(dropout=0.0, dropout2d=0.0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in operators.get("cnn").differentiable)
+    return model, tkernels.nn.CrossEntropyLoss()
 
 
-def _network(model: nn.Module, loss: nn.Module, dtype: torch.dtype, batch: int, mode: Any) -> None:
-    """A training step's forward and backward under autocast, as models.train makes it, or all in bf16."""
-    meter.make_fake(model, mode)
-    images, target = _images(batch, 3, 32, 32, dtype), torch.zeros(batch, dtype=torch.int64)
-    with _autocast(dtype == torch.float32):
-        value = loss(model(images), target)
-    value.backward()
+def _step(
+    build: Callable[[], tuple[nn.Module, nn.Module]], size: tuple[int, ...], dtype: torch.dtype, autocast: bool
+) -> Call:
+    """A training step's forward and backward. The network is made here: fake it could not be moved any more."""
+    model, loss = build()
+    model = model.to(dtype).to(memory_format=torch.channels_last)
+
+    def call(mode: meter.FakeTensorMode) -> None:
+        meter.make_fake(model, mode)
+        images = torch.empty(size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        with _autocast(autocast):
+            value = loss(model(images), torch.zeros(size[0], dtype=torch.int64))
+        value.backward()
+
+    return call
 
 
 @contextlib.contextmanager
@@ -142,22 +160,6 @@ def _autocast(on: bool) -> Iterator[None]:
     finally:
         torch.set_autocast_enabled("cuda", before[0])
         torch.set_autocast_dtype("cuda", before[1])
-
-
-def _stage(s: shapes.Shape) -> nn.Module:
-    layer = tnn.ConvBNReLU2d(s["C"], s["K"], s["R"], stride=s["stride"], padding=s["padding"], bias=False)
-    return layer.to(memory_format=torch.channels_last)
-
-
-def _layer(layer: nn.Module, s: shapes.Shape, mode: Any) -> None:
-    """What a layer of a fused network launches: convolution, batch norm and ReLU, forward and backward."""
-    meter.make_fake(layer, mode)
-    # the images have no gradient; a map comes in the dtype that the layer before gave it
-    first = s["C"] == 3
-    x = _images(s["N"], s["C"], s["H"], s["W"], torch.float32 if first else torch.bfloat16)
-    with _autocast(True):
-        output = layer(x if first else x.requires_grad_())
-    output.backward(torch.empty_like(output))
 
 
 def compile_all(launches: Iterable[tuple[str, aot.Launch]], target: Target, processes: int) -> list[tuple[str, str]]:

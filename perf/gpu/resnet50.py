@@ -18,7 +18,7 @@ def items(run: Run) -> list[Item]:
     """A row a rival, the compiler last."""
     rivals = (
         Rival("torch", _plain, context=headline.tuned),
-        Rival("tkernels", _fused, context=headline.tuned),
+        Rival("tkernels", fused, context=headline.tuned),
         Rival("torch.compile", training.compiled(_plain, run), context=headline.tuned),
     )
     task = Task(
@@ -51,6 +51,7 @@ def _plain() -> tuple[nn.Module, nn.Module]:
     return timm.create_model("resnet50"), nn.CrossEntropyLoss()
 
 
-def _fused() -> tuple[nn.Module, nn.Module]:
+def fused() -> tuple[nn.Module, nn.Module]:
+    """The model after fuse(), and its loss."""
     model, loss = _plain()
     return tkernels.fuse(model), loss

@@ -32,9 +32,7 @@ PROFILE_COLUMNS = (
     Column("share", "number", "of the step's time on the device"),
     Column("mb", "number", "10^6 bytes a step that a count of its arguments gives; empty for what is not ours"),
     Column("gbps", "number", "mb / us, in 10^9 bytes a second"),
-    Column(
-        "of_copy", "number", "gbps over the large copy's: near 1 it is bound by memory and as fast as that"
-    ),
+    Column("of_copy", "number", "gbps over the large copy's: near 1 it is bound by memory and as fast as that"),
 )
 PROFILE_NAMES = tuple(column.name for column in PROFILE_COLUMNS)
 

@@ -32,8 +32,8 @@ class OutOfTime(BaseException):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A block to do. ``provider``: whose kernels are judged; ``limit``: seconds; ``alone``: without a
-    GPU of its own; ``done``: items that an earlier
+    """A block to do. ``provider``: whose kernels are judged; ``limit``: seconds; ``alone``: it takes
+    a GPU only when it wants one; ``done``: items that an earlier
     process did or died of; ``target``: the GPU, once it is known; ``slowest``: kernels of the profile, worst first."""
 
     block: str
@@ -192,8 +192,9 @@ def _late_compilations(run: Run) -> Iterator[None]:
         return
 
     def heard(*, src: Any, cache_hit: bool, **_: Any) -> None:
-        if not cache_hit:
-            run.tell("late", getattr(src, "name", "?"))
+        name = getattr(src, "name", "?")
+        if not cache_hit and not name.startswith("triton_"):  # as Inductor calls its own
+            run.tell("late", name)
 
     before, knobs.compilation.listener = knobs.compilation.listener, heard
     try:

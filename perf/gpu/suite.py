@@ -25,7 +25,7 @@ def items(run: Run) -> list[Item]:
     """Operators, then the rest; in a dry run a moment's worth."""
     if run.request.dry:
         return [Item("tests", functools.partial(_run, run, "tests", QUICK_TESTS))]
-    parallel = ("-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal")
+    parallel = ("-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal")
     return [
         Item("operators", functools.partial(_run, run, "operators", (*parallel, "tests/ops"))),
         Item("rest", functools.partial(_run, run, "rest", (*parallel, "tests", "--ignore=tests/ops"))),

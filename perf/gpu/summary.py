@@ -184,7 +184,7 @@ def _not_reached(found: Results) -> list[str]:
                 f" and {len(outcome.left) - 3} more" if len(outcome.left) > 3 else ""
             )
             rows.append((outcome.block, "; ".join(part for part in (outcome.status, shown) if part)))
-    rows += [(name, status) for name, status in found.tools if status.endswith("not installed")]
+    rows += [(name, why) for name, why in found.tools if why.endswith("not installed") or why.startswith(UNSUPPORTED)]
     reasons: dict[str, list[str]] = {}
     for row in found.timings:
         if row["status"] != OK and (not _is_ours(found, row) or row["status"].startswith(UNSUPPORTED)):

@@ -64,7 +64,7 @@ class _Worker:
     def kill(self) -> None:
         self._connection.close()
         self._process.kill()
-        self._process.join()
+        self._process.join(GRACE)  # one that waits within a driver that hangs does not even die
 
 
 class Supervisor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
-from perf import compare, gpu, providers, schema
-from perf.gpu import checks, problems, suite, summary, supervisor, tools
+from perf import compare, gpu, measure, providers, schema, shapes
+from perf.gpu import checks, facts, problems, profile, suite, summary, supervisor, tools
 from perf.gpu.results import CHECK_NAMES, Failure, Outcome, Results
 from perf.gpu.session import Block, Request, Run
 from perf.gpu.supervisor import Supervisor
@@ -189,6 +191,68 @@ def test_a_verdict_sees_one_element_and_a_norm(dtype: torch.dtype) -> None:
         checks.compare(torchs[:1], torchs, exact, dtype)
 
 
+def test_no_error_of_tf32_is_less_than_its_rounding() -> None:
+    exact = torch.randn(512, 512, dtype=torch.float64)
+    fine, coarse = exact.to(torch.float32), (exact * (1 + 3e-4)).to(torch.float32)
+    assert str(checks.compare(coarse, fine, exact, torch.float32)["status"]).startswith("wrong")
+    found = checks.compare(coarse, fine, exact, torch.float32, checks.TF32_ERROR)
+    assert (found["status"], found["torch_error"] < 1e-7) == ("ok", True)
+    worse = (exact * (1 + 3e-3)).to(torch.float32)
+    assert str(checks.compare(worse, fine, exact, torch.float32, checks.TF32_ERROR)["status"]).startswith("wrong")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("operator, shape", [
+    ("batch_norm_relu", shapes.image(16, 32, 32)), ("linear_relu", shapes.linear(512, 64, 1024)),
+])  # fmt: skip
+def test_no_gradient_flows_where_roundings_choose_the_side(operator: str, shape: shapes.Shape, dtype: str) -> None:
+    case = problems.case(operator, shape, dtype)
+    clear = checks._clear_of_kinks(case, "cpu")
+    assert clear is not None
+    assert 0 < (~clear).sum() < 0.02 * clear.numel()
+    subject = checks.Checked(case, "cpu", providers.load(providers.BASELINE), clear=clear)
+    output = subject.forward()
+    gradient = subject.output_gradient(output)
+    assert torch.equal(gradient == 0, ~clear)
+    assert gradient.stride() == output.stride()
+    assert subject.output_gradient(output) is gradient
+    # whoever takes the other side there has the same gradients
+    (x,) = (t for name, t in subject.leaves.items() if name == "input")
+    plain, other = (torch.autograd.grad(output, x, gradient * keep, retain_graph=True)[0] for keep in (1, clear))
+    assert torch.equal(plain, other)
+
+
+def test_what_has_no_kink_or_one_gradient_everywhere_is_not_masked() -> None:
+    assert checks._clear_of_kinks(problems.case("matmul", shapes.linear(8, 8, 8)), "cpu") is None
+    expanded = problems.case("linear_relu", shapes.linear(8, 8, 8), variant=problems.EXPANDED)
+    assert checks._clear_of_kinks(expanded, "cpu") is None
+
+
+@pytest.mark.parametrize("variant", ["misaligned", "strided", problems.EXPANDED])
+def test_pytorch_has_plain_tensors_whatever_we_have(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels may read 16 bytes at once without asking where: an error that no later call survives."""
+    evaluate, seen = measure.evaluate, []
+
+    def spied(subject: Any) -> Any:
+        results = evaluate(subject)
+        a = subject.leaves["a"]
+        seen.append(
+            (a.data_ptr() % 16, a.is_contiguous(), subject.output_gradient(results["output"]).stride() == (0, 0))
+        )
+        return results
+
+    monkeypatch.setattr(measure, "evaluate", spied)
+    told: list[Any] = []
+    checks.check(
+        tools_of(told),
+        providers.load(providers.OURS),
+        problems.case("matmul", shapes.linear(8, 32, 16), "fp32", variant=variant),
+    )
+    plain, moved = (0, True, False), {"misaligned": (4, True, False), "strided": (0, False, False)}
+    assert seen[:2] == [plain] * 2
+    assert set(seen[2:]) == {moved.get(variant, (0, True, True))}
+
+
 def test_bits_are_compared_not_values() -> None:
     a = torch.tensor([0.0, torch.nan, 1.0])
     assert int(checks.differing(a, a.clone())) == 0
@@ -295,6 +359,34 @@ def test_a_profile_stands_beside_its_bytes_and_the_copy(tmp_path: Path) -> None:
     assert list(pd.read_csv(tmp_path / "profile.csv").of_copy.dropna()) == [0.5, 0.25]
 
 
+def test_a_profile_counts_a_kernel_once() -> None:
+    """torch tells of the ranges that each launch and an optimizer's step are named with on the device as well."""
+    run = Run(Request("profile", "cuda", False, providers.OURS, 60.0), lambda kind, what: None)
+    event = SimpleNamespace(key="a_kernel", device_type="DeviceType.CUDA", count=10, self_device_time_total=50.0)
+    event.is_user_annotation = False
+    assert profile._row(run, event) == {"kernel": "a_kernel", "calls": 2.0, "us": 10.0}
+    event.is_user_annotation = True
+    assert profile._row(run, event) is None
+
+
+def test_a_named_range_is_known_as_one() -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as recorded, torch.profiler.record_function("a range"):
+        torch.ones(3) + 1
+    named = {event.key: event.is_user_annotation for event in recorded.key_averages()}
+    assert named["a range"]
+    assert not named["aten::add"]
+
+
+def test_nvidia_smi_that_hangs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(*_: Any, timeout: float, **__: Any) -> Any:
+        raise subprocess.TimeoutExpired("nvidia-smi", timeout)
+
+    monkeypatch.setattr(facts.shutil, "which", lambda name: "/bin/" + name)
+    monkeypatch.setattr(facts.subprocess, "run", hangs)
+    assert facts.details() == ""
+
+
 def test_a_kind_of_result_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no kind of result"):
         results(tmp_path).take("checks", "chekc", {})
@@ -341,12 +433,28 @@ def test_nvidias_tools_are_asked_and_their_answers_read(tmp_path: Path, monkeypa
     ]
     asked = (tmp_path / "asked.txt").read_text()
     assert "--clock-control none" in asked  # its default would set the GPU's clocks
+    assert asked.count("--report-api-errors no") == 1  # an option of memcheck's alone
     assert "regex:^one$|^two$" in asked
 
 
 def test_a_tool_that_says_nothing_of_use_is_an_error() -> None:
-    assert tools.verdict("Device not supported").startswith("error: no summary; it said last: Device not supported")
+    assert tools.verdict("Segmentation fault").startswith("error: no summary; it said last: Segmentation fault")
     assert tools.table("no rows") == {}
+
+
+def test_a_tool_that_may_not_work_there_is_nothing_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ncu").write_text("#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM - no permission'\n")
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    told: list[Any] = [("memcheck", tools.verdict("========= Error: Device not supported. Please refer to ..."))]
+    tools._ncu(tools_of(told, slowest=("one",)))
+    found = results(tmp_path)
+    for tool in told:
+        found.take("tools", "tool", tool)
+    assert summary.wrongs(found) == []
+    screen = summary.screen(found, 10, 600)
+    assert "| ncu | unsupported: the GPU's counters cannot be read; it said last: ==ERROR== ERR_NVGPUCTRPERM" in screen
+    assert "| memcheck | unsupported: compute-sanitizer refuses" in screen
 
 
 def test_the_step_that_the_tools_watch_runs() -> None:

@@ -48,8 +48,13 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device: generator())
+    generator, capturing = torch.Generator, [False]
+
+    def made(device: Any) -> torch.Generator:
+        assert not capturing[0], "torch refuses to seed a generator, and to draw from one of its own, in a capture"
+        return generator()
+
+    monkeypatch.setattr(torch, "Generator", made)
     monkeypatch.setattr(testing, "do_bench", lambda fn, **given: (fn(), [1.0, 1.0, 1.0])[1])
     monkeypatch.setattr(measure, "host_us", lambda call: (call(), 5.0)[1])
     monkeypatch.setattr(machine, "facts", lambda device: {})
@@ -61,6 +66,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     def graphed(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
         call = prepare()
         call()
+        capturing[0] = True
+        call()
+        capturing[0] = False
         return call
 
     monkeypatch.setattr(measure, "graphed", graphed)
@@ -85,8 +93,8 @@ def test_our_kernels_are_what_is_checked(
     assert {row["status"] for row in rows} == {"ok"}
     ways = {"again", "a third time", "side stream", "fast launch", "CUDA graph"}
     assert ways < {row["what"] for row in rows}
-    # the first run, five more as called (fast launch takes three), and the graph's call before its replay
-    calls = 1 + 2 + 1 + 3 + 2
+    # the first run, six more as called (fast launch takes three), and the graph's three, of which one is its replay
+    calls = 1 + 2 + 1 + 3 + 3
     assert len(launches) % calls == 0
     assert len(launches) // calls >= 2, "forward and backward launch something each"
 
@@ -108,16 +116,22 @@ def test_a_kernel_that_writes_something_else_each_time_is_seen(
     assert all(statuses[way].startswith("differs: ") for way in ("again", "side stream", "CUDA graph"))
 
 
-def test_backward_alone_is_repeated(told: list[tuple[str, Any]], launches: list[str]) -> None:
+def test_backward_alone_is_repeated(
+    told: list[tuple[str, Any]], launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = problems.case("linear_relu", CASES["linear_relu"])
-    here = run(told)
+    here, waits = run(told), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(told)))
     checks.repeat(here, "a", 3, providers.load(providers.OURS), lambda: checks._with_dropout(here, case))
     assert told[-1] == ("check", {"check": "a", "what": "beside a busy stream", "status": "ok"})
     assert launches.count("linear_forward_kernel") == 1
     assert launches.count("linear_dgrad_kernel") == 1 + 3
+    assert waits == [0], "the busy stream still writes to memory that is given back"
 
 
-def test_each_gradient_is_timed_alone_on_our_kernels(told: list[tuple[str, Any]], launches: list[str]) -> None:
+def test_each_gradient_is_timed_alone_on_our_kernels(
+    told: list[tuple[str, Any]], launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = problems.case("linear", CASES["linear_relu"])
     launched = {}
     for mode in ("fwd", "dgrad", "wgrad"):
@@ -130,7 +144,13 @@ def test_each_gradient_is_timed_alone_on_our_kernels(told: list[tuple[str, Any]]
     assert launched == {
         "fwd": ["linear_forward_kernel"], "dgrad": ["linear_dgrad_kernel"], "wgrad": ["linear_wgrad_kernel"],
     }  # fmt: skip
+    benchmark, on_gpu = [], measure.on_gpu
+    monkeypatch.setattr(
+        measure, "on_gpu", lambda *given: (benchmark.append(torch.backends.cudnn.benchmark), on_gpu(*given))[1]
+    )
     products.contest(run(told), case, providers.load(providers.OURS))
+    assert benchmark == [True, False] * 3, "cuDNN takes its fastest algorithm, and nothing of it is left to others"
+    assert not torch.backends.cudnn.benchmark
     rows = [what for kind, what in told if kind == "timing"]
     assert [(row["provider"], row["mode"]) for row in rows] == [
         (provider, mode) for mode in ("fwd", "dgrad", "wgrad") for provider in ("torch", "tkernels")

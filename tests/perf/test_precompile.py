@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import triton
 
 import tkernels
 from perf import aot, measure, providers, shapes
-from perf.gpu import precompile, problems
+from perf.gpu import precompile, problems, tools
 from perf.gpu.checks import Checked
 from perf.gpu.problems import EXPANDED, Case
 from perf.gpu.results import Results
@@ -86,16 +87,41 @@ def test_the_network_under_autocast_is_among_them() -> None:
     run = Run(Request("compile", "cpu", True, providers.OURS, 60.0), lambda kind, what: None)
     names = {launch.kernel.__name__ for launch in precompile.needed(run, TARGET).values()}
     assert {"conv_stage_kernel", "linear_dgrad_kernel", "cross_entropy_forward", "attention_dkv_kernel"} <= names
-    calls = dict(precompile._calls(run))
-    bf16, mixed = (
-        precompile.recorded(calls[f"the network, {dtype} parameters"], TARGET)
-        for dtype in (torch.bfloat16, torch.float32)
-    )
+    calls = dict(precompile._calls(True))
+    bf16, mixed = (precompile.recorded(calls[f"the network in {what}"](), TARGET) for what in ("bf16", "training"))
     # the same products, but batch norm's vectors and the gradients of the weights are float32
     assert {key for key in mixed if "conv_stage_kernel" in key}
     assert set(mixed) != set(bf16)
     dtypes = {str(arg.dtype) for launch in mixed.values() for arg in launch.args[:1] if hasattr(arg, "dtype")}
     assert "torch.bfloat16" in dtypes
+
+
+def test_so_is_what_is_checked_and_watched_of_it() -> None:
+    run = Run(Request("compile", "cpu", True, providers.OURS, 60.0), lambda kind, what: None)
+    ours, known = providers.load(providers.OURS), set(precompile.needed(run, TARGET))
+    exact = problems.case("cnn", {"N": 4})
+    assert asked_for(lambda: measure.evaluate(Checked(exact, "cpu", ours))) <= known
+    watched = asked_for(lambda: tools.attend("cpu"))
+    assert watched
+    assert watched <= known
+    assert watched <= set(precompile.recorded(lambda mode: tools.attend("cpu"), TARGET))
+
+
+def test_a_network_is_recorded_where_the_run_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(Request("compile", "cpu", True, providers.OURS, 60.0), lambda kind, what: None)
+    backends = {}
+
+    def build(name: str) -> Any:
+        def call(mode: Any) -> None:
+            backends[name] = tkernels.runtime.get_backend()
+
+        return call
+
+    listed = [(name, lambda name=name: build(name)) for name in (precompile.RESNET50, "a layer")]
+    listed.insert(1, ("no such package", lambda: importlib.import_module("no_such_package")))
+    monkeypatch.setattr(precompile, "_calls", lambda dry: listed)
+    assert precompile.needed(run, TARGET) == {}
+    assert backends == {precompile.RESNET50: "auto", "a layer": "triton"}
 
 
 def test_compiled_kernels_are_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
