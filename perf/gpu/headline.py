@@ -28,7 +28,7 @@ def items(run: Run) -> list[Item]:
     found = [_item(run, rivals[name], first) for name in AT_ONCE]
     found += [_item(run, rivals[name], first) for name in ONCE]
     found += [_item(run, rivals[name], others[0]) for name in AT_ONCE if others]
-    found.append(_item(run, rivals[COMPILED], first))
+    found += [_item(run, rivals[name], first) for name in (COMPILED, f"{COMPILED} graph")]
     found += [_item(run, rivals[name], batch) for batch in others[1:] for name in AT_ONCE]
     found += [_item(run, rivals[f"{COMPILED} {mode}"], first) for mode in MODES[:1]]
     found += [_item(run, rivals[COMPILED], batch) for batch in others]
@@ -51,6 +51,8 @@ def _rivals(run: Run) -> Iterator[Rival]:
     yield Rival("torch", traffic.plain, context=tuned)
     yield Rival("torch graph", traffic.plain, graph=True, context=tuned)
     yield Rival(COMPILED, training.compiled(traffic.plain, run), context=tuned)
+    # its own graphs leave the optimizer out; the whole step in one is what it can do at best
+    yield Rival(f"{COMPILED} graph", training.compiled(traffic.plain, run), graph=True, context=tuned)
     for mode in MODES:
         build = training.compiled(traffic.plain, run, mode)
         yield Rival(f"{COMPILED} {mode}", build, replayed=run.on_gpu, context=tuned)

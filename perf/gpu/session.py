@@ -32,9 +32,9 @@ class OutOfTime(BaseException):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A block to do. ``provider``: whose kernels are judged; ``limit``: seconds; ``alone``: it takes
-    a GPU only when it wants one; ``done``: items that an earlier
-    process did or died of; ``target``: the GPU, once it is known; ``slowest``: kernels of the profile, worst first."""
+    """A block to do. ``provider``: whose kernels are judged; ``limit``: seconds; ``alone``: it takes a GPU only when it
+    wants one; ``done``: items that an earlier process did or died of; ``target``: the GPU, once it is known;
+    ``slowest``: kernels of the profile, worst first."""
 
     block: str
     device: str
