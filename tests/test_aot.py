@@ -71,7 +71,7 @@ PRODUCTS = ("attention", "conv", "conv_stage", "linear", "matmul", "networks")
 
 def _may_hold_wgmma(launch: aot.Launch) -> bool:
     given = rules.arguments(launch)
-    half = any(str(getattr(value, "dtype", "")).endswith(("bf16", "fp16")) for value in given.values())
+    half = any(str(getattr(value, "dtype", "")).endswith("float16") for value in given.values())
     return "PRECISION" in given and (half or given["PRECISION"] == "tf32")
 
 
