@@ -67,7 +67,7 @@ _pretended: Target | None = None
 
 @contextlib.contextmanager
 def pretend(target: str | Target) -> Iterator[Target]:
-    """Let the chooser answer for another GPU (ahead-of-time compilation, tests). Raises KeyError for an unknown name."""
+    """Let the chooser answer for another GPU (ahead-of-time compilation, tests). Raises KeyError for a name unknown."""
     global _pretended
     before, _pretended = _pretended, TARGETS[target] if isinstance(target, str) else target
     try:
