@@ -141,8 +141,9 @@ def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, prec
 
 @functools.lru_cache(maxsize=4096)
 def _pixels_product(
-    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target, maps: int = 1
-) -> Config:
+    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target, maps: int = 1,
+    gradient: bool = False,
+) -> Config:  # fmt: skip
     block_m, block_n, warps = product_tile(True, pixels, cols, dtype, precision)
     block_k = reduction_block(length, dtype, precision, target)
     if target.warp_size == 32 and not target.is_nvidia:
@@ -154,6 +155,8 @@ def _pixels_product(
         maxnreg = 255  # there of large ones too, at 96 and 128; limits between spill more
     if maps > 1 and target.name in ("sm_80", "sm_86", "sm_89") and warps == 4:
         maxnreg = maxnreg or 192  # and there at 168, where the gradient is computed on the way to the product
+    if gradient and precision == "ieee" and target.name == "sm_90" and block_m * block_n == 2048:
+        maxnreg = maxnreg or 128  # and there two at 96, which Triton 3.6's ptxas aims at
     return Config.of(warps, stages((maps * block_m + block_n) * block_k * dtype.itemsize, target), maxnreg,
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
 
@@ -178,7 +181,7 @@ def dgrad(g: Geometry, dtype: torch.dtype, precision: str, masked: bool = False)
     """Tiles of the input gradient: BLOCK_M input pixels, BLOCK_N input channels, BLOCK_K output channels. ``masked``:
     the gradient is multiplied by an activation's derivative as it is loaded, from a second map."""
     phase = cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
-    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, targets.current(), 1 + masked)
+    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, targets.current(), 1 + masked, True)
 
 
 @functools.lru_cache(maxsize=4096)
