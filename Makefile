@@ -8,7 +8,9 @@ TTSEM := ttsem==0.1.0
 
 # the versions of a machine with a GPU that is to be expected, and of our packages what such a machine has
 COMPAT ?= .venv-compat
-COMPAT_PYTHON ?= python3.12
+# python3.12 of the path, or pyenv's, whose shim for it answers only where 3.12 is switched on
+COMPAT_PYTHON ?= $(shell { python3.12 -c 'print("python3.12")' \
+	|| ls -d "$$(pyenv prefix "$$(pyenv latest 3.12)")"/bin/python3.12 || echo python3.12; } 2>/dev/null)
 COMPAT_RUN = PYTHONPATH=$(CURDIR) $(COMPAT)/bin/python -m
 COMPAT_PACKAGES := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 \
 	pytest pytest-xdist hypothesis numpy pandas matplotlib tqdm scikit-learn
