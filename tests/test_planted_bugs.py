@@ -269,7 +269,8 @@ FROM_LINEAR = "from tkernels.kernels.linear import"
     "changes",
     (
         (),
-        (("a_stride_k, M, K)\n", "a_stride_k, M, K + BLOCK_K)\n"), (", K, N)\n", ", K + BLOCK_K, N)\n")),
+        (("a_stride_k, M, K)\n", "a_stride_k, M, K + BLOCK_K)\n"),
+         ("b_stride_n, K, N)\n", "b_stride_n, K + BLOCK_K, N)\n")),
         (("acc = tl.dot(a, b, acc, input_precision=PRECISION)", "acc = tl.dot(a, b, input_precision=PRECISION)"),),
         (("tl.minimum(chain + STEPS_A_CHAIN, end_step)", "tl.minimum(chain + STEPS_A_CHAIN, end_step - 1)"),),
     ),

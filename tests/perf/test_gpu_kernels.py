@@ -58,6 +58,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     monkeypatch.setattr(testing, "do_bench", lambda fn, **given: (fn(), [1.0, 1.0, 1.0])[1])
     monkeypatch.setattr(measure, "host_us", lambda call: (call(), 5.0)[1])
     monkeypatch.setattr(machine, "facts", lambda device: {})
+    # what other tests import from torch.testing forbids to set cudnn.benchmark
+    frozen: Any = torch.backends.flags_frozen
+    monkeypatch.setitem(frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
     monkeypatch.setattr(checks, "BUSY_SIZE", 8)
     monkeypatch.setattr(training, "WINDOWS", 1)
     monkeypatch.setattr(training, "WINDOW", 0.0)
