@@ -74,7 +74,7 @@ _DKV: Table = {
             (256, False): Tile(32, 32, 256, 64), (256, True): Tile(32, 32, 256, 64)},
     "wgmma": {(64, False): Tile(64, 64, 256), (64, True): Tile(64, 64, 256),
               (128, False): Tile(64, 64, 256), (128, True): Tile(32, 64, 256),
-              (256, False): Tile(32, 64, 256, apart=True), (256, True): Tile(32, 64, 256, apart=True)},
+              (256, False): Tile(32, 64, 256, apart=True), (256, True): Tile(16, 64, 256, apart=True)},
     "tmem": {(64, False): Tile(64, 128, 256), (64, True): Tile(32, 128, 256),
              (128, False): Tile(64, 128, 256), (128, True): Tile(32, 128, 256),
              (256, False): Tile(32, 64, 256, maxnreg=255), (256, True): Tile(16, 64, 256, 64, maxnreg=255)},

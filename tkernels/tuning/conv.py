@@ -195,7 +195,9 @@ def _wgrad(
     if flat and target.name == "sm_90" and block_m >= 64:
         warps = 8  # 4 spill the addresses and masks of an image that is gathered element by element
     second_map = (block_m if group_out > reduction else block_n) if masked else 0
-    return Config.of(warps, stages((block_m + block_n + second_map) * block_p * dtype.itemsize, target),
+    # left alone ptxas aims at 128 registers for some of these and spills two
+    maxnreg = 168 if target.name == "sm_100" and block_m * block_n == 16384 and dtype != torch.float32 else None
+    return Config.of(warps, stages((block_m + block_n + second_map) * block_p * dtype.itemsize, target), maxnreg,
                      BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=block_p)  # fmt: skip
 
 
