@@ -55,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="an empty or new folder for all results")
     add("--device", metavar="DEVICE", help="cuda, cuda:1, ... (default: cuda)")
     add("--dry-run", action="store_true", help="walk the same path on the CPU with tiny shapes")
-    add("--only", nargs="+", metavar="BLOCK", help=f"only these: {', '.join(block.name for block in BLOCKS)}")
+    add(
+        "--only",
+        nargs="+",
+        metavar="BLOCK",
+        help=f"only these, after facts: {', '.join(block.name for block in BLOCKS)} (tools begins with profile)",
+    )
     add("--minutes", type=float, default=10.0, metavar="N",
         help="for the whole run: 5 are useful, 10 reach everything (default: 10)")  # fmt: skip
     add("--provider", default=providers.OURS, metavar="NAME",
@@ -77,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise Refused(f"{args.out} exists and is not an empty folder: name another")
     out = options.directory(args.out).resolve()
+    # whatever is measured, on what it was; and ncu looks at the kernels that the profile finds slowest
+    names += ["facts", *(["profile"] if "tools" in names else [])]
     wanted = [block for block in BLOCKS if block.name in names]
     found = results.Results(out, args.provider)
     start = time.monotonic()

@@ -132,8 +132,7 @@ def compare(actual: Tensor, torchs: Tensor, exact: Tensor, dtype: torch.dtype, l
     """Errors against the reference, PyTorch's beside ours, and the verdict, in which PyTorch's count as ``least``."""
     errors = measure.relative(actual, exact), largest(actual, exact)
     others = measure.relative(torchs, exact), largest(torchs, exact)
-    names = ("error", "max_error"), ("torch_error", "torch_max_error")
-    row = dict(zip((*names[0], *names[1]), (*errors, *others)))
+    row = dict(zip(("error", "max_error", "torch_error", "torch_max_error"), (*errors, *others)))
     return {**row, "status": verdict(errors, (max(others[0], least), max(others[1], least)), torch.finfo(dtype).eps)}
 
 

@@ -78,9 +78,7 @@ class Results:
         }
 
     def close(self) -> None:
-        """Write what is known only at the end, and close the files."""
-        if self.profile:
-            pd.DataFrame(self.profile, columns=list(PROFILE_NAMES)).to_csv(self.out / PROFILE, index=False)
+        """Close the files."""
         for writer in self._writers.values():
             writer.close()
 
@@ -110,6 +108,7 @@ class Results:
 
     def _take_profile(self, block: str, what: list[dict[str, Any]]) -> None:
         self.profile = [{**row, **self._traffic(row)} for row in what]
+        pd.DataFrame(self.profile, columns=list(PROFILE_NAMES)).to_csv(self.out / PROFILE, index=False)
 
     def _traffic(self, row: dict[str, Any]) -> dict[str, Any]:
         moved = self.bytes.get(row["kernel"])

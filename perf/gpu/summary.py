@@ -118,7 +118,7 @@ def speeds(found: Results) -> list[Speed]:
             contests.setdefault(key, []).append(row)
     listed = []
     for rows in contests.values():
-        # one name a rival: what we are called with is in brackets behind it
+        # other ways to run us ("fast launch", "sgd") are no rivals
         ours = next((row for row in rows if _name(row) == found.provider), None)
         others = [row for row in rows if not _is_ours(found, row)]
         if ours is not None and others:

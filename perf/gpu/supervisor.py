@@ -30,9 +30,8 @@ class _Worker:
         self._connection: Connection
         self._connection, there = context.Pipe()
         self._process: SpawnProcess = context.Process(target=session.main, args=(there, results.out / "log.txt", dry))
-        with options.environment(
-            {"TKERNELS_COMPILE": "0"} if dry else {}
-        ):  # it takes half a minute, and is not what is tried
+        # compiling the CPU's passes takes half a minute, and is not what a dry run tries
+        with options.environment({"TKERNELS_COMPILE": "0"} if dry else {}):
             self._process.start()
         there.close()
         self._ready = False

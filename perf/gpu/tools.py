@@ -42,9 +42,9 @@ def _sanitizer(run: Run, tool: str) -> None:
     if path is None:
         run.tell("tool", (tool, "compute-sanitizer is not installed"))
         return
-    # allocations of their own: an access behind a tensor is then outside of all memory
     # what a library asks of the driver in vain, and goes on without, is no error in memory
     quiet = ("--report-api-errors", "no") if tool == "memcheck" else ()
+    # allocations of their own: an access behind a tensor is then outside of all memory
     text = watched([path, "--tool", tool, *quiet, "--launch-timeout", "0", "--print-limit", "20", *STEP, run.device],
                    PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip
     run.tell("tool", (tool, verdict(text)))
