@@ -10,8 +10,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from perf.gpu import tools
 from perf.gpu.session import Item, Run
-from perf.gpu.tools import ROOT
 
 # what a dry run tests: a part of the suite that takes a moment
 QUICK_TESTS = ("tests/test_runtime.py",)
@@ -35,10 +35,7 @@ def items(run: Run) -> list[Item]:
 def _run(run: Run, name: str, arguments: Sequence[str]) -> None:
     """Run pytest and tell how it closed. Interrupted by the block's limit it tells what it has."""
     gate = {"TK_GATE": "torch" if run.request.dry else "cuda", "TK_EXTENDED": "0", **_visible(run.device)}
-    process = subprocess.Popen(
-        [*PYTEST, *arguments], cwd=ROOT, env={**os.environ, **gate}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
+    process = tools.started([*PYTEST, *arguments], gate)
     assert process.stdout is not None
     lines: list[str] = []
     try:
@@ -53,14 +50,8 @@ def _run(run: Run, name: str, arguments: Sequence[str]) -> None:
                 lines += process.communicate(timeout=LAST_WORDS)[0].splitlines()
             except subprocess.TimeoutExpired:
                 lines.append("interrupted")
-            _end(process)
+            tools.end(process)
         run.tell("tool", (f"tests {name}", closing(lines, process.returncode)))
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _visible(device: str) -> dict[str, str]:
