@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tests.conformance.calls import Call
 from tests.conformance.layouts import LAYOUTS, expanded, laid_out
-
-ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu")
+from tkernels.ops import activation as activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Grid:
     """How widely to draw. Where each new combination is compiled (ttsem) the grid is small and the tensors tiny."""
 
     dtypes: tuple[torch.dtype, ...]
-    activations: tuple[str | None, ...] = ACTIVATIONS
+    activations: tuple[str | None, ...] = activations.ACTIVATIONS
     size: int = 9
     features: int = 33
     classes: int = 40

@@ -12,6 +12,7 @@ import tkernels
 import tkernels.functional as F
 import tkernels.nn as tnn
 from tests.library.common import check_autocast_in_compile, check_dropout_in_compile, compare_compiled, operators
+from tkernels.ops import activation as activations
 
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
 
@@ -30,7 +31,7 @@ def test_opcheck(activation: str | None, p: float, device: str) -> None:
 
 def test_operator_equals_the_function(device: str) -> None:
     x, w, b = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((5, 7), (6, 7), (6,)))
-    for activation in (None, "relu", "leaky_relu", "gelu", "silu"):
+    for activation in activations.ACTIVATIONS:
         y = torch.ops.tkernels.linear(x, w, b, activation, 0.0, None)[0]
         expected = F.linear(x, w, b, activation)
         torch.testing.assert_close(y, expected)

@@ -12,7 +12,7 @@ from torch import Tensor
 import tkernels
 from tests import tolerance
 from tkernels.functional import batch_norm
-from tkernels.ops.activation import apply as activate
+from tkernels.ops import activation as activations
 from tkernels.ops.batch_norm import counted_batch_norm
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
@@ -106,6 +106,8 @@ CASES = [
     Case((2, 5, 4, 3), "channels_last", residual="contiguous", activation="gelu"),
     Case((2, 5, 4, 3), residual="sliced", activation="silu", dtype=F16),
     Case((2, 5, 4, 3), residual="expanded", activation="leaky_relu"),
+    Case((2, 5, 4, 3), residual="contiguous", activation="relu6"),
+    Case((2, 5, 4, 3), "channels_last", residual="channels_last", activation="hardswish", dtype=BF16),
     Case((2, 5, 4, 3), residual="contiguous", activation="relu", frozen=("residual",)),
     Case((2, 5, 4, 3), residual="contiguous", activation="relu", frozen=("input", "weight", "bias")),
     Case((2, 5, 4, 3), "channels_last", residual="channels_last"),
@@ -179,7 +181,7 @@ def evaluate(case: Case, o: Operands, reference: bool) -> dict[str, Tensor]:
     arguments = (o.input, o.running_mean, o.running_var, o.weight, o.bias, case.training, 0.3, 1e-3)
     if reference:
         z = torch.nn.functional.batch_norm(*arguments)
-        y = activate(z if o.residual is None else z + o.residual, case.activation)
+        y = activations.apply(z if o.residual is None else z + o.residual, case.activation)
     else:
         y = batch_norm(*arguments, case.activation, o.residual)
     gradients = torch.autograd.grad(y, list(leaves.values()), o.dy)
@@ -287,13 +289,13 @@ def test_nan_and_inf_pass(activation: str | None, device: str) -> None:
     x = torch.randn(6, 4)
     x[0, 0], x[1, 1], x[2, 2] = float("nan"), float("inf"), float("-inf")
     mean, var = torch.zeros(4), torch.ones(4)
-    want = activate(torch.nn.functional.batch_norm(x, mean, var, training=True), activation)
+    want = activations.apply(torch.nn.functional.batch_norm(x, mean, var, training=True), activation)
     ours_mean, ours_var = torch.zeros(4).to(device), torch.ones(4).to(device)
     y = batch_norm(x.to(device), ours_mean, ours_var, training=True, activation=activation)
     for ours, theirs in ((y, want), (ours_mean, mean), (ours_var, var)):
         torch.testing.assert_close(ours.cpu(), theirs, equal_nan=True)
     y = batch_norm(x.to(device), torch.zeros(4).to(device), torch.ones(4).to(device), activation=activation)
-    want = activate(torch.nn.functional.batch_norm(x, torch.zeros(4), torch.ones(4)), activation)
+    want = activations.apply(torch.nn.functional.batch_norm(x, torch.zeros(4), torch.ones(4)), activation)
     torch.testing.assert_close(y.cpu(), want, equal_nan=True)
 
 
@@ -437,7 +439,7 @@ def test_saves_the_least(case: Case, kept: str, device: str) -> None:
 
 @pytest.mark.gate("torch")
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "gelu", "silu"])
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 def test_gradcheck(activation: str | None, training: bool) -> None:
     def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         mean, var = torch.full((3,), 0.2, dtype=F64), torch.full((3,), 1.5, dtype=F64)

@@ -136,7 +136,7 @@ def test_half(device: str, case: str, dtype: torch.dtype, launches: list[str], t
 
 
 @pytest.mark.parametrize("window", (1, 2))
-@pytest.mark.parametrize("activation", ("relu", "leaky_relu", "gelu", "silu"))
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS[1:])
 def test_activations(device: str, activation: str, window: int, launches: list[str], triton_runs: bool) -> None:
     """One tap: derivative in the prologue of both gradient products; several: one pass before them."""
     x = draw(device, (2, 17, 3, 4)).detach().contiguous(memory_format=CL).requires_grad_()

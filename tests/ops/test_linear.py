@@ -47,6 +47,8 @@ CASES = [
     Case((9,), 7, 5, (5,), "leaky_relu"),
     Case((9,), 7, 5, (5,), "gelu"),
     Case((9,), 7, 5, (5,), "silu"),
+    Case((9,), 7, 5, (5,), "relu6"),
+    Case((9,), 7, 5, (5,), "hardswish", BF16),
     # leading dimensions: none, one of size 1, several
     Case((), 7, 5, (5,), "relu"),
     Case((1,), 7, 5),
@@ -233,6 +235,36 @@ def test_nan_and_inf_stand_where_torch_puts_them(activation: str | None, device:
         (dx_want,) = torch.autograd.grad(want, x, dy)
     tolerance.assert_close(y, want, 7, scale=3.0)
     assert torch.equal(dx.cpu().isnan(), dx_want.isnan())
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16))
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS[1:])
+def test_the_ends_of_activations(activation: str, dtype: torch.dtype, device: str) -> None:
+    """Values and derivatives at and beside the points where a formula changes are torch's."""
+    values = [end + step for end in (-6.0, -3.0, 0.0, 3.0, 6.0) for step in (-0.0625, 0.0, 0.0625)]
+    x = torch.tensor(values, dtype=dtype)[:, None]
+    ours, theirs = (x.clone().to(place).requires_grad_() for place in (device, "cpu"))
+    y, want = (
+        linear(ours, torch.ones(1, 1, dtype=dtype, device=device), None, activation),
+        activations.apply(theirs, activation),
+    )
+    tolerance.assert_close(y, want.double(), 1, scale=6.0)
+    y.backward(torch.ones_like(y))
+    want.backward(torch.ones_like(want))
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    tolerance.assert_close(ours.grad, theirs.grad.double(), 1, scale=1.5)
+
+
+def test_dropout_leaves_the_upper_end_of_relu6(device: str) -> None:
+    """Kept values from 3 on are 6 and more after a division by 1 - p = 0.5, and still pass their gradient on."""
+    x = torch.linspace(-1, 8, 90, device=device)[:, None].requires_grad_()
+    y = linear(x, torch.ones(1, 1, device=device), None, "relu6", 0.5, True)
+    y.sum().backward()
+    kept = y != 0
+    assert kept[(x > 3) & (x < 6)].any()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.where(kept & (x < 6), 2.0, 0.0))
 
 
 def test_two_runs_give_the_same_bits(device: str) -> None:

@@ -16,7 +16,7 @@ def relu(x):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """The activation of float32 ``z``. ACTIVATION: None, 'relu', 'leaky_relu', 'gelu' (erf), 'silu'."""
+    """The activation of float32 ``z``. ACTIVATION: a name of tkernels.ops.activation ('gelu' is that of erf)."""
     if ACTIVATION == "relu":
         z = relu(z)
     elif ACTIVATION == "leaky_relu":
@@ -25,14 +25,17 @@ def activate(z, ACTIVATION: tl.constexpr):
         z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "silu":
         z = z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "relu6":
+        z = tl.minimum(relu(z), 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "hardswish":
+        z = z * (tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0))  # the factor comes to 1 exactly
     return z
 
 
 @triton.jit
 def activation_gradient(dy, saved, ACTIVATION: tl.constexpr):
-    """dy times the activation's derivative, in float32. ``saved``: the activation's output for 'relu' and
-    'leaky_relu' (its sign tells all), its input for 'gelu' and 'silu'. NaN outputs let the gradient through, as torch.
-    """
+    """dy times the activation's derivative, in float32. ``saved``: the activation's input, or its output where that
+    tells all ('relu', 'leaky_relu', 'relu6'). NaN outputs of those let the gradient through, as torch."""
     if ACTIVATION == "relu":
         dy = tl.where(saved <= 0, 0.0, dy)
     elif ACTIVATION == "leaky_relu":
@@ -43,6 +46,11 @@ def activation_gradient(dy, saved, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         s = 1.0 / (1.0 + tl.exp(-saved))
         dy = dy * s * (1.0 + saved * (1.0 - s))
+    elif ACTIVATION == "relu6":
+        dy = tl.where((saved <= 0) | (saved >= 6.0), 0.0, dy)
+    elif ACTIVATION == "hardswish":
+        slope = tl.where(saved >= 3.0, 1.0, saved * (1.0 / 3.0) + 0.5)
+        dy = tl.where(saved <= -3.0, 0.0, dy * slope)
     return dy
 
 

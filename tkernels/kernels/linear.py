@@ -363,8 +363,8 @@ def launch_dgrad(
     config: Config | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """dx [..., K] from dy [..., N] with dense rows, dense w [N, K] and what forward saved: y for 'relu' and
-    'leaky_relu', z for 'gelu' and 'silu', contiguous. ``p`` without a ``seed``: y tells what dropout kept ('relu')."""
+    """dx [..., K] from dy [..., N] with dense rows, dense w [N, K] and what forward saved, z or y
+    (activation.needs_input), contiguous. ``p`` without a ``seed``: y tells what dropout kept ('relu')."""
     n, k = w.shape
     m = _rows(dy)
     dx = dy.new_empty((*dy.shape[:-1], k))

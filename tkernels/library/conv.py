@@ -94,8 +94,7 @@ def conv2d_backward(
     needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input (if ``needs_input``, in ``dy``'s dtype, laid out as ``channels_last`` says), the weight
-    (where ``input`` is given) and the bias (where it is). ``saved``: conv2d's y for 'relu' and 'leaky_relu', its z for
-    'gelu' and 'silu'."""
+    (where ``input`` is given) and the bias (where it is). ``saved``: conv2d's z where that is kept, else its y."""
     g = _geometry(input_size, weight, stride, padding, dilation, groups)
     if runtime.use_triton(dy, weight):
         if input is not None and not g.flattened:

@@ -27,7 +27,7 @@ def linear(
     input: (\\*, in_features); weight: (out_features, in_features); bias: (out_features) or one element; all of one
     dtype. ``seed``: int64 (), dropout's, None for none.
     """
-    keep = activations.needs_input(activation)
+    keep = activations.needs_input(activation, p)
     if runtime.use_triton(input, weight, bias):
         x, w = kernels.dense_rows(input), kernels.dense_weight(weight)
         y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=keep)
@@ -48,7 +48,7 @@ def _(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     y = input.new_empty((*input.shape[:-1], weight.shape[0]))
-    return y, torch.empty_like(y) if activations.needs_input(activation) else common.nothing(y)
+    return y, torch.empty_like(y) if activations.needs_input(activation, p) else common.nothing(y)
 
 
 @torch.library.custom_op("tkernels::linear_backward", mutates_args=())
@@ -64,7 +64,7 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias: the input's where ``weight`` is given, the weight's where ``input`` is.
 
-    ``saved``: linear's y for 'relu' and 'leaky_relu', its z for 'gelu' and 'silu'. ``seed`` None with p > 0 (after a
+    ``saved``: linear's z where that is kept, else its y. ``seed`` None with p > 0 (after a
     ReLU): what is 0 in y was dropped or cut off, and passes nothing.
     """
     dx = dw = db = None
@@ -111,7 +111,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     input, weight, bias, activation, p, seed = inputs
     y, z = output
     needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    saved = None if activation is None else z if activations.needs_input(activation) else y
+    saved = None if activation is None else z if activations.needs_input(activation, p) else y
     ctx.mark_non_differentiable(z)
     ctx.save_for_backward(
         input if needs_weight else None, weight if needs_input else None, saved, seed if activation != "relu" else None

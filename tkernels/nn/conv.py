@@ -18,8 +18,8 @@ class Conv2d(torch.nn.Conv2d):
     (N, C_out, H_out, W_out) or without N.
 
     Parameters, their initialisation and the state_dict are torch.nn.Conv2d's. activation: None, 'relu', 'leaky_relu',
-    'gelu' or 'silu'; ValueError for another, otherwise errors as :func:`tkernels.functional.conv2d`. Padding modes
-    other than 'zeros' pad in a pass of their own.
+    'gelu', 'silu', 'relu6' or 'hardswish'; ValueError for another, otherwise errors as
+    :func:`tkernels.functional.conv2d`. Padding modes other than 'zeros' pad in a pass of their own.
     """
 
     activation: str | None = None  # what a torch.nn.Conv2d turned into this class does

@@ -8,9 +8,9 @@ from torch.compiler import is_dynamo_compiling
 
 from tkernels.ops import checks
 
-ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu")
-# The sign of their output tells the derivative; gelu and silu need their input.
-FROM_OUTPUT = ("relu", "leaky_relu")
+ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu", "relu6", "hardswish")
+# Their output tells the derivative; the others need their input.
+FROM_OUTPUT = ("relu", "leaky_relu", "relu6")
 # Bytes from which on ReLU in place pays in training; glibc maps larger buffers anew each time. (Measured: 0.93 to 0.97
 # of the speed at 8 MB, 1.1 to 1.2 times it from 32 MB on.)
 IN_PLACE = 1 << 25
@@ -23,9 +23,10 @@ def check(activation: str | None) -> None:
     checks.one_of("activation", activation, ACTIVATIONS)
 
 
-def needs_input(activation: str | None) -> bool:
-    """Whether backward needs the activation's input rather than its output."""
-    return activation is not None and activation not in FROM_OUTPUT
+def needs_input(activation: str | None, p: float = 0.0) -> bool:
+    """Whether backward needs the activation's input rather than its output, which dropout at ``p`` scales: its sign
+    stays, but ReLU6's upper end moves."""
+    return activation is not None and (activation not in FROM_OUTPUT or (activation == "relu6" and p > 0))
 
 
 def apply(z: Tensor, activation: str | None) -> Tensor:
@@ -38,7 +39,9 @@ def apply(z: Tensor, activation: str | None) -> Tensor:
         return torch.nn.functional.leaky_relu(z, LEAKY_SLOPE)
     if activation == "gelu":
         return torch.nn.functional.gelu(z)
-    return torch.nn.functional.silu(z)
+    if activation == "silu":
+        return torch.nn.functional.silu(z)
+    return torch.nn.functional.relu6(z) if activation == "relu6" else torch.nn.functional.hardswish(z)
 
 
 def apply_to_own(z: Tensor, activation: str | None, dims: int) -> Tensor:
@@ -56,7 +59,8 @@ def _is_large(z: Tensor) -> bool:
 
 
 def gradient(dy: Tensor, saved: Tensor | None, activation: str | None) -> Tensor:
-    """``dy`` times the derivative. ``saved``: the output for 'relu' and 'leaky_relu', the input for the others."""
+    """``dy`` times the derivative. ``saved``: the output for FROM_OUTPUT (or the input: it tells the same),
+    the input for the others."""
     if activation is None:
         return dy
     if activation == "relu":
@@ -65,4 +69,6 @@ def gradient(dy: Tensor, saved: Tensor | None, activation: str | None) -> Tensor
         return aten.leaky_relu_backward(dy, saved, LEAKY_SLOPE, True)
     if activation == "gelu":
         return aten.gelu_backward(dy, saved)
-    return aten.silu_backward(dy, saved)
+    if activation == "silu":
+        return aten.silu_backward(dy, saved)
+    return aten.hardtanh_backward(dy, saved, 0, 6) if activation == "relu6" else aten.hardswish_backward(dy, saved)

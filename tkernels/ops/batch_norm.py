@@ -467,8 +467,8 @@ class _BatchNorm(torch.autograd.Function):
     """Batch norm on Triton.
 
     Saved are the input and C-sized vectors: with batch statistics x is needed for dx anyway, so the activation's
-    input is computed again from it, which also reads less than a saved output. A residual hides that input: relu and
-    leaky_relu then read the saved output's sign (the next layer keeps the output alive), gelu and silu the residual.
+    input is computed again from it, which also reads less than a saved output. A residual hides that input: where
+    the output tells the derivative it is read instead (the next layer keeps it alive), else the residual is.
     With given statistics and frozen parameters the output alone does, and x is not kept.
     """
 

@@ -42,7 +42,7 @@ def conv2d(
     input: (N, C_in, H, W) or (C_in, H, W); weight: (C_out, C_in / groups, kernel_h, kernel_w); bias: (C_out).
     Result: (N, C_out, H_out, W_out) or without N, in the input's dtype or the autocast dtype; channels_last where the
     input or the weight is. stride, padding, dilation: an int or a pair; padding also 'same' or 'valid'.
-    activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf) or 'silu'.
+    activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf), 'silu', 'relu6' or 'hardswish'.
 
     Raises TypeError for an argument of the wrong type, ValueError for an unknown activation, RuntimeError for values,
     shapes, dtypes or devices that do not go together.

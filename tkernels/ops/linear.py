@@ -34,8 +34,8 @@ def linear(
 
     input: (\\*, in_features); weight: (out_features, in_features) or (in_features); bias: (out_features) or whatever
     broadcasts as in torch.nn.functional.linear; result: (\\*, out_features), in the input's or the autocast dtype.
-    activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf) or 'silu'. A dropped element passes a gradient
-    of 0 behind a ReLU, even where an infinite one comes in (torch: NaN).
+    activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf), 'silu', 'relu6' or 'hardswish'. A dropped element
+    passes a gradient of 0 behind a ReLU, even where an infinite one comes in (torch: NaN).
 
     Raises TypeError for an argument that is not a tensor, ValueError for an unknown activation or a ``dropout_p``
     outside [0, 1], RuntimeError for shapes, dtypes or devices that do not go together.
@@ -203,7 +203,7 @@ def _forward(
     input, weight, bias, seed = cast(Any, tensors)
     needs_input, needs_weight, _ = needs
     x, w = kernels.dense_rows(input), kernels.dense_weight(weight)
-    y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=activations.needs_input(activation))
+    y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=activations.needs_input(activation, p))
     saved = None if activation is None else z if z is not None else y
     return y, x if needs_weight else None, w if needs_input else None, saved, seed if _saves_seed(activation) else None
 
