@@ -85,8 +85,8 @@ def test_conv_stage(given: bool, pool: bool, kernel: int, device: str) -> None:
         vectors += [draw(device, c), draw(device, c), draw(device, c)]
         vectors += [torch.randn(c), torch.rand(c) + 0.5] if given else [torch.empty(0), torch.empty(0)]
     vectors = [t.to(device) if not t.requires_grad else t for t in vectors]
-    args = (x, weights, vectors, [1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1], [1e-5, 1e-4],
-            [2, 2, 2, 2, 0, 0] if pool else [1, 1, 1, 1, 0, 0], 0.0, None, torch.float32, True)  # fmt: skip
+    args = (x, weights, vectors, [1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1], [1e-5, 1e-4], [1, 1],
+            None, [2, 2, 2, 2, 0, 0] if pool else [1, 1, 1, 1, 0, 0], 0.0, None, torch.float32, True)  # fmt: skip
     torch.library.opcheck(ops.conv_stage, args)
     layers = [
         F.ConvBNLayer(weights[i], *(t if t.numel() else None for t in vectors[5 * i : 5 * i + 5]), padding="same",
@@ -103,7 +103,7 @@ def test_conv_stage_replays_dropout(device: str) -> None:
     none = torch.empty(0, device=device)
     seed = torch.tensor(5, device=device)
     y = ops.conv_stage(
-        x, [w], [none] * 5, [1, 1, 0, 0, 1, 1, 1], [1e-5], [1, 1, 1, 1, 0, 0], 0.5, seed, torch.float32, True
+        x, [w], [none] * 5, [1, 1, 0, 0, 1, 1, 1], [1e-5], [1], None, [1, 1, 1, 1, 0, 0], 0.5, seed, torch.float32, True
     )[0]
     dropped = (y == 0).flatten(2).all(2)
     assert 0.2 < dropped.float().mean() < 0.8

@@ -161,7 +161,7 @@ def test_pointwise_products_normalise_what_they_load(
     x, w, dy = x.to(device), w.to(device), dy.to(device)
     y, _ = pointwise.launch_forward(x, norm, conv.launch_pack(w, g, dtype), None, g, config=UNEVEN)
     assert_close(y, truth, c_in, name="y")
-    workspace = pointwise.launch_wgrad(x, norm, dy, g, UNEVEN_SUMS)
+    workspace = pointwise.launch_wgrad(x, norm, dy, g, config=UNEVEN_SUMS)
     dw, _ = conv_backward.launch_merge(workspace, g, w, None, MERGE)
     assert_close(dw, dw_truth, 70, name="dw")
 

@@ -2,7 +2,7 @@
 
 In training the convolution stores its raw output and, from the epilogue, partial statistics that batch_norm's finalise
 kernel merges; in evaluation the epilogue normalises and activates. The stage's end is one pass over the raw output:
-batch norm, ReLU, max pooling and Dropout2d, of which only the pooled result is stored. Maps are NHWC.
+batch norm, activation, max pooling and Dropout2d, of which only the pooled result is stored. Maps are NHWC.
 """
 
 from __future__ import annotations
@@ -51,16 +51,18 @@ def column_sums(tile, EXACT: tl.constexpr):
 
 # One program: a [BLOCK_M output pixels, BLOCK_N channels of one group] tile of y = conv(x, w) + bias, and its
 # statistics in the form of batch_norm's statistics_kernel: shift, mean - shift, M2 [3, tiles_m, C_out] and counts
-# [tiles_m] (program 0 counts the batch). Without partials_ptr, y = relu(batch_norm(...)) from given statistics.
+# [tiles_m] (program 0 counts the batch). Without partials_ptr, y = activation(batch_norm(...) + residual) from given
+# statistics; the residual is laid out as y.
 # Grid: (pixel tiles x channel tiles,), grouped for L2.
 @triton.jit(do_not_specialize=["eps", "pixels", "tiles_m", "height", "width", "out_w", "x_stride_n"])
-def conv_stage_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, partials_ptr, counter_ptr, mean_ptr, var_ptr, bn_weight_ptr,
-                      bn_bias_ptr, eps, pixels, tiles_m, height, width, out_w, out_pixels, groups, group_in, group_out,
-                      x_stride_n, x_stride_c, x_stride_h, x_stride_w, IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
-                      FLAT: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
-                      STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr,
-                      DILATION_W: tl.constexpr, HALO: tl.constexpr, NCHW: tl.constexpr, PRECISION: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def conv_stage_kernel(x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, partials_ptr, counter_ptr, mean_ptr, var_ptr,
+                      bn_weight_ptr, bn_bias_ptr, eps, pixels, tiles_m, height, width, out_w, out_pixels, groups,
+                      group_in, group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, IN_UNIT: tl.constexpr,
+                      OUT_UNIT: tl.constexpr, FLAT: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+                      STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+                      DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, HALO: tl.constexpr, NCHW: tl.constexpr,
+                      ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_K: tl.constexpr):  # fmt: skip
     group_in *= IN_UNIT
     group_out *= OUT_UNIT
     channels = groups * group_out
@@ -87,12 +89,16 @@ def conv_stage_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, partials_ptr, counter_ptr, 
     channel = group * group_out + offs_n
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    offsets = pixel_offsets(image, inside, first, out_pixels, channels, channel, NCHW, BLOCK_M)
+    mask = in_range[:, None] & mask_n[None, :]
     if partials_ptr is None:
         mean, scale, shift = load_scale(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, channel, mask_n, channels, eps)
-        acc = common.relu(tl.fma(acc - mean[None, :], scale[None, :], shift[None, :]))
-    offsets = pixel_offsets(image, inside, first, out_pixels, channels, channel, NCHW, BLOCK_M)
+        acc = tl.fma(acc - mean[None, :], scale[None, :], shift[None, :])
+        if residual_ptr is not None:
+            acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        acc = common.activate(acc, ACTIVATION)
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offsets, y, mask=in_range[:, None] & mask_n[None, :])
+    tl.store(y_ptr + offsets, y, mask=mask)
     if partials_ptr is not None:
         tile_statistics(y, partials_ptr, pid_m, tiles_m, in_range, tl.minimum(pixels - first, BLOCK_M), channels,
                         channel, mask_n, pid_n == 0)  # fmt: skip
@@ -197,8 +203,8 @@ def load_pixels(x_ptr, origin, row, col, inside, width, channels, offs_c, mask_c
 
 @triton.jit
 def window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, height, width, channels, offs_c, mask_c,
-                mean, scale, shift, KERNEL_W: tl.constexpr, BORDER: tl.constexpr,
-                NORMALIZE: tl.constexpr):  # fmt: skip
+                mean, scale, shift, KERNEL_W: tl.constexpr, BORDER: tl.constexpr, NORMALIZE: tl.constexpr,
+                ACTIVATION: tl.constexpr):  # fmt: skip
     """One tap of window_best."""
     row = top + tap // KERNEL_W
     col = left + tap % KERNEL_W
@@ -209,7 +215,7 @@ def window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, hei
     if NORMALIZE:
         # rounded as the unpooled activation would be: ties are those of the dtype
         d = value - mean[None, :]
-        value = common.relu(tl.fma(d, scale[None, :], shift[None, :]))
+        value = common.activate(tl.fma(d, scale[None, :], shift[None, :]), ACTIVATION)
         value = value.to(x_ptr.dtype.element_ty).to(tl.float32)
     take = (value > best) | (value != value)
     if BORDER:
@@ -220,7 +226,7 @@ def window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, hei
 @triton.jit
 def window_best(x_ptr, origin, top, left, inside, height, width, channels, offs_c, mask_c, mean, scale, shift,
                 KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, BORDER: tl.constexpr, NORMALIZE: tl.constexpr,
-                BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """For windows at (top, left): the largest activation, the tap it is at, and x - mean there, [BLOCK_P, BLOCK_C].
 
     Of equals the first in window order, and NaN above all, as torch.max_pool2d.
@@ -232,12 +238,12 @@ def window_best(x_ptr, origin, top, left, inside, height, width, channels, offs_
         for tap in tl.static_range(KERNEL_H * KERNEL_W):
             best, which, centred = window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, height,
                                                width, channels, offs_c, mask_c, mean, scale, shift, KERNEL_W, BORDER,
-                                               NORMALIZE)  # fmt: skip
+                                               NORMALIZE, ACTIVATION)  # fmt: skip
     else:
         for tap in range(KERNEL_H * KERNEL_W):
             best, which, centred = window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, height,
                                                width, channels, offs_c, mask_c, mean, scale, shift, KERNEL_W, BORDER,
-                                               NORMALIZE)  # fmt: skip
+                                               NORMALIZE, ACTIVATION)  # fmt: skip
     return best, which, centred
 
 
@@ -248,12 +254,13 @@ def keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C: tl.const
 
 
 # One program: a [BLOCK_P output pixels of one image, BLOCK_C channels] tile of
-# y = dropout2d(max_pool(relu(batch_norm(x)))); without mean_ptr only pooled. Grid: (images x tiles, channel tiles).
+# y = dropout2d(max_pool(activation(batch_norm(x)))); without mean_ptr only pooled.
+# Grid: (images x tiles, channel tiles).
 @triton.jit(do_not_specialize=["eps", "p", "tiles", "height", "width", "out_w", "out_pixels"])
 def stage_end_kernel(x_ptr, y_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, p, tiles, height, width,
                      out_w, out_pixels, channels, UNIT: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
                      STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-                     BORDER: tl.constexpr, NCHW: tl.constexpr, BLOCK_P: tl.constexpr,
+                     BORDER: tl.constexpr, NCHW: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr,
                      BLOCK_C: tl.constexpr):  # fmt: skip
     channels *= UNIT
     NORMALIZE: tl.constexpr = mean_ptr is not None
@@ -271,7 +278,7 @@ def stage_end_kernel(x_ptr, y_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias
     left = offs_p % out_w * STRIDE_W - PAD_W
     y, _which, _centred = window_best(x_ptr, image * height * width, top, left, mask_p, height, width, channels,
                                       offs_c, mask_c, mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, NORMALIZE,
-                                      BLOCK_P, BLOCK_C)  # fmt: skip
+                                      ACTIVATION, BLOCK_P, BLOCK_C)  # fmt: skip
     if seed_ptr is not None:
         y *= keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C)
     if NCHW:
@@ -292,20 +299,25 @@ def pooling_window(pool: Pooling) -> dict[str, Any]:
 
 def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, norm: Norm | None = None,
                 num_batches_tracked: Tensor | None = None, channels_last: bool = True,
+                activation: str | None = "relu", residual: Tensor | None = None,
                 config: Config | None = None) -> tuple[Tensor, Partials | None]:  # fmt: skip
     """The raw output conv(x, w) + bias and its partial statistics, or, with a ``norm`` of given statistics,
-    relu(batch_norm(conv(x, w) + bias)) and None. ``x``, ``packed``: as for conv's launch_forward.
+    activation(batch_norm(conv(x, w) + bias) + residual) and None. ``x``, ``packed``: as for conv's launch_forward;
+    ``residual``: laid out as the output.
 
     Adds one to ``num_batches_tracked`` (int64, shape ()) where given.
     """
     n = x.shape[0]
     y = empty_pixels(x, (n, g.out_channels, g.out_h, g.out_w), packed.dtype, channels_last)
     precision = runtime.dot_precision(packed.dtype, "conv")
+    if norm is None:
+        activation = None  # what the statistics are of does not depend on it
     config = config or autotune.pick(
-        "conv_stage forward", n, (g, packed.dtype, precision, norm is None, channels_last),
+        "conv_stage forward", n,
+        (g, packed.dtype, precision, norm is None, channels_last, activation, residual is not None),
         tuning.forward(g, packed.dtype, precision, channels_last),
         # nothing is counted while it is timed
-        lambda c: launch_conv(x, packed, bias, g, norm, None, channels_last, c),
+        lambda c: launch_conv(x, packed, bias, g, norm, None, channels_last, activation, residual, c),
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     out_pixels = g.out_h * g.out_w
@@ -317,10 +329,10 @@ def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, nor
         partials = Partials(x.new_empty(tiles_m * (3 * g.out_channels + 1), dtype=torch.float32), tiles_m)
     launch(
         conv_stage_kernel, grid,
-        x, packed, bias, y, partials and partials.data, num_batches_tracked, *(norm or NO_NORM), n * out_pixels,
-        tiles_m, g.height, g.width, g.out_w, out_pixels, g.groups, group_in, group_out, *strides,
+        x, packed, bias, residual, y, partials and partials.data, num_batches_tracked, *(norm or NO_NORM),
+        n * out_pixels, tiles_m, g.height, g.width, g.out_w, out_pixels, g.groups, group_in, group_out, *strides,
         IN_UNIT=in_unit, OUT_UNIT=out_unit, FLAT=g.flattened, HALO=g.halo, NCHW=not channels_last,
-        PRECISION=precision, **window(g), **config.options(),
+        ACTIVATION=activation, PRECISION=precision, **window(g), **config.options(),
     )  # fmt: skip
     return y, partials and launch_fold(partials, g.out_channels, fold_statistics_kernel)
 
@@ -346,13 +358,16 @@ def launch_fold(partials: Partials, channels: int, kernel: Any, config: Config |
 
 
 def launch_end(x: Tensor, pool: Pooling, norm: Norm | None, p: float = 0.0, seed: Tensor | None = None,
-               channels_last: bool = True, config: Config | None = None) -> Tensor:  # fmt: skip
-    """dropout2d(max_pool(relu(batch_norm(x)))) of an NHWC map, or its max pooling alone where ``norm`` is None.
+               channels_last: bool = True, activation: str | None = "relu",
+               config: Config | None = None) -> Tensor:  # fmt: skip
+    """dropout2d(max_pool(activation(batch_norm(x)))) of an NHWC map, or its max pooling alone where ``norm`` is None.
 
     ``seed``: None for no dropout. ``channels_last``: the output's memory format.
     """
     n, channels = x.shape[:2]
     y = empty_pixels(x, (n, channels, pool.out_h, pool.out_w), x.dtype, channels_last)
+    if norm is None:
+        activation = None
     config = config or tuning.end(channels, pool)
     unit = conv_tuning.unit(channels)
     out_pixels = pool.out_h * pool.out_w
@@ -360,6 +375,7 @@ def launch_end(x: Tensor, pool: Pooling, norm: Norm | None, p: float = 0.0, seed
     launch(
         stage_end_kernel, (n * tiles, cdiv(channels, config["BLOCK_C"])),
         x, y, seed, *(norm or NO_NORM), p, tiles, pool.height, pool.width, pool.out_w, out_pixels,
-        channels // unit, UNIT=unit, NCHW=not channels_last, **pooling_window(pool), **config.options(),
+        channels // unit, UNIT=unit, NCHW=not channels_last, ACTIVATION=activation, **pooling_window(pool),
+        **config.options(),
     )  # fmt: skip
     return y

@@ -1,8 +1,8 @@
 """A conv stage on Triton, backward: the stage's end replayed, and the input gradient with batch norm in its epilogue.
 
-Nothing was kept of pooling, dropout and ReLU: each pass finds the window's maximum again from the raw output and draws
-the dropout factors again from the seed. Sums for batch norm's gradients come as partials in the form of batch_norm's
-gradient_sums_kernel.
+Nothing was kept of pooling, dropout and activation: each pass finds the window's maximum again from the raw output and
+draws the dropout factors again from the seed. Sums for batch norm's gradients come as partials in the form of
+batch_norm's gradient_sums_kernel.
 """
 
 from __future__ import annotations
@@ -62,6 +62,14 @@ def raw_gradient(dz, centred, coefficients_ptr, scale, offs_c, mask_c, channels)
     return dz * scale[None, :]
 
 
+@triton.jit
+def pooled_gradient(dy, best, centred, scale, shift, ACTIVATION: tl.constexpr):
+    """The gradient of batch norm's output at windows' maxima, by the activation's output there or its input."""
+    if ACTIVATION == "gelu" or ACTIVATION == "silu" or ACTIVATION == "hardswish":
+        best = tl.fma(centred, scale[None, :], shift[None, :])
+    return common.activation_gradient(dy, best, ACTIVATION)
+
+
 # One program: over a run of units_each tiles [BLOCK_P windows of one image, BLOCK_C channels], the sums of dz and of
 # dz * (x - mean), where dz is the gradient of batch norm's output, not 0 at each window's maximum only.
 # Grid: (producers, channel tiles).
@@ -72,7 +80,7 @@ def stage_sums_kernel(dy_ptr, x_ptr, partials_ptr, seed_ptr, mean_ptr, var_ptr, 
                       dy_stride_c, dy_stride_h, dy_stride_w, UNIT: tl.constexpr, DENSE: tl.constexpr,
                       KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
                       STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, BORDER: tl.constexpr,
-                      BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                      ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     channels *= UNIT
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     first_channel = tl.program_id(1) * BLOCK_C
@@ -91,13 +99,13 @@ def stage_sums_kernel(dy_ptr, x_ptr, partials_ptr, seed_ptr, mean_ptr, var_ptr, 
         col = offs_p % out_w
         best, _which, centred = window_best(x_ptr, image * height * width, row * STRIDE_H - PAD_H,
                                             col * STRIDE_W - PAD_W, mask_p, height, width, channels, offs_c, mask_c,
-                                            mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, True, BLOCK_P,
-                                            BLOCK_C)  # fmt: skip
+                                            mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, True, ACTIVATION,
+                                            BLOCK_P, BLOCK_C)  # fmt: skip
         dz = load_pooled(dy_ptr, image, row, col, mask_p, out_w, out_pixels, channels, offs_c, mask_c, dy_stride_n,
                          dy_stride_c, dy_stride_h, dy_stride_w, DENSE)  # fmt: skip
         if seed_ptr is not None:
             dz *= keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C)
-        dz = tl.where(mask_p[:, None], common.activation_gradient(dz, best, "relu"), 0.0)
+        dz = tl.where(mask_p[:, None], pooled_gradient(dz, best, centred, scale, shift, ACTIVATION), 0.0)
         plain += dz
         times_x = tl.fma(dz, tl.where(mask_p[:, None], centred, 0.0), times_x)
     total, rest = column_sums(plain, EXACT)
@@ -115,7 +123,7 @@ def stage_gradient_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mea
                           dy_stride_c, dy_stride_h, dy_stride_w, UNIT: tl.constexpr, DENSE: tl.constexpr,
                           KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
                           STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, BORDER: tl.constexpr,
-                          BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                          ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     channels *= UNIT
     image = (tl.program_id(0) // tiles).to(tl.int64)
     offs_p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -130,14 +138,14 @@ def stage_gradient_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mea
     top = row * STRIDE_H - PAD_H
     left = col * STRIDE_W - PAD_W
     origin = image * height * width
-    best, which, _centred = window_best(x_ptr, origin, top, left, has_window, height, width, channels, offs_c, mask_c,
-                                        mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, True, BLOCK_P,
-                                        BLOCK_C)  # fmt: skip
+    best, which, centred = window_best(x_ptr, origin, top, left, has_window, height, width, channels, offs_c, mask_c,
+                                       mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, True, ACTIVATION, BLOCK_P,
+                                       BLOCK_C)  # fmt: skip
     dz = load_pooled(dy_ptr, image, row, col, has_window, out_w, out_h * out_w, channels, offs_c, mask_c, dy_stride_n,
                      dy_stride_c, dy_stride_h, dy_stride_w, DENSE)  # fmt: skip
     if seed_ptr is not None:
         dz *= keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C)
-    dz = common.activation_gradient(dz, best, "relu")
+    dz = pooled_gradient(dz, best, centred, scale, shift, ACTIVATION)
     UNROLL: tl.constexpr = STRIDE_H * STRIDE_W if STRIDE_H * STRIDE_W <= 16 else 1
     for tap in tl.range(0, STRIDE_H * STRIDE_W, loop_unroll_factor=UNROLL):
         in_row = tap // STRIDE_W
@@ -161,8 +169,8 @@ def stage_overlap_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean
                          eps, p, tiles, height, width, out_h, out_w, channels, dy_stride_n, dy_stride_c, dy_stride_h,
                          dy_stride_w, UNIT: tl.constexpr, DENSE: tl.constexpr, KERNEL_H: tl.constexpr,
                          KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-                         PAD_H: tl.constexpr, PAD_W: tl.constexpr, BORDER: tl.constexpr, BLOCK_P: tl.constexpr,
-                         BLOCK_C: tl.constexpr):  # fmt: skip
+                         PAD_H: tl.constexpr, PAD_W: tl.constexpr, BORDER: tl.constexpr, ACTIVATION: tl.constexpr,
+                         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     channels *= UNIT
     image = (tl.program_id(0) // tiles).to(tl.int64)
     offs_p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -184,14 +192,14 @@ def stage_overlap_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean
         left = col * STRIDE_W - PAD_W
         covers = mask_p & (row >= 0) & (row < out_h) & (y - top < KERNEL_H)
         covers = covers & (col >= 0) & (col < out_w) & (x - left < KERNEL_W)
-        best, which, _centred = window_best(x_ptr, origin, top, left, covers, height, width, channels, offs_c, mask_c,
-                                            mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, True, BLOCK_P,
-                                            BLOCK_C)  # fmt: skip
+        best, which, at_best = window_best(x_ptr, origin, top, left, covers, height, width, channels, offs_c, mask_c,
+                                           mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, True, ACTIVATION, BLOCK_P,
+                                           BLOCK_C)  # fmt: skip
         dy = load_pooled(dy_ptr, image, row, col, covers, out_w, out_h * out_w, channels, offs_c, mask_c,
                          dy_stride_n, dy_stride_c, dy_stride_h, dy_stride_w, DENSE)  # fmt: skip
         tap = (y - top) * KERNEL_W + x - left
         chosen = covers[:, None] & (which == tap[:, None])
-        dz += tl.where(chosen, common.activation_gradient(dy, best, "relu"), 0.0)
+        dz += tl.where(chosen, pooled_gradient(dy, best, at_best, scale, shift, ACTIVATION), 0.0)
     if seed_ptr is not None:
         dz *= keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C)
     centred = load_pixels(x_ptr, origin, y, x, mask_p, width, channels, offs_c, mask_c) - mean[None, :]
@@ -201,7 +209,7 @@ def stage_overlap_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean
 
 
 # One program: a [BLOCK_M input pixels of one phase, BLOCK_N channels of one group] tile of
-# dz = relu'(batch_norm(x)) * dgrad(dy), where x is the layer before's raw output, and the sums of dz and of
+# dz = activation'(batch_norm(x)) * dgrad(dy), where x is the layer before's raw output, and the sums of dz and of
 # dz * (x - mean). Grid: (pixel tiles of the largest phase x channel tiles, phases).
 @triton.jit(do_not_specialize=["eps", "images", "tiles_m", "height", "width", "out_h", "out_w"])
 def conv_stage_dgrad_kernel(dy_ptr, w_ptr, x_ptr, dz_ptr, partials_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps,
@@ -211,8 +219,8 @@ def conv_stage_dgrad_kernel(dy_ptr, w_ptr, x_ptr, dz_ptr, partials_ptr, mean_ptr
                             KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
                             PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr,
                             DILATION_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
-                            PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                            BLOCK_K: tl.constexpr):  # fmt: skip
+                            ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+                            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     group_in *= IN_UNIT
     group_out *= OUT_UNIT
     channels = groups * group_in
@@ -246,7 +254,7 @@ def conv_stage_dgrad_kernel(dy_ptr, w_ptr, x_ptr, dz_ptr, partials_ptr, mean_ptr
     z = tl.fma(centred, scale[None, :], shift[None, :])
     # the sum keeps what picks from the accumulators apart from them: else ptxas runs wgmma one at a time (C7514), under
     # Triton 3.6 with 32 channels
-    dz = common.activation_gradient(acc + 0.0, z, "relu").to(dz_ptr.dtype.element_ty)
+    dz = common.activation_gradient(acc + 0.0, z, ACTIVATION).to(dz_ptr.dtype.element_ty)
     tl.store(dz_ptr + offsets, dz, mask=mask)
     # the sums are of what is stored
     value = tl.where(mask, dz.to(tl.float32), 0.0)
@@ -266,7 +274,7 @@ def _strides_of_phases(g: Geometry) -> dict[str, Any]:
 
 
 def launch_end_sums(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, p: float = 0.0, seed: Tensor | None = None,
-                    config: Config | None = None) -> Partials:  # fmt: skip
+                    activation: str | None = "relu", config: Config | None = None) -> Partials:  # fmt: skip
     """Partial sums for batch norm's gradients from the stage's incoming gradient (any strides) and the raw map x."""
     n, channels = x.shape[:2]
     config = config or tuning.end_sums(channels, pool)
@@ -280,14 +288,14 @@ def launch_end_sums(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, p: float =
     launch(
         stage_sums_kernel, (producers, cdiv(channels, config["BLOCK_C"])),
         dy, x, partials, seed, *norm, p, n * tiles, each, producers, tiles, pool.height, pool.width, pool.out_w,
-        out_pixels, channels // unit, *strides, UNIT=unit, DENSE=dense, **pooling_window(pool),
+        out_pixels, channels // unit, *strides, UNIT=unit, DENSE=dense, ACTIVATION=activation, **pooling_window(pool),
         **config.options(),
     )  # fmt: skip
     return Partials(partials, producers)
 
 
 def launch_end_gradient(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, coefficients: Tensor | None,
-                        p: float = 0.0, seed: Tensor | None = None,
+                        p: float = 0.0, seed: Tensor | None = None, activation: str | None = "relu",
                         config: Config | None = None) -> Tensor:  # fmt: skip
     """The raw map's gradient, NHWC. ``coefficients``: batch_norm's, None where the statistics were given."""
     n, channels = x.shape[:2]
@@ -306,7 +314,7 @@ def launch_end_gradient(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, coeffi
     launch(
         kernel, (n * tiles, cdiv(channels, config["BLOCK_C"])),
         dy, x, dx, seed, coefficients, *norm, p, tiles, *sizes, channels // unit, *strides, UNIT=unit,
-        DENSE=dense, **pooling_window(pool), **config.options(),
+        DENSE=dense, ACTIVATION=activation, **pooling_window(pool), **config.options(),
     )  # fmt: skip
     return dx
 
@@ -317,15 +325,16 @@ def gradient_strides(dy: Tensor) -> tuple[bool, tuple[int, ...]]:
 
 
 def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, x: Tensor, norm: Norm, transposed: bool = False,
+                 activation: str | None = "relu",
                  config: Config | None = None) -> tuple[Tensor, Partials]:  # fmt: skip
     """dz, the gradient of the layer before's batch norm output, and its partial sums. ``x``: that layer's raw output;
-    the rest as for conv's launch_dgrad."""
+    ``activation``: that layer's; the rest as for conv's launch_dgrad."""
     n = dy.shape[0]
     dz = empty_pixels(dy, (n, g.in_channels, g.height, g.width), x.dtype, channels_last=True)
     precision = runtime.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
-        "conv_stage dgrad", n, (g, dy.dtype, precision), tuning.dgrad(g, dy.dtype, precision),
-        lambda c: launch_dgrad(dy, packed, g, x, norm, transposed, c),
+        "conv_stage dgrad", n, (g, dy.dtype, precision, activation), tuning.dgrad(g, dy.dtype, precision),
+        lambda c: launch_dgrad(dy, packed, g, x, norm, transposed, activation, c),
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     phases = math.prod(g.phases)
@@ -336,6 +345,7 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, x: Tensor, norm: Norm,
         conv_stage_dgrad_kernel, grid,
         dy, packed, x, dz, partials, *norm, n, tiles_m, g.height, g.width, g.out_h, g.out_w, g.height * g.width,
         g.groups, group_in, group_out, IN_UNIT=in_unit, OUT_UNIT=out_unit, PADDED=g.flattened,
-        TRANSPOSED=transposed, PRECISION=precision, **_strides_of_phases(g), **window(g), **config.options(),
+        TRANSPOSED=transposed, ACTIVATION=activation, PRECISION=precision, **_strides_of_phases(g), **window(g),
+        **config.options(),
     )  # fmt: skip
     return dz, launch_fold(Partials(partials, tiles_m * phases), g.in_channels, fold_sums_kernel)

@@ -1,6 +1,6 @@
 """1x1 convolutions of a conv stage that normalise and activate their input as they load it.
 
-The layer before leaves its raw output; its activation relu(batch_norm(x)) is formed in the prologue of the two products
+The layer before leaves its raw output; its activation of batch_norm(x) is formed in the prologue of the two products
 that read it, forward and weight gradient, and never stored. Maps are NHWC, which here is a matrix [pixels, channels].
 
 In both the computed operand is the right one, as in kernels/linear.py's input gradient, and for its reason.
@@ -26,19 +26,20 @@ from tkernels.tuning.conv import Geometry
 
 
 @triton.jit
-def load_activation(x_ptr, offsets, mask, mean, scale, shift, dtype: tl.constexpr):
-    """relu(batch_norm(x)) in ``dtype``, as the unfused pass would store it; 0 where masked."""
+def load_activation(x_ptr, offsets, mask, mean, scale, shift, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
+    """activation(batch_norm(x)) in ``dtype``, as the unfused pass would store it; 0 where masked."""
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, common.relu(tl.fma(x - mean, scale, shift)), 0.0).to(dtype)
+    return tl.where(mask, common.activate(tl.fma(x - mean, scale, shift), ACTIVATION), 0.0).to(dtype)
 
 
-# One program: a [BLOCK_M pixels, BLOCK_N output channels] tile of y = relu(batch_norm(x)) @ w^T + bias and its
+# One program: a [BLOCK_M pixels, BLOCK_N output channels] tile of y = activation(batch_norm(x)) @ w^T + bias and its
 # statistics, in the form of conv_stage_kernel's. Grid: (pixel tiles x channel tiles,), grouped for L2.
 @triton.jit(do_not_specialize=["eps", "pixels", "tiles_m"])
 def pointwise_forward_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, w_ptr, bias_ptr, y_ptr,
                              partials_ptr, counter_ptr, pixels, tiles_m, channels_in, channels_out,
-                             IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, PRECISION: tl.constexpr,
-                             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+                             IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ACTIVATION: tl.constexpr,
+                             PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                             BLOCK_K: tl.constexpr):  # fmt: skip
     channels_in *= IN_UNIT
     channels_out *= OUT_UNIT
     if counter_ptr is not None:
@@ -59,7 +60,7 @@ def pointwise_forward_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_pt
                                         eps)  # fmt: skip
         a = load_activation(x_ptr, rows[:, None] * channels_in + offs_k[None, :],
                             in_range[:, None] & mask_k[None, :], mean[None, :], scale[None, :], shift[None, :],
-                            w_ptr.dtype.element_ty)  # fmt: skip
+                            ACTIVATION, w_ptr.dtype.element_ty)  # fmt: skip
         w = tl.load(w_ptr + offs_n.to(tl.int64)[:, None] * channels_in + offs_k[None, :],
                     mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # fmt: skip
         acc = tl.dot(w, tl.trans(a), acc, input_precision=PRECISION)
@@ -72,13 +73,13 @@ def pointwise_forward_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_pt
                     offs_n, mask_n, pid_n == 0)  # fmt: skip
 
 
-# One program: over one run of pixels, a tile of dy^T @ relu(batch_norm(x)), BLOCK_M output channels by BLOCK_N input
-# channels, BLOCK_N by BLOCK_M if not OUT_ON_ROWS, in conv_wgrad_kernel's workspace. Grid: (tiles, runs).
+# One program: over one run of pixels, a tile of dy^T @ activation(batch_norm(x)), BLOCK_M output channels by BLOCK_N
+# input channels, BLOCK_N by BLOCK_M if not OUT_ON_ROWS, in conv_wgrad_kernel's workspace. Grid: (tiles, runs).
 @triton.jit(do_not_specialize=["eps", "pixels", "run"])
 def pointwise_wgrad_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, dy_ptr, workspace_ptr, pixels,
                            run, channels_in, channels_out, IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
-                           OUT_ON_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                           BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
+                           OUT_ON_ROWS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
     channels_in *= IN_UNIT
     channels_out *= OUT_UNIT
     first = tl.program_id(1).to(tl.int64) * run
@@ -103,7 +104,8 @@ def pointwise_wgrad_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr,
         dy = tl.load(dy_ptr + pixel[None, :] * channels_out + offs_o[:, None], mask=mask_o[:, None] & mask_p[None, :],
                      other=0.0)  # fmt: skip
         a = load_activation(x_ptr, pixel[:, None] * channels_in + offs_i[None, :], mask_p[:, None] & mask_i[None, :],
-                            mean[None, :], scale[None, :], shift[None, :], dy_ptr.dtype.element_ty)  # fmt: skip
+                            mean[None, :], scale[None, :], shift[None, :], ACTIVATION,
+                            dy_ptr.dtype.element_ty)  # fmt: skip
         acc = tl.dot(dy, a, acc, input_precision=PRECISION)
     workspace_ptr += tl.program_id(1).to(tl.int64) * channels_out * channels_in
     if OUT_ON_ROWS:
@@ -114,9 +116,9 @@ def pointwise_wgrad_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr,
 
 
 def launch_forward(x: Tensor, norm: Norm, packed: Tensor, bias: Tensor | None, g: Geometry,
-                   num_batches_tracked: Tensor | None = None, config: Config | None = None
-                   ) -> tuple[Tensor, Partials]:  # fmt: skip
-    """The raw output of a 1x1 convolution of relu(batch_norm(x)) and its partial statistics, as launch_conv's.
+                   num_batches_tracked: Tensor | None = None, activation: str | None = "relu",
+                   config: Config | None = None) -> tuple[Tensor, Partials]:  # fmt: skip
+    """The raw output of a 1x1 convolution of activation(batch_norm(x)) and its partial statistics, as launch_conv's.
 
     ``x``: the raw output of the layer before, NHWC; ``norm``: that layer's. Adds one to ``num_batches_tracked``.
     """
@@ -130,12 +132,13 @@ def launch_forward(x: Tensor, norm: Norm, packed: Tensor, bias: Tensor | None, g
     launch(
         pointwise_forward_kernel, (tiles_m * cdiv(g.out_channels, config["BLOCK_N"]),),
         x, *norm, packed, bias, y, partials.data, num_batches_tracked, pixels, tiles_m, group_in, group_out,
-        IN_UNIT=in_unit, OUT_UNIT=out_unit, PRECISION=precision, **config.options(),
+        IN_UNIT=in_unit, OUT_UNIT=out_unit, ACTIVATION=activation, PRECISION=precision, **config.options(),
     )  # fmt: skip
     return y, launch_fold(partials, g.out_channels, fold_statistics_kernel)
 
 
-def launch_wgrad(x: Tensor, norm: Norm, dy: Tensor, g: Geometry, config: Config | None = None) -> Tensor:
+def launch_wgrad(x: Tensor, norm: Norm, dy: Tensor, g: Geometry, activation: str | None = "relu",
+                 config: Config | None = None) -> Tensor:  # fmt: skip
     """The workspace [runs, weight sums] that conv's launch_merge turns into the weight's gradient.
 
     ``x``, ``norm``: as in launch_forward. ``dy``: NHWC, the gradient of the raw output, of one pixel at the least.
@@ -151,6 +154,6 @@ def launch_wgrad(x: Tensor, norm: Norm, dy: Tensor, g: Geometry, config: Config 
     launch(
         pointwise_wgrad_kernel, (tiles, runs),
         x, *norm, dy, workspace, pixels, run, group_in, group_out, IN_UNIT=in_unit, OUT_UNIT=out_unit,
-        OUT_ON_ROWS=out_on_rows, PRECISION=precision, **config.options(),
+        OUT_ON_ROWS=out_on_rows, ACTIVATION=activation, PRECISION=precision, **config.options(),
     )  # fmt: skip
     return workspace

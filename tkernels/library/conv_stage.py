@@ -14,6 +14,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from tkernels import runtime
 from tkernels.library import common
 from tkernels.library.batch_norm import torch_statistics
+from tkernels.ops import activation as activation_ops
 from tkernels.ops import conv as conv_ops
 from tkernels.ops import conv_stage as ops
 from tkernels.ops import conv_stage_triton as triton
@@ -36,7 +37,7 @@ class _Call(NamedTuple):
 
 def _call(
     input: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor], windows: Sequence[int],
-    eps: Sequence[float], pool: Sequence[int], p: float, dtype: torch.dtype,
+    eps: Sequence[float], activations: Sequence[int], pool: Sequence[int], p: float, dtype: torch.dtype,
 ) -> _Call:  # fmt: skip
     layers, geometries = [], []
     shape: tuple[Any, ...] = tuple(input.shape)
@@ -46,8 +47,9 @@ def _call(
         padding: Any = "same" if ph < 0 else (ph, pw)
         vector: dict[str, Any] = dict(zip(ConvBNLayer._fields[1 : 1 + _VECTORS], own))
         layer = ConvBNLayer(
-            weight, **vector, stride=(sh, sw), padding=padding, dilation=(dh, dw), groups=groups, eps=eps[i]
-        )
+            weight, **vector, stride=(sh, sw), padding=padding, dilation=(dh, dw), groups=groups, eps=eps[i],
+            activation=activation_ops.ACTIVATIONS[activations[i]],
+        )  # fmt: skip
         g = conv_ops.described(shape, tuple(weight.shape), (sh, sw), padding, (dh, dw), groups)
         layers.append(layer)
         geometries.append(g)
@@ -55,7 +57,8 @@ def _call(
     last = geometries[-1]
     pooling = ops.described_pooling(last.out_h, last.out_w, *_pairs(pool))
     channels_last = any(conv_ops.suggests_channels_last(t) for t in (input, *weights))
-    return _Call(layers, Plan(tuple(geometries), pooling, dtype, p, False), channels_last)
+    names = tuple(layer.activation for layer in layers)
+    return _Call(layers, Plan(tuple(geometries), pooling, dtype, p, False, names), channels_last)
 
 
 def _pairs(pool: Sequence[int]) -> list[Any]:
@@ -73,24 +76,28 @@ def conv_stage(
     vectors: Sequence[Tensor],
     windows: Sequence[int],
     eps: Sequence[float],
+    activations: Sequence[int],
+    residual: Tensor | None,
     pool: Sequence[int],
     p: float,
     seed: Tensor | None,
     dtype: torch.dtype,
     keep: bool,
 ) -> list[Tensor]:
-    """n x (conv -> batch_norm -> ReLU), max pooling (``pool``: size, stride, padding, a pair each) and Dropout2d.
+    """n x (conv -> batch_norm -> activation), max pooling (``pool``: size, stride, padding, a pair each) and Dropout2d;
+    ``residual`` (in ``dtype``; without pooling and dropout) is added before the last activation.
 
     Per layer: ``vectors`` bias, bn_weight, bn_bias, running_mean, running_var (none: the batch's statistics normalise),
     each empty where there is none, since autograd does not see into lists with None; ``windows`` stride, padding (-1
-    for 'same'), dilation, groups. Returns y, then of each layer the batch's statistics (float32 [4, C], as
-    torch.ops.tkernels.batch_norm; empty where given ones normalise), and of each layer its input and the raw output of
-    its convolution, each empty where not stored. Without ``keep`` all but y are empty, and the latter two left out.
+    for 'same'), dilation, groups; ``activations`` a place in activation.ACTIVATIONS. Returns y, then of each layer the
+    batch's statistics (float32 [4, C], as torch.ops.tkernels.batch_norm; empty where given ones normalise), and of each
+    layer its input and the raw output of its convolution, each empty where not stored. Without ``keep`` all but y are
+    empty, and the latter two left out.
     """
-    call = _call(input, weights, vectors, windows, eps, pool, p, dtype)
-    if not runtime.use_triton(input, *_tensors(call)):
-        return _torch_forward(input, call, pool, seed, keep)
-    y, saved, _ = triton.forward(input, call.layers, call.plan, keep, seed)
+    call = _call(input, weights, vectors, windows, eps, activations, pool, p, dtype)
+    if not runtime.use_triton(input, *_tensors(call), residual):
+        return _torch_forward(input, call, residual, pool, seed, keep)
+    y, saved = triton.forward(input, call.layers, call.plan, keep, seed, residual)
     if not keep:
         return [y, *(common.nothing(y) for _ in weights)]
     none = common.nothing(y)
@@ -99,7 +106,9 @@ def conv_stage(
     return [y, *stats, *(none.clone() if t is None else t for t in maps)]
 
 
-def _torch_body(x: Tensor, call: _Call, pool: Sequence[int], seed: Tensor | None) -> tuple[Tensor, list[Any]]:
+def _torch_body(
+    x: Tensor, call: _Call, residual: Tensor | None, pool: Sequence[int], seed: Tensor | None
+) -> tuple[Tensor, list[Any]]:
     """(y, (input, raw output) of each layer)."""
     plan = call.plan
     maps = []
@@ -109,7 +118,10 @@ def _torch_body(x: Tensor, call: _Call, pool: Sequence[int], seed: Tensor | None
         given = layer.running_mean is not None
         x = torch.nn.functional.batch_norm(
             raw, layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, not given, 0.0, layer.eps
-        ).relu()  # fmt: skip
+        )
+        if residual is not None and i == len(call.layers) - 1:
+            x = x + residual
+        x = activation_ops.apply(x, layer.activation)
     if any(size != 1 for size in pool[:4]):
         x = torch.nn.functional.max_pool2d(x, *_pairs(pool))
     if seed is not None:
@@ -123,9 +135,11 @@ def _convolved(x: Tensor, layer: ConvBNLayer, g: Geometry, dtype: torch.dtype) -
     return torch.nn.functional.conv2d(x.to(dtype), layer.weight.to(dtype), bias, *options)
 
 
-def _torch_forward(x: Tensor, call: _Call, pool: Sequence[int], seed: Tensor | None, keep: bool) -> list[Tensor]:
+def _torch_forward(
+    x: Tensor, call: _Call, residual: Tensor | None, pool: Sequence[int], seed: Tensor | None, keep: bool
+) -> list[Tensor]:
     with common.without_autocast(x.device):
-        y, maps = _torch_body(x, call, pool, seed)
+        y, maps = _torch_body(x, call, residual, pool, seed)
     y = y.contiguous(memory_format=common.layout(call.channels_last))
     if not keep:
         return [y, *(common.nothing(y) for _ in maps)]
@@ -151,9 +165,10 @@ def _not_stored(call: _Call) -> list[bool]:
 @conv_stage.register_fake
 def _(
     input: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor], windows: Sequence[int],
-    eps: Sequence[float], pool: Sequence[int], p: float, seed: Tensor | None, dtype: torch.dtype, keep: bool,
+    eps: Sequence[float], activations: Sequence[int], residual: Tensor | None, pool: Sequence[int], p: float,
+    seed: Tensor | None, dtype: torch.dtype, keep: bool,
 ) -> list[Tensor]:  # fmt: skip
-    call = _call(input, weights, vectors, windows, eps, pool, p, dtype)
+    call = _call(input, weights, vectors, windows, eps, activations, pool, p, dtype)
     n, end = input.shape[0], call.plan.pool
     geometries = call.plan.geometries
     y = common.empty((n, geometries[-1].out_channels, end.out_h, end.out_w), input, dtype,
@@ -179,38 +194,48 @@ def conv_stage_backward(
     weights: Sequence[Tensor],
     vectors: Sequence[Tensor],
     kept: Sequence[Tensor],
+    behind: Tensor | None,
     windows: Sequence[int],
     eps: Sequence[float],
+    activations: Sequence[int],
     pool: Sequence[int],
     p: float,
     seed: Tensor | None,
     dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of the input, then of weight, bias, bn_weight and bn_bias of each layer, empty where ``needs`` does not
-    say so. ``kept``: conv_stage's results but y."""
-    call = _call(input, weights, vectors, windows, eps, pool, p, dtype)
+    """Gradients of the input, then of weight, bias, bn_weight and bn_bias of each layer, then of the residual where
+    an activation stands between it and ``dy``, empty where ``needs`` does not say so. ``kept``: conv_stage's results
+    but y; ``behind``: conv_stage_triton.behind_residual's."""
+    call = _call(input, weights, vectors, windows, eps, activations, pool, p, dtype)
     if runtime.use_triton(input, *_tensors(call)):
         input_format = input.dtype, conv_ops.suggests_channels_last(input)
-        found = triton.backward(dy, _saved(input, call, kept), seed, call.plan, eps, needs, input_format)
+        found = triton.backward(dy, _saved(input, call, kept), behind, seed, call.plan, eps, needs, input_format)
         return list(common.results(found, dy))
-    leaves = [input, *(t for layer in call.layers for t in layer[:4])]
+    last = call.layers[-1]
+    dz = None
+    if behind is not None and not activation_ops.needs_input(last.activation):
+        # the output tells the derivative: what is left to differentiate ends at batch norm
+        dz = dy = activation_ops.gradient(dy, behind, last.activation)
+        call, behind = call._replace(layers=[*call.layers[:-1], last._replace(activation=None)]), None
+    leaves = [input, *(t for layer in call.layers for t in layer[:4]), behind]
 
-    def body(x: Tensor, *parameters: Tensor) -> Tensor:
+    def body(x: Tensor, *others: Tensor) -> Tensor:
+        *parameters, residual = others
         fields = ConvBNLayer._fields[:4]
         layers = [
             layer._replace(**cast(Any, dict(zip(fields, parameters[4 * i :])))) for i, layer in enumerate(call.layers)
         ]
-        return _torch_body(x, call._replace(layers=layers), pool, seed)[0]
+        return _torch_body(x, call._replace(layers=layers), residual, pool, seed)[0]
 
-    gradients = common.gradients(body, leaves, needs, dy)
-    if gradients[0] is not None:
-        layout = common.layout(conv_ops.suggests_channels_last(input))
-        gradients[0] = gradients[0].contiguous(memory_format=layout)
+    dx, *of_parameters, dresidual = common.gradients(body, leaves, needs, dy)
+    if dx is not None:
+        dx = dx.contiguous(memory_format=common.layout(conv_ops.suggests_channels_last(input)))
+    if needs[-1]:
+        dresidual = cast(Tensor, dresidual if dz is None else dz).contiguous(memory_format=torch.channels_last)
     # laid out as the parameters are
-    laid = [g if g is None or i == 0 else torch.empty_like(cast(Tensor, leaves[i])).copy_(g)
-            for i, g in enumerate(gradients)]  # fmt: skip
-    return list(common.results(laid, dy))
+    laid = [g if g is None else torch.empty_like(cast(Tensor, t)).copy_(g) for g, t in zip(of_parameters, leaves[1:])]
+    return list(common.results([dx, *laid, dresidual], dy))
 
 
 def _saved(input: Tensor, call: _Call, kept: Sequence[Tensor]) -> list[triton.SavedLayer]:
@@ -230,8 +255,8 @@ def _saved(input: Tensor, call: _Call, kept: Sequence[Tensor]) -> list[triton.Sa
 @conv_stage_backward.register_fake
 def _(
     dy: Tensor, input: Tensor, weights: Sequence[Tensor], vectors: Sequence[Tensor], kept: Sequence[Tensor],
-    windows: Sequence[int], eps: Sequence[float], pool: Sequence[int], p: float, seed: Tensor | None,
-    dtype: torch.dtype, needs: Sequence[bool],
+    behind: Tensor | None, windows: Sequence[int], eps: Sequence[float], activations: Sequence[int],
+    pool: Sequence[int], p: float, seed: Tensor | None, dtype: torch.dtype, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     layout = common.layout(conv_ops.suggests_channels_last(input))
     leaves: list[Tensor] = []
@@ -239,35 +264,41 @@ def _(
         leaves += [weight, *vectors[_VECTORS * i : _VECTORS * i + 3]]
     found = [torch.empty_like(t) if need else None for t, need in zip(leaves, needs[1:])]
     dx = common.empty(input.shape, input, input.dtype, layout) if needs[0] else None
-    return list(common.results([dx, *found], dy))
+    dresidual = common.empty(dy.shape, dy, dtype, torch.channels_last) if needs[-1] else None
+    return list(common.results([dx, *found, dresidual], dy))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    input, weights, vectors, windows, eps, pool, p, seed, dtype, keep = inputs
+    input, weights, vectors, windows, eps, activations, residual, pool, p, seed, dtype, keep = inputs
     if not keep:
         raise RuntimeError("torch.ops.tkernels.conv_stage must be called with keep=True where gradients are needed")
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(input, seed, *weights, *vectors, *output[1:])
-    ctx.arguments = list(windows), list(eps), list(pool), p
+    behind = triton.behind_residual(output[0], residual, activation_ops.ACTIVATIONS[activations[-1]])
+    ctx.save_for_backward(input, seed, behind, *weights, *vectors, *output[1:])
+    ctx.arguments = list(windows), list(eps), list(activations), list(pool), p
     ctx.dtype, ctx.layers = dtype, len(weights)
     parameters = [[weight, *vectors[_VECTORS * i : _VECTORS * i + 3]] for i, weight in enumerate(weights)]
-    ctx.needs = [t.requires_grad for t in (input, *itertools.chain(*parameters))]
+    ctx.needs = [t is not None and t.requires_grad for t in (input, *itertools.chain(*parameters), residual)]
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     n = ctx.layers
-    input, seed, *others = ctx.saved_tensors
+    input, seed, behind, *others = ctx.saved_tensors
     weights, vectors, kept = others[:n], others[n : n + _VECTORS * n], others[n + _VECTORS * n :]
-    needs = ctx.needs
+    *needs, of_residual = ctx.needs
     found = torch.ops.tkernels.conv_stage_backward(
-        grads[0], input, weights, vectors, kept, *ctx.arguments, seed, ctx.dtype, needs
+        grads[0], input, weights, vectors, kept, behind, *ctx.arguments, seed, ctx.dtype,
+        [*needs, of_residual and behind is not None],
     )  # fmt: skip
     gradients = [t if need else None for t, need in zip(found, needs)]
+    dresidual = None
+    if of_residual:
+        dresidual = grads[0] if behind is None else found[-1]
     of_weights = gradients[1::4]
     of_vectors: list[Tensor | None] = []
     for i in range(n):
         of_vectors += [*gradients[4 * i + 2 : 4 * i + 5], None, None]
-    return gradients[0], of_weights, of_vectors, *[None] * 7
+    return gradients[0], of_weights, of_vectors, None, None, None, dresidual, *[None] * 5
 
 
 conv_stage.register_autograd(_backward, setup_context=_setup_context)
@@ -294,8 +325,8 @@ def _flops(input_shape: Any, weights: Any, vectors: Any, windows: Any, *_: Any, 
 
 @register_flop_formula(torch.ops.tkernels.conv_stage_backward)
 def _backward_flops(
-    dy_shape: Any, input_shape: Any, weights: Any, vectors: Any, kept: Any, windows: Any, eps: Any, pool: Any, p: Any,
-    seed: Any, dtype: Any, needs: Any, *_: Any, **__: Any,
+    dy_shape: Any, input_shape: Any, weights: Any, vectors: Any, kept: Any, behind: Any, windows: Any, eps: Any,
+    activations: Any, pool: Any, p: Any, seed: Any, dtype: Any, needs: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     products = _products(input_shape, weights, windows)
     below = [any(needs[: 1 + 4 * i]) for i in range(len(products))]

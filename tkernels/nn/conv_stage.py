@@ -31,9 +31,8 @@ def layer_of(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ConvBNLayer:
             conv.weight, conv.bias, norm.weight, norm.bias,
             norm.running_mean, norm.running_var, norm.num_batches_tracked,
         )  # fmt: skip
-    return ConvBNLayer._make(
-        (*tensors, conv.stride, conv.padding, conv.dilation, conv.groups, norm.momentum, norm.eps, norm.training)
-    )
+    options = conv.stride, conv.padding, conv.dilation, conv.groups, norm.momentum, norm.eps, norm.training, "relu"
+    return ConvBNLayer._make((*tensors, *options))
 
 
 class ConvStage(torch.nn.Module):

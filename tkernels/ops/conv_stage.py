@@ -1,4 +1,4 @@
-"""A conv stage, n x (conv -> batch norm -> ReLU), max pooling, Dropout2d: checks, the way a call goes, PyTorch body."""
+"""A conv stage, n x (conv -> batch norm -> activation), max pooling, Dropout2d: checks, choice of a body, PyTorch's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tkernels import replay, runtime
+from tkernels.ops import activation as activations
 from tkernels.ops import batch_norm as bn_ops
 from tkernels.ops import checks, conv_stage_cpu, conv_stage_triton
 from tkernels.ops import conv as conv_ops
@@ -27,23 +28,25 @@ def conv_stage(
     pool: int | Sequence[int] | MaxPool | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """n x (conv2d -> batch_norm -> ReLU), then max pooling and Dropout2d, as one autograd function.
+    """n x (conv2d -> batch_norm -> activation), then max pooling and Dropout2d, as one autograd function.
 
     input: (N, C, H, W); layers: at least one :class:`ConvBNLayer`, each taking what the one before gives; pool: a
     window's size (int or pair, which is its stride too) or a :class:`MaxPool`; dropout_p: the probability that
-    training drops a whole channel. Result: (N, C_out, H_out, W_out) in the input's dtype or the autocast dtype, of the
-    last layer's channels; channels_last where the input or a weight is. In training the batch's statistics normalise
-    and move the running ones.
+    training drops a whole channel; residual: of the result's shape and dtype, added between the last layer's batch norm
+    and its activation, in a stage without pool and dropout. Result: (N, C_out, H_out, W_out) in the input's dtype or
+    the autocast dtype, of the last layer's channels; channels_last where the input or a weight is. In training the
+    batch's statistics normalise and move the running ones.
 
-    Raises ValueError for an empty sequence, an input that is not 4-D, one value per channel in training or a
-    probability outside [0, 1]; TypeError for arguments of the wrong type; RuntimeError for values, shapes, dtypes or
-    devices that do not go together.
+    Raises ValueError for an empty sequence, an input that is not 4-D, one value per channel in training, an unknown
+    activation, a residual beside pool or dropout, or a probability outside [0, 1]; TypeError for arguments of the wrong
+    type; RuntimeError for values, shapes, dtypes or devices that do not go together.
     """
-    kind = None if runtime.leaves_to_torch(input) else _kind(input, layers, pool, dropout_p, training)
+    kind = None if runtime.leaves_to_torch(input) else _kind(input, layers, pool, dropout_p, training, residual)
     known = _checked.get(kind)
     if known is not None:
-        return conv_stage_triton.run(input, layers, known)
+        return conv_stage_triton.run(input, layers, known, residual)
     checks.tensor(input=input)
     checks.probability("dropout_p", dropout_p)
     if input.dim() != 4:
@@ -53,25 +56,34 @@ def conv_stage(
     autocast = runtime.autocast_dtype(input)
     for i, (layer, g) in enumerate(zip(layers, geometries)):
         _check_layer(i, layer, input, g, training, autocast)
+    if residual is not None:
+        if pool is not None or dropout_p > 0:
+            raise ValueError(f"residual goes with neither pool nor dropout, got pool={pool} and dropout_p={dropout_p}")
+        residual = _checked_residual(input, residual, geometries[-1], autocast)
     p = float(dropout_p) if training else 0.0
     tensors = [t for layer in layers for t in layer[:6] if t is not None]
-    plan = Plan(geometries, pooling, autocast or input.dtype, p, training, of_a_kind=kind is not None)
-    if input.numel() == 0 or not runtime.use_triton(input, *tensors):
-        y = _cpu_body(input, layers, plan)
-        return y if y is not None else _torch_body(input, layers, pool, p, training)
+    plan = Plan(
+        geometries, pooling, autocast or input.dtype, p, training, tuple(layer.activation for layer in layers),
+        of_a_kind=kind is not None,
+    )  # fmt: skip
+    if input.numel() == 0 or not runtime.use_triton(input, *tensors, residual):
+        y = _cpu_body(input, layers, plan) if residual is None else None
+        return y if y is not None else _torch_body(input, layers, pool, p, training, residual)
     if runtime.traced():
-        return _registered(input, layers, plan)
+        return _registered(input, layers, plan, residual)
     _checked.add(kind, plan)
-    return conv_stage_triton.run(input, layers, plan)
+    return conv_stage_triton.run(input, layers, plan, residual)
 
 
 # plans, by kinds of calls
 _checked = replay.Checked()
 
 
-def _kind(input: Tensor, layers: Sequence[ConvBNLayer], pool: Any, dropout_p: float, training: bool) -> Hashable | None:
+def _kind(
+    input: Tensor, layers: Sequence[ConvBNLayer], pool: Any, dropout_p: float, training: bool, residual: Tensor | None
+) -> Hashable | None:
     try:
-        tensors = conv_stage_triton.tensors(input, layers)
+        tensors = conv_stage_triton.tensors(input, layers, residual)
         others = tuple([layer[TENSORS:] for layer in layers])
     except TypeError:  # layers that are none
         return None
@@ -132,6 +144,7 @@ def _check_layer(
     i: int, layer: ConvBNLayer, input: Tensor, g: Geometry, training: bool, autocast: torch.dtype | None
 ) -> None:
     """Raise what torch's conv2d and batch_norm raise for a layer's tensors."""
+    activations.check(layer.activation)
     channels, weight = g.out_channels, layer.weight
     names = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
     vectors = {name: t for name, t in zip(names, layer[1:6]) if t is not None}
@@ -154,6 +167,18 @@ def _check_layer(
         raise ValueError(f"eps of layer {i} must be positive, got {layer.eps}")
 
 
+def _checked_residual(input: Tensor, residual: Tensor, g: Geometry, autocast: torch.dtype | None) -> Tensor:
+    """The residual in the dtype of the maps. Raises where it does not fit the last layer's."""
+    checks.tensor(residual=residual)
+    shape = (input.shape[0], g.out_channels, g.out_h, g.out_w)
+    if tuple(residual.shape) != shape:
+        raise RuntimeError(f"residual must have the result's shape {list(shape)}, got {checks.shape(residual)}")
+    checks.same_device(input=input, residual=residual)
+    if autocast is None or not residual.is_floating_point():
+        checks.same_dtype(input=input, residual=residual)
+    return residual.to(autocast or input.dtype)
+
+
 def _cpu_body(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor | None:
     """The fast way on a CPU; None where it is not taken."""
     if not conv_stage_cpu.takes(x, layers, plan.geometries, plan.pool, plan.dtype):
@@ -169,17 +194,19 @@ def _cpu_body(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor | 
 
 
 def _torch_body(
-    x: Tensor, layers: Sequence[ConvBNLayer], pool: int | Sequence[int] | MaxPool | None, p: float, training: bool
-) -> Tensor:
+    x: Tensor, layers: Sequence[ConvBNLayer], pool: int | Sequence[int] | MaxPool | None, p: float, training: bool,
+    residual: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The same in torch's own calls, differentiated and cast by torch; Dropout2d draws as torch.nn's would."""
-    for layer in layers:
+    for i, layer in enumerate(layers):
         padding = cast(Any, layer.padding)
         x = torch.nn.functional.conv2d(
             x, layer.weight, layer.bias, cast(Any, layer.stride), padding, cast(Any, layer.dilation), layer.groups
         )
         x = bn_ops.counted_batch_norm(
             x, layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, layer.measures(training),
-            layer.momentum, layer.eps, "relu", None, layer.num_batches_tracked if layer.counts(training) else None,
+            layer.momentum, layer.eps, layer.activation, residual if i == len(layers) - 1 else None,
+            layer.num_batches_tracked if layer.counts(training) else None,
         )  # fmt: skip
     if pool is not None:
         size, stride, padding = pool if isinstance(pool, MaxPool) else (pool, None, 0)
@@ -187,7 +214,7 @@ def _torch_body(
     return torch.nn.functional.dropout2d(x, p) if p > 0 else x
 
 
-def _registered(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor:
+def _registered(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, residual: Tensor | None) -> Tensor:
     """The call as torch.ops.tkernels.conv_stage, which is functional: running statistics are moved here."""
     measured = [layer.measures(plan.training) for layer in layers]
     vectors: list[Tensor | None] = []
@@ -203,14 +230,15 @@ def _registered(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor:
         windows.append(layer.groups)
     weights = [layer.weight for layer in layers]
     differentiates = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *weights, *vectors)
+        t is not None and t.requires_grad for t in (x, *weights, *vectors, residual)
     )  # fmt: skip
     window = plan.pool
     pool = [window.kernel_h, window.kernel_w, window.stride_h, window.stride_w, window.pad_h, window.pad_w]
     seed = runtime.dropout_seed(x) if plan.p > 0 else None
     y, *stats = torch.ops.tkernels.conv_stage(
         x, weights, [x.new_empty(0) if t is None else t for t in vectors], windows,
-        [float(layer.eps) for layer in layers], pool, plan.p, seed, plan.dtype, differentiates or any(measured),
+        [float(layer.eps) for layer in layers], [activations.ACTIVATIONS.index(name) for name in plan.activations],
+        residual, pool, plan.p, seed, plan.dtype, differentiates or any(measured),
     )[: 1 + len(layers)]  # fmt: skip
     for layer, found, g in zip(layers, stats, plan.geometries):
         if layer.counts(plan.training):

@@ -26,7 +26,7 @@ class ConvBNLayer(NamedTuple):
     ``running_mean`` and ``running_var`` None: the batch's statistics normalise, in evaluation too.
     ``num_batches_tracked``: an int64 tensor of shape (), which training adds one to; ``momentum`` None: running
     statistics average over all batches it counted. ``training``: for this layer's batch norm alone, where it is not the
-    stage's.
+    stage's. ``activation``: any that :func:`tkernels.functional.batch_norm` takes.
     """
 
     weight: Tensor
@@ -43,6 +43,7 @@ class ConvBNLayer(NamedTuple):
     momentum: float | None = 0.1
     eps: float = 1e-5
     training: bool | None = None
+    activation: str | None = "relu"
 
     def counts(self, stage_training: bool) -> bool:
         """Whether this batch's statistics move the running ones."""
@@ -71,11 +72,12 @@ class Plan:
     dtype: torch.dtype
     p: float
     training: bool
+    activations: tuple[str | None, ...]
     of_a_kind: bool = False
 
     @property
     def plain_end(self) -> bool:
-        """Whether nothing follows the last ReLU."""
+        """Whether nothing follows the last activation."""
         return self.pool.taps == 1 and self.pool.stride_h == 1 and self.pool.stride_w == 1 and self.p == 0.0
 
 

@@ -39,6 +39,8 @@ def takes(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], pool
         return False
     if dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
         return False
+    if any(layer.activation != "relu" for layer in layers):
+        return False
     tensors = [x, *(t for layer in layers for t in layer[:6] if t is not None)]
     allowed = (torch.float32, dtype)
     return (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tkernels import replay, runtime
+from tkernels.ops import activation as activations
 from tkernels.ops import batch_norm as bn_ops
 from tkernels.ops import conv as conv_ops
 from tkernels.ops.autograd import once_differentiable
@@ -23,7 +24,7 @@ if runtime.HAS_TRITON:
     from tkernels.kernels import conv_stage_pointwise as pointwise
     from tkernels.kernels import conv_stage_weights as weight_kernels
 
-__all__ = ["SavedLayer", "backward", "conv_input", "dense", "forward", "normalizes_in_next", "run"]
+__all__ = ["SavedLayer", "backward", "behind_residual", "conv_input", "dense", "forward", "normalizes_in_next", "run"]
 
 
 class SavedLayer(NamedTuple):
@@ -43,23 +44,22 @@ class SavedLayer(NamedTuple):
 
 
 def forward(
-    x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, keep: bool, seed: Tensor | None = None
-) -> tuple[Tensor, list[SavedLayer], Tensor | None]:
-    """(y, what backward needs if ``keep``, dropout's seed or None)."""
+    x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, keep: bool, seed: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, list[SavedLayer]]:
+    """(y, what backward needs of each layer if ``keep``). ``seed``: dropout's; ``residual``: in the maps' dtype."""
     nhwc = channels_last(x, layers)
-    if plan.p > 0 and seed is None:
-        seed = runtime.dropout_seed(x)
     saved: list[SavedLayer] = []
     packed = _pack(layers, plan)
     last = len(layers) - 1
-    before: Any = None  # the norm that x, a raw map, has yet to go through
+    before: Any = None  # the norm and the activation that x, a raw map, has yet to go through
     for i, (layer, g) in enumerate(zip(layers, plan.geometries)):
-        end = i == last
+        end, activation = i == last, plan.activations[i]
         given = not layer.measures(plan.training)
         if before is None:
             x = conv_input(x, g, plan.dtype)
         if given and not keep:
-            x = _folded(x, packed[i], layer, g, nhwc or not (end and plan.plain_end))
+            in_nhwc = nhwc or not (end and plan.plain_end)
+            x = _folded(x, packed[i], layer, g, in_nhwc, activation, residual if end else None)
             if end and not plan.plain_end:
                 x = kernels.launch_end(x, plan.pool, None, channels_last=nhwc)
             continue
@@ -67,14 +67,27 @@ def forward(
         if keep:
             saved.append(SavedLayer(x if before is None else None, layer.weight, layer.bias, packed[i], raw, norm.mean,
                                     norm.var, norm.weight, norm.bias))  # fmt: skip
-        before = norm if not end and normalizes_in_next(layers[i + 1], plan, i + 1) else None
+        before = (norm, activation) if not end and normalizes_in_next(layers[i + 1], plan, i + 1) else None
         if before is not None:
             x = raw
-        elif end and not (plan.plain_end and nhwc):
-            x = kernels.launch_end(raw, plan.pool, norm, plan.p, seed, nhwc)
+        elif end and not plan.plain_end:
+            x = kernels.launch_end(raw, plan.pool, norm, plan.p, seed, nhwc, activation)
         else:
-            x = batch_norm.launch_normalize(raw, _matrix(raw), norm, "relu")
-    return x, saved, seed
+            x = _normalized(raw, norm, activation, residual if end else None, nhwc or not end)
+    return x, saved
+
+
+def _normalized(raw: Tensor, norm: Any, activation: str | None, residual: Tensor | None, channels_last: bool) -> Tensor:
+    """activation(batch_norm(raw) + residual) of an NHWC map, in either layout."""
+    if residual is None and not channels_last:
+        return kernels.launch_end(raw, _unpooled(raw), norm, channels_last=False, activation=activation)
+    added = None if residual is None else conv_ops.as_nhwc(residual)
+    y = batch_norm.launch_normalize(raw, _matrix(raw), norm, activation, added)
+    return y if channels_last else kernels.launch_end(y, _unpooled(y), None, channels_last=False)
+
+
+def _unpooled(x: Tensor) -> tuning.Pooling:
+    return tuning.no_pooling(x.shape[2], x.shape[3])
 
 
 def normalizes_in_next(layer: ConvBNLayer, plan: Plan, i: int) -> bool:
@@ -113,15 +126,20 @@ def _given_norm(layer: ConvBNLayer) -> Any:
     return batch_norm.Norm(cast(Tensor, mean), var, dense(layer.bn_weight), dense(layer.bn_bias), layer.eps)
 
 
-def _folded(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry, channels_last: bool) -> Tensor:
-    """relu(batch_norm(conv(x))) by running statistics, in one kernel."""
+def _folded(
+    x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry, channels_last: bool, activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """activation(batch_norm(conv(x)) + residual) by running statistics, in one kernel unless depthwise."""
     norm, bias = _given_norm(layer), dense(layer.bias)
     if g.depthwise:
         raw, _ = conv_depthwise.launch_forward(x, layer.weight, bias, g)
-        if channels_last:
-            return batch_norm.launch_normalize(raw, _matrix(raw), norm, "relu")
-        return kernels.launch_end(raw, tuning.no_pooling(g.out_h, g.out_w), norm, channels_last=False)
-    return kernels.launch_conv(x, packed, bias, g, norm, channels_last=channels_last)[0]
+        return _normalized(raw, norm, activation, residual, channels_last)
+    if residual is not None:
+        residual = conv_ops.as_nhwc(residual) if channels_last else residual.contiguous()
+    return kernels.launch_conv(
+        x, packed, bias, g, norm, channels_last=channels_last, activation=activation, residual=residual
+    )[0]
 
 
 def _given(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry) -> tuple[Tensor, Any]:
@@ -133,8 +151,8 @@ def _given(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry) -> tuple[Ten
 
 
 def _measured(x: Tensor, before: Any, packed: Any, layer: ConvBNLayer, g: Geometry, plan: Plan) -> tuple[Tensor, Any]:
-    """(raw output, Norm) by the batch's statistics; in training moves the running ones. ``before``: the Norm that x has
-    yet to go through, or None."""
+    """(raw output, Norm) by the batch's statistics; in training moves the running ones. ``before``: the Norm and the
+    activation that x has yet to go through, or None."""
     counter = layer.num_batches_tracked if layer.counts(plan.training) else None
     bias = dense(layer.bias)
     partials: Any
@@ -142,7 +160,7 @@ def _measured(x: Tensor, before: Any, packed: Any, layer: ConvBNLayer, g: Geomet
         raw, _ = conv_depthwise.launch_forward(x, layer.weight, bias, g)
         partials = batch_norm.launch_statistics(raw, _matrix(raw), counter)
     elif before is not None:
-        raw, partials = pointwise.launch_forward(x, before, packed, bias, g, counter)
+        raw, partials = pointwise.launch_forward(x, before[0], packed, bias, g, counter, before[1])
     else:
         raw, partials = kernels.launch_conv(x, packed, bias, g, None, counter)
     stats = bn_ops.merge_statistics(
@@ -165,7 +183,7 @@ class Wanted(NamedTuple):
 
 
 def wanted(needs: Sequence[bool], saved: Sequence[SavedLayer]) -> list[Wanted]:
-    """What each layer's backward has to do for the gradients ``needs`` asks for: input, then 4 a layer."""
+    """What each layer's backward has to do for the gradients ``needs`` asks for, as backward's."""
     found: list[Wanted] = []
     below = needs[0]
     for i, layer in enumerate(saved):
@@ -180,12 +198,21 @@ def wanted(needs: Sequence[bool], saved: Sequence[SavedLayer]) -> list[Wanted]:
     return found
 
 
+def behind_residual(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor | None:
+    """What the last activation's gradient needs where a residual hides its input: the output or the residual, both
+    alive anyway; None where there is no residual or no activation."""
+    if residual is None or activation is None:
+        return None
+    return residual if activations.needs_input(activation) else y
+
+
 def backward(
-    dy: Tensor, saved: Sequence[SavedLayer], seed: Tensor | None, plan: Plan, eps: Sequence[float],
-    needs: Sequence[bool], input_format: tuple[torch.dtype, bool],
+    dy: Tensor, saved: Sequence[SavedLayer], behind: Tensor | None, seed: Tensor | None, plan: Plan,
+    eps: Sequence[float], needs: Sequence[bool], input_format: tuple[torch.dtype, bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the input (in ``input_format``: its dtype, whether it is channels_last), then of weight, bias,
-    bn_weight and bn_bias of each layer, each where ``needs`` says so."""
+    bn_weight and bn_bias of each layer, then of the residual, each where ``needs`` says so. ``behind``:
+    behind_residual's."""
     gradients: list[Tensor | None] = [None] * len(needs)
     tasks = wanted(needs, saved)
     # layers whose weight's gradient waits for its runs to be merged
@@ -194,19 +221,26 @@ def backward(
     d: Any = conv_ops.as_nhwc(dy) if plan.plain_end else dy
     partials: Any = None
     masked = False
+    if behind is not None:
+        d, partials = _behind_activation(d, behind, saved[-1], eps[-1], plan.activations[-1], tasks[-1].sums)
+        masked = True
+    if needs[-1]:
+        gradients[-1] = d
     for i in reversed(range(len(saved))):
         task, layer, g = tasks[i], saved[i], plan.geometries[i]
         if not (task.raw or task.sums):
             break
         norm = _norm_of(layer, eps[i])
         end = _End(plan, seed) if i == len(saved) - 1 and not plan.plain_end else None
+        activation = None if masked else plan.activations[i]
         coefficients, gradients[3 + 4 * i], gradients[4 + 4 * i] = _norm_gradients(
-            d, layer, norm, task, end, partials, masked
+            d, layer, norm, task, end, partials, activation
         )
         if not task.raw:
             break
         recomputes = task.weight and layer.x is None
-        if masked and not (task.below or task.bias or recomputes) and _normalizes_in_wgrad(g, coefficients, d):
+        of_norm = activation is None and end is None  # d is the gradient of batch norm's output as it stands
+        if of_norm and not (task.below or task.bias or recomputes) and _normalizes_in_wgrad(g, coefficients, d):
             through = (layer.mean, layer.bn_weight, coefficients)
             x: Any = layer.x
             config = tuning.wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"))
@@ -215,10 +249,13 @@ def backward(
             )  # fmt: skip
             waiting.append((i, workspace))
             break
-        draw = _raw_gradient(d, layer, norm, coefficients, end, masked)
+        draw = _raw_gradient(d, layer, norm, coefficients, end, activation)
         d, partials, masked = draw, None, False
         if recomputes:
-            waiting.append((i, pointwise.launch_wgrad(*_input_of(saved, i, eps), draw, g)))
+            before = saved[i - 1]
+            raw: Any = before.raw
+            norm = _norm_of(before, eps[i - 1])
+            waiting.append((i, pointwise.launch_wgrad(raw, norm, draw, g, plan.activations[i - 1])))
         elif task.weight:
             waiting.append((i, _weight_sums(draw, layer, g, task)))
         elif task.bias:
@@ -230,10 +267,12 @@ def backward(
             gradients[0] = _input_gradient(draw, layer, g, *input_format)
         elif tasks[i - 1].sums and not g.depthwise:
             before = saved[i - 1]
-            raw: Any = before.raw
+            raw = before.raw
             norm = _norm_of(before, eps[i - 1])
             packed, transposed = _packed(draw, layer, g)
-            d, partials = conv_stage_backward.launch_dgrad(draw, packed, g, raw, norm, transposed)
+            d, partials = conv_stage_backward.launch_dgrad(
+                draw, packed, g, raw, norm, transposed, plan.activations[i - 1]
+            )
             masked = True
         else:
             d = _input_gradient(draw, layer, g, draw.dtype, True)
@@ -251,9 +290,19 @@ def _norm_of(layer: SavedLayer, eps: float) -> Any:
     return batch_norm.Norm(layer.mean, layer.var, layer.bn_weight, layer.bn_bias, eps)
 
 
-def _input_of(saved: Sequence[SavedLayer], i: int, eps: Sequence[float]) -> tuple[Any, Any]:
-    """(raw output, Norm) of the layer before, of which layer ``i`` formed its input as it loaded it."""
-    return saved[i - 1].raw, _norm_of(saved[i - 1], eps[i - 1])
+def _behind_activation(
+    d: Any, behind: Tensor, layer: SavedLayer, eps: float, activation: str | None, sums: bool
+) -> tuple[Any, Any]:
+    """(the gradient of batch norm's output and of the residual, its partial sums if ``sums``)."""
+    norm, m = _norm_of(layer, eps), _matrix(d)
+    raw = d if layer.raw is None else layer.raw  # where it is not kept it is not read
+    saved, saved_is = conv_ops.as_nhwc(behind), "residual" if activations.needs_input(activation) else "output"
+    if sums:
+        partials, dz = batch_norm.launch_gradient_sums(d, raw, m, norm, activation, saved, saved_is, write_dz=True)
+        return dz, partials
+    return batch_norm.launch_input_gradient(
+        d, raw, m, norm, None, activation, saved, saved_is, needs_input=False, write_dz=True
+    )[1], None
 
 
 class _End(NamedTuple):
@@ -264,21 +313,21 @@ class _End(NamedTuple):
 
 
 def _norm_gradients(
-    d: Tensor, layer: SavedLayer, norm: Any, task: Wanted, end: _End | None, partials: Any, masked: bool
+    d: Tensor, layer: SavedLayer, norm: Any, task: Wanted, end: _End | None, partials: Any, activation: str | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """batch_norm's coefficients of its input gradient, and the gradients of bn_weight and bn_bias, where wanted.
 
-    ``d``: the stage's incoming gradient where ``end`` is given, else the activation's (``masked``: already multiplied
-    by ReLU's derivative, with its ``partials``).
+    ``d``: the stage's incoming gradient where ``end`` is given, else the activation's. ``activation``: None also where
+    ``d`` went through its derivative already, then with its ``partials``.
     """
     if not task.sums:
         return None, None, None
     raw: Any = layer.raw
     m = _matrix(raw)
     if end is not None:
-        partials = conv_stage_backward.launch_end_sums(d, raw, end.plan.pool, norm, end.plan.p, end.seed)
+        partials = conv_stage_backward.launch_end_sums(d, raw, end.plan.pool, norm, end.plan.p, end.seed, activation)
     elif partials is None:
-        partials, _ = batch_norm.launch_gradient_sums(d, raw, m, norm, None if masked else "relu")
+        partials, _ = batch_norm.launch_gradient_sums(d, raw, m, norm, activation)
     dweight, dbias, coefficients = batch_norm.launch_finalize_gradients(
         partials, m, norm, task.bn_weight, task.bn_bias, norm.var is None and task.raw
     )
@@ -286,14 +335,13 @@ def _norm_gradients(
 
 
 def _raw_gradient(
-    d: Tensor, layer: SavedLayer, norm: Any, coefficients: Tensor | None, end: _End | None, masked: bool
+    d: Tensor, layer: SavedLayer, norm: Any, coefficients: Tensor | None, end: _End | None, activation: str | None
 ) -> Any:
     """The gradient of the convolution's output; ``d`` as for _norm_gradients."""
     raw: Any = layer.raw
     if end is not None:
         pool, p = end.plan.pool, end.plan.p
-        return conv_stage_backward.launch_end_gradient(d, raw, pool, norm, coefficients, p, end.seed)
-    activation = None if masked else "relu"
+        return conv_stage_backward.launch_end_gradient(d, raw, pool, norm, coefficients, p, end.seed, activation)
     return batch_norm.launch_input_gradient(d, raw, _matrix(raw), norm, coefficients, activation)[0]
 
 
@@ -336,12 +384,13 @@ def _input_gradient(draw: Tensor, layer: SavedLayer, g: Geometry, dtype: torch.d
 
 class _ConvStage(torch.autograd.Function):
     """Saved are, of each layer, the raw output, vectors, and the input (the activation of the layer before) unless the
-    layer formed it from the raw output before as it loaded it."""
+    layer formed it from the raw output before as it loaded it; and what behind_residual says."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, layers: Sequence[ConvBNLayer], x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def forward(ctx: Any, plan: Plan, layers: Sequence[ConvBNLayer], x: Tensor, *others: Tensor | None) -> Tensor:
+        """``others``: the layers' parameters, and the residual."""
         seed = runtime.dropout_seed(x) if plan.p > 0 else None
-        y, *kept = _replay_forward(x, layers, plan, seed, ctx.needs_input_grad[2:])
+        y, *kept = _replay_forward(x, layers, plan, seed, others[-1], ctx.needs_input_grad[2:])
         ctx.save_for_backward(seed, *kept)
         ctx.plan, ctx.eps = plan, tuple(layer.eps for layer in layers)
         ctx.input_format = x.dtype, conv_ops.suggests_channels_last(x)
@@ -358,19 +407,21 @@ class _ConvStage(torch.autograd.Function):
 _Options = tuple[tuple[float | None, float, bool], ...]
 
 
-def tensors(x: Tensor, layers: Sequence[ConvBNLayer]) -> tuple[Tensor | None, ...]:
+def tensors(x: Tensor, layers: Sequence[ConvBNLayer], residual: Tensor | None) -> tuple[Tensor | None, ...]:
     """All that a call is given."""
     found: list[Any] = [x]
     for layer in layers:
         found += layer[:TENSORS]
+    found.append(residual)
     return tuple(found)
 
 
 def _replay_forward(
-    x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, seed: Tensor | None, needs: tuple[bool, ...] | None
-) -> tuple[Tensor | None, ...]:
+    x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, seed: Tensor | None, residual: Tensor | None,
+    needs: tuple[bool, ...] | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """_forward, replayed where the plan stands for a kind of call."""
-    given = (*tensors(x, layers), seed)
+    given = (*tensors(x, layers, residual), seed)
     options = tuple([(layer.momentum, layer.eps, layer.counts(plan.training)) for layer in layers])
     if plan.of_a_kind:
         return _forward.of_kind(plan, given, plan, options, needs)
@@ -382,18 +433,20 @@ def _forward(
     tensors: tuple[Tensor | None, ...], plan: Plan, options: _Options, needs: tuple[bool, ...] | None
 ) -> tuple[Tensor | None, ...]:
     """y and, of each layer, what backward needs for the gradients ``needs`` asks for; y alone for None."""
-    x, *rest, seed = tensors
+    x, *rest, residual, seed = tensors
     layers = []
     for i, (momentum, eps, counts) in enumerate(options):
         own: Any = dict(zip(ConvBNLayer._fields, rest[TENSORS * i : TENSORS * (i + 1)]))
         layers.append(ConvBNLayer(**own, momentum=momentum, eps=eps, training=counts))
-    y, saved, _ = forward(cast(Tensor, x), layers, plan, needs is not None, seed)
+    y, saved = forward(cast(Tensor, x), layers, plan, needs is not None, seed, residual)
     if needs is None:
         return (y,)
     tasks = wanted(needs, saved)
-    kept: list[Tensor | None] = []
+    behind = behind_residual(y, residual, plan.activations[-1])
+    reads_last = behind is not None and behind is residual  # added to what the raw map comes to
+    kept: list[Tensor | None] = [behind]
     for i, (layer, task, needs_bias) in enumerate(zip(saved, tasks, needs[2::4])):
-        above = i + 1 < len(saved) and saved[i + 1].x is None and tasks[i + 1].weight
+        above = reads_last if i + 1 == len(saved) else saved[i + 1].x is None and tasks[i + 1].weight
         kept += layer._replace(
             x=layer.x if task.weight else None,
             bias=layer.bias if needs_bias else None,
@@ -409,17 +462,20 @@ def _backward(
     input_format: tuple[torch.dtype, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients, of dy, dropout's seed and what _forward kept."""
-    dy, seed, *kept = tensors
+    dy, seed, behind, *kept = tensors
     width = len(SavedLayer._fields)
     saved = [SavedLayer(*cast(Any, kept[i : i + width])) for i in range(0, len(kept), width)]
-    return tuple(backward(cast(Tensor, dy), saved, seed, plan, eps, needs, input_format))
+    return tuple(backward(cast(Tensor, dy), saved, behind, seed, plan, eps, needs, input_format))
 
 
-def run(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor:
+def run(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, residual: Tensor | None) -> Tensor:
     """The stage, differentiable where that is asked for."""
+    if residual is not None:
+        residual = residual.to(plan.dtype)
     if torch.is_grad_enabled():
-        parameters = [t for layer in layers for t in layer[:4]]
-        if x.requires_grad or any(t is not None and t.requires_grad for t in parameters):
-            return cast(Tensor, _ConvStage.apply(plan, layers, x, *parameters))
+        others = [t for layer in layers for t in layer[:4]]
+        others.append(residual)
+        if x.requires_grad or any(t is not None and t.requires_grad for t in others):
+            return cast(Tensor, _ConvStage.apply(plan, layers, x, *others))
     seed = runtime.dropout_seed(x) if plan.p > 0 else None
-    return cast(Tensor, _replay_forward(x, layers, plan, seed, None)[0])
+    return cast(Tensor, _replay_forward(x, layers, plan, seed, residual, None)[0])
