@@ -13,6 +13,7 @@ import tkernels.functional as F
 import tkernels.nn as tnn
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from tests.library.common import compare_compiled, operators
+from tkernels.ops import activation as activations
 
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
 ops = torch.ops.tkernels
@@ -76,8 +77,14 @@ def test_cross_entropy(reduction: str, probabilities: bool, device: str) -> None
 
 
 @slow_there
-@pytest.mark.parametrize("given, pool, kernel", [(False, True, 3), (True, False, 1), (False, False, 1)])
-def test_conv_stage(given: bool, pool: bool, kernel: int, device: str) -> None:
+@pytest.mark.parametrize("given, pool, kernel, names, adds", [
+    (False, True, 3, ("relu", "relu"), False), (True, False, 1, ("silu", "relu"), True),
+    (False, False, 1, ("relu", "hardswish"), True), (False, False, 3, (None, None), True),
+    (False, True, 1, ("relu6", "silu"), False),
+])  # fmt: skip
+def test_conv_stage(
+    given: bool, pool: bool, kernel: int, names: tuple[str | None, ...], adds: bool, device: str
+) -> None:
     x = draw(device, 2, 3, 4, 4)
     weights = [draw(device, 8, 3, 3, 3), draw(device, 4, 8, kernel, kernel)]
     vectors: list[Tensor] = []
@@ -85,16 +92,19 @@ def test_conv_stage(given: bool, pool: bool, kernel: int, device: str) -> None:
         vectors += [draw(device, c), draw(device, c), draw(device, c)]
         vectors += [torch.randn(c), torch.rand(c) + 0.5] if given else [torch.empty(0), torch.empty(0)]
     vectors = [t.to(device) if not t.requires_grad else t for t in vectors]
-    args = (x, weights, vectors, [1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1], [1e-5, 1e-4], [1, 1],
-            None, [2, 2, 2, 2, 0, 0] if pool else [1, 1, 1, 1, 0, 0], 0.0, None, torch.float32, True)  # fmt: skip
+    residual = draw(device, 2, 4, 4, 4) if adds else None
+    args = (x, weights, vectors, [1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1], [1e-5, 1e-4],
+            [activations.ACTIVATIONS.index(name) for name in names], residual,
+            [2, 2, 2, 2, 0, 0] if pool else [1, 1, 1, 1, 0, 0], 0.0, None, torch.float32, True)  # fmt: skip
     torch.library.opcheck(ops.conv_stage, args)
     layers = [
         F.ConvBNLayer(weights[i], *(t if t.numel() else None for t in vectors[5 * i : 5 * i + 5]), padding="same",
-                      eps=(1e-5, 1e-4)[i])
+                      eps=(1e-5, 1e-4)[i], activation=names[i])
         for i in range(2)
     ]  # fmt: skip
-    expected = F.conv_stage(x, layers, 2 if pool else None, 0.0, not given)
-    compare(ops.conv_stage(*args)[0], expected, [x, *weights, *(t for t in vectors if t.requires_grad)])
+    expected = F.conv_stage(x, layers, 2 if pool else None, 0.0, not given, residual)
+    leaves = [x, *weights, *(t for t in vectors if t.requires_grad), *([residual] if residual is not None else [])]
+    compare(ops.conv_stage(*args)[0], expected, leaves)
 
 
 @slow_there

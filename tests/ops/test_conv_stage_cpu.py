@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ops import test_conv_stage as general
+from tests.ops import stages as general
 from tests.tolerance import assert_close
 from tkernels.cpu import buffers, compiler
 from tkernels.functional import ConvBNLayer, MaxPool, conv_stage
