@@ -12,6 +12,7 @@ from perf import options
 
 COMMANDS = {
     "sweep": "time operators against PyTorch and other libraries, into a CSV",
+    "model": "a model of torchvision, timm or your own: eager, torch.compile and fused side by side",
     "compare": "what got slower or less exact between two CSVs; exit status 1 if anything did",
     "plot": "PNGs of a CSV: latency, speedup, roofline, bytes",
     "static": "what the compiler made of every kernel, for GPUs that are not there",

@@ -291,24 +291,30 @@ def interleaved(calls: dict[str, Callable[[], object]], effort: Effort) -> dict[
 
 
 def turns(turn: dict[str, Callable[[], Sample]], effort: Effort, cost: float, ours: str) -> dict[str, Timing]:
-    """Rounds in which everyone has a turn, each beginning with another one. ``cost``: seconds of a round; ``ours``:
-    whose time is below the ratios."""
-    rounds = int(min(max(effort.seconds * len(turn) / max(cost, 1e-9), effort.repetitions), 200))
+    """Rounds in which everyone has a turn. ``cost``: seconds of a round; ``ours``: whose time is below the ratios."""
+    count = int(min(max(effort.seconds * len(turn) / max(cost, 1e-9), effort.repetitions), 200))
+    samples = rounds(turn, count, 4 * effort.seconds * len(turn))
+    return {name: timing(taken, samples.get(ours)) for name, taken in samples.items()}
+
+
+def rounds(turn: dict[str, Callable[[], Sample]], count: int, seconds: float) -> dict[str, list[Sample]]:
+    """So many rounds in which everyone has a turn, each beginning with another one; fewer where they take longer, as
+    huge shapes do, or a machine that others use."""
     samples: dict[str, list[Sample]] = {name: [] for name in turn}
     names = list(turn)
     gc.collect()
     gc.disable()
-    end = time.perf_counter() + 4 * effort.seconds * len(turn)
+    end = time.perf_counter() + seconds
     try:
-        for i in range(rounds):
+        for i in range(count):
             if i >= LEAST_ROUNDS and time.perf_counter() > end:
-                break  # huge shapes, or a machine that others use
+                break
             for j in range(len(names)):
                 name = names[(i + j) % len(names)]
                 samples[name].append(turn[name]())
     finally:
         gc.enable()
-    return {name: _timing(taken, samples.get(ours)) for name, taken in samples.items()}
+    return samples
 
 
 def sample(call: Callable[[], object], times: int) -> Sample:
@@ -319,11 +325,12 @@ def sample(call: Callable[[], object], times: int) -> Sample:
     return Sample(ms, preempted_since == preempted, (faults_since - faults) / times)
 
 
-def _timing(taken: list[Sample], ours: list[Sample] | None) -> Timing:
+def timing(taken: list[Sample], ours: list[Sample] | None) -> Timing:
+    """What a rival's turns say, with the ratio to ``ours`` of the same rounds."""
     ratio = None
     if ours:
-        rounds = [Sample(a.ms / b.ms, a.clean and b.clean) for a, b in zip(taken, ours)]
-        ratio = quantiles(_undisturbed(rounds), (0.25, 0.5, 0.75))
+        pairs = [Sample(a.ms / b.ms, a.clean and b.clean) for a, b in zip(taken, ours)]
+        ratio = quantiles(_undisturbed(pairs), (0.25, 0.5, 0.75))
     faults = float(np.median([turn.page_faults for turn in taken])) if resource is not None else None
     return Timing(quantiles(_undisturbed(taken)), rounds=len(taken), ratio=ratio, page_faults=faults)
 

@@ -46,7 +46,7 @@ OPERATORS_AIM = 1.10, 0.95
 MEMORY_AIM = 0.75
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     """Aligned, and Markdown."""
     widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]
@@ -96,7 +96,7 @@ def _rivals(frame: pd.DataFrame) -> str:
     ]
     head = ["", "allocator", "rival", "ms", "over tkernels (quartiles)", "rounds", "page faults", "saved MB", "peak MB",
             "err", "status"]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _number(value: Any, form: str) -> str:
@@ -121,7 +121,7 @@ def _aims(part: pd.DataFrame) -> str:
             least = aim.aims["faultless" if allocator == "faultless" else "default"]
             line += [reached(part, aim, allocator), f"{least:.2f}"]
         rows.append(line)
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def reached(part: pd.DataFrame, aim: Aim, allocator: str) -> str:
@@ -149,7 +149,7 @@ def _memory(part: pd.DataFrame) -> str:
             if len(ours) and len(eager) and ours[column].notna().all() and eager[column].notna().all():
                 a, b = float(ours[column].iloc[0]), float(eager[column].iloc[0])
                 rows.append([f"{text}, {dtype}", f"{a:,.0f} MB", f"{b:,.0f} MB", f"{a / b:.2f}", f"{MEMORY_AIM:.2f}"])
-    return _table(["a training step keeps", "tkernels", EAGER, "share", "aim, at most"], rows) if rows else ""
+    return table(["a training step keeps", "tkernels", EAGER, "share", "aim, at most"], rows) if rows else ""
 
 
 def operators_table(frame: pd.DataFrame) -> str:
@@ -168,4 +168,4 @@ def operators_table(frame: pd.DataFrame) -> str:
     mean, least = OPERATORS_AIM
     head = ["torch's time over tkernels'", "rows", f"geometric mean (aim {mean:.2f})", f"least (aim {least:.2f})",
             "where", f"below {least:.2f}"]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)

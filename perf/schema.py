@@ -43,13 +43,13 @@ COLUMNS = (
     Column("driver", "text", "version of the GPU's driver; empty on a CPU"),
     Column("torch", "text", "version of torch"),
     Column("triton", "text", "version of triton; empty where it is not installed"),
-    Column("operator", "text", "a name of perf/operators.py"),
+    Column("operator", "text", "a name of perf/operators.py; perf model: the model's name"),
     Column(
         "mode",
         "text",
         "fwd: forward without autograd; bwd: backward alone, of which dgrad: the input's gradient, wgrad: the "
-        "weight's; full: forward and backward; of a network train: a step with Adam; infer: forward in evaluation, "
-        "without autograd",
+        "weight's; full: forward and backward; of a network train: a step with Adam (perf model: with none, or the "
+        "optimizer of its column); infer: forward in evaluation, without autograd",
     ),
     Column(
         "dtype",
@@ -108,8 +108,8 @@ COLUMNS = (
     Column(
         "peak_memory_mb",
         "number",
-        "most memory a call allocated, 10^6 bytes; on a CPU of train only: the process's largest resident memory in a "
-        "step above what stands between steps, where the system tells",
+        "most memory a call allocated, 10^6 bytes; on a CPU of train and of perf model only: the process's "
+        "largest resident memory in a step above what stands between steps, where the system tells",
     ),
     Column("host_us", "number", "microseconds until the call returned, not waiting for the GPU; empty on a CPU"),
     Column("status", "text", "ok; else wrong, error, out of memory, crashed, timeout or unsupported, with the reason"),

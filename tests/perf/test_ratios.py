@@ -80,7 +80,7 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_rounds_in_which_either_was_disturbed_do_not_count() -> None:
     ours = [Sample(1.0, True)] * 6 + [Sample(5.0, False)] * 3
     theirs = [Sample(9.0, False)] + [Sample(2.0, True)] * 8
-    assert measure._timing(theirs, ours).ratio == (2.0, 2.0, 2.0)
+    assert measure.timing(theirs, ours).ratio == (2.0, 2.0, 2.0)
 
 
 def _row(provider: str, layout: str, ratio: float | None, **given: Any) -> dict[str, Any]:
