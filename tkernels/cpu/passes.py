@@ -19,7 +19,7 @@ from torch import Tensor
 from tkernels.cpu.compiler import Pass
 
 
-def _normalized(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def normalized(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return (x.float() - mean) * scale + bias
 
 
@@ -28,7 +28,7 @@ def _behind_relu(d: Tensor, z: Tensor) -> Tensor:
     return torch.where(z <= 0, 0.0, d.float())
 
 
-def _statistics(x: Tensor, shift: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def measured(x: Tensor, shift: Any, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of x [groups, rows, C]: mean, inverse, scale; mean plus ``shift`` and unbiased variance, as running statistics
     see them. Chan's merge of the groups, about the first one's mean."""
     groups, rows, _ = x.shape
@@ -46,13 +46,15 @@ def _statistics(x: Tensor, shift: Tensor, weight: Tensor, eps: Tensor) -> tuple[
 
 
 def _normalize(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, out: Tensor) -> tuple[()]:
-    out.copy_(torch.relu(_normalized(x, mean, scale, bias)))
+    out.copy_(torch.relu(normalized(x, mean, scale, bias)))
     return ()
 
 
-def _gradients(first: Tensor, second: Tensor, inverse: Tensor, count: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def parameter_gradients(
+    first: Tensor, second: Tensor, inverse: Tensor, count: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the sums of the gradient behind ReLU and of its product with x - mean: the gradients of bias and weight, and
-    what _raw_gradient takes."""
+    what raw_gradient takes."""
     dweight = second * inverse
     return first, dweight, first / count, dweight * inverse / count
 
@@ -60,12 +62,12 @@ def _gradients(first: Tensor, second: Tensor, inverse: Tensor, count: Any) -> tu
 def _sums(
     d: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = _behind_relu(d, _normalized(x, mean, scale, bias))
+    g = _behind_relu(d, normalized(x, mean, scale, bias))
     sums = g.sum(1).sum(0), (g * (x.float() - mean)).sum(1).sum(0)
-    return _gradients(*sums, inverse, x.shape[0] * x.shape[1])
+    return parameter_gradients(*sums, inverse, x.shape[0] * x.shape[1])
 
 
-def _raw_gradient(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def raw_gradient(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Batch norm's input gradient; ``a``, ``b``: the sums over the number of values, b also times inverse squared."""
     return scale * (g - a - (x.float() - mean) * b)
 
@@ -73,16 +75,16 @@ def _raw_gradient(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, a: Tensor, 
 def _gradient(
     d: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, a: Tensor, b: Tensor, out: Tensor
 ) -> tuple[()]:
-    g = _behind_relu(d, _normalized(x, mean, scale, bias))
-    out.copy_(_raw_gradient(g, x, mean, scale, a, b))
+    g = _behind_relu(d, normalized(x, mean, scale, bias))
+    out.copy_(raw_gradient(g, x, mean, scale, a, b))
     return ()
 
 
 def _gradient_in_place(
     d: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, a: Tensor, b: Tensor
 ) -> tuple[()]:
-    g = _behind_relu(d, _normalized(x, mean, scale, bias))
-    d.copy_(_raw_gradient(g, x, mean, scale, a, b))
+    g = _behind_relu(d, normalized(x, mean, scale, bias))
+    d.copy_(raw_gradient(g, x, mean, scale, a, b))
     return ()
 
 
@@ -115,7 +117,7 @@ def vector(t: Tensor | None, channels: int, default: float) -> Tensor:
     return _constant(channels, default) if t is None else t.float().contiguous()
 
 
-statistics = Pass(_statistics)
+statistics = Pass(measured, "statistics")
 fold = Pass(_fold)
 normalize = Pass(_normalize)
 sums = Pass(_sums)
@@ -140,7 +142,7 @@ class Ends:
         return functools.reduce(torch.maximum, [z[:, :, i, :, j] for i, j in self.taps])
 
     def _forward(self, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, keep: Tensor, out: Tensor) -> tuple[()]:
-        largest = self._largest(_normalized(x, mean, scale, bias))
+        largest = self._largest(normalized(x, mean, scale, bias))
         out.copy_(torch.relu(largest) * keep[:, None, None, :])
         return ()
 
@@ -154,7 +156,7 @@ class Ends:
         """Of each window the place of the first largest value (the number of taps where ReLU gives 0: no gradient
         passes) and what stands there in x. Places are bfloat16: whole numbers that vectorise, as bytes do not."""
         x = x.float()
-        z = _normalized(x, mean, scale, bias)
+        z = normalized(x, mean, scale, bias)
         best, raw = z[:, :, 0, :, 0], x[:, :, 0, :, 0]
         found = torch.zeros_like(best)
         for k, (i, j) in enumerate(self.taps[1:], 1):
@@ -176,7 +178,7 @@ class Ends:
         """As sums: only a window's winner has a gradient."""
         g = self._passing(dy, place, keep)
         sums = g.sum((1, 2)).sum(0), (g * (winner.float() - mean)).sum((1, 2)).sum(0)
-        return _gradients(*sums, inverse, dy.shape[0] * dy.shape[1] * dy.shape[2] * len(self.taps))
+        return parameter_gradients(*sums, inverse, dy.shape[0] * dy.shape[1] * dy.shape[2] * len(self.taps))
 
     def _gradient(
         self, dy: Tensor, x: Tensor, place: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor, keep: Tensor,
@@ -187,7 +189,7 @@ class Ends:
         g = torch.where(
             place[:, :, None, :, None].float() == here, (dy.float() * keep[:, None, None, :])[:, :, None, :, None], 0.0
         )
-        out.copy_(_raw_gradient(g, x, mean, scale, a, b))
+        out.copy_(raw_gradient(g, x, mean, scale, a, b))
         return ()
 
 

@@ -1,0 +1,122 @@
+"""What a compiled graph calls for one chain of layers on a CPU:
+[convolution ->] [batch norm ->] [+ residual ->] [activation] [-> max pool].
+
+:func:`plan` decides once, from shapes, and gives the function to call or the reason why the chain is left to PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tkernels.cpu import compiler, norm
+from tkernels.ops import activation as activations
+
+if TYPE_CHECKING:
+    from tkernels.ops.conv_stage_call import MaxPool
+
+# input, weight, bias, running mean and variance, batch norm's weight and bias, residual
+Run = Callable[
+    [Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None",
+     "Tensor | None"], Tensor
+]  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Conv(NamedTuple):
+    """torch.conv2d's own arguments."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+
+
+class Norm(NamedTuple):
+    """``training``: the batch's statistics normalise, and running ones move where they are given."""
+
+    training: bool
+    momentum: float
+    eps: float
+
+
+class Chain(NamedTuple):
+    """A chain without its tensors.
+
+    ``input``: the shape that the first layer's input has as the graph is compiled; ``input_dtype``: as it arrives,
+    before autocast. ``channels_last``: whether the map between convolution and batch norm is. ``weight``: the shape of
+    the convolution's. ``dtype``: of the map between convolution and batch norm. ``differentiated``: whether autograd
+    records the call.
+    """
+
+    input: tuple[int, ...]
+    input_dtype: torch.dtype
+    channels_last: bool
+    weight: tuple[int, ...] | None
+    conv: Conv | None
+    norm: Norm | None
+    residual: bool
+    activation: str | None
+    pool: MaxPool | None
+    dtype: torch.dtype
+    differentiated: bool
+
+
+def plan(chain: Chain) -> Run | str:
+    """The function for such chains, or why they are left to PyTorch."""
+    if not compiler.enabled():
+        return "passes are not compiled here: TKERNELS_COMPILE=0, or no C++ compiler"
+    if chain.dtype not in DTYPES:
+        return f"{chain.dtype} has no passes on a CPU"
+    if len(chain.input) not in (2, 4):
+        return f"batch norm over {len(chain.input)} axes has no passes on a CPU"
+    if len(chain.input) == 4 and not chain.channels_last:
+        return "its maps are not channels_last"
+    if chain.pool is not None:
+        return "max pooling behind it has no pass on a CPU"
+    if chain.norm is None:
+        return "there is no batch norm, and oneDNN's convolution is as fast alone"
+    if not chain.norm.training:
+        return "batch norm by running statistics has no pass on a CPU"
+    return _training(chain, chain.norm)
+
+
+def _training(chain: Chain, given: Norm) -> Run:
+    """By the batch's statistics: torch's convolution, and one pass each way for everything behind it."""
+    kind = norm.Kind(chain.activation, given.momentum, given.eps)
+    behind = norm.batch_norm if chain.differentiated else norm.batch_norm_alone
+    conv = chain.conv
+
+    def run(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+        bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        if conv is not None:
+            x = torch.conv2d(x, weight, bias, *conv)  # type: ignore[arg-type]
+        if not _as_planned(x, (running_mean, running_var, bn_weight, bn_bias)):
+            return _composed(kind, x, running_mean, running_var, bn_weight, bn_bias, residual)
+        return behind(kind, x, bn_weight, bn_bias, running_mean, running_var, residual)
+
+    return run
+
+
+def _as_planned(x: Tensor, vectors: tuple[Tensor | None, ...]) -> bool:
+    """Whether passes can take a call: what a graph's guards leave open."""
+    return (
+        x.numel() > x.shape[1]  # (torch has something to say of a single value for each channel)
+        and compiler.plain_eager()
+        and all(t is None or t.is_contiguous() for t in vectors)
+    )
+
+
+def _composed(
+    kind: norm.Kind, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """In torch's own calls."""
+    z: Any = F.batch_norm(x, running_mean, running_var, weight, bias, True, kind.momentum, kind.eps)
+    return activations.apply(z if residual is None else z + residual, kind.activation)

@@ -1,0 +1,225 @@
+"""Batch norm by the batch's statistics with what follows it: a residual, an activation. On a CPU, over NHWC.
+
+Each direction is one compiled pass: two reads of the input and one write forward, two reads of input and gradient and
+one write backward. torch's own calls pass over the map once more for the residual and once more for the activation.
+What autograd keeps are the input and vectors; what the activation let through is computed again, or read off the
+output where a residual went in.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tkernels.cpu import buffers, passes
+from tkernels.cpu.compiler import Pass
+from tkernels.ops import activation as activations
+
+# Bytes of a group of pixels: sums are taken group by group first, which stays in a core's first cache.
+GROUP = 1 << 15
+
+
+class Kind(NamedTuple):
+    """What a call of :func:`batch_norm` is made of, tensors apart."""
+
+    activation: str | None
+    momentum: float
+    eps: float
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows(pixels: int, channels: int) -> int:
+    """How many of the pixels of an image, or of the rows of a matrix, make a group: a divisor of them."""
+    wanted = max(8, GROUP // (4 * channels))
+    return max(rows for rows in range(1, min(wanted, pixels) + 1) if pixels % rows == 0)
+
+
+def groups(x: Tensor) -> Tensor:
+    """The pixels of ``x`` as [groups, rows, C], in its memory; densely where it is laid out otherwise."""
+    if x.dim() == 2:
+        count, channels = x.shape
+        rows = _rows(count, channels)
+        return x.contiguous().view(count // rows, rows, channels)
+    n, channels, h, w = x.shape
+    rows = _rows(h * w, channels)
+    return x.permute(0, 2, 3, 1).contiguous().view(n * h * w // rows, rows, channels)
+
+
+class Passes:
+    """The passes of one activation, with a residual or without."""
+
+    def __init__(self, activation: str | None, residual: bool) -> None:
+        self.activation = activation
+        # whether the output tells what the activation let through, so that the residual need not be kept
+        self.by_output = residual and activation in activations.FROM_OUTPUT
+        name = f"{activation or 'linear'}{' residual' if residual else ''}"
+        self.forward = Pass(self._forward_residual if residual else self._forward, f"batch norm {name}")
+        gated = residual and activation is not None
+        self.backward = Pass(self._backward_residual if gated else self._backward, f"batch norm backward {name}")
+
+    def _forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: Tensor,
+        eps: Tensor, out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        mean, inverse, scale = _measure(x, weight, running_mean, running_var, momentum, eps)
+        z = passes.normalized(x, mean, scale, bias.float())
+        out.copy_(activations.apply(z, self.activation))
+        return mean, inverse, scale
+
+    def _forward_residual(
+        self, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: Tensor,
+        eps: Tensor, residual: Tensor, out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        mean, inverse, scale = _measure(x, weight, running_mean, running_var, momentum, eps)
+        z = passes.normalized(x, mean, scale, bias.float()) + residual.float()
+        out.copy_(activations.apply(z, self.activation))
+        return mean, inverse, scale
+
+    def _backward(
+        self, d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, bias: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        z = passes.normalized(x, mean, scale, bias.float())
+        g = activations.gradient(d.float(), z, self.activation)
+        return _gradients(g, x, mean, inverse, scale, out)
+
+    def _backward_residual(
+        self, d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, bias: Tensor, kept: Tensor,
+        residual_out: Tensor, out: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``kept``: the output where that tells, else the residual."""
+        z = kept.float()
+        if not self.by_output:
+            z = z + passes.normalized(x, mean, scale, bias.float())
+        g = activations.gradient(d.float(), z, self.activation)
+        residual_out.copy_(g)
+        return _gradients(g, x, mean, inverse, scale, out)
+
+
+def _measure(
+    x: Tensor, weight: Tensor, running_mean: Tensor, running_var: Tensor, momentum: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch's mean, 1 / sqrt(var + eps), that times the weight. Moves the running statistics."""
+    mean, inverse, scale, _, var = passes.measured(x, 0.0, weight.float(), eps)
+    for running, batch in ((running_mean, mean), (running_var, var)):
+        running.copy_(running * (1.0 - momentum) + batch * momentum)
+    return mean, inverse, scale
+
+
+def _gradients(
+    g: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, scale: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Those of weight and bias; the input's goes to ``out``."""
+    first, second = g.sum(1).sum(0), (g * (x.float() - mean)).sum(1).sum(0)
+    dbias, dweight, a, b = passes.parameter_gradients(first, second, inverse, x.shape[0] * x.shape[1])
+    out.copy_(passes.raw_gradient(g, x, mean, scale, a, b))
+    return dweight, dbias
+
+
+@functools.cache
+def passes_of(activation: str | None, residual: bool) -> Passes:
+    return Passes(activation, residual)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+        running_var: Tensor | None, residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        y, vectors = _forward(kind, x, weight, bias, running_mean, running_var, residual)
+        kept = None
+        if residual is not None and kind.activation is not None:
+            kept = y if passes_of(kind.activation, True).by_output else residual
+        # the parameters themselves too: autograd then notices if one is written to
+        ctx.save_for_backward(x, weight, bias, kept, *vectors)
+        ctx.kind, ctx.residual = kind, residual is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        kind, saved, needs = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return _differentiable(kind, d, saved[:4], ctx.residual, needs)
+        x, _, _, kept, mean, inverse, scale, shift = saved
+        run = passes_of(kind.activation, ctx.residual).backward
+        # (a gradient in another dtype would compile the passes anew)
+        pixels, dy = groups(x), groups(d)
+        dx = buffers.empty(x)
+        if kept is None:
+            dweight, dbias = run(dy, pixels, mean, inverse, scale, shift, groups(dx))
+            below = d
+        else:
+            below = buffers.empty(x)
+            dweight, dbias = run(
+                dy, pixels, mean, inverse, scale, shift, groups(kept), groups(below), groups(dx)
+            )  # fmt: skip
+        return (
+            None, dx if needs[1] else None, dweight if needs[2] else None, dbias if needs[3] else None, None, None,
+            below if needs[6] else None,
+        )  # fmt: skip
+
+
+def _forward(
+    kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, residual: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """The result; the batch's mean, 1 / sqrt(var + eps), that times the weight, and the bias."""
+    channels = x.shape[1]
+    shift = passes.vector(bias, channels, 0.0)
+    if running_mean is None or running_var is None:
+        # statistics that nobody will read
+        running_mean, running_var = torch.zeros(channels), torch.zeros(channels)
+    y = buffers.empty(x)
+    arguments = (
+        groups(x), passes.vector(weight, channels, 1.0), shift, running_mean, running_var, passes.number(kind.momentum),
+        passes.number(kind.eps),
+    )  # fmt: skip
+    run = passes_of(kind.activation, residual is not None).forward
+    vectors = run(*arguments, groups(y)) if residual is None else run(*arguments, groups(residual), groups(y))
+    return y, (*vectors, shift)
+
+
+def _differentiable(
+    kind: Kind, d: Tensor, saved: tuple[Tensor, ...], residual: bool, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients as functions of everything, for double backward: through torch's own calls."""
+    x, weight, bias, kept = saved
+    below: Tensor | None
+    z = F.batch_norm(x, None, None, weight, bias, True, 0.0, kind.eps)
+    if kept is not None and passes_of(kind.activation, residual).by_output:
+        d = below = activations.gradient(d, kept, kind.activation)
+    else:
+        z = activations.apply(z if kept is None else z + kept, kind.activation)
+        below = d if kept is None else None
+    inputs = [x, weight, bias, kept if below is None else None]
+    wanted = [t for t, need in zip(inputs, (*needs[1:4], needs[6])) if need and t is not None]
+    found = iter(torch.autograd.grad(z, wanted, d, create_graph=True) if wanted else ())
+    dx, dweight, dbias = (next(found) if need else None for need in needs[1:4])
+    if needs[6] and below is None:
+        below = next(found)
+    return None, dx, dweight, dbias, None, None, below if needs[6] else None
+
+
+def batch_norm(
+    kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """activation(batch norm of ``x`` + ``residual``), recorded by autograd; moves the running statistics.
+
+    ``x`` is channels_last or a matrix, float32 or bfloat16, and not empty; ``residual`` is of its dtype and shape.
+    """
+    y: Tensor = _BatchNorm.apply(kind, x, weight, bias, running_mean, running_var, residual)
+    return y
+
+
+@torch.no_grad()
+def batch_norm_alone(
+    kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """:func:`batch_norm` that nobody differentiates."""
+    return _forward(kind, x, weight, bias, running_mean, running_var, residual)[0]
