@@ -1,5 +1,7 @@
-"""Floor 3: tkernels.fuse, which finds chains of layers in a user's model and calls the fused operators for them."""
+"""tkernels.fuse and the torch.compile backend: chains of layers in a user's model become calls of fused operators."""
 
-from tkernels.fusion.rewrite import FusionReport, fuse, fusion_report, unfuse
+from tkernels.fusion.backend import tkernels
+from tkernels.fusion.in_place import explain, fuse, unfuse
+from tkernels.fusion.report import FusionReport
 
-__all__ = ["FusionReport", "fuse", "fusion_report", "unfuse"]
+__all__ = ["FusionReport", "explain", "fuse", "tkernels", "unfuse"]

@@ -1,0 +1,126 @@
+"""torch.compile(model, backend="tkernels"): Dynamo captures and guards, chains of layers become fused calls, the rest
+of the graph runs as it was, or goes on to Inductor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from tkernels.fusion import calls, chains, checkpoint, guards
+from tkernels.fusion.calls import Call
+from tkernels.fusion.report import FusionReport
+
+_RESTS = ("eager", "inductor")
+Run = Callable[..., Any]
+
+
+def tkernels(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: Any = None) -> Run:
+    """The backend that torch.compile finds by the name "tkernels".
+
+    ``options``: ``{"rest": "eager"}`` (the default) runs what is no chain as it was written, ``{"rest": "inductor"}``
+    has Inductor compile it. ``mode`` goes on to Inductor. Raises ValueError for other options.
+    """
+    backend = Backend(options, mode)
+    run = backend(gm, example_inputs)
+    report = backend.report
+    if report.left and not report.fused:
+        layer, why = report.left[0]
+        warnings.warn(f'backend "tkernels" fused nothing in a graph; {layer}: {why}', stacklevel=2)
+    return run
+
+
+class Backend:
+    """A backend that keeps a report of its graphs. ``ran``: how many fused chains its graphs have called."""
+
+    def __init__(self, options: dict[str, Any] | None = None, mode: str | None = None) -> None:
+        self.rest = _checked_rest(options)
+        self.mode = mode
+        self.report = FusionReport()
+        self.ran = 0
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
+        guards.watch_hooks()
+        count = self._rewrite(gm)
+        run = self._finish(gm, example_inputs)
+        self.report.graphs += 1
+        if count == 0:
+            return run
+
+        def counted(*args: Any) -> Any:
+            self.ran += count
+            return run(*args)
+
+        return counted
+
+    def _rewrite(self, gm: fx.GraphModule) -> int:
+        """Put fused calls in the place of a graph's chains, and say so in the report. Returns their number."""
+        eager, count = self.rest == "eager", 0
+        if eager:
+            count = sum(self._rewrite(body) for body in checkpoint.bodies(gm))
+            checkpoint.run_eagerly(gm)
+        found, left = chains.find(gm.graph)
+        self.report.left += left
+        chosen: list[Call] = []
+        for chain in found:
+            call = calls.call_of(chain, eager)
+            if isinstance(call, str):
+                self.report.left.append((f"{chain.where()}.{chain.describe()}".lstrip("."), call))
+            else:
+                chosen.append(call)
+        order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        replaced: dict[fx.Node, fx.Node] = {}
+        for call in sorted(calls.joined(chosen), key=lambda call: order[call.last]):
+            self.report.fused.append((call.chains[0].where(), call.describe()))
+            _replace(gm.graph, call, replaced)
+        count_together(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        return count + len(chosen)
+
+    def _finish(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
+        if self.rest == "eager":
+            return gm.forward
+        inductor: Any = torch._dynamo.lookup_backend("inductor")
+        mode = {} if self.mode is None else {"mode": self.mode}
+        run: Run = inductor(gm, list(example_inputs), **mode)
+        return run
+
+
+def _checked_rest(options: dict[str, Any] | None) -> str:
+    given = dict(options or {})
+    rest = given.pop("rest", "eager")
+    if given or rest not in _RESTS:
+        raise ValueError(f"options of the backend must be {{'rest': one of {_RESTS}}}, got {options}")
+    return str(rest)
+
+
+def _replace(graph: fx.Graph, call: Call, replaced: dict[fx.Node, fx.Node]) -> None:
+    """``replaced``: the nodes that calls before this one stand for, and theirs."""
+    arguments = tuple(replaced.get(argument, argument) for argument in call.arguments)
+    with graph.inserting_before(call.last):
+        node = graph.call_function(call.function, arguments)
+    node.meta.update(call.last.meta)
+    replaced[call.last] = node
+    call.last.replace_all_uses_with(node)
+    for chain in reversed(call.chains):
+        for step in reversed(chain.steps):
+            graph.erase_node(step.node)
+
+
+def count_together(graph: fx.Graph) -> None:
+    """Batch norms' counters, of which each would be a launch of its own, go up in one call: the first, since a
+    checkpointed graph need not run to its end again."""
+    counting = {node: count for node in graph.nodes if (count := chains.counter(node)) is not None}
+    by_device: dict[torch.device, list[fx.Node]] = {}
+    for count in counting.values():
+        by_device.setdefault(chains.value(count).device, []).append(count)
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        for counts in by_device.values():
+            graph.call_function(torch._foreach_add_, (counts, 1))
+    for node in counting:
+        graph.erase_node(node)

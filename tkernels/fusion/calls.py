@@ -1,0 +1,230 @@
+"""What stands for a chain in the rewritten graph: on a CPU what tkernels.cpu.chain planned for its sizes, elsewhere the
+fused operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from tkernels import runtime
+import tkernels.cpu.chain as cpu
+from tkernels.fusion.chains import Chain, disturbed
+from tkernels.fusion.steps import Step, value
+from tkernels.ops.batch_norm import batch_norm
+from tkernels.ops.conv import conv2d, pair
+from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
+from tkernels.ops.cross_entropy import cross_entropy
+from tkernels.ops.linear import linear
+
+# kinds of layers that PyTorch runs as fast on a CPU
+_NOTHING_TO_GAIN = "nothing to gain on a CPU"
+
+
+class Call(NamedTuple):
+    """A function, the nodes or values that it is called with, and the chains it stands for."""
+
+    function: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    chains: tuple[Chain, ...]
+
+    @property
+    def last(self) -> fx.Node:
+        return self.chains[-1].last.node
+
+    def describe(self) -> str:
+        return " -> ".join(chain.describe() for chain in self.chains)
+
+
+def call_of(chain: Chain, eager: bool) -> Call | str:
+    """The fused call of a chain, or of as many of its layers as have one; a string says why there is none. ``eager``:
+    the graph will run as it is, rather than be compiled further."""
+    device = value(chain.last.node).device.type
+    if device == "cpu" and eager and not _on_kernels():
+        return _cpu_call(chain)
+    if device not in ("cpu", "cuda"):
+        return f"no kernels for tensors on {device}"
+    makers = {"conv": _conv_call, "norm": _norm_call, "linear": _linear_call, "loss": _loss_call}
+    return makers[chain.first.kind](chain)
+
+
+def _on_kernels() -> bool:
+    """Whether tensors on a CPU go through kernels: under Triton's interpreter, or where that is asked for."""
+    return runtime.get_backend() == "triton" or (runtime.get_backend() == "auto" and runtime.interpreting())
+
+
+def _cpu_call(chain: Chain) -> Call | str:
+    if chain.last.kind == "dropout2d":
+        return _cpu_call(chain.without_last())
+    if chain.first.kind == "loss":
+        return _loss_call(chain)
+    if chain.first.kind == "linear":
+        return _NOTHING_TO_GAIN
+    if len(chain.steps) == 1:
+        return _NOTHING_TO_GAIN
+    run = cpu.plan(_described(chain))
+    if not isinstance(run, str):
+        return Call(run, (chain.first.input, *_tensors(chain), chain.residual), (chain,))
+    return _cpu_call(chain.without_last()) if chain.last.kind == "pool" else run
+
+
+def _described(chain: Chain) -> cpu.Chain:
+    """What is known of a chain's calls once they are traced."""
+    conv, norm, pool = chain.get("conv"), chain.get("norm"), chain.get("pool")
+    x: Tensor = value(chain.first.input)
+    # the map that batch norm or the activation takes
+    inner: Tensor = value(conv.node) if conv is not None else x
+    return cpu.Chain(
+        input=_sizes(x),
+        input_dtype=x.dtype,
+        channels_last=inner.dim() == 4 and inner.is_contiguous(memory_format=torch.channels_last),
+        weight=None if conv is None else _sizes(value(conv.given["weight"])),
+        conv=None if conv is None else cpu.Conv(*_windows(conv), conv.given["groups"]),
+        norm=None if norm is None else cpu.Norm(_measures(norm), float(norm.given["momentum"]), norm.given["eps"]),
+        residual=chain.residual is not None,
+        activation=_activation(chain),
+        pool=None if pool is None else _max_pool(pool),
+        dtype=inner.dtype,
+        differentiated=value(chain.last.node).requires_grad,
+    )
+
+
+def _sizes(t: Tensor) -> tuple[int, ...]:
+    """Sizes as they are in this call: where they may change, decisions are made for these."""
+    return tuple(int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in t.shape)
+
+
+def _windows(conv: Step) -> tuple[Any, Any, Any]:
+    padding = conv.given["padding"]
+    padding = padding if isinstance(padding, str) else pair("padding", padding)
+    return pair("stride", conv.given["stride"]), padding, pair("dilation", conv.given["dilation"])
+
+
+def _measures(norm: Step) -> bool:
+    return bool(norm.given["training"])
+
+
+def _activation(chain: Chain) -> str | None:
+    found = chain.get("activation")
+    return None if found is None else found.given["name"]
+
+
+def _max_pool(step: Step) -> MaxPool:
+    return MaxPool(step.given["kernel_size"], step.given["stride"] or None, step.given["padding"])
+
+
+def _tensors(chain: Chain) -> list[Any]:
+    """Weight and bias of the convolution; running mean and variance, weight and bias of the batch norm."""
+    conv, norm = chain.get("conv"), chain.get("norm")
+    own = [None, None] if conv is None else [conv.given["weight"], conv.given["bias"]]
+    names = ("running_mean", "running_var", "weight", "bias")
+    return own + [None if norm is None else norm.given[name] for name in names]
+
+
+def _conv_call(chain: Chain) -> Call | str:
+    conv, norm = chain.first, chain.get("norm")
+    if norm is not None:
+        if chain.residual is not None and chain.last.kind in ("pool", "dropout2d"):
+            return _conv_call(chain.without_last())
+        return _stage((chain,))
+    stride, padding, dilation = _windows(conv)
+    groups, activation = conv.given["groups"], _activation(chain)
+
+    def conv_activation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
+
+    return Call(conv_activation, (conv.input, conv.given["weight"], conv.given["bias"]), (chain,))
+
+
+def _stage(chains: Sequence[Chain]) -> Call:
+    """Chains of convolution and batch norm, each of which feeds the next, as one conv stage."""
+    made = [_layer(chain) for chain in chains]
+    last = chains[-1]
+    pool, dropout = last.get("pool"), last.get("dropout2d")
+    window = None if pool is None else _max_pool(pool)
+    p = _probability(dropout)
+    count = len(_TENSORS)
+
+    def conv_norm_stage(x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        layers = [layer(*tensors[count * i : count * i + count]) for i, layer in enumerate(made)]
+        return conv_stage(x, layers, window, p, p > 0, residual)
+
+    own = [t for chain in chains for t in _tensors(chain)]
+    return Call(conv_norm_stage, (chains[0].first.input, last.residual, *own), tuple(chains))
+
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias")
+
+
+def _layer(chain: Chain) -> Callable[..., ConvBNLayer]:
+    conv, norm = chain.get("conv"), chain.get("norm")
+    assert conv is not None and norm is not None  # noqa: PT018
+    stride, padding, dilation = _windows(conv)
+    groups, momentum, eps = conv.given["groups"], float(norm.given["momentum"]), norm.given["eps"]
+    training, activation = _measures(norm), _activation(chain)
+
+    def layer(weight: Tensor, bias: Any, mean: Any, var: Any, bn_weight: Any, bn_bias: Any) -> ConvBNLayer:
+        return ConvBNLayer(weight, bias, bn_weight, bn_bias, mean, var, None, stride, padding, dilation, groups,
+                           momentum, eps, training, activation)  # fmt: skip
+
+    return layer
+
+
+def _probability(dropout: Step | None) -> float:
+    return float(dropout.given["p"]) if dropout is not None and dropout.given["training"] else 0.0
+
+
+def joined(calls: Sequence[Call]) -> list[Call]:
+    """Conv stages of which one alone feeds the next, as one."""
+    found: list[Call] = []
+    for call in calls:
+        before = next((c for c in found if c.last is call.chains[0].first.input), None)
+        if before is not None and _is_stage(call) and _is_stage(before) and _can_go_on(before):
+            whole = (*before.chains, *call.chains)
+            if disturbed(Chain(tuple(step for chain in whole for step in chain.steps))) is None:
+                found.remove(before)
+                call = _stage(whole)
+        found.append(call)
+    return found
+
+
+def _is_stage(call: Call) -> bool:
+    return call.function.__name__ == "conv_norm_stage"
+
+
+def _can_go_on(call: Call) -> bool:
+    last = call.chains[-1]
+    return last.last.kind in ("norm", "activation") and last.residual is None and len(call.last.users) == 1
+
+
+def _norm_call(chain: Chain) -> Call | str:
+    if chain.last.kind in ("pool", "dropout2d"):
+        return _norm_call(chain.without_last())
+    given = chain.first.given
+    training, momentum, eps, activation = _measures(chain.first), given["momentum"], given["eps"], _activation(chain)
+
+    def norm_activation(x: Tensor, residual: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Tensor:
+        return batch_norm(x, mean, var, weight, bias, training, momentum, eps, activation, residual)
+
+    return Call(norm_activation, (chain.first.input, chain.residual, *_tensors(chain)[2:]), (chain,))
+
+
+def _linear_call(chain: Chain) -> Call | str:
+    given, activation, p = chain.first.given, _activation(chain), _probability(chain.get("dropout"))
+
+    def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias, activation, p, p > 0)
+
+    return Call(linear_activation, (given["input"], given["weight"], given["bias"]), (chain,))
+
+
+def _loss_call(chain: Chain) -> Call | str:
+    given = dict(chain.first.given)
+    tensors = given.pop("input"), given.pop("target"), given.pop("weight", None)
+
+    def loss(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        return cross_entropy(input, target, weight, **given)
+
+    return Call(loss, tensors, (chain,))

@@ -1,0 +1,145 @@
+"""fuse and unfuse: torch.compile with our backend in place, as torch.nn.Module.compile; explain: what that does."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from tkernels.cpu.compiler import plain_eager
+from tkernels.fusion.backend import Backend
+from tkernels.fusion.report import FusionReport
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fuse(model: Model, report: bool = False, options: dict[str, Any] | None = None) -> Model:
+    """Let ``model`` call fused operators for the chains of layers they cover; returns the same object, changed.
+
+    The model is compiled in place (:meth:`torch.nn.Module.compile`) with the backend "tkernels": Dynamo captures its
+    forward at the first call and guards what it saw, so that layers swapped, hooks registered or modes switched later
+    count. Chains, written as modules or functions: convolution -> batch norm -> residual addition -> activation -> max
+    pool -> Dropout2d, where all after the convolution is optional; batch norm -> addition or activation; linear ->
+    activation -> dropout; cross entropy. Activations: ReLU, ReLU6, LeakyReLU, SiLU, Hardswish, GELU. A chain that does
+    not pay at its sizes on a CPU is left to PyTorch.
+
+    Parameters, buffers, state_dict and the class stay; copies and pickles of the model are not compiled. ``report``:
+    print what was fused, what was not and why after the first call; :func:`explain` returns it. A call that fused
+    nothing warns, once. ``options``: the backend's. Undone by :func:`unfuse`.
+
+    Raises TypeError for what is no module, ValueError for unknown options.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model._compiled_call_impl = _Fused(model, Backend(options), report).function()
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo :func:`fuse`, of ``model`` and the modules in it. Returns the same object."""
+    for module in model.modules():
+        if _fused(module) is not None:
+            module._compiled_call_impl = None
+    return model
+
+
+def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
+    """What :func:`fuse` makes of a model: chains fused, layers left and why, what Dynamo ended a graph at.
+
+    With arguments for its forward, of a call with those: a copy of the model is fused and called, in the gradient and
+    autocast modes in force, and ``model`` stays as it is. Without, of the calls so far of a fused model. Raises
+    ValueError for a model that was not fused, then.
+    """
+    if inputs or kwargs:
+        twin = fuse(copy.deepcopy(getattr(model, "_orig_mod", model)))
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twin(*inputs, **kwargs)
+        return explain(twin)
+    fused = _fused(model)
+    if fused is None:
+        raise ValueError("model was not fused: call tkernels.fuse(model) first, or explain(model, *inputs)")
+    return fused.backend.report
+
+
+def _fused(model: nn.Module) -> _Fused | None:
+    return getattr(model._compiled_call_impl, "tkernels_fused", None)
+
+
+class _Fused:
+    """A fused model's call."""
+
+    def __init__(self, model: nn.Module, backend: Backend, print_report: bool) -> None:
+        self.model = model
+        self.backend = backend
+        self.compiled = torch.compile(_entry(model), backend=backend)
+        self.print_report = print_report
+        self.warned = False
+
+    def function(self) -> Callable[..., Any]:
+        """As a function: torch.jit.script passes over those it finds among a module's attributes."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.call(args, kwargs)
+
+        call.tkernels_fused = self  # type: ignore[attr-defined]
+        return call
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # an outer trace, a transform or a mode sees the model that the user wrote
+        if torch.compiler.is_compiling() or not plain_eager():
+            return self.model._call_impl(*args, **kwargs)
+        backend = self.backend
+        ran, graphs, start = backend.ran, backend.report.graphs, time.perf_counter()
+        breaks = dict(counters["graph_break"])
+        result = self.compiled(*args, **kwargs)
+        if counters["graph_break"] != breaks:
+            new = (reason for reason, count in counters["graph_break"].items() if breaks.get(reason) != count)
+            backend.report.breaks += [_first_lines(reason) for reason in new]
+        if backend.report.graphs != graphs:
+            backend.report.seconds += time.perf_counter() - start
+        if self.print_report:
+            self.print_report = False
+            print(backend.report)
+        if backend.ran == ran and not self.warned:
+            self.warned = True
+            self._warn()
+        return result
+
+    def _warn(self) -> None:
+        report = self.backend.report
+        if report.left:
+            why = "{}: {}".format(*report.left[0])
+        else:
+            why = report.breaks[0] if report.breaks else "Dynamo captured no layer that starts a chain"
+        warnings.warn(
+            f"tkernels.fuse: a call of {type(self.model).__name__} ran no fused operator ({why}); "
+            "tkernels.explain(model) says more",
+            stacklevel=5,
+        )
+
+
+def _first_lines(reason: str) -> str:
+    return " ".join(reason.split("\n\n")[0].split())[:300]
+
+
+_entries = itertools.count()
+
+
+def _entry(model: nn.Module) -> Callable[..., Any]:
+    """The model's call as a function with code of its own: Dynamo keeps what it compiled, and counts it against its
+    limit, by code, and what it has seen change by the code's name; all modules share Module._call_impl's."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    code = call.__code__.replace(co_name=f"call_{type(model).__name__}_{next(_entries)}")
+    return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)

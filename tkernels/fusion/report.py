@@ -1,0 +1,33 @@
+"""What became of a model's layers, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class FusionReport:
+    """What the graphs of a model came to. ``fused``: (module, chain of layers); ``left``: (layer, why it stays
+    PyTorch's); ``breaks``: what Dynamo ended a graph at; ``graphs``: how many it compiled; ``seconds``: how long
+    the calls took that did so.
+
+    A model that was compiled for several kinds of calls (training and evaluation, other sizes) has its chains once for
+    each.
+    """
+
+    fused: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    left: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    breaks: list[str] = dataclasses.field(default_factory=list)
+    graphs: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        graphs = "graph" if self.graphs == 1 else "graphs"
+        lines = [f"fused: {len(self.fused)} chains in {self.graphs} {graphs}, first calls {self.seconds:.1f} s"]
+        lines += [f"  {name or '(model)'}: {what}" for name, what in self.fused]
+        lines.append(f"left as it was: {len(self.left)}")
+        lines += [f"  {name or '(model)'}: {why}" for name, why in self.left]
+        if self.breaks:
+            lines.append(f"Dynamo ended a graph at: {len(self.breaks)}")
+            lines += [f"  {why}" for why in self.breaks]
+        return "\n".join(lines)

@@ -1,0 +1,248 @@
+"""What a node of Dynamo's graph is in a chain of layers, whether it was written as a module or as a function."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from tkernels.ops.activation import LEAKY_SLOPE
+
+_aten_nn: Any = torch._C._nn
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_LOSS = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+_DROPOUT = ("input", "p", "training", "inplace")
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ADDITIONS_IN_PLACE = (operator.iadd, "add_")
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+             operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem, operator.delitem)  # fmt: skip
+
+
+class Step(NamedTuple):
+    """One layer of a chain. ``kind``: 'conv', 'linear', 'norm', 'add', 'activation', 'pool', 'dropout', 'dropout2d' or
+    'loss'; ``given``: the call's arguments by torch's names, nodes where they are computed; an addition's 'other'; an
+    activation's 'name'."""
+
+    node: fx.Node
+    kind: str
+    given: dict[str, Any]
+
+    @property
+    def input(self) -> fx.Node:
+        found: fx.Node = self.given["input"]
+        return found
+
+
+def value(node: Any) -> Any:
+    """What a node computes, as Dynamo saw it: a fake tensor, or something else."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def step_of(node: fx.Node) -> Step | None:
+    """What a node is in a chain, if anything."""
+    if node.op not in ("call_function", "call_method") or not isinstance(value(node), Tensor):
+        return None
+    try:
+        reader = _READERS.get(node.target)
+    except TypeError:  # a target that cannot be hashed
+        return None
+    return None if reader is None else reader(node)
+
+
+def _arguments(node: fx.Node, names: Sequence[str], **defaults: Any) -> dict[str, Any] | None:
+    """A call's arguments by name, with defaults; None if it has others."""
+    if len(node.args) > len(names) or {*node.kwargs} - {*names}:
+        return None
+    found = {**defaults, **dict(zip(names, node.args)), **node.kwargs}
+    return found if isinstance(found.get("input"), fx.Node) else None
+
+
+def _constant(given: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether these arguments are plain values."""
+    return not any(isinstance(leaf, fx.Node) for name in names for leaf in _leaves(given.get(name)))
+
+
+def _leaves(argument: Any) -> list[Any]:
+    return list(argument) if isinstance(argument, (tuple, list)) else [argument]
+
+
+def _conv(node: fx.Node) -> Step | None:
+    given = _arguments(node, _CONV, bias=None, stride=1, padding=0, dilation=1, groups=1)
+    if given is None or not _constant(given, _CONV[3:]) or value(given["input"]).dim() != 4:
+        return None
+    return Step(node, "conv", given)
+
+
+def _linear(node: fx.Node) -> Step | None:
+    given = _arguments(node, ("input", "weight", "bias"), bias=None)
+    return None if given is None else Step(node, "linear", given)
+
+
+def _norm(node: fx.Node) -> Step | None:
+    given = _arguments(node, _NORM, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5)
+    if given is None:
+        return None
+    for name in _NORM[6:]:
+        given[name] = _number(given[name])
+    if given["momentum"] is None or given["eps"] is None or not _constant(given, ("training",)):
+        return None
+    return Step(node, "norm", given)
+
+
+def _number(argument: Any) -> float | None:
+    """A number as this graph has it; None for what is none. One that Dynamo keeps open, since it has seen it change,
+    becomes a constant that the graph guards."""
+    found = value(argument)
+    return float(found) if isinstance(found, (int, float, torch.SymFloat, torch.SymInt)) else None
+
+
+def _addition(node: fx.Node) -> Step | None:
+    """Of two tensors of one shape and dtype: neither broadcast nor promoted."""
+    if len(node.args) != 2 or node.kwargs or not all(isinstance(argument, fx.Node) for argument in node.args):
+        return None
+    first, second = (value(argument) for argument in node.args)
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return None
+    if first.dtype != second.dtype or first.device != second.device or not _same_shape(first, second):
+        return None
+    return Step(node, "add", {"input": node.args[0], "other": node.args[1]})
+
+
+def _same_shape(a: Tensor, b: Tensor) -> bool:
+    """Without asking whether symbolic sizes are equal: that would become a guard."""
+    return a.dim() == b.dim() and all(str(m) == str(n) for m, n in zip(a.shape, b.shape))
+
+
+def _activation(
+    name: str, names: Sequence[str], fits: Callable[[dict[str, Any]], bool], **defaults: Any
+) -> Callable[[fx.Node], Step | None]:
+    def read(node: fx.Node) -> Step | None:
+        given = _arguments(node, ("input", *names), **defaults)
+        if given is None or not _constant(given, names) or not fits(given):
+            return None
+        return Step(node, "activation", {"input": given["input"], "name": name})
+
+    return read
+
+
+def _always(given: dict[str, Any]) -> bool:
+    return True
+
+
+def _pool(node: fx.Node) -> Step | None:
+    given = _arguments(node, _POOL, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False)
+    if given is None or not _constant(given, _POOL[1:]) or value(given["input"]).dim() != 4:
+        return None
+    plain = all(d == 1 for d in _leaves(given["dilation"])) and not given["ceil_mode"] and not given["return_indices"]
+    return Step(node, "pool", given) if plain else None
+
+
+def _dropout(kind: str) -> Callable[[fx.Node], Step | None]:
+    def read(node: fx.Node) -> Step | None:
+        given = _arguments(node, _DROPOUT, p=0.5, training=True, inplace=False)
+        if given is None or not _constant(given, _DROPOUT[1:]):
+            return None
+        if kind == "dropout2d" and value(given["input"]).dim() != 4:
+            return None
+        return Step(node, kind, given)
+
+    return read
+
+
+def _loss(node: fx.Node) -> Step | None:
+    """Without the arguments that torch has deprecated."""
+    given = _arguments(node, _LOSS)
+    if given is None or given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
+        return None
+    return Step(node, "loss", given)
+
+
+_relu = _activation("relu", ("inplace",), _always)
+_relu6 = _activation(
+    "relu6", ("min_val", "max_val", "inplace"), lambda given: (given["min_val"], given["max_val"]) == (0, 6),
+    min_val=-1.0, max_val=1.0,
+)  # fmt: skip
+_leaky_relu = _activation(
+    "leaky_relu", ("negative_slope", "inplace"), lambda given: given["negative_slope"] == LEAKY_SLOPE,
+    negative_slope=0.01,
+)  # fmt: skip
+_gelu = _activation("gelu", ("approximate",), lambda given: given["approximate"] == "none", approximate="none")
+
+_READERS: dict[Any, Callable[[fx.Node], Step | None]] = {
+    torch.conv2d: _conv, F.conv2d: _conv,
+    F.linear: _linear, _aten_nn.linear: _linear,
+    F.batch_norm: _norm,
+    **dict.fromkeys(_ADDITIONS, _addition),
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"), _relu),
+    F.relu6: _activation("relu6", ("inplace",), _always), F.hardtanh: _relu6, F.hardtanh_: _relu6,
+    F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu, _aten_nn.leaky_relu: _leaky_relu,
+    F.silu: _activation("silu", ("inplace",), _always), _aten_nn.silu: _activation("silu", (), _always),
+    F.hardswish: _activation("hardswish", ("inplace",), _always),
+    F.gelu: _gelu, _aten_nn.gelu: _gelu,
+    F.max_pool2d: _pool, torch.max_pool2d: _pool,
+    F.dropout: _dropout("dropout"), F.dropout2d: _dropout("dropout2d"),
+    F.cross_entropy: _loss,
+}  # fmt: skip
+
+
+def writes_over_its_input(step: Step) -> bool:
+    """Whether an addition writes to its first operand."""
+    return step.node.target in _ADDITIONS_IN_PLACE
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call may write to; all of them where nothing is known of it."""
+    if node.op == "call_function" and node.target is F.batch_norm:
+        step = _norm(node)
+        given = step.given if step is not None else {}
+        if step is not None and not given["training"]:
+            return []
+        statistics = [given.get("running_mean"), given.get("running_var")] if step is not None else node.all_input_nodes
+        return [argument for argument in statistics if isinstance(argument, fx.Node)]
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.all_input_nodes if node.target._schema.is_mutable else []
+    if node.op == "call_module" or (node.op == "call_function" and not _of_torch(node.target)):
+        return node.all_input_nodes
+    if not _writes(node):
+        return []
+    given = [node.kwargs["out"]] if "out" in node.kwargs else node.args[:1]  # type: ignore[assignment]
+    return [leaf for argument in given for leaf in _leaves(argument) if isinstance(leaf, fx.Node)]
+
+
+def _of_torch(target: Any) -> bool:
+    """Whether a function is one of torch's or Python's, which say by their names and arguments that they write."""
+    module = str(getattr(target, "__module__", None) or "")
+    if module.startswith(("torch._higher_order_ops", "torch._library")) or isinstance(
+        target, torch._ops.HigherOrderOperator
+    ):
+        return False
+    return module in ("", "math", "_operator", "operator", "builtins") or module.split(".")[0] == "torch"
+
+
+def _writes(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target in _IN_PLACE or "out" in node.kwargs or (name.endswith("_") and not name.endswith("__")):
+        return True
+    if node.op != "call_function":
+        return False
+    position = _inplace_position(node.target)
+    if position is None:
+        return bool(node.kwargs.get("inplace"))
+    return bool(node.args[position] if position < len(node.args) else node.kwargs.get("inplace"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _inplace_position(target: Any) -> int | None:
+    """Which positional argument of a function is ``inplace``."""
+    try:
+        return list(inspect.signature(target).parameters).index("inplace")
+    except (TypeError, ValueError):
+        return None
