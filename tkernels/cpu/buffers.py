@@ -155,3 +155,11 @@ def dense(dtype: torch.dtype, *shape: int) -> Tensor:
     if nbytes < SMALLEST:
         return torch.empty(shape, dtype=dtype)
     return POOL.take(dtype, shape, strides[::-1], nbytes)
+
+
+def channels_last(dtype: torch.dtype, n: int, c: int, h: int, w: int) -> Tensor:
+    """The same, in torch.channels_last."""
+    nbytes = dtype.itemsize * n * c * h * w
+    if nbytes < SMALLEST:
+        return torch.empty((n, c, h, w), dtype=dtype, memory_format=torch.channels_last)
+    return POOL.take(dtype, (n, c, h, w), (h * w * c, 1, w * c, c), nbytes)
