@@ -42,22 +42,27 @@ def pooled(size: int, kernel: int = 2, stride: int = 2, pad: int = 0) -> Pooling
     return Pooling(size, size, kernel, kernel, stride, stride, pad, pad, out, out)
 
 
-def forward(g: Geometry, dtype: torch.dtype, training: bool, channels_last: bool = True) -> None:
+def forward(
+    g: Geometry, dtype: torch.dtype, training: bool, channels_last: bool = True, activation: str = "relu",
+    adds: bool = False,
+) -> None:  # fmt: skip
+    """``adds``: a residual."""
     weight = torch.empty(g.out_channels, g.group_in, g.kernel_h, g.kernel_w, device="cuda")
     packed = conv.launch_pack(weight, g, dtype)
     bias = torch.empty(g.out_channels, device="cuda")
     norm = None if training else norm_given(g.out_channels)
     counter = torch.empty((), device="cuda", dtype=torch.int64) if training else None
-    conv_stage.launch_conv(image(g.in_channels, g.height, dtype), packed, bias, g, norm, counter, channels_last)
+    x, residual = image(g.in_channels, g.height, dtype), image(g.out_channels, g.out_h, dtype) if adds else None
+    conv_stage.launch_conv(x, packed, bias, g, norm, counter, channels_last, activation, residual)
 
 
-def dgrad(g: Geometry, dtype: torch.dtype) -> None:
+def dgrad(g: Geometry, dtype: torch.dtype, activation: str = "relu") -> None:
     weight = torch.empty(g.out_channels, g.group_in, g.kernel_h, g.kernel_w, device="cuda")
     transposed = dtype == torch.float32
     packed = conv.launch_pack(weight, g, dtype, transposed)
     raw = image(g.in_channels, g.height, dtype)
     dy = image(g.out_channels, g.out_h, dtype)
-    conv_stage_backward.launch_dgrad(dy, packed, g, raw, norm_of_batch(g.in_channels), transposed)
+    conv_stage_backward.launch_dgrad(dy, packed, g, raw, norm_of_batch(g.in_channels), transposed, activation)
 
 
 def wgrad(g: Geometry, dtype: torch.dtype) -> None:
@@ -70,14 +75,14 @@ def wgrad(g: Geometry, dtype: torch.dtype) -> None:
     conv_backward.launch_wgrad(x, dz, g, True, False, raw, config=config, through=through)
 
 
-def pointwise(c_in: int, c_out: int, size: int, dtype: torch.dtype) -> None:
+def pointwise(c_in: int, c_out: int, size: int, dtype: torch.dtype, activation: str = "relu") -> None:
     """A 1x1 layer that normalises its input as it loads it, forward and weight gradient."""
     g = Geometry(c_in, c_out, 1, size, size, 1, 1, 1, 1, 0, 0, 1, 1, size, size)
     x, norm = image(c_in, size, dtype), norm_of_batch(c_in)
     packed = conv.launch_pack(torch.empty(c_out, c_in, 1, 1, device="cuda"), g, dtype)
     counter = torch.empty((), device="cuda", dtype=torch.int64)
-    conv_stage_pointwise.launch_forward(x, norm, packed, None, g, counter)
-    conv_stage_pointwise.launch_wgrad(x, norm, image(c_out, size, dtype), g)
+    conv_stage_pointwise.launch_forward(x, norm, packed, None, g, counter, activation)
+    conv_stage_pointwise.launch_wgrad(x, norm, image(c_out, size, dtype), g, activation)
 
 
 def weights(dtype: torch.dtype) -> None:
@@ -94,14 +99,17 @@ def weights(dtype: torch.dtype) -> None:
     conv_stage_weights.launch_merges(sums)
 
 
-def end(channels: int, pool: Pooling, dtype: torch.dtype, training: bool, channels_last: bool = True) -> None:
+def end(
+    channels: int, pool: Pooling, dtype: torch.dtype, training: bool, channels_last: bool = True,
+    activation: str = "relu",
+) -> None:  # fmt: skip
     raw = image(channels, pool.height, dtype)
     seed = torch.empty((), device="cuda", dtype=torch.int64) if training else None
     norm = norm_of_batch(channels) if training else None
-    conv_stage.launch_end(raw, pool, norm, 0.25 if training else 0.0, seed, channels_last)
+    conv_stage.launch_end(raw, pool, norm, 0.25 if training else 0.0, seed, channels_last, activation)
 
 
-def end_backward(channels: int, pool: Pooling, dtype: torch.dtype, nchw: bool) -> None:
+def end_backward(channels: int, pool: Pooling, dtype: torch.dtype, nchw: bool, activation: str = "relu") -> None:
     raw = image(channels, pool.height, dtype)
     seed = torch.empty((), device="cuda", dtype=torch.int64)
     coefficients = torch.empty(2, channels, device="cuda")
@@ -109,8 +117,8 @@ def end_backward(channels: int, pool: Pooling, dtype: torch.dtype, nchw: bool) -
     dy = image(channels, pool.out_h, dtype)
     if nchw:
         dy = torch.empty(BATCH, channels, pool.out_h, pool.out_w, device="cuda", dtype=dtype)
-    conv_stage_backward.launch_end_sums(dy, raw, pool, norm, 0.25, seed)
-    conv_stage_backward.launch_end_gradient(dy, raw, pool, norm, coefficients, 0.25, seed)
+    conv_stage_backward.launch_end_sums(dy, raw, pool, norm, 0.25, seed, activation)
+    conv_stage_backward.launch_end_gradient(dy, raw, pool, norm, coefficients, 0.25, seed, activation)
 
 
 def cases() -> list[Case]:
@@ -153,5 +161,15 @@ def cases() -> list[Case]:
                  functools.partial(end_backward, 64, overlapping, dtype, False)),
             Case(f"conv_stage evaluation NCHW {label}",
                  functools.partial(forward, window3x3(64, 64, 16), dtype, False, False), dtype != torch.float32),
+            # the activation with the most arithmetic
+            Case(f"conv_stage evaluation gelu residual {label}",
+                 functools.partial(forward, window3x3(64, 64, 16), dtype, False, True, "gelu", True)),
+            Case(f"conv_stage dgrad gelu {label}", functools.partial(dgrad, window3x3(64, 64, 16), dtype, "gelu")),
+            Case(f"conv_stage end gelu {label}", functools.partial(end, 64, pooled(16), dtype, True, True, "gelu")),
+            Case(f"conv_stage end backward gelu {label}",
+                 functools.partial(end_backward, 64, pooled(16), dtype, False, "gelu")),
+            Case(f"conv_stage overlap backward gelu {label}",
+                 functools.partial(end_backward, 64, overlapping, dtype, False, "gelu")),
+            Case(f"conv_stage pointwise gelu {label}", functools.partial(pointwise, 64, 256, 56, dtype, "gelu")),
         ]  # fmt: skip
     return found

@@ -234,7 +234,9 @@ def window_best(x_ptr, origin, top, left, inside, height, width, channels, offs_
     best = tl.full((BLOCK_P, BLOCK_C), float("-inf"), dtype=tl.float32)
     which = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.int32)
     centred = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    if KERNEL_H * KERNEL_W <= UNROLLED_TAPS:
+    # the arithmetic of some activations on many taps at once would spill
+    COSTLY: tl.constexpr = ACTIVATION == "gelu" or ACTIVATION == "silu" or ACTIVATION == "hardswish"
+    if KERNEL_H * KERNEL_W <= (1 if COSTLY else UNROLLED_TAPS):
         for tap in tl.static_range(KERNEL_H * KERNEL_W):
             best, which, centred = window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, height,
                                                width, channels, offs_c, mask_c, mean, scale, shift, KERNEL_W, BORDER,
