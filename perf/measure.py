@@ -211,6 +211,13 @@ def failure(error: BaseException) -> str:
     return f"error: {type(error).__name__}: {text}"
 
 
+def crashed(exitcode: int | None) -> str:
+    """A status for a process that died."""
+    if exitcode is not None and exitcode < 0:
+        return f"crashed: signal {-exitcode}"
+    return f"crashed: exit status {exitcode}"
+
+
 @contextlib.contextmanager
 def recorded_launches() -> Iterator[list[str]]:
     """Within the block every Triton launch leaves its kernel's name and configuration in the list."""

@@ -143,8 +143,7 @@ class _Proxy:
             return connection.recv()
         except (EOFError, OSError):
             process.join()
-            code = process.exitcode or 0
-            return f"crashed: signal {-code}" if code < 0 else f"crashed: exit status {code}"
+            return measure.crashed(process.exitcode)
 
 
 @contextlib.contextmanager

@@ -233,9 +233,7 @@ def _lost(todo: dict[int, Task], at: int) -> list[int]:
 def _cause(exitcode: int | None) -> str:
     if exitcode == worker.BROKEN_GPU:
         return "crashed: the GPU stopped answering"
-    if exitcode is not None and exitcode < 0:
-        return f"crashed: signal {-exitcode}"
-    return f"crashed: exit status {exitcode}"
+    return measure.crashed(exitcode)
 
 
 def summary(frame: pd.DataFrame) -> None:

@@ -25,7 +25,7 @@ import pandas as pd
 
 from models import recipes
 from perf import machine, options, ratios, schema
-from perf.model import contest, names
+from perf.model import contest, names, worker
 from perf.model.contest import AGAIN, COMPILED, Task
 from perf.options import Refused
 from perf.providers import OURS
@@ -59,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, then measure. Status 0 even where a model failed: its rows say so."""
     device = options.device(args.device)
-    builds = names.resolve(args.model)
-    tasks = list(_tasks(args, builds, device))
+    tasks = list(_tasks(args, list(names.resolve(args.model)), device))
     for option in ("rounds", "seconds"):
         if getattr(args, option) <= 0:
             raise Refused(f"--{option} must be above 0, got {getattr(args, option)}")
@@ -69,9 +68,10 @@ def run(args: argparse.Namespace) -> int:
         f"{_where(device)}, triton {machine.facts(device)['triton'] or 'none'}, commit {options.commit()}", flush=True
     )
     rows: list[dict[str, Any]] = []
+    process = worker.Worker(contest.Effort(args.rounds, args.seconds, args.compile))
     try:
         for task in tasks:
-            done = contest.measured(task, builds[task.name], args.rounds, args.seconds, args.compile)
+            done = process.measured(task)
             rows += done.rows
             if writer is not None:
                 for row in done.rows:
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
             if args.report and done.report:
                 print(f"\n{done.report}", flush=True)
     finally:
+        process.close()
         if writer is not None:
             writer.close()
     frame = pd.DataFrame(rows, columns=list(contest.NAMES)) if args.csv is None else read(args.csv)
@@ -89,14 +90,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tasks(args: argparse.Namespace, builds: Mapping[str, names.Build], device: str) -> Iterator[Task]:
+def _tasks(args: argparse.Namespace, models: Sequence[str], device: str) -> Iterator[Task]:
     dtypes = options.several("dtype", args.dtype, DTYPES)
     modes = options.several("mode", args.mode, schema.NETWORK_MODES)
     if args.optimizer is not None:
         options.one_of("optimizer", args.optimizer, recipes.OPTIMIZERS)
     if args.batch < 1 or min(args.size) < 1:
         raise Refused(f"--batch and --size must be at least 1, got {args.batch} and {min(args.size)}")
-    for name, size, dtype, mode in itertools.product(builds, dict.fromkeys(args.size), dtypes, modes):
+    for name, size, dtype, mode in itertools.product(models, dict.fromkeys(args.size), dtypes, modes):
         yield Task(name, args.batch, size, dtype, mode, args.channels_last, device, args.optimizer)
 
 

@@ -11,6 +11,7 @@ the tests' affair.
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterable
@@ -83,6 +84,14 @@ class Task(NamedTuple):
             "N": self.batch, "C": 3, "H": self.size, "W": self.size, "timing": "wall",
             "allocator": "shared" if self.device == "cpu" else "", "optimizer": self.optimizer if self.trains else None,
         }  # fmt: skip
+
+
+class Effort(NamedTuple):
+    """Rounds, seconds after which they end, and whether torch.compile competes."""
+
+    rounds: int
+    seconds: float
+    compiled: bool
 
 
 class Measured(NamedTuple):
@@ -172,14 +181,17 @@ def providers(compiled: bool) -> dict[str, Callable[[nn.Module], None]]:
     return {BASELINE: _leave, OURS: _fuse, AGAIN: _leave, **others}
 
 
-def measured(task: Task, build: Build, rounds: int, seconds: float, compiled: bool) -> Measured:
-    """Measure everyone; whatever one raises becomes its row's status."""
+def measured(task: Task, build: Build, effort: Effort, at: Callable[[int], None] = lambda number: None) -> Measured:
+    """Measure everyone; whatever one raises becomes its row's status. ``at``: told whose turn it is, by number."""
     torch._dynamo.reset()
     gc.collect()
     found: dict[str, dict[str, Any]] = {}
     rivals: dict[str, Rival] = {}
     report = ""
-    for name, prepare in providers(compiled).items():
+    competing = providers(effort.compiled)
+    number = {name: i for i, name in enumerate(competing)}
+    for name, prepare in competing.items():
+        at(number[name])
         found[name] = {"status": schema.OK}
         try:
             rival = Rival(task, build)
@@ -195,16 +207,19 @@ def measured(task: Task, build: Build, rounds: int, seconds: float, compiled: bo
     if rivals and not task.trains:
         _judge(task, build, rivals, found)
     try:
-        samples = measure.rounds({name: _turn(task, rival) for name, rival in rivals.items()}, rounds, seconds)
+        turn = {name: _turn(task, rival, functools.partial(at, number[name])) for name, rival in rivals.items()}
+        samples = measure.rounds(turn, effort.rounds, effort.seconds)
     except Exception as error:
         for name in rivals:
             found[name]["status"] = measure.failure(error)
         rivals, samples = {}, {}
     for name, taken in samples.items():
+        at(number[name])
         found[name] |= _times(taken, samples)
         if name != AGAIN:
             found[name]["peak_memory_mb"] = _peak_mb(task, rivals[name])
     if OURS in rivals:
+        at(number[OURS])
         try:
             found[OURS] |= _dynamos_part(task, rivals[OURS])
         except Exception as error:
@@ -239,7 +254,9 @@ def _flat(outputs: Iterable[Tensor]) -> Tensor:
     return torch.cat([output.double().flatten() for output in outputs])
 
 
-def _turn(task: Task, rival: Rival) -> Callable[[], Sample]:
+def _turn(task: Task, rival: Rival, begins: Callable[[], None]) -> Callable[[], Sample]:
+    """``begins``: called at the beginning of each."""
+    begins()
     for _ in range(WARM_CALLS):
         start = time.perf_counter()
         rival.step()
@@ -253,6 +270,7 @@ def _turn(task: Task, rival: Rival) -> Callable[[], Sample]:
         _wait(task.device)
 
     def turn() -> Sample:
+        begins()
         taken = measure.sample(calls, 1)
         return taken._replace(ms=taken.ms / repeats, page_faults=taken.page_faults / repeats)
 

@@ -15,13 +15,15 @@ from torch import nn
 import tkernels
 from perf import model, schema
 from perf.model import contest, names
-from perf.model.contest import Task
+from perf.model.contest import Effort, Task
 from tests.perf.command import module, refused, run
 from tkernels.fusion import FusionReport
 
 pytestmark = pytest.mark.gate("torch")
 
 TINY = """
+import os
+
 from torch import nn
 
 def build():
@@ -29,6 +31,13 @@ def build():
 
 def fails():
     raise RuntimeError("no such weights")
+
+class Dies(nn.Flatten):
+    def forward(self, x):
+        os.abort()
+
+def dies():
+    return Dies()
 """
 QUICK = ("--batch", "4", "--size", "8", "--rounds", "2", "--no-compile")
 
@@ -100,7 +109,7 @@ def test_the_fused_model_is_what_runs_as_fused(fused_by: Any) -> None:
         return given
 
     fused_by(fuse)
-    rows = _by_provider(contest.measured(_task(), _tiny, 3, 5.0, False).rows)
+    rows = _by_provider(contest.measured(_task(), _tiny, Effort(3, 5.0, False)).rows)
     assert len({id(given) for given in calls}) == 1
     # the first call, calls that warm up, a turn or more a round, memory's, the profile's, two other batch sizes
     assert len(calls) >= 1 + contest.WARM_CALLS + 3 + contest.PROFILED_CALLS + 2
@@ -115,7 +124,7 @@ def test_torchs_time_is_above_the_ratio(fused_by: Any) -> None:
         given.register_forward_pre_hook(lambda *_: time.sleep(0.1))
 
     fused_by(slower)
-    rows = _by_provider(contest.measured(_task(), _tiny, 5, 5.0, False).rows)
+    rows = _by_provider(contest.measured(_task(), _tiny, Effort(5, 5.0, False)).rows)
     for column in ("vs_torch_p25", "vs_torch_p50", "speedup_vs_torch"):
         assert rows["tkernels"][column] < 0.6, column
     for column in ("ratio_p25", "ratio_p50"):
@@ -126,7 +135,7 @@ def test_torchs_time_is_above_the_ratio(fused_by: Any) -> None:
 def test_graphs_and_guards_are_dynamos(fused_by: Any) -> None:
     """A static graph, then one for all batch sizes."""
     fused_by(lambda given: given.compile(backend="eager"))
-    rows = _by_provider(contest.measured(_task(), _tiny, 1, 5.0, False).rows)
+    rows = _by_provider(contest.measured(_task(), _tiny, Effort(1, 5.0, False)).rows)
     fused, eager = rows["tkernels"], rows["torch"]
     assert (fused["graphs"], fused["graphs_second"], fused["graphs_third"]) == (1, 1, 0)
     assert 1 < fused["guard_us"] < 10_000
@@ -140,7 +149,7 @@ def test_a_wrong_output_is_no_ok_row(fused_by: Any) -> None:
         given.forward = lambda x: forward(x) * 1.01
 
     fused_by(wrong)
-    rows = _by_provider(contest.measured(_task(mode="infer"), _tiny, 1, 5.0, False).rows)
+    rows = _by_provider(contest.measured(_task(mode="infer"), _tiny, Effort(1, 5.0, False)).rows)
     assert rows["tkernels"]["status"].startswith("wrong: output off by 1.0e-02")
     assert rows["torch"]["status"] == schema.OK
 
@@ -156,10 +165,22 @@ def test_what_fails_is_a_row(own: str, tmp_path: Path, fused_by: Any, capsys: py
         raise ValueError("cannot fuse")
 
     fused_by(fuse)
-    rows = _by_provider(contest.measured(_task(), _tiny, 2, 5.0, False).rows)
+    rows = _by_provider(contest.measured(_task(), _tiny, Effort(2, 5.0, False)).rows)
     assert rows["tkernels"]["status"] == "error: ValueError: cannot fuse"
     assert rows["torch again"]["vs_torch_p50"] > 0
     assert rows["torch"].get("ratio_p50") is None
+
+
+def test_a_crash_is_a_row_and_the_others_go_on(own: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    quick = (*QUICK, "--dtype", "fp32", "--mode", "infer")
+    assert run("model", f"{own}:dies", f"{own}:build", *quick, "--csv", path) == 0
+    assert list(model.read(path).status) == [
+        "crashed: signal 6",
+        "not measured: torch crashed: signal 6",
+        "not measured: torch crashed: signal 6",
+        *["ok"] * 3,
+    ]
 
 
 def test_rows_are_added_to_a_file_of_this_command_only(own: str, tmp_path: Path, capsys: Any) -> None:
