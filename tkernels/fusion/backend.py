@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from tkernels.fusion import calls, chains, checkpoint, guards
 from tkernels.fusion.calls import Call
@@ -43,7 +44,7 @@ class Backend:
         self.ran = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
-        guards.watch_hooks()
+        guards.watch_modules()
         count = self._rewrite(gm)
         run = self._finish(gm, example_inputs)
         self.report.graphs += 1
@@ -83,6 +84,8 @@ class Backend:
 
     def _finish(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
         if self.rest == "eager":
+            # what writes the code down at the first call would stay in the way of all others
+            _LazyGraphModule.force_recompile(gm)
             return gm.forward
         inductor: Any = torch._dynamo.lookup_backend("inductor")
         mode = {} if self.mode is None else {"mode": self.mode}
