@@ -19,13 +19,16 @@ from tests.conformance.calls import Call
 from tests.conformance.layouts import LAYOUTS, expanded, laid_out
 from tkernels.ops import activation as activations
 
+# The derivatives of the others jump away from 0, where the rounding of a 16-bit input decides which side it is on.
+SMOOTH = tuple(name for name in activations.ACTIVATIONS if name not in ("relu6", "hardswish"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """How widely to draw. Where each new combination is compiled (ttsem) the grid is small and the tensors tiny."""
 
     dtypes: tuple[torch.dtype, ...]
-    activations: tuple[str | None, ...] = activations.ACTIVATIONS
+    activations: tuple[str | None, ...] = SMOOTH
     size: int = 9
     features: int = 33
     classes: int = 40
