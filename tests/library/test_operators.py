@@ -13,6 +13,7 @@ import tkernels.functional as F
 import tkernels.nn as tnn
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from tests.library.common import compare_compiled, operators
+from tkernels.nn.conv_stage import layer_of
 from tkernels.ops import activation as activations
 
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
@@ -146,6 +147,27 @@ def test_compile_with_any_batch(training: bool, device: str, triton_runs: bool) 
     assert counter.frame_count == 2  # the second size makes the batch dynamic, and that serves the others
     expected = {"conv_stage", "conv2d", "batch_norm", "linear", "cross_entropy"} if triton_runs else set()
     assert operators(counter.graphs[-1].graph) == expected
+
+
+class Block(torch.nn.Module):
+    """The end of a residual block, another activation than ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = torch.nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = layer_of(self.conv, self.norm)._replace(activation="silu")
+        return F.conv_stage(x, [layer], training=self.training, residual=x)
+
+
+@slow_there
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_a_residual_block(training: bool, device: str, triton_runs: bool) -> None:
+    model = Block().to(device).train(training)
+    counter = compare_compiled(model, lambda n: torch.randn(n, 4, 4, 5), (2, 3), 900, device)
+    assert operators(counter.graphs[-1].graph) == ({"conv_stage"} if triton_runs else set())
 
 
 @slow_there
