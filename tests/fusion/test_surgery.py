@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -419,12 +418,19 @@ def test_empty_batches(device: str) -> None:
         assert fused(x[:0]).shape == model(x[:0]).shape
 
 
-def test_one_value_a_channel_raises(device: str) -> None:
-    """As PyTorch does, and running statistics stay."""
-    _, fused = both(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), device)
-    fused(images(device))
-    before = copy.deepcopy(fused.state_dict())
-    with pytest.raises(Exception, match="more than 1 value per channel"):
-        fused(images(device, n=1, size=3))
-    before.pop("1.num_batches_tracked")
-    close({k: t for k, t in fused.state_dict().items() if k in before}, before, "state", 0.0)
+@pytest.mark.parametrize("wrong", [
+    {"channels": 4}, {"n": 1, "size": 3},
+], ids=["channels", "one value a channel"])  # fmt: skip
+@pytest.mark.parametrize("called", [True, False])
+def test_errors_are_the_models_own(wrong: dict[str, int], called: bool, device: str) -> None:
+    """As the layers raise them, at the first call and later; buffers are what they would be, and calls go on."""
+    model, fused = both(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), device)
+    if called:
+        assert_alike(fused, model, images(device), more=1)
+    raised = []
+    for network in (model, fused):
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            network(images(device, **wrong))
+        raised.append((error.type, str(error.value)))
+    assert raised[0] == raised[1]
+    assert_alike(fused, model, images(device), more=1)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchRuntimeError
 from torch._dynamo.utils import counters
 
 from tkernels.cpu.compiler import plain_eager
@@ -83,6 +84,8 @@ class _Fused:
         self.compiled = torch.compile(_entry(model), backend=backend)
         self.print_report = print_report
         self.warned = False
+        # those that were there as Dynamo ended a graph, if any
+        self.hooks: list[int] = []
 
     def function(self) -> Callable[..., Any]:
         """As a function: torch.jit.script passes over those it finds among a module's attributes."""
@@ -97,13 +100,23 @@ class _Fused:
         # an outer trace, a transform or a mode sees the model that the user wrote
         if torch.compiler.is_compiling() or not plain_eager():
             return self.model._call_impl(*args, **kwargs)
+        if self.hooks and self.hooks != _hooks(self.model):
+            # what Dynamo could not take may be gone, and it would not try again by itself
+            self.compiled, self.hooks = torch.compile(_entry(self.model), backend=self.backend), []
         backend = self.backend
         ran, graphs, start = backend.ran, backend.report.graphs, time.perf_counter()
         breaks = dict(counters["graph_break"])
-        result = self.compiled(*args, **kwargs)
+        try:
+            result = self.compiled(*args, **kwargs)
+        except TorchRuntimeError:
+            if backend.report.breaks or counters["graph_break"] != breaks:
+                raise
+            # an operator refused its arguments before anything ran: in its own words, rather than in Dynamo's
+            return self.model._call_impl(*args, **kwargs)
         if counters["graph_break"] != breaks:
             new = (reason for reason, count in counters["graph_break"].items() if breaks.get(reason) != count)
             backend.report.breaks += [_first_lines(reason) for reason in new]
+            self.hooks = _hooks(self.model)
         if backend.report.graphs != graphs:
             backend.report.seconds += time.perf_counter() - start
         if self.print_report:
@@ -129,6 +142,14 @@ class _Fused:
 
 def _first_lines(reason: str) -> str:
     return " ".join(reason.split("\n\n")[0].split())[:300]
+
+
+def _hooks(model: nn.Module) -> list[int]:
+    """Ids of the hooks on a model's modules, and on all modules."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    found = [vars(nn.modules.module)[f"_global_{kind}"] for kind in kinds]
+    found += [vars(module)[f"_{kind}"] for module in model.modules() for kind in kinds]
+    return [key for hooks in found for key in hooks]
 
 
 _entries = itertools.count()
