@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tkernels.cpu import compiler, convolution, norm
+from tkernels.cpu import compiler, convolution, norm, packed
 from tkernels.ops import activation as activations
 
 if TYPE_CHECKING:
@@ -78,11 +79,13 @@ def plan(chain: Chain) -> Run | str:
         return "its maps are not channels_last"
     if chain.pool is not None:
         return "max pooling behind it has no pass on a CPU"
+    if chain.norm is not None and chain.norm.training:
+        return _training(chain, chain.norm)
+    if not chain.differentiated:
+        return _inference(chain)
     if chain.norm is None:
-        return "there is no batch norm, and oneDNN's convolution is as fast alone"
-    if not chain.norm.training:
-        return "batch norm by running statistics has no pass on a CPU"
-    return _training(chain, chain.norm)
+        return "there is no batch norm, and nothing to gain from the rest in training"
+    return "batch norm by running statistics is left to PyTorch where it is differentiated"
 
 
 def _training(chain: Chain, given: Norm) -> Run:
@@ -104,6 +107,33 @@ def _training(chain: Chain, given: Norm) -> Run:
     return run
 
 
+def _inference(chain: Chain) -> Run:
+    """Of what nobody differentiates: the convolution by a weight in oneDNN's order, and one pass over its result."""
+    convolve = _convolution(chain)
+    eps = 0.0 if chain.norm is None else chain.norm.eps
+    finish = None
+    if chain.norm is not None or chain.residual or chain.activation is not None:
+        finish = norm.finish_of(chain.activation, chain.norm is not None, chain.residual, convolve is not None)
+
+    def run(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+        bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        if convolve is not None:
+            x = convolve(x, weight, bias)
+        vectors = running_mean, running_var, bn_weight, bn_bias
+        if finish is None or not _as_planned(x, vectors) or not _is_nhwc(x):
+            kind = norm.Kind(chain.activation, 0.0, eps)
+            return _composed(kind, x, *vectors, residual, normed=chain.norm is not None, training=False)
+        return finish(x, vectors, eps, residual)
+
+    return run
+
+
+def _is_nhwc(x: Tensor) -> bool:
+    return x.is_contiguous() if x.dim() == 2 else x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _convolution(chain: Chain) -> Callable[[Tensor, Any, Tensor | None], Tensor] | None:
     """The chain's convolution, by the way that is fastest; None without one."""
     conv = chain.conv
@@ -122,6 +152,8 @@ def _convolution(chain: Chain) -> Callable[[Tensor, Any, Tensor | None], Tensor]
                 return torch.conv2d(x, weight, bias, *conv)  # type: ignore[arg-type]
 
             return by_ways
+    if not chain.differentiated and not isinstance(padding, str) and math.prod(chain.weight) >= packed.WORTH_IT:
+        return packed.Packed(conv.stride, padding, conv.dilation, conv.groups, chain.dtype, chain.input)
     return lambda x, weight, bias: torch.conv2d(x, weight, bias, *conv)  # type: ignore[arg-type]
 
 
@@ -136,8 +168,9 @@ def _as_planned(x: Tensor, vectors: tuple[Tensor | None, ...]) -> bool:
 
 def _composed(
     kind: norm.Kind, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, normed: bool = True, training: bool = True,
 ) -> Tensor:  # fmt: skip
     """In torch's own calls."""
-    z: Any = F.batch_norm(x, running_mean, running_var, weight, bias, True, kind.momentum, kind.eps)
-    return activations.apply(z if residual is None else z + residual, kind.activation)
+    if normed:
+        x = F.batch_norm(x, running_mean, running_var, weight, bias, training, kind.momentum, kind.eps)
+    return activations.apply(x if residual is None else x + residual, kind.activation)

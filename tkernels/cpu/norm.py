@@ -228,3 +228,53 @@ def batch_norm_alone(
 ) -> Tensor:  # fmt: skip
     """:func:`batch_norm` that nobody differentiates."""
     return _forward(kind, x, weight, bias, running_mean, running_var, residual)[0]
+
+
+class Finish:
+    """The pass over a map of which nobody wants a gradient: batch norm by running statistics, residual, activation.
+
+    ``normed``, ``residual``: whether there are such; ``in_place``: over the map itself.
+    """
+
+    def __init__(self, activation: str | None, normed: bool, residual: bool, in_place: bool) -> None:
+        self.activation, self.normed, self.residual, self.in_place = activation, normed, residual, in_place
+        parts = ["norm" * normed, "residual" * residual, activation or "", "in place" * in_place]
+        self.run = Pass(self._run, " ".join(["finish", *(part for part in parts if part)]))
+
+    def _run(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        given = list(rest)
+        scales: tuple[Tensor, ...] = ()
+        z = x.float()
+        if self.normed:
+            mean, var, weight, bias, eps = (given.pop(0).float() for _ in range(5))
+            scale = torch.rsqrt(var + eps) * weight
+            # (as a result it is computed once, rather than again for each value)
+            scales = (scale,)
+            z = passes.normalized(x, mean, scale, bias)
+        if self.residual:
+            z = z + given.pop(0).float()
+        (x if self.in_place else given.pop(0)).copy_(activations.apply(z, self.activation))
+        return scales
+
+    def __call__(self, x: Tensor, vectors: tuple[Tensor | None, ...], eps: float, residual: Tensor | None) -> Tensor:
+        """``vectors``: running mean and variance, weight and bias. The result; ``x`` itself where it is in place."""
+        arguments = [groups(x)]
+        if self.normed:
+            mean, var, weight, bias = vectors
+            channels = x.shape[1]
+            arguments += [
+                passes.vector(mean, channels, 0.0), passes.vector(var, channels, 1.0),
+                passes.vector(weight, channels, 1.0), passes.vector(bias, channels, 0.0), passes.number(eps),
+            ]  # fmt: skip
+        if residual is not None:
+            arguments.append(groups(residual))
+        out = x if self.in_place else _like(x)
+        if not self.in_place:
+            arguments.append(groups(out))
+        self.run(*arguments)
+        return out
+
+
+@functools.cache
+def finish_of(activation: str | None, normed: bool, residual: bool, in_place: bool) -> Finish:
+    return Finish(activation, normed, residual, in_place)

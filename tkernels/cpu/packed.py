@@ -1,0 +1,96 @@
+"""Convolutions of which nobody wants a gradient, by weights that oneDNN has brought into its own order beforehand.
+
+torch.conv2d casts a weight (under autocast) and reorders it at every call: for wide layers over small maps as much work
+as the convolution. A kept copy must notice whatever is written to the weight, also behind autograd's back, as averages
+of weights and optimizers' foreach code do: each call reads the weight's bits and compares 64 of them for each output
+channel with what they came to when the copy was made.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tkernels.cpu import compiler
+from tkernels.cpu.compiler import Pass
+
+mkldnn = torch.ops.mkldnn
+# Elements of a weight from which on a kept copy is worth the look at them.
+WORTH_IT = 1 << 14
+# Weights that a call keeps copies of: one graph may serve several layers.
+KEPT = 8
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _fingerprint(bits: Tensor, odd: Tensor) -> tuple[Tensor]:
+    """Of [K, n], for each row the sum of its values times random odd numbers, modulo 2^64: any one change shows, and
+    what is changed in several places goes unseen once in 2^32 times for each row of it at the most."""
+    return ((bits.to(torch.int64) * odd).sum(1),)
+
+
+@functools.lru_cache(maxsize=256)
+def _odd(count: int) -> Tensor:
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(-(1 << 62), 1 << 62, (count,), generator=generator, device="cpu") * 2 + 1
+
+
+fingerprint = Pass(_fingerprint, "weight fingerprint")
+
+
+class Copy(NamedTuple):
+    """A weight in oneDNN's order, and what its own bits and strides were."""
+
+    bits: Tensor
+    strides: tuple[int, ...]
+    packed: Tensor
+
+
+class Packed:
+    """torch.conv2d with these arguments, in ``dtype``, of channels_last images about as large as ``input``."""
+
+    def __init__(
+        self, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int,
+        dtype: torch.dtype, input: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        self.window = padding, stride, dilation, groups
+        self.dtype, self.input = dtype, input
+        self.copies: dict[int, Copy] = {}
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bits = _bits(weight)
+        suits = x.numel() and x.is_contiguous(memory_format=torch.channels_last) and compiler.plain_eager()
+        if bits is None or not suits:
+            padding, stride, dilation, groups = self.window
+            return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        x, bias = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        y: Tensor = mkldnn._convolution_pointwise(x, self._packed(weight, bits), bias, *self.window, "none", [], "")
+        return y
+
+    def _packed(self, weight: Tensor, bits: Tensor) -> Tensor:
+        (now,), place = fingerprint(bits, _odd(bits.shape[1])), weight.data_ptr()
+        copy = self.copies.get(place)
+        if copy is None or copy.strides != weight.stride() or not torch.equal(copy.bits, now):
+            if len(self.copies) >= KEPT:
+                self.copies.clear()
+            low = weight.detach().to(self.dtype)
+            packed = mkldnn._reorder_convolution_weight(low, *self.window, list(self.input))
+            copy = self.copies[place] = Copy(now, weight.stride(), packed)
+        return copy.packed
+
+
+def _bits(weight: Tensor) -> Any:
+    """A weight's memory as whole numbers [K, n]; None where it is not in one piece."""
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        rows = weight.detach().permute(0, 2, 3, 1)
+    elif weight.is_contiguous():
+        rows = weight.detach()
+    else:
+        return None
+    rows = rows.flatten(1)
+    if weight.dtype not in DTYPES:
+        return None
+    return rows.view(torch.int16 if rows.shape[1] * rows.element_size() % 4 else torch.int32)
