@@ -80,10 +80,12 @@ class _Convolution(torch.autograd.Function):
         x, weight, low, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         with torch.autocast("cpu", enabled=False):
-            if torch.is_grad_enabled():  # to be differentiated once more: through torch's own calls
-                y = _composed(call, x.to(call.dtype), weight.to(call.dtype), bias)
-                wanted = [t for t, need in zip((x, weight, bias), needs) if need]
-                found = iter(torch.autograd.grad(y, wanted, d, create_graph=True))
+            # to be differentiated once more, or many rows at once (is_grads_batched): through torch's own calls
+            if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d):
+                with torch.enable_grad():
+                    y = _composed(call, x.to(call.dtype), weight.to(call.dtype), bias)
+                    wanted = [t for t, need in zip((x, weight, bias), needs) if need]
+                    found = iter(torch.autograd.grad(y, wanted, d, create_graph=True))
                 return None, *(next(found) if need else None for need in needs)
             dx = dw = None
             d = d.contiguous(memory_format=CL)

@@ -147,8 +147,9 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         kind, saved, needs = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            return _differentiable(kind, d, saved[:4], ctx.residual, needs)
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d):
+            with torch.enable_grad():  # (is_grads_batched: a tensor without memory that passes could read)
+                return _differentiable(kind, d, saved[:4], ctx.residual, needs)
         x, _, _, kept, mean, inverse, scale, shift = saved
         run = passes_of(kind.activation, ctx.residual).backward
         # (a gradient in another dtype would compile the passes anew)
