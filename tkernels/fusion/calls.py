@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from tkernels import runtime
 import tkernels.cpu.chain as cpu
+from tkernels import runtime
 from tkernels.fusion.chains import Chain, disturbed
 from tkernels.fusion.steps import Step, value
 from tkernels.ops.batch_norm import batch_norm

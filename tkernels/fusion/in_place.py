@@ -7,7 +7,7 @@ import itertools
 import time
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from tkernels.cpu.compiler import plain_eager
 from tkernels.fusion.backend import Backend
 from tkernels.fusion.report import FusionReport
+from tkernels.fusion.watch import Watch
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,11 +82,11 @@ class _Fused:
     def __init__(self, model: nn.Module, backend: Backend, print_report: bool) -> None:
         self.model = model
         self.backend = backend
-        self.compiled = torch.compile(_entry(model), backend=backend)
         self.print_report = print_report
         self.warned = False
-        # those that were there as Dynamo ended a graph, if any
-        self.hooks: list[int] = []
+        self.watch = Watch(model)
+        # by the hooks that they were compiled with: what Dynamo cannot take under some it may under others
+        self.compiled: dict[Hashable, Callable[..., Any]] = {}
 
     def function(self) -> Callable[..., Any]:
         """As a function: torch.jit.script passes over those it finds among a module's attributes."""
@@ -100,14 +101,11 @@ class _Fused:
         # an outer trace, a transform or a mode sees the model that the user wrote
         if torch.compiler.is_compiling() or not plain_eager():
             return self.model._call_impl(*args, **kwargs)
-        if self.hooks and self.hooks != _hooks(self.model):
-            # what Dynamo could not take may be gone, and it would not try again by itself
-            self.compiled, self.hooks = torch.compile(_entry(self.model), backend=self.backend), []
-        backend = self.backend
+        compiled, backend = self._compiled(), self.backend
         ran, graphs, start = backend.ran, backend.report.graphs, time.perf_counter()
         breaks = dict(counters["graph_break"])
         try:
-            result = self.compiled(*args, **kwargs)
+            result = compiled(*args, **kwargs)
         except TorchRuntimeError:
             if backend.report.breaks or counters["graph_break"] != breaks:
                 raise
@@ -116,7 +114,6 @@ class _Fused:
         if counters["graph_break"] != breaks:
             new = (reason for reason, count in counters["graph_break"].items() if breaks.get(reason) != count)
             backend.report.breaks += [_first_lines(reason) for reason in new]
-            self.hooks = _hooks(self.model)
         if backend.report.graphs != graphs:
             backend.report.seconds += time.perf_counter() - start
         if self.print_report:
@@ -126,6 +123,19 @@ class _Fused:
             self.warned = True
             self._warn()
         return result
+
+    def _compiled(self) -> Callable[..., Any]:
+        """The model's call, compiled for its modules as they are."""
+        watch = self.watch
+        if watch.methods_replaced():
+            self.compiled.clear()
+            watch.look()
+        elif watch.stale():
+            watch.look()
+        found = self.compiled.get(watch.hooks)
+        if found is None:
+            found = self.compiled[watch.hooks] = torch.compile(_entry(self.model), backend=self.backend)
+        return found
 
     def _warn(self) -> None:
         report = self.backend.report
@@ -142,14 +152,6 @@ class _Fused:
 
 def _first_lines(reason: str) -> str:
     return " ".join(reason.split("\n\n")[0].split())[:300]
-
-
-def _hooks(model: nn.Module) -> list[int]:
-    """Ids of the hooks on a model's modules, and on all modules."""
-    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    found = [vars(nn.modules.module)[f"_global_{kind}"] for kind in kinds]
-    found += [vars(module)[f"_{kind}"] for module in model.modules() for kind in kinds]
-    return [key for hooks in found for key in hooks]
 
 
 _entries = itertools.count()
