@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tkernels.ops import checks
 from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
@@ -35,6 +36,33 @@ def layer_of(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ConvBNLayer:
     return ConvBNLayer._make((*tensors, *options))
 
 
+def run_stage(
+    pairs: Sequence[tuple[torch.nn.Module, torch.nn.Module]], x: Tensor, pool: Any, dropout: float, training: bool
+) -> Tensor:
+    """A stage of the modules (convolution, batch norm): as one call, or, where something else was put in the place of
+    one, such as a SyncBatchNorm or an adapter, module by module."""
+    if all(_is_plain(conv, norm) for conv, norm in pairs):
+        return conv_stage(x, [layer_of(conv, norm) for conv, norm in pairs], pool, dropout, training)  # type: ignore[arg-type]
+    for conv, norm in pairs:
+        x = norm(conv(x))
+        if getattr(norm, "activation", None) != "relu":
+            x = torch.relu(x)
+    if pool is not None:
+        x = torch.nn.functional.max_pool2d(x, *(pool if isinstance(pool, MaxPool) else MaxPool(pool)))  # type: ignore[arg-type]
+    return torch.nn.functional.dropout2d(x, dropout, training) if dropout > 0 else x
+
+
+_PLAIN = (torch.nn.Conv2d, torch.nn.BatchNorm2d)
+
+
+def _is_plain(conv: torch.nn.Module, norm: torch.nn.Module) -> bool:
+    """Whether these compute what a stage takes them for."""
+    kinds = type(conv), type(norm)
+    if kinds != _PLAIN:
+        kinds = type_before_parametrizations(conv), type_before_parametrizations(norm)
+    return kinds == _PLAIN and conv.padding_mode == "zeros"
+
+
 class ConvStage(torch.nn.Module):
     """n x (Conv2d -> BatchNorm2d -> ReLU), then max pooling and Dropout2d, as one call on a GPU.
 
@@ -43,7 +71,8 @@ class ConvStage(torch.nn.Module):
     :class:`tkernels.functional.MaxPool` or None; ``dropout``: the probability that training drops a whole channel.
 
     Submodules are torch.nn's ``conv1``, ``bn1``, ``conv2``, ``bn2``, ...: their parameters, buffers, initialisation
-    and state_dict. They hold the tensors and are not called themselves: hooks on them don't run.
+    and state_dict. They hold the tensors and are not called themselves: hooks on them don't run. Where another module
+    was put in the place of one (a SyncBatchNorm, an adapter), the stage calls its modules one by one.
 
     Raises ValueError for fewer than two channel counts or a probability outside [0, 1]; otherwise errors as
     :func:`tkernels.functional.conv_stage`.
@@ -81,8 +110,8 @@ class ConvStage(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         own: Any = self._modules
-        layers = [layer_of(own[f"conv{i}"], own[f"bn{i}"]) for i in range(1, self.layers + 1)]
-        return conv_stage(input, layers, self.pool, self.dropout, self.training)
+        pairs = [(own[f"conv{i}"], own[f"bn{i}"]) for i in range(1, self.layers + 1)]
+        return run_stage(pairs, input, self.pool, self.dropout, self.training)
 
     def extra_repr(self) -> str:
         return f"pool={self.pool}, dropout={self.dropout}"
@@ -117,4 +146,4 @@ class ConvBNReLU2d(torch.nn.Module):
         self.bn = torch.nn.BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        return conv_stage(input, [layer_of(self.conv, self.bn)], training=self.training)
+        return run_stage([(self.conv, self.bn)], input, None, 0.0, self.training)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tkernels import functional
 from tkernels.nn.batch_norm import _FusedBatchNorm
-from tkernels.nn.conv_stage import ConvBNReLU2d, ConvStage
-from tkernels.ops.conv_stage import MaxPool
 from tkernels.ops.sync_batch_norm import sync_batch_norm
 
 __all__ = ["SyncBatchNorm"]
@@ -74,16 +71,11 @@ class SyncBatchNorm(_FusedBatchNorm, torch.nn.modules.batchnorm._BatchNorm):
         """``module`` with every BatchNorm1d, 2d and 3d (torch's and ours) replaced by this class, as
         torch.nn.SyncBatchNorm's: the same parameters, buffers and state_dict keys; ``module`` itself is changed.
 
-        Statistics that cross processes come between a convolution and its normalisation, so :class:`ConvStage` and
-        :class:`ConvBNReLU2d` become modules that call their layers one by one: convolution, batch norm with ReLU.
+        Statistics that cross processes come between a convolution and its normalisation, so
+        :class:`tkernels.nn.ConvStage` and :class:`tkernels.nn.ConvBNReLU2d` call their layers one by one then.
         """
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not isinstance(module, cls):
             return _converted_norm(cls, module, process_group)
-        if isinstance(module, ConvStage):
-            names = [(f"conv{i}", f"bn{i}") for i in range(1, module.layers + 1)]
-            return _SplitStage(cls, module, names, module.pool, module.dropout, process_group)
-        if isinstance(module, ConvBNReLU2d):
-            return _SplitStage(cls, module, [("conv", "bn")], None, 0.0, process_group)
         for name, child in module.named_children():
             converted = cls.convert_sync_batchnorm(child, process_group)
             if converted is not child:
@@ -95,11 +87,9 @@ def _several_processes(group: Any) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def _converted_norm(
-    cls: type[SyncBatchNorm], norm: torch.nn.modules.batchnorm._BatchNorm, group: Any, activation: str | None = None
-) -> SyncBatchNorm:
+def _converted_norm(cls: type[SyncBatchNorm], norm: torch.nn.modules.batchnorm._BatchNorm, group: Any) -> SyncBatchNorm:
     """The same batch norm, synchronised: it takes over parameters and buffers."""
-    activation = activation or getattr(norm, "activation", None)
+    activation = getattr(norm, "activation", None)
     converted = cls(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, group, "meta", None,
         activation,
@@ -111,38 +101,19 @@ def _converted_norm(
     return converted.train(norm.training)
 
 
-class _SplitStage(torch.nn.Module):
-    """A ConvStage or ConvBNReLU2d of several processes: the same submodules' names, its layers called one by one."""
+def _keep_ours() -> None:
+    """torch's own conversion makes a torch.nn.SyncBatchNorm of whatever is a batch norm, by the arguments that torch's
+    has: of ours it would drop the activation without a word. It asks for ours here instead."""
+    torchs = torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__  # type: ignore[attr-defined]
 
-    def __init__(
-        self,
-        cls: type[SyncBatchNorm],
-        stage: torch.nn.Module,
-        names: Sequence[tuple[str, str]],
-        pool: Any,
-        dropout: float,
-        group: Any,
-    ) -> None:
-        super().__init__()
-        self.names, self.pool, self.dropout = tuple(names), pool, dropout
-        for conv, norm in names:
-            self.add_module(conv, stage.get_submodule(conv))
-            found: Any = stage.get_submodule(norm)
-            self.add_module(norm, _converted_norm(cls, found, group, "relu"))
-        self.train(stage.training)
+    @functools.wraps(torchs)
+    def convert(cls: Any, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+        if isinstance(module, _FusedBatchNorm):
+            return SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+        converted: torch.nn.Module = torchs(cls, module, process_group)
+        return converted
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = input
-        for conv_name, norm_name in self.names:
-            conv: Any = self._modules[conv_name]
-            norm: Any = self._modules[norm_name]
-            x = norm(
-                functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-            )
-        if self.pool is not None:
-            pool = self.pool if isinstance(self.pool, MaxPool) else MaxPool(self.pool)
-            x = torch.nn.functional.max_pool2d(x, *pool)  # type: ignore[arg-type]
-        return torch.nn.functional.dropout2d(x, self.dropout, self.training) if self.dropout > 0 else x
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(convert)  # type: ignore[assignment]
 
-    def extra_repr(self) -> str:
-        return f"pool={self.pool}, dropout={self.dropout}"
+
+_keep_ours()
