@@ -17,9 +17,9 @@ from perf.gpu.training import Rival, Task
 def items(run: Run) -> list[Item]:
     """A row a rival, the compiler last."""
     rivals = (
-        Rival("torch", _plain, context=headline.tuned),
-        Rival("tkernels", fused, context=headline.tuned),
-        Rival("torch.compile", training.compiled(_plain, run), context=headline.tuned),
+        Rival("torch", plain, context=headline.tuned),
+        Rival("tkernels", _fused, context=headline.tuned),
+        Rival("torch.compile", training.compiled(plain, run), context=headline.tuned),
     )
     task = Task(
         "resnet50",
@@ -41,7 +41,8 @@ def _timed(run: Run, rival: Rival, task: Task) -> None:
     run.tell_timing(row)
 
 
-def _plain() -> tuple[nn.Module, nn.Module]:
+def plain() -> tuple[nn.Module, nn.Module]:
+    """The model as its library has it, and its loss."""
     if importlib.util.find_spec("torchvision") is not None:
         import torchvision
 
@@ -51,7 +52,6 @@ def _plain() -> tuple[nn.Module, nn.Module]:
     return timm.create_model("resnet50"), nn.CrossEntropyLoss()
 
 
-def fused() -> tuple[nn.Module, nn.Module]:
-    """The model after fuse(), and its loss."""
-    model, loss = _plain()
+def _fused() -> tuple[nn.Module, nn.Module]:
+    model, loss = plain()
     return tkernels.fuse(model), loss
