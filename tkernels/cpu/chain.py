@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,28 +90,30 @@ def plan(chain: Chain) -> Run | str:
 
 
 def _training(chain: Chain, given: Norm) -> Run:
-    """By the batch's statistics: torch's convolution, and one pass each way for everything behind it."""
+    """By the batch's statistics: a convolution, and one pass each way for everything behind it."""
     kind = norm.Kind(chain.activation, given.momentum, given.eps)
     behind = norm.batch_norm if chain.differentiated else norm.batch_norm_alone
-    convolve = _convolution(chain)
+    convolve, composed = _convolution(chain), _composed(chain)
 
     def run(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
         bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        if convolve is not None:
-            x = convolve(x, weight, bias)
-        if not _as_planned(x, (running_mean, running_var, bn_weight, bn_bias)):
-            return _composed(kind, x, running_mean, running_var, bn_weight, bn_bias, residual)
-        return behind(kind, x, bn_weight, bn_bias, running_mean, running_var, residual)
+        vectors = running_mean, running_var, bn_weight, bn_bias
+        if not _as_planned(x, vectors):
+            return composed(x, weight, bias, *vectors, residual)
+        raw = x if convolve is None else convolve(x, weight, bias)
+        if raw.numel() == raw.shape[1]:
+            F.batch_norm(raw, *vectors, *given)  # which raises: one value for each channel has no variance
+        return behind(kind, raw, bn_weight, bn_bias, running_mean, running_var, residual)
 
     return run
 
 
 def _inference(chain: Chain) -> Run:
     """Of what nobody differentiates: the convolution by a weight in oneDNN's order, and one pass over its result."""
-    convolve = _convolution(chain)
     eps = 0.0 if chain.norm is None else chain.norm.eps
+    convolve, composed = _convolution(chain), _composed(chain)
     finish = None
     if chain.norm is not None or chain.residual or chain.activation is not None:
         finish = norm.finish_of(chain.activation, chain.norm is not None, chain.residual, convolve is not None)
@@ -119,15 +122,18 @@ def _inference(chain: Chain) -> Run:
         x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
         bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        if convolve is not None:
-            x = convolve(x, weight, bias)
         vectors = running_mean, running_var, bn_weight, bn_bias
-        if finish is None or not _as_planned(x, vectors) or not _is_nhwc(x):
-            kind = norm.Kind(chain.activation, 0.0, eps)
-            return _composed(kind, x, *vectors, residual, normed=chain.norm is not None, training=False)
-        return finish(x, vectors, eps, residual)
+        if not _as_planned(x, vectors) or not _is_nhwc(x):
+            return composed(x, weight, bias, *vectors, residual)
+        raw = x if convolve is None else convolve(x, weight, bias)
+        return raw if finish is None else finish(raw, vectors, eps, residual)
 
     return run
+
+
+def _as_planned(x: Tensor, vectors: tuple[Tensor | None, ...]) -> bool:
+    """Whether passes can take a call: what a graph's guards leave open."""
+    return x.numel() > 0 and compiler.plain_eager() and all(t is None or t.is_contiguous() for t in vectors)
 
 
 def _is_nhwc(x: Tensor) -> bool:
@@ -139,38 +145,33 @@ def _convolution(chain: Chain) -> Callable[[Tensor, Any, Tensor | None], Tensor]
     conv = chain.conv
     if conv is None or chain.weight is None:
         return None
-    padding = (0, 0) if conv.padding == "valid" else conv.padding
-    if chain.differentiated and not isinstance(padding, str):
-        pixels = chain.input[0] * chain.input[2] * chain.input[3]
-        ways = convolution.ways(pixels, chain.weight, conv.stride, padding, conv.dilation, conv.groups, chain.dtype)
-        if ways is not None:
-            call = convolution.Call(conv.stride, padding, conv.dilation, conv.groups, chain.dtype, ways)
-
-            def by_ways(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                if compiler.plain_eager() and x.numel():
-                    return convolution.conv2d(call, x, weight, bias)
-                return torch.conv2d(x, weight, bias, *conv)  # type: ignore[arg-type]
-
-            return by_ways
-    if not chain.differentiated and not isinstance(padding, str) and math.prod(chain.weight) >= packed.WORTH_IT:
-        return packed.Packed(conv.stride, padding, conv.dilation, conv.groups, chain.dtype, chain.input)
-    return lambda x, weight, bias: torch.conv2d(x, weight, bias, *conv)  # type: ignore[arg-type]
+    stride, padding, dilation, groups = conv
+    padding = (0, 0) if padding == "valid" else padding
+    if not isinstance(padding, str):
+        if not chain.differentiated:
+            if math.prod(chain.weight) >= packed.WORTH_IT and packed.enabled(chain.dtype):
+                return packed.Packed(stride, padding, dilation, groups, chain.dtype, chain.input)
+        else:
+            pixels = chain.input[0] * chain.input[2] * chain.input[3]
+            ways = convolution.ways(pixels, chain.weight, stride, padding, dilation, groups, chain.dtype)
+            if ways is not None:
+                call = convolution.Call(stride, padding, dilation, groups, chain.dtype, ways)
+                return functools.partial(convolution.conv2d, call)
+    return lambda x, weight, bias: torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _as_planned(x: Tensor, vectors: tuple[Tensor | None, ...]) -> bool:
-    """Whether passes can take a call: what a graph's guards leave open."""
-    return (
-        x.numel() > x.shape[1]  # (torch has something to say of a single value for each channel)
-        and compiler.plain_eager()
-        and all(t is None or t.is_contiguous() for t in vectors)
-    )
+def _composed(chain: Chain) -> Run:
+    """The chain in torch's own calls."""
+    conv, given = chain.conv, chain.norm
 
+    def run(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+        bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        if conv is not None and weight is not None:
+            x = torch.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if given is not None:
+            x = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, *given)
+        return activations.apply(x if residual is None else x + residual, chain.activation)
 
-def _composed(
-    kind: norm.Kind, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None, normed: bool = True, training: bool = True,
-) -> Tensor:  # fmt: skip
-    """In torch's own calls."""
-    if normed:
-        x = F.batch_norm(x, running_mean, running_var, weight, bias, training, kind.momentum, kind.eps)
-    return activations.apply(x if residual is None else x + residual, kind.activation)
+    return run

@@ -178,7 +178,7 @@ def _forward(
     shift = passes.vector(bias, channels, 0.0)
     if running_mean is None or running_var is None:
         # statistics that nobody will read
-        running_mean, running_var = torch.zeros(channels), torch.zeros(channels)
+        running_mean, running_var = torch.empty(channels), torch.empty(channels)
     y = _like(x)
     arguments = (
         groups(x), passes.vector(weight, channels, 1.0), shift, running_mean, running_var, passes.number(kind.momentum),
@@ -258,20 +258,21 @@ class Finish:
         return scales
 
     def __call__(self, x: Tensor, vectors: tuple[Tensor | None, ...], eps: float, residual: Tensor | None) -> Tensor:
-        """``vectors``: running mean and variance, weight and bias. The result; ``x`` itself where it is in place."""
-        arguments = [groups(x)]
+        """``vectors``: running mean and variance, weight, bias. The result: dense ``x`` itself where it is in place."""
+        channels = x.shape[1]
+        matrix = (x.numel() // channels, channels), (channels, 1)
+        arguments = [x.as_strided(*matrix)]
         if self.normed:
             mean, var, weight, bias = vectors
-            channels = x.shape[1]
             arguments += [
                 passes.vector(mean, channels, 0.0), passes.vector(var, channels, 1.0),
                 passes.vector(weight, channels, 1.0), passes.vector(bias, channels, 0.0), passes.number(eps),
             ]  # fmt: skip
         if residual is not None:
-            arguments.append(groups(residual))
+            arguments.append(residual.permute(0, 2, 3, 1).contiguous().view(matrix[0]) if x.dim() == 4 else residual)
         out = x if self.in_place else _like(x)
         if not self.in_place:
-            arguments.append(groups(out))
+            arguments.append(out.as_strided(*matrix))
         self.run(*arguments)
         return out
 

@@ -9,12 +9,11 @@ channel with what they came to when the copy was made.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tkernels.cpu import compiler
 from tkernels.cpu.compiler import Pass
 
 mkldnn = torch.ops.mkldnn
@@ -22,7 +21,6 @@ mkldnn = torch.ops.mkldnn
 WORTH_IT = 1 << 14
 # Weights that a call keeps copies of: one graph may serve several layers.
 KEPT = 8
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _fingerprint(bits: Tensor, odd: Tensor) -> tuple[Tensor]:
@@ -62,8 +60,7 @@ class Packed:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bits = _bits(weight)
-        suits = x.numel() and x.is_contiguous(memory_format=torch.channels_last) and compiler.plain_eager()
-        if bits is None or not suits:
+        if bits is None:
             padding, stride, dilation, groups = self.window
             return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
         x, bias = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
@@ -82,15 +79,17 @@ class Packed:
         return copy.packed
 
 
-def _bits(weight: Tensor) -> Any:
+def enabled(dtype: torch.dtype) -> bool:
+    """Whether oneDNN may take convolutions in this dtype here."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    return dtype is torch.float32 or bool(mkldnn._is_mkldnn_bf16_supported())
+
+
+def _bits(weight: Tensor) -> Tensor | None:
     """A weight's memory as whole numbers [K, n]; None where it is not in one piece."""
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        rows = weight.detach().permute(0, 2, 3, 1)
-    elif weight.is_contiguous():
-        rows = weight.detach()
-    else:
+    if not weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
         return None
-    rows = rows.flatten(1)
-    if weight.dtype not in DTYPES:
-        return None
-    return rows.view(torch.int16 if rows.shape[1] * rows.element_size() % 4 else torch.int32)
+    rows = weight.shape[0]
+    bits = weight.detach().as_strided((rows, weight.numel() // rows), (weight.numel() // rows, 1))
+    return bits.view(torch.int16 if bits.shape[1] * bits.element_size() % 4 else torch.int32)

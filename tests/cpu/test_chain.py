@@ -1,0 +1,333 @@
+"""Chains of layers on a CPU: values and gradients against float64 and torch's own error, and which passes ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tkernels.cpu import buffers, chain, compiler, convolution, packed
+from tkernels.cpu.chain import Chain, Conv, Norm
+from tkernels.ops import activation as activations
+
+pytestmark = [
+    pytest.mark.gate("torch"),
+    pytest.mark.skipif(not compiler.enabled(), reason="passes are not compiled here: no C++ compiler, or turned off"),
+]
+
+CL = torch.channels_last
+DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+NAMES = ("input", "weight", "bias", "bn_weight", "bn_bias", "residual")
+# relative norm of the error against torch's own, both at least one eps, plus what one draw may be off by luck
+WORSE, LUCK = 1.25, 0.25
+PLAIN = Conv((1, 1), (1, 1), (1, 1), 1)
+# weight, convolution, and how its gradients are found in float32 and in bfloat16
+CONVOLUTIONS: dict[str, Any] = {
+    "3x3": ((16, 24, 3, 3), PLAIN, None, None),
+    "1x1": ((16, 24, 1, 1), Conv((1, 1), (0, 0), (1, 1), 1), None, ("product", "product")),
+    "1x1, strided": ((16, 24, 1, 1), Conv((2, 2), (0, 0), (1, 1), 1), None, None),
+    "grouped": ((16, 12, 3, 3), PLAIN._replace(groups=2), None, None),
+    "depthwise": ((24, 1, 3, 3), PLAIN._replace(groups=24), None, None),
+    "depthwise, strided": ((24, 1, 3, 3), Conv((2, 2), (1, 1), (1, 1), 24), None, ("float32", "float32")),
+    "depthwise 5x5": ((24, 1, 5, 5), Conv((1, 1), (2, 2), (1, 1), 24), ("torch", "places"), ("torch", "places")),
+    "depthwise 5x3, strided": (
+        (24, 1, 5, 3), Conv((2, 1), (2, 0), (1, 1), 24), ("torch", "places"), ("float32", "places")
+    ),
+    "same": ((16, 24, 3, 3), PLAIN._replace(padding="same"), None, None),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Buffers of any size come from the pool, and weights of any size are kept."""
+    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    monkeypatch.setattr(packed, "WORTH_IT", 0)
+    yield
+    assert compiler.enabled(), "a pass did not compile"
+
+
+def described(
+    shape: tuple[int, ...], weight: tuple[int, ...] | None = None, conv: Conv | None = None, training: bool = True,
+    residual: bool = False, activation: str | None = "relu", dtype: torch.dtype = torch.float32,
+) -> Chain:  # fmt: skip
+    return Chain(
+        shape, dtype, True, weight, conv, Norm(training, 0.1, 1e-5), residual, activation, None, dtype, training
+    )
+
+
+def tensors(given: Chain, bias: bool = False) -> dict[str, Tensor]:
+    """What a call of the chain takes; maps in its dtype, parameters in float32."""
+    torch.manual_seed(0)
+    channels = given.weight[0] if given.weight is not None else given.input[1]
+    x = torch.randn(given.input) * 2 + 1
+    found = {"input": x.to(given.dtype)}
+    if given.weight is not None:
+        found["weight"] = torch.randn(given.weight) / 3
+        if bias:
+            found["bias"] = torch.randn(channels)
+    found |= {"running_mean": torch.randn(channels), "running_var": torch.rand(channels) + 0.5}
+    found |= {"bn_weight": torch.rand(channels) + 0.5, "bn_bias": torch.randn(channels)}
+    if given.residual:
+        found["residual"] = torch.randn(given.input).to(given.dtype)
+    return {k: t.contiguous(memory_format=CL) if t.dim() == 4 else t for k, t in found.items()}
+
+
+def called(run: Any, own: dict[str, Tensor], given: Chain, exact: bool = False) -> Tensor:
+    names = ("input", "weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias", "residual")
+    with torch.autocast("cpu", torch.bfloat16, enabled=given.dtype is torch.bfloat16 and not exact):
+        y: Tensor = run(*(own.get(name) for name in names))
+    return y
+
+
+def results(run: Any, own: dict[str, Tensor], given: Chain, dy: Tensor, exact: bool = False) -> dict[str, Tensor]:
+    """The result, moved statistics and all gradients."""
+    own = {k: t.double() if exact else t.clone() for k, t in own.items()}
+    leaves = {k: own[k].requires_grad_() for k in NAMES if k in own}
+    y = called(run, own, given, exact)
+    assert given.differentiated == (y.grad_fn is not None)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype)) if given.differentiated else ()
+    return {"result": y.detach(), "mean": own["running_mean"], "var": own["running_var"],
+            **dict(zip(leaves, gradients))}  # fmt: skip
+
+
+def compare(given: Chain, bias: bool = False) -> None:
+    run, composed = chain.plan(given), chain._composed(given)
+    assert not isinstance(run, str), run
+    own = tensors(given, bias)
+    with torch.set_grad_enabled(given.differentiated):
+        dy = torch.randn(called(composed, own, given).shape)
+        ours, torchs = (results(f, own, given, dy) for f in (run, composed))
+        exact = results(composed, own, given, dy.to(given.dtype), exact=True)
+    for name, reference in exact.items():
+        a, b = ours[name], torchs[name]
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        if name in ("result", "input"):
+            assert a.is_contiguous(memory_format=CL) == b.is_contiguous(memory_format=CL) or a.dim() == 2, name
+        # (a bias before batch norm has no gradient but rounding)
+        scale = max(torch.linalg.vector_norm(reference).item(), 1e-2 * reference.numel() if name == "bias" else 0.0)
+        errors = [torch.linalg.vector_norm(t.double() - reference).item() / scale for t in (a, b)]
+        eps = torch.finfo(given.dtype if name != "mean" and name != "var" else torch.float32).eps
+        assert max(errors[0], eps) <= WORSE * max(errors[1], eps) + LUCK * eps, (name, errors)
+
+
+def passes_in(given: Chain, backward: bool = False) -> list[str]:
+    """The names of the passes that a call goes through, and what torch's own batch norms and activations it makes."""
+    own = {k: t.requires_grad_(backward and k in NAMES) for k, t in tensors(given).items()}
+    run = chain.plan(given)
+    called(run, own, given)  # (compiles)
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        torch.set_grad_enabled(backward),
+    ):
+        y = called(run, own, given)
+        if backward:
+            y.backward(torch.ones_like(y))
+    words = ("batch_norm", "relu", "silu", "threshold", "hardtanh")
+    names = [event.name for event in sorted(profile.events(), key=lambda event: event.time_range.start)]
+    return [n.removeprefix("tkernels: ") for n in names if n.startswith("tkernels: ") or any(w in n for w in words)]
+
+
+@DTYPES
+@pytest.mark.parametrize("residual", (False, True), ids=("", "residual"))
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS)
+def test_batch_norm_in_training(activation: str | None, residual: bool, dtype: torch.dtype) -> None:
+    for shape in ((5, 24, 7, 9), (1, 8, 6, 6)):
+        compare(described(shape, residual=residual, activation=activation, dtype=dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", ((48, 24), (13, 5), (1009, 3), (17, 33, 1, 1)), ids=str)
+def test_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    compare(described(shape, dtype=dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_in_training(name: str, dtype: torch.dtype) -> None:
+    weight, conv, *ways = CONVOLUTIONS[name]
+    given = described((4, 24, 9, 8), weight, conv, dtype=dtype)
+    if conv.padding != "same":
+        found = convolution.ways(4 * 72, weight, conv.stride, conv.padding, conv.dilation, conv.groups, dtype)
+        assert found == ways[dtype is torch.bfloat16]
+    compare(given)
+    if name in ("1x1", "depthwise 5x5"):
+        compare(given, bias=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS)
+def test_inference(activation: str | None, dtype: torch.dtype) -> None:
+    for residual in (False, True):
+        shape = (3, 24, 8, 7)
+        compare(described(shape, None, None, False, residual, activation, dtype))
+        compare(described(shape, (24, 24, 3, 3), PLAIN, False, residual, activation, dtype))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_in_inference(name: str) -> None:
+    weight, conv, *_ = CONVOLUTIONS[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(described((4, 24, 9, 8), weight, conv, training=False, dtype=dtype), bias=True)
+
+
+def test_convolution_and_activation_alone() -> None:
+    given = described((4, 24, 9, 8), (16, 24, 3, 3), PLAIN, training=False)._replace(norm=None)
+    own = tensors(given, bias=True)
+    with torch.no_grad():
+        y = called(chain.plan(given), own, given)
+    torch.testing.assert_close(y, torch.relu(F.conv2d(own["input"], own["weight"], own["bias"], padding=1)))
+
+
+def test_what_runs() -> None:
+    residual = described((4, 16, 6, 6), (16, 16, 3, 3), PLAIN, residual=True)
+    assert passes_in(residual, backward=True) == ["batch norm relu residual", "batch norm backward relu residual"]
+    assert passes_in(described((4, 16, 6, 6), activation=None), backward=True) == [
+        "batch norm linear", "batch norm backward linear",
+    ]  # fmt: skip
+    inference = described((4, 16, 6, 6), (16, 16, 3, 3), PLAIN, training=False, activation="silu")
+    assert passes_in(inference) == ["weight fingerprint", "finish norm silu in place"]
+    depthwise = described((4, 16, 6, 6), (16, 1, 5, 5), Conv((1, 1), (2, 2), (1, 1), 16))
+    assert passes_in(depthwise, backward=True) == [
+        "batch norm relu", "batch norm backward relu", "depthwise weight gradient 5x5 stride 1x1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", ("data", "in place", "storage", "swapped", "layout", "sign"))
+def test_a_kept_weight_notices_what_is_written(write: str) -> None:
+    given = described((2, 24, 6, 6), (16, 24, 3, 3), PLAIN, training=False)
+    run, composed, own = chain.plan(given), chain._composed(given), tensors(given)
+    with torch.no_grad():
+        called(run, own, given)
+        weight = own["weight"]
+        if write == "data":
+            weight.data.mul_(0.5)
+        elif write == "in place":
+            weight[3, 4, 1, 2] += 1e-3
+        elif write == "storage":
+            weight.numpy()[:] = 0.25
+        elif write == "swapped":
+            weight.copy_(weight.flip(2))
+        elif write == "layout":
+            weight.data = weight.data.contiguous()
+        else:
+            weight[:, :2].neg_()
+        torch.testing.assert_close(called(run, own, given), called(composed, own, given))
+
+
+def test_a_kept_weight_serves_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = described((2, 24, 6, 6), (16, 24, 3, 3), PLAIN, training=False)
+    kept = packed.Packed((1, 1), (1, 1), (1, 1), 1, torch.float32, given.input)
+    own, made = tensors(given), []
+    monkeypatch.setattr(packed, "Copy", lambda *args: made.append(args) or packed_copy(*args))
+    for _ in range(3):
+        kept(own["input"], own["weight"], None)
+    assert len(made) == 1
+    own["weight"][0, 0, 0, 0] += 1
+    kept(own["input"], own["weight"], None)
+    assert len(made) == 2
+    for _ in range(2 * packed.KEPT):
+        kept(own["input"], torch.randn(16, 24, 3, 3), None)
+    assert len(kept.copies) <= packed.KEPT
+
+
+packed_copy = packed.Copy
+
+
+def test_one_graph_serves_other_batches_and_layouts() -> None:
+    for training in (True, False):
+        given = described((4, 24, 6, 6), (16, 24, 3, 3), PLAIN, training=training)
+        run, composed = chain.plan(given), chain._composed(given)
+        for batch, layout in ((1, CL), (7, CL), (33, CL), (4, torch.contiguous_format), (0, CL)):
+            own = tensors(given)
+            own["input"] = torch.randn(batch, 24, 6, 6).contiguous(memory_format=layout)
+            if batch == 0 and training:
+                continue
+            with torch.set_grad_enabled(training):
+                a, b = (called(f, {k: t.clone() for k, t in own.items()}, given) for f in (run, composed))
+            torch.testing.assert_close(a, b)
+            assert a.stride() == b.stride()
+
+
+def test_one_channel() -> None:
+    given = described((2, 1, 5, 4))
+    own, dy = tensors(given), torch.randn(2, 1, 5, 4)
+    ours, torchs = (results(f, own, given, dy) for f in (chain.plan(given), chain._composed(given)))
+    for name, expected in torchs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_value_for_each_channel_is_refused() -> None:
+    given = described((2, 8, 1, 1))
+    own = tensors(given) | {"input": torch.randn(1, 8, 1, 1)}
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        called(chain.plan(given), own, given)
+
+
+@pytest.mark.parametrize("activation", ("relu", "silu"))
+def test_nan_and_infinity_go_through(activation: str) -> None:
+    for training in (True, False):
+        given = described((3, 8, 5, 5), (8, 8, 3, 3), PLAIN, training, residual=True, activation=activation)
+        own = tensors(given)
+        own["residual"][0, 1, 2, 3], own["residual"][1, 2, 3, 4] = torch.nan, torch.inf
+        own["residual"][2, 3, 4, 0] = -torch.inf
+        with torch.set_grad_enabled(training):
+            a, b = (called(f, own, given) for f in (chain.plan(given), chain._composed(given)))
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("wanted", ("input", "weight", "bn_weight", "bn_bias", "residual"))
+def test_only_some_gradients(wanted: str) -> None:
+    given = described((4, 16, 6, 6), (16, 16, 1, 1), Conv((1, 1), (0, 0), (1, 1), 1), residual=True,
+                      dtype=torch.bfloat16)  # fmt: skip
+    found = []
+    for run in (chain.plan(given), chain._composed(given)):
+        own = tensors(given)
+        own[wanted].requires_grad_()
+        y = called(run, own, given)
+        found += torch.autograd.grad(y, own[wanted], torch.ones_like(y))
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("residual", (False, True), ids=("", "residual"))
+@pytest.mark.parametrize("activation", ("relu", "silu", None))
+def test_double_backward(activation: str | None, residual: bool) -> None:
+    given = described((3, 8, 5, 5), (8, 1, 5, 5), Conv((1, 1), (2, 2), (1, 1), 8), True, residual, activation)
+    found = []
+    for run in (chain.plan(given), chain._composed(given)):
+        own = tensors(given)
+        leaves = [own[k].requires_grad_() for k in NAMES if k in own]
+        first = torch.autograd.grad(called(run, own, given).pow(3).sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first[:2]), leaves))
+    largest = max(b.abs().max().item() for b in found[1])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-5 * largest)
+
+
+def test_saved_tensors_in_another_layout() -> None:
+    given = described((3, 8, 5, 6), (8, 1, 5, 5), Conv((1, 1), (2, 2), (1, 1), 8), residual=True)
+    found = []
+    for pack in (lambda t: t, lambda t: t.contiguous() if t.dim() == 4 else t):
+        own = tensors(given)
+        leaves = [own[k].requires_grad_() for k in NAMES if k in own]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = called(chain.plan(given), own, given)
+        found.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    (
+        ({"channels_last": False}, "channels_last"), ({"dtype": torch.float64}, "float64"),
+        ({"input": (2, 3, 4)}, "3 axes"), ({"norm": Norm(False, 0.1, 1e-5)}, "running statistics"),
+        ({"norm": None}, "no batch norm"),
+    ),
+)  # fmt: skip
+def test_reasons(change: dict[str, Any], reason: str) -> None:
+    found = chain.plan(described((4, 8, 6, 6))._replace(**change))
+    assert isinstance(found, str)
+    assert reason in found
