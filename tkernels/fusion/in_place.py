@@ -134,7 +134,7 @@ class _Fused:
             watch.look()
         found = self.compiled.get(watch.hooks)
         if found is None:
-            found = self.compiled[watch.hooks] = torch.compile(_entry(self.model), backend=self.backend)
+            found = self.compiled[watch.hooks] = torch.compile(_entry(self.model), backend=self.backend, **_ISOLATED)
         return found
 
     def _warn(self) -> None:
@@ -154,6 +154,9 @@ def _first_lines(reason: str) -> str:
     return " ".join(reason.split("\n\n")[0].split())[:300]
 
 
+# Where Dynamo ends a graph it goes on with functions of the model's class, whose code and limit all its models share.
+_CAN_ISOLATE = "isolate_recompiles" in (torch.compile.__kwdefaults__ or {})  # torch 2.14
+_ISOLATED: dict[str, Any] = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
 _entries = itertools.count()
 
 
