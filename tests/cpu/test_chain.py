@@ -30,6 +30,9 @@ CONVOLUTIONS: dict[str, Any] = {
     "3x3": ((16, 24, 3, 3), PLAIN, None, None),
     "1x1": ((16, 24, 1, 1), Conv((1, 1), (0, 0), (1, 1), 1), None, ("product", "product")),
     "1x1, strided": ((16, 24, 1, 1), Conv((2, 2), (0, 0), (1, 1), 1), None, None),
+    "1x1 of an image, strided": (
+        (48, 3, 1, 1), Conv((2, 2), (0, 0), (1, 1), 1), ("torch", "product"), ("torch", "product")
+    ),
     "grouped": ((16, 12, 3, 3), PLAIN._replace(groups=2), None, None),
     "depthwise": ((24, 1, 3, 3), PLAIN._replace(groups=24), None, None),
     "depthwise, strided": ((24, 1, 3, 3), Conv((2, 2), (1, 1), (1, 1), 24), None, ("float32", "float32")),
@@ -149,7 +152,7 @@ def test_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution_in_training(name: str, dtype: torch.dtype) -> None:
     weight, conv, *ways = CONVOLUTIONS[name]
-    given = described((4, 24, 9, 8), weight, conv, dtype=dtype)
+    given = described((4, weight[1] * conv.groups, 9, 8), weight, conv, dtype=dtype)
     if conv.padding != "same":
         found = convolution.ways(4 * 72, weight, conv.stride, conv.padding, conv.dilation, conv.groups, dtype)
         assert found == ways[dtype is torch.bfloat16]
@@ -171,7 +174,8 @@ def test_inference(activation: str | None, dtype: torch.dtype) -> None:
 def test_convolution_in_inference(name: str) -> None:
     weight, conv, *_ = CONVOLUTIONS[name]
     for dtype in (torch.float32, torch.bfloat16):
-        compare(described((4, 24, 9, 8), weight, conv, training=False, dtype=dtype), bias=True)
+        shape = (4, weight[1] * conv.groups, 9, 8)
+        compare(described(shape, weight, conv, training=False, dtype=dtype), bias=True)
 
 
 def test_convolution_and_activation_alone() -> None:

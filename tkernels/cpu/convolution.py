@@ -5,7 +5,9 @@ Measured over the layers of twelve networks at 16 images, on a CPU with bfloat16
 - a depthwise weight's gradient has fast code in oneDNN up to windows of 3 x 3, in float32 alone; a compiled pass over
   the windows' places is 3 to 6 times as fast from 5 x 5 on, 6 to 20 times in bfloat16;
 - both gradients of a 1 x 1 convolution are products of matrices, which in bfloat16 take 1.0 to 3 times less time as
-  such, the fewer pixels there are; not so much beyond MOST_PIXELS, nor in float32.
+  such, the fewer pixels there are; not so much beyond MOST_PIXELS, nor in float32;
+- the weight's gradient of a strided 1 x 1 convolution of few channels, as of an image, writes past its memory in
+  oneDNN (torch 2.14, float32: timm's repvgg_a0 dies of it in PyTorch itself); as a product it does not.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from tkernels.cpu.compiler import Pass
 
 CL = torch.channels_last
 MOST_PIXELS = 1 << 14
+# float32 values in a vector register
+VECTOR = 16
 
 
 class Ways(NamedTuple):
@@ -54,9 +58,11 @@ def ways(
         if small and not (low and strided):
             return None
         return Ways("float32" if low and strided else "torch", "float32" if small else "places")
-    if low and weight[2:] == stride == (1, 1) and padding == (0, 0) and groups == 1 and pixels <= MOST_PIXELS:
-        return Ways("product", "product")
-    return None
+    if weight[2:] != (1, 1) or padding != (0, 0) or groups != 1:
+        return None
+    if stride != (1, 1):
+        return Ways("torch", "product") if group_in < VECTOR else None
+    return Ways("product", "product") if low and pixels <= MOST_PIXELS else None
 
 
 def conv2d(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,7 +128,8 @@ def _input_product(call: Call, d: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_product(call: Call, d: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(_rows(d).t(), _rows(x)).view(weight.shape)
+    seen = x[:, :, :: call.stride[0], :: call.stride[1]]
+    return torch.mm(_rows(d).t(), _rows(seen)).view(weight.shape)
 
 
 @functools.cache
