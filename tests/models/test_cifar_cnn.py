@@ -11,6 +11,7 @@ from torch import nn
 import tkernels
 import tkernels.nn as tnn
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
+from tests.fusion.pairs import close, gradients_alike, ran
 from tests.tolerance import assert_close
 
 pytestmark = pytest.mark.gate("torch")
@@ -142,3 +143,16 @@ def test_backends_agree_on_the_cpu() -> None:
         assert torch.equal(model(images), expected)
     with tkernels.backend("triton"), pytest.raises(RuntimeError, match="backend 'triton' was asked for"):
         model(images)
+
+
+def test_fuse_makes_of_one_what_the_other_is() -> None:
+    """The plain network under fuse() and the one fused by hand: every convolution in a chain, and the same training."""
+    plain, by_hand = (_made(network, seed=1, **SMALL, **NO_DROPOUT) for network in NETWORKS)
+    fused = tkernels.fuse(plain.to(memory_format=torch.channels_last))
+    by_hand.to(memory_format=torch.channels_last)
+    images = torch.randn(6, 3, 8, 8).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        close([fused(images)], [by_hand(images)], "result")
+    close(dict(fused.named_buffers()), dict(by_hand.named_buffers()), "buffers")
+    gradients_alike(fused, by_hand, images, 1e-3)
+    assert ran(fused) == 3 * sum(isinstance(module, nn.Conv2d) for module in fused.modules())
