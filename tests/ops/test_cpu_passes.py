@@ -317,3 +317,21 @@ def test_calls_that_are_not_plain_take_torch() -> None:
     torch.testing.assert_close(per_sample, F.cross_entropy(x.detach(), target.clamp(min=0), reduction="none"))
     found = torch.func.grad(lambda logits: TF.cross_entropy(logits, target))(x.detach())
     torch.testing.assert_close(found, torch.autograd.grad(F.cross_entropy(x, target), x)[0])
+
+
+def test_relu_in_the_last_step_of_a_product() -> None:
+    """Of large products that nobody differentiates; small ones take torch's own calls."""
+
+    def operators(call: Callable[[], Tensor]) -> set[str]:
+        with torch.no_grad(), torch.profiler.profile() as profiled:
+            call()
+        return {event.key for event in profiled.key_averages()}
+
+    x, weight = torch.randn(1024, 256), torch.randn(1024, 256)
+    image = torch.randn(8, 16, 32, 32).contiguous(memory_format=torch.channels_last)
+    kernel = torch.randn(128, 16, 3, 3)
+    assert "mkldnn::_linear_pointwise" in operators(lambda: TF.linear(x, weight, None, "relu"))
+    assert "mkldnn::_linear_pointwise" not in operators(lambda: TF.linear(x[:8], weight, None, "relu"))
+    convolution = "mkldnn::_convolution_pointwise"
+    assert convolution in operators(lambda: TF.conv2d(image, kernel, None, padding=1, activation="relu"))
+    assert convolution not in operators(lambda: TF.conv2d(image[:1], kernel, None, padding=1, activation="relu"))

@@ -1,0 +1,96 @@
+"""What fuse() makes of a network on the kernels: values, gradients and running statistics, and every launch counted."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tkernels
+from perf.rewritten import Rewritten
+from tests.conftest import GATE
+from tests.tolerance import assert_close
+
+pytestmark = pytest.mark.gate("ttsem", "cuda")
+
+
+class Network(nn.Module):
+    """A stem with a padded pool, a residual block with a projection, a depthwise block without, pre-activation, a
+    hidden linear layer: each kind of chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.block = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+            nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16),
+        )  # fmt: skip
+        self.projection = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
+        self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16), nn.Hardswish())
+        self.norm = nn.BatchNorm2d(16)
+        self.hidden = nn.Sequential(nn.Linear(16, 8), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.block(x)
+        y += self.projection(x)
+        y = F.relu(y, inplace=True)
+        y = y + self.depthwise(y)
+        y = F.relu6(self.norm(y))
+        result: Tensor = self.hidden(y.mean((2, 3)))
+        return result
+
+
+CHAINS = [
+    "0 -> 1 -> 2 -> 3", "0 -> 1 -> 2 -> 3 -> 4 -> add -> relu", "0 -> 1", "0 -> 1 -> 2", "norm -> relu6", "0 -> 1",
+]  # fmt: skip
+KINDS = (nn.Conv2d, nn.BatchNorm2d)
+
+
+def test_every_kind_of_chain(device: str, launches: list[str]) -> None:
+    model = Network()
+    exact = copy.deepcopy(model).double()
+    x = torch.randn(2, 3, 10, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        if GATE == "ttsem":  # where Dynamo would ask a driver that is only pretended
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        rewritten = Rewritten(model, x)
+    assert sorted(what for _, what in rewritten.report.fused) == sorted(CHAINS)
+    assert not any(node.target in (torch.conv2d, F.batch_norm, F.relu) for node in rewritten.graph.nodes)
+    rewritten.to(device)
+    y = rewritten(x.to(device))
+    forward = Counter(launches)
+    assert forward["conv_stage_kernel"] + forward["pointwise_forward_kernel"] == 4
+    assert forward["linear_forward_kernel"] == 1
+    assert forward["finalize_statistics_kernel"] == 6, "one for each batch norm"
+    (y * torch.linspace(0.5, 1.5, y.numel()).view(y.shape).to(device)).sum().backward()
+    expected = exact(x.double())
+    (expected * torch.linspace(0.5, 1.5, y.numel()).view(y.shape)).sum().backward()
+    assert_close(y, expected, 500, name="result")
+    wanted = dict(exact.named_parameters())
+    for name, parameter in rewritten.model.named_parameters():
+        assert parameter.grad is not None, name
+        truth = wanted[name].grad
+        assert truth is not None
+        assert_close(parameter.grad, truth, 5000, scale=max(1.0, truth.abs().max().item()), name=name)
+    for name, buffer in exact.named_buffers():
+        if buffer.is_floating_point():
+            assert_close(rewritten.model.get_buffer(name), buffer, 500, name=name)
+        else:
+            assert rewritten.model.get_buffer(name) == buffer
+
+
+@pytest.mark.gate("interp")
+def test_fuse_runs_kernels(launches: list[str]) -> None:
+    """From fuse() on, with Dynamo, where kernels run on CPU tensors."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU())
+    fused = tkernels.fuse(copy.deepcopy(model))
+    x = torch.randn(2, 3, 6, 6)
+    y = fused(x)
+    assert Counter(launches)["conv_stage_kernel"] == 1
+    torch.testing.assert_close(y, model(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fused.state_dict(), model.state_dict())
