@@ -85,7 +85,7 @@ def plan(chain: Chain) -> Run | str:
     if not chain.differentiated:
         return _inference(chain)
     if chain.norm is None:
-        return "there is no batch norm, and nothing to gain from the rest in training"
+        return _alone(chain) or "there is no batch norm, and nothing to gain from the rest in training"
     return "batch norm by running statistics is left to PyTorch where it is differentiated"
 
 
@@ -110,12 +110,14 @@ def _training(chain: Chain, given: Norm) -> Run:
     return run
 
 
-def _inference(chain: Chain) -> Run:
+def _inference(chain: Chain) -> Run | str:
     """Of what nobody differentiates: the convolution by a weight in oneDNN's order, and one pass over its result."""
     eps = 0.0 if chain.norm is None else chain.norm.eps
     convolve, composed = _convolution(chain), _composed(chain)
     finish = None
-    if chain.norm is not None or chain.residual or chain.activation is not None:
+    if chain.norm is None and chain.activation is None and not isinstance(convolve, packed.Packed):
+        return "a convolution alone, whose weight is reordered as fast as it is compared"
+    if chain.norm is not None or chain.activation is not None:
         finish = norm.finish_of(chain.activation, chain.norm is not None, chain.residual, convolve is not None)
 
     def run(
@@ -146,18 +148,41 @@ def _convolution(chain: Chain) -> Callable[[Tensor, Any, Tensor | None], Tensor]
     if conv is None or chain.weight is None:
         return None
     stride, padding, dilation, groups = conv
-    padding = (0, 0) if padding == "valid" else padding
-    if not isinstance(padding, str):
-        if not chain.differentiated:
-            if math.prod(chain.weight) >= packed.WORTH_IT and packed.enabled(chain.dtype):
-                return packed.Packed(stride, padding, dilation, groups, chain.dtype, chain.input)
-        else:
-            pixels = chain.input[0] * chain.input[2] * chain.input[3]
-            ways = convolution.ways(pixels, chain.weight, stride, padding, dilation, groups, chain.dtype)
-            if ways is not None:
-                call = convolution.Call(stride, padding, dilation, groups, chain.dtype, ways)
-                return functools.partial(convolution.conv2d, call)
+    if chain.differentiated:
+        found = _by_other_gradients(chain)
+        if found is not None:
+            return found
+    elif not isinstance(padding, str) and math.prod(chain.weight) >= packed.WORTH_IT and packed.enabled(chain.dtype):
+        return packed.Packed(stride, padding, dilation, groups, chain.dtype, chain.input)
     return lambda x, weight, bias: torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _by_other_gradients(chain: Chain) -> Callable[[Tensor, Any, Tensor | None], Tensor] | None:
+    """The chain's convolution where PyTorch finds its gradients slowly."""
+    conv, weight = chain.conv, chain.weight
+    if conv is None or weight is None or isinstance(conv.padding, str):
+        return None
+    pixels = chain.input[0] * chain.input[2] * chain.input[3]
+    ways = convolution.ways(pixels, weight, conv.stride, conv.padding, conv.dilation, conv.groups, chain.dtype)
+    if ways is None:
+        return None
+    call = convolution.Call(conv.stride, conv.padding, conv.dilation, conv.groups, chain.dtype, ways)
+    return functools.partial(convolution.conv2d, call)
+
+
+def _alone(chain: Chain) -> Run | None:
+    """A convolution in training with no batch norm behind it: worth a call for its gradients at most."""
+    convolve = _by_other_gradients(chain)
+    if convolve is None:
+        return None
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Tensor | None) -> Tensor:
+        if not compiler.plain_eager():
+            return composed(x, weight, bias, *rest)
+        return activations.apply(convolve(x, weight, bias), chain.activation)
+
+    composed = _composed(chain)
+    return run
 
 
 def _composed(chain: Chain) -> Run:

@@ -68,7 +68,7 @@ class Backend:
         for chain in found:
             call = calls.call_of(chain, eager)
             if isinstance(call, str):
-                self.report.left.append((f"{chain.where()}.{chain.describe()}".lstrip("."), call))
+                self.report.left.append((chain.name() if len(chain.steps) == 1 else chain.path(), call))
             else:
                 chosen.append(call)
         order = {node: i for i, node in enumerate(gm.graph.nodes)}

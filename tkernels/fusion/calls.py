@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 import tkernels.cpu.chain as cpu
 from tkernels import runtime
-from tkernels.fusion.chains import Chain, disturbed
+from tkernels.fusion.chains import Chain, disturbed, incomplete
 from tkernels.fusion.steps import Step, value
 from tkernels.ops.batch_norm import batch_norm
 from tkernels.ops.conv import conv2d, pair
@@ -19,7 +19,7 @@ from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
 from tkernels.ops.cross_entropy import cross_entropy
 from tkernels.ops.linear import linear
 
-# kinds of layers that PyTorch runs as fast on a CPU
+# why linear layers stay PyTorch's
 _NOTHING_TO_GAIN = "nothing to gain on a CPU"
 
 
@@ -44,6 +44,9 @@ def call_of(chain: Chain, eager: bool) -> Call | str:
     device = value(chain.last.node).device.type
     if device == "cpu" and eager and not _on_kernels():
         return _cpu_call(chain)
+    alone = incomplete(chain)
+    if alone is not None:
+        return alone
     if device not in ("cpu", "cuda"):
         return f"no kernels for tensors on {device}"
     makers = {"conv": _conv_call, "norm": _norm_call, "linear": _linear_call, "loss": _loss_call}
@@ -62,12 +65,10 @@ def _cpu_call(chain: Chain) -> Call | str:
         return _loss_call(chain)
     if chain.first.kind == "linear":
         return _NOTHING_TO_GAIN
-    if len(chain.steps) == 1:
-        return _NOTHING_TO_GAIN
     run = cpu.plan(_described(chain))
     if not isinstance(run, str):
         return Call(run, (chain.first.input, *_tensors(chain), chain.residual), (chain,))
-    return _cpu_call(chain.without_last()) if chain.last.kind == "pool" else run
+    return _cpu_call(chain.without_last()) if chain.last.kind == "pool" else incomplete(chain) or run
 
 
 def _described(chain: Chain) -> cpu.Chain:
@@ -98,6 +99,8 @@ def _sizes(t: Tensor) -> tuple[int, ...]:
 
 def _windows(conv: Step) -> tuple[Any, Any, Any]:
     padding = conv.given["padding"]
+    if padding == "valid":
+        padding = 0
     padding = padding if isinstance(padding, str) else pair("padding", padding)
     return pair("stride", conv.given["stride"]), padding, pair("dilation", conv.given["dilation"])
 

@@ -50,6 +50,14 @@ class Chain(NamedTuple):
         """Its layers by name, as a reader of the model knows them."""
         return " -> ".join(_name(step.node).split(".")[-1] or step.kind for step in self.steps)
 
+    def name(self) -> str:
+        """Its first layer's."""
+        return _name(self.first.node)
+
+    def path(self) -> str:
+        """All of its layers, after the module that they are in."""
+        return f"{self.where()}.{self.describe()}".lstrip(".")
+
     def where(self) -> str:
         """The module that its layers are in."""
         paths = [_name(step.node).split(".")[:-1] for step in self.steps if step.kind != "add"]
@@ -82,7 +90,7 @@ def _path(source: str) -> str:
 
 
 def find(graph: fx.Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
-    """(chains with a fused call, (layer, why it was left) of those that start like one)."""
+    """(chains, (layer, why it was left) of those that start like one). A convolution alone is a chain here."""
     chains: list[Chain] = []
     left: list[tuple[str, str]] = []
     taken: set[fx.Node] = set()
@@ -91,14 +99,12 @@ def find(graph: fx.Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
         if step is None or step.kind not in ("conv", "linear", "norm", "loss"):
             continue
         chain = Chain(tuple(_longest(step, taken)))
-        reason = _incomplete(chain) or disturbed(chain)
+        reason = disturbed(chain) if step.kind == "conv" else incomplete(chain) or disturbed(chain)
         if reason is None:
             chains.append(chain)
             taken.update(s.node for s in chain.steps)
-        elif step.kind != "norm" or len(chain.steps) > 1:
-            left.append((_name(node), reason))
         else:
-            left.append((_name(node), f"batch norm, then {_what_follows(step)}"))
+            left.append((chain.name(), reason))
     return chains, left
 
 
@@ -142,8 +148,8 @@ def _next(step: Step, taken: set[fx.Node]) -> Step | None:
     return follow if follow.given["input"] is step.node else None
 
 
-def _incomplete(chain: Chain) -> str | None:
-    """Why a chain has no fused call; None if it has one."""
+def incomplete(chain: Chain) -> str | None:
+    """Why a chain is none to be fused: it is a layer alone. None if it is one."""
     first = chain.first
     if first.kind == "loss" or len(chain.steps) > 1:
         return None
