@@ -48,6 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
         # NaN in whatever torch.empty returns, inside backward() too: unwritten memory must show
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
+    if GATE == "torch":
+        # autograd starts a thread for each device it sees at its first backward, and forked processes cannot use it
+        # then; once fake tensors were made, it sees a GPU where there is none
+        torch.ones((), requires_grad=True).backward()
     if GATE == "interp":
         interpreter.patch()
     if GATE == "ttsem":
