@@ -152,7 +152,11 @@ def _convolution(chain: Chain) -> Callable[[Tensor, Any, Tensor | None], Tensor]
         found = _by_other_gradients(chain)
         if found is not None:
             return found
-    elif not isinstance(padding, str) and math.prod(chain.weight) >= packed.WORTH_IT and packed.enabled(chain.dtype):
+    elif (
+        not isinstance(padding, str)
+        and math.prod(chain.weight) >= packed.WORTH_IT[chain.dtype]
+        and packed.enabled(chain.dtype)
+    ):
         return packed.Packed(stride, padding, dilation, groups, chain.dtype, chain.input)
     return lambda x, weight, bias: torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
 

@@ -45,8 +45,10 @@ def groups(x: Tensor) -> Tensor:
     channels = x.shape[1]
     pixels = x.numel() // channels
     rows = _rows(pixels)
-    dense = x.contiguous() if x.dim() == 2 else x.permute(0, 2, 3, 1).contiguous()
-    return dense.view(pixels // rows, rows, channels)
+    if not x.is_contiguous(memory_format=torch.contiguous_format if x.dim() == 2 else torch.channels_last):
+        x = x.contiguous() if x.dim() == 2 else x.permute(0, 2, 3, 1).contiguous()
+    # (one call, where permute and view are two: there are up to six of them a layer)
+    return x.as_strided((pixels // rows, rows, channels), (rows * channels, channels, 1))
 
 
 def _like(x: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from torch import Tensor
 from tkernels.cpu.compiler import Pass
 
 mkldnn = torch.ops.mkldnn
-# Elements of a weight from which on a kept copy is worth the look at them.
-WORTH_IT = 1 << 14
+# Elements of a weight from which on a kept copy is worth the look at them. (Measured over four networks' inference at
+# 96 pixels: in float32 2^16 is up to 1.17 times as fast as 2^14; in bfloat16, where a cast goes too, 2^14 is.)
+WORTH_IT = {torch.float32: 1 << 16, torch.bfloat16: 1 << 14}
 # Weights that a call keeps copies of: one graph may serve several layers.
 KEPT = 8
 
