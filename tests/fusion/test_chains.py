@@ -232,6 +232,12 @@ def test_what_must_not_be_fused_whole(forward: Callable[..., Tensor], most: int,
     assert len(report(fused).fused) <= most
 
 
+def test_what_disturbs_the_end_leaves_the_beginning(device: str) -> None:
+    model, fused = both(lambda: Layers(statistics_read_between), device)
+    assert_alike(fused, model, images(device), more=1)
+    assert chains(fused) == ["conv -> bn"]
+
+
 def test_the_report_says_why_a_layer_was_left(device: str) -> None:
     _, fused = both(lambda: Layers(input_written_between), device)
     fused(images(device))

@@ -115,8 +115,8 @@ def _inference(chain: Chain) -> Run | str:
     eps = 0.0 if chain.norm is None else chain.norm.eps
     convolve, composed = _convolution(chain), _composed(chain)
     finish = None
-    if chain.norm is None and chain.activation is None and not isinstance(convolve, packed.Packed):
-        return "a convolution alone, whose weight is reordered as fast as it is compared"
+    if chain.norm is None and not isinstance(convolve, packed.Packed):
+        return "a convolution without batch norm, whose weight is reordered as fast as it is compared"
     if chain.norm is not None or chain.activation is not None:
         finish = norm.finish_of(chain.activation, chain.norm is not None, chain.residual, convolve is not None)
 

@@ -114,7 +114,10 @@ def _constant(channels: int, value: float) -> Tensor:
 
 def vector(t: Tensor | None, channels: int, default: float) -> Tensor:
     """A parameter as an argument of passes; nobody may write to it."""
-    return _constant(channels, default) if t is None else t.float().contiguous()
+    if t is None:
+        return _constant(channels, default)
+    # (several a layer: what is as it should be is not worth two calls)
+    return t if t.dtype is torch.float32 and t.is_contiguous() else t.float().contiguous()
 
 
 statistics = Pass(measured, "statistics")

@@ -98,8 +98,14 @@ def find(graph: fx.Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
         step = None if node in taken else step_of(node)
         if step is None or step.kind not in ("conv", "linear", "norm", "loss"):
             continue
-        chain = Chain(tuple(_longest(step, taken)))
-        reason = disturbed(chain) if step.kind == "conv" else incomplete(chain) or disturbed(chain)
+        whole = Chain(tuple(_longest(step, taken)))
+        chain, reason = whole, disturbed(whole)
+        # what disturbs its end may leave its beginning alone
+        while reason is not None and len(chain.steps) > 2:
+            chain = chain.without_last()
+            reason = disturbed(whole) if disturbed(chain) else None
+        if step.kind != "conv":
+            reason = incomplete(chain) or reason
         if reason is None:
             chains.append(chain)
             taken.update(s.node for s in chain.steps)
