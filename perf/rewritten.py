@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import tkernels
 from tkernels.fusion import FusionReport
 from tkernels.fusion.backend import Backend
+from tkernels.fusion.in_place import entry
 
 
 class _Captured(Exception):
@@ -44,12 +45,12 @@ class Rewritten(nn.Module):
 
         try:
             with tkernels.backend("triton"):  # kernels for CPU tensors too
-                torch.compile(lambda x: model(x), backend=capture, fullgraph=True)(x)
+                torch.compile(entry(model), backend=capture, fullgraph=True)(x)
         except _Captured:
             pass
         names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-        # the image, or a name, or a number as it is
-        self._given = [t if not isinstance(t, Tensor) else names.get(id(t), x) for t in given]
+        # the name of a tensor of the model's; the image and numbers as they are
+        self._given = [names.get(id(t), t) for t in given]
         self._x = x
 
     def forward(self, x: Tensor) -> Tensor:

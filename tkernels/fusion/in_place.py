@@ -134,7 +134,7 @@ class _Fused:
             watch.look()
         found = self.compiled.get(watch.hooks)
         if found is None:
-            found = self.compiled[watch.hooks] = torch.compile(_entry(self.model), backend=self.backend, **_ISOLATED)
+            found = self.compiled[watch.hooks] = torch.compile(entry(self.model), backend=self.backend, **_ISOLATED)
         return found
 
     def _warn(self) -> None:
@@ -160,7 +160,7 @@ _ISOLATED: dict[str, Any] = {"isolate_recompiles": True} if _CAN_ISOLATE else {}
 _entries = itertools.count()
 
 
-def _entry(model: nn.Module) -> Callable[..., Any]:
+def entry(model: nn.Module) -> Callable[..., Any]:
     """The model's call as a function with code of its own: Dynamo keeps what it compiled, and counts it against its
     limit, by code, and what it has seen change by the code's name; all modules share Module._call_impl's."""
 
