@@ -61,6 +61,9 @@ def test_every_kind_of_chain(device: str, launches: list[str]) -> None:
         rewritten = Rewritten(model, x)
     assert sorted(what for _, what in rewritten.report.fused) == sorted(CHAINS)
     assert not any(node.target in (torch.conv2d, F.batch_norm, F.relu) for node in rewritten.graph.nodes)
+    # the counters of all batch norms go up in one call, rather than in a launch each
+    assert sum(node.target is torch._foreach_add_ for node in rewritten.graph.nodes) == 1
+    assert not any(node.target == "add_" for node in rewritten.graph.nodes)
     rewritten.to(device)
     y = rewritten(x.to(device))
     forward = Counter(launches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,12 +21,14 @@ from tests.fusion.pairs import close, ran, report
 pytestmark = pytest.mark.gate("torch")
 
 
-class Expected:
+class Expected(NamedTuple):
     """What a reader counts in a network's source. ``chains``: calls, where kernels run (layers in a row are one stage);
     ``norms``: batch norms in all; ``left``: those among them that no chain takes; ``launches``: forward, backward."""
 
-    def __init__(self, chains: int, norms: int, left: int, launches: tuple[int, int]) -> None:
-        self.chains, self.norms, self.left, self.launches = chains, norms, left, launches
+    chains: int
+    norms: int
+    left: int
+    launches: tuple[int, int]
 
 
 NETWORKS = {

@@ -1,5 +1,5 @@
 """What a compiled graph calls for one chain of layers on a CPU:
-[convolution ->] [batch norm ->] [+ residual ->] [activation] [-> max pool].
+[convolution ->] [batch norm ->] [+ residual ->] [activation].
 
 :func:`plan` decides once, from shapes, and gives the function to call or the reason why the chain is left to PyTorch.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from tkernels.cpu import compiler, convolution, norm, packed
 from tkernels.ops import activation as activations
-
-if TYPE_CHECKING:
-    from tkernels.ops.conv_stage_call import MaxPool
 
 # input, weight, bias, running mean and variance, batch norm's weight and bias, residual
 Run = Callable[
@@ -49,21 +46,18 @@ class Norm(NamedTuple):
 class Chain(NamedTuple):
     """A chain without its tensors.
 
-    ``input``: the shape that the first layer's input has as the graph is compiled; ``input_dtype``: as it arrives,
-    before autocast. ``channels_last``: whether the map between convolution and batch norm is. ``weight``: the shape of
-    the convolution's. ``dtype``: of the map between convolution and batch norm. ``differentiated``: whether autograd
-    records the call.
+    ``input``: the shape that the first layer's input has as the graph is compiled. ``channels_last``: whether the map
+    between convolution and batch norm is. ``weight``: the shape of the convolution's. ``dtype``: of the map between
+    convolution and batch norm. ``differentiated``: whether autograd records the call.
     """
 
     input: tuple[int, ...]
-    input_dtype: torch.dtype
     channels_last: bool
     weight: tuple[int, ...] | None
     conv: Conv | None
     norm: Norm | None
     residual: bool
     activation: str | None
-    pool: MaxPool | None
     dtype: torch.dtype
     differentiated: bool
 
@@ -78,8 +72,6 @@ def plan(chain: Chain) -> Run | str:
         return f"batch norm over {len(chain.input)} axes has no passes on a CPU"
     if len(chain.input) == 4 and not chain.channels_last:
         return "its maps are not channels_last"
-    if chain.pool is not None:
-        return "max pooling behind it has no pass on a CPU"
     if chain.norm is not None and chain.norm.training:
         return _training(chain, chain.norm)
     if not chain.differentiated:

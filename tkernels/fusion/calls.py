@@ -3,6 +3,7 @@ fused operators."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,11 +25,13 @@ _NOTHING_TO_GAIN = "nothing to gain on a CPU"
 
 
 class Call(NamedTuple):
-    """A function, the nodes or values that it is called with, and the chains it stands for."""
+    """A function, the nodes or values that it is called with, and the chains it stands for. ``stage``: whether it is a
+    conv stage, which others may join."""
 
     function: Callable[..., Tensor]
     arguments: tuple[Any, ...]
     chains: tuple[Chain, ...]
+    stage: bool = False
 
     @property
     def last(self) -> fx.Node:
@@ -59,7 +62,7 @@ def _on_kernels() -> bool:
 
 
 def _cpu_call(chain: Chain) -> Call | str:
-    if chain.last.kind == "dropout2d":
+    if chain.last.kind in ("pool", "dropout2d"):  # PyTorch's own
         return _cpu_call(chain.without_last())
     if chain.first.kind == "loss":
         return _loss_call(chain)
@@ -68,25 +71,23 @@ def _cpu_call(chain: Chain) -> Call | str:
     run = cpu.plan(_described(chain))
     if not isinstance(run, str):
         return Call(run, (chain.first.input, *_tensors(chain), chain.residual), (chain,))
-    return _cpu_call(chain.without_last()) if chain.last.kind == "pool" else incomplete(chain) or run
+    return incomplete(chain) or run
 
 
 def _described(chain: Chain) -> cpu.Chain:
     """What is known of a chain's calls once they are traced."""
-    conv, norm, pool = chain.get("conv"), chain.get("norm"), chain.get("pool")
+    conv, norm = chain.get("conv"), chain.get("norm")
     x: Tensor = value(chain.first.input)
     # the map that batch norm or the activation takes
     inner: Tensor = value(conv.node) if conv is not None else x
     return cpu.Chain(
         input=_sizes(x),
-        input_dtype=x.dtype,
         channels_last=inner.dim() == 4 and inner.is_contiguous(memory_format=torch.channels_last),
         weight=None if conv is None else _sizes(value(conv.given["weight"])),
         conv=None if conv is None else cpu.Conv(*_windows(conv), conv.given["groups"]),
-        norm=None if norm is None else cpu.Norm(_measures(norm), float(norm.given["momentum"]), norm.given["eps"]),
+        norm=None if norm is None else cpu.Norm(norm.given["training"], norm.given["momentum"], norm.given["eps"]),
         residual=chain.residual is not None,
         activation=_activation(chain),
-        pool=None if pool is None else _max_pool(pool),
         dtype=inner.dtype,
         differentiated=value(chain.last.node).requires_grad,
     )
@@ -103,10 +104,6 @@ def _windows(conv: Step) -> tuple[Any, Any, Any]:
         padding = 0
     padding = padding if isinstance(padding, str) else pair("padding", padding)
     return pair("stride", conv.given["stride"]), padding, pair("dilation", conv.given["dilation"])
-
-
-def _measures(norm: Step) -> bool:
-    return bool(norm.given["training"])
 
 
 def _activation(chain: Chain) -> str | None:
@@ -143,30 +140,26 @@ def _conv_call(chain: Chain) -> Call | str:
 
 def _stage(chains: Sequence[Chain]) -> Call:
     """Chains of convolution and batch norm, each of which feeds the next, as one conv stage."""
-    made = [_layer(chain) for chain in chains]
-    last = chains[-1]
-    pool, dropout = last.get("pool"), last.get("dropout2d")
+    made, own = [_layer(chain) for chain in chains], [_tensors(chain) for chain in chains]
+    last, count = chains[-1], len(own[0])
+    pool = last.get("pool")
     window = None if pool is None else _max_pool(pool)
-    p = _probability(dropout)
-    count = len(_TENSORS)
+    p = _probability(last.get("dropout2d"))
 
     def conv_norm_stage(x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
         layers = [layer(*tensors[count * i : count * i + count]) for i, layer in enumerate(made)]
         return conv_stage(x, layers, window, p, p > 0, residual)
 
-    own = [t for chain in chains for t in _tensors(chain)]
-    return Call(conv_norm_stage, (chains[0].first.input, last.residual, *own), tuple(chains))
-
-
-_TENSORS = ("weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias")
+    tensors = itertools.chain.from_iterable(own)
+    return Call(conv_norm_stage, (chains[0].first.input, last.residual, *tensors), tuple(chains), stage=True)
 
 
 def _layer(chain: Chain) -> Callable[..., ConvBNLayer]:
     conv, norm = chain.get("conv"), chain.get("norm")
     assert conv is not None and norm is not None  # noqa: PT018
     stride, padding, dilation = _windows(conv)
-    groups, momentum, eps = conv.given["groups"], float(norm.given["momentum"]), norm.given["eps"]
-    training, activation = _measures(norm), _activation(chain)
+    groups, activation = conv.given["groups"], _activation(chain)
+    training, momentum, eps = norm.given["training"], norm.given["momentum"], norm.given["eps"]
 
     def layer(weight: Tensor, bias: Any, mean: Any, var: Any, bn_weight: Any, bn_bias: Any) -> ConvBNLayer:
         return ConvBNLayer(weight, bias, bn_weight, bn_bias, mean, var, None, stride, padding, dilation, groups,
@@ -184,17 +177,13 @@ def joined(calls: Sequence[Call]) -> list[Call]:
     found: list[Call] = []
     for call in calls:
         before = next((c for c in found if c.last is call.chains[0].first.input), None)
-        if before is not None and _is_stage(call) and _is_stage(before) and _can_go_on(before):
+        if before is not None and call.stage and before.stage and _can_go_on(before):
             whole = (*before.chains, *call.chains)
             if disturbed(Chain(tuple(step for chain in whole for step in chain.steps))) is None:
                 found.remove(before)
                 call = _stage(whole)
         found.append(call)
     return found
-
-
-def _is_stage(call: Call) -> bool:
-    return call.function.__name__ == "conv_norm_stage"
 
 
 def _can_go_on(call: Call) -> bool:
@@ -206,7 +195,7 @@ def _norm_call(chain: Chain) -> Call | str:
     if chain.last.kind in ("pool", "dropout2d"):
         return _norm_call(chain.without_last())
     given = chain.first.given
-    training, momentum, eps, activation = _measures(chain.first), given["momentum"], given["eps"], _activation(chain)
+    training, momentum, eps, activation = given["training"], given["momentum"], given["eps"], _activation(chain)
 
     def norm_activation(x: Tensor, residual: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Tensor:
         return batch_norm(x, mean, var, weight, bias, training, momentum, eps, activation, residual)

@@ -98,12 +98,12 @@ def find(graph: fx.Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
         step = None if node in taken else step_of(node)
         if step is None or step.kind not in ("conv", "linear", "norm", "loss"):
             continue
-        whole = Chain(tuple(_longest(step, taken)))
-        chain, reason = whole, disturbed(whole)
+        chain = Chain(tuple(_longest(step, taken)))
+        reason = whole = disturbed(chain)
         # what disturbs its end may leave its beginning alone
         while reason is not None and len(chain.steps) > 2:
             chain = chain.without_last()
-            reason = disturbed(whole) if disturbed(chain) else None
+            reason = disturbed(chain) and whole
         if step.kind != "conv":
             reason = incomplete(chain) or reason
         if reason is None:
