@@ -76,7 +76,7 @@ $(VENV)/train.stamp: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,perf,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,perf,test,ecosystem]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --ignore-requires-python --no-deps $(TTSEM)
 	touch $@
 
