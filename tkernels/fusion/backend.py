@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.backends import registry
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from tkernels.fusion import calls, chains, checkpoint
@@ -17,6 +19,9 @@ from tkernels.fusion.report import FusionReport
 
 _RESTS = ("eager", "inductor")
 Run = Callable[..., Any]
+
+# Installed, the package has this entry point. Run from its sources it has not: the name is known once it is imported.
+registry._BACKENDS.setdefault("tkernels", EntryPoint("tkernels", "tkernels.fusion:tkernels", "torch_dynamo_backends"))
 
 
 def tkernels(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: Any = None) -> Run:

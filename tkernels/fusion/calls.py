@@ -82,7 +82,7 @@ def _described(chain: Chain) -> cpu.Chain:
     inner: Tensor = value(conv.node) if conv is not None else x
     return cpu.Chain(
         input=_sizes(x),
-        channels_last=inner.dim() == 4 and inner.is_contiguous(memory_format=torch.channels_last),
+        channels_last=inner.dim() == 4 and _channels_last(inner),
         weight=None if conv is None else _sizes(value(conv.given["weight"])),
         conv=None if conv is None else cpu.Conv(*_windows(conv), conv.given["groups"]),
         norm=None if norm is None else cpu.Norm(norm.given["training"], norm.given["momentum"], norm.given["eps"]),
@@ -95,7 +95,17 @@ def _described(chain: Chain) -> cpu.Chain:
 
 def _sizes(t: Tensor) -> tuple[int, ...]:
     """Sizes as they are in this call: where they may change, decisions are made for these."""
-    return tuple(int(size.node.hint) if isinstance(size, torch.SymInt) else size for size in t.shape)
+    return _hints(t.shape)
+
+
+def _hints(values: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(value.node.hint) if isinstance(value, torch.SymInt) else value for value in values)
+
+
+def _channels_last(t: Tensor) -> bool:
+    """By its strides: torch 2.11 answers no for a convolution's result of any batch size."""
+    as_now = torch.empty_strided(_sizes(t), _hints(t.stride()), device="meta")
+    return as_now.is_contiguous(memory_format=torch.channels_last)
 
 
 def _windows(conv: Step) -> tuple[Any, Any, Any]:

@@ -32,7 +32,8 @@ class Watch:
         self._handles = RemovableHandle.next_id
         self._containers: list[Any] = [module._modules for module in modules if module._modules]
         self._children = self._now()
-        self._classes = [(cls, _methods(cls)) for cls in {type(module) for module in modules}]
+        self._modules, self._types = modules, [type(module) for module in modules]
+        self._classes = [(cls, _methods(cls)) for cls in set(self._types)]
         self._as_seen = self._methods_now()
         self.hooks = _hooks(modules)
 
@@ -41,8 +42,8 @@ class Watch:
         return bool(self.hooks) or self._handles != RemovableHandle.next_id or self._now() != self._children
 
     def methods_replaced(self) -> bool:
-        """Whether a class of the modules got another method, or other code for it."""
-        return self._methods_now() != self._as_seen
+        """Whether a module got another class (which torch 2.11 does not guard), or a class another method."""
+        return self._methods_now() != self._as_seen or list(map(type, self._modules)) != self._types
 
     def _methods_now(self) -> list[Any]:
         return [methods(cls) for cls, methods in self._classes]
