@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger("tkernels")
+# Inductor vectorises by the sizes that it sees: a first call of few channels would make slow code for all after it.
+CHANNELS = 256
 _lock = threading.RLock()
 _compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _wanted = os.environ.get("TKERNELS_COMPILE", "1").lower() not in ("0", "false", "off", "no")
@@ -51,10 +53,11 @@ class Pass:
 
     Its results are what the function returns; it may write to arguments (``out.copy_(...)``). Sizes may differ from
     call to call, strides may not: give it dense tensors. Every argument must be a tensor with no empty axis.
+    ``channels``: whether the last axis of every argument is the channels'.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], name: str | None = None, channels: bool = True) -> None:
+        self.function, self.channels = function, channels
         self.name = name or function.__name__.lstrip("_")
 
     def __call__(self, *tensors: Tensor) -> Any:
@@ -78,7 +81,7 @@ class Pass:
         start = time.perf_counter()
         try:
             with torch.inference_mode(False):
-                run = _by_inductor(self.function, tensors)
+                run = _by_inductor(self.function, tensors, self.channels)
         except Exception as error:
             # whatever a compiler, a linker or a full disk says: training goes on without
             _broken = True
@@ -89,7 +92,7 @@ class Pass:
         return run
 
 
-def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], channels: bool) -> Callable[..., Any]:
     from torch._functorch import config as functorch_config
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -103,9 +106,13 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> C
     fakes = []
     for t in tensors:
         # a size of 1 would be taken for one that never changes
-        t = t.new_empty([n if n > 1 else 8 for n in t.shape])
+        sizes = [n if n > 1 else 8 for n in t.shape]
+        if channels and sizes:
+            sizes[-1] = max(sizes[-1], CHANNELS)
         context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * t.dim())
-        fakes.append(mode.from_tensor(t, symbolic_context=context))
+        symbols = mode.from_tensor(torch.empty(sizes, device="meta"), symbolic_context=context).shape
+        with mode:
+            fakes.append(torch.empty(symbols, dtype=t.dtype))
     with torch.no_grad(), mode:
         # (a bound method would count its object as an argument)
         graph = make_fx(lambda *args: function(*args), tracing_mode="real")(*fakes)

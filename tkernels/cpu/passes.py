@@ -23,26 +23,39 @@ def normalized(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return (x.float() - mean) * scale + bias
 
 
+def tiled(vector: Tensor, lanes: Any) -> Tensor:
+    """[C] as [lanes, C] in memory: over pixels [..., lanes, C] a loop then runs over lanes and channels as one, without
+    the remainder of each pixel's channels, which takes as long as four whole vectors."""
+    channels = vector.shape[0]
+    # (as_strided has Inductor write it down; otherwise it would read [C] over again in the loop over the pixels)
+    return vector.expand(lanes, channels).clone().as_strided((lanes, channels), (channels, 1))
+
+
 def _behind_relu(d: Tensor, z: Tensor) -> Tensor:
     """The gradient below ReLU; NaN lets it through, as in torch."""
     return torch.where(z <= 0, 0.0, d.float())
 
 
 def measured(x: Tensor, shift: Any, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of x [groups, rows, C]: mean, inverse, scale; mean plus ``shift`` and unbiased variance, as running statistics
-    see them. Chan's merge of the groups, about the first one's mean."""
-    groups, rows, _ = x.shape
-    count = groups * rows
-    start = x[0].float().mean(0)
-    d = x.float() - start
+    """Of x [groups, rows, lanes, C]: mean, inverse, scale; mean plus ``shift`` and unbiased variance, as running
+    statistics see them. Chan's merge of the groups, each about the mean of its lane in the first one."""
+    groups, rows, lanes, _ = x.shape
+    count = groups * rows * lanes
+    starts = x[0].float().mean(0)
+    d = x.float() - starts
     total, squares = d.sum(1), (d * d).sum(1)
-    mean = total.sum(0) / count
+    offset = total / rows + (starts - starts[0])
+    mean = offset.sum((0, 1)) / (groups * lanes)
     within = squares - total * total / rows
-    between = rows * (total / rows - mean) ** 2
-    deviations = (within + between).sum(0)
+    between = rows * (offset - mean) ** 2
+    deviations = (within + between).sum((0, 1))
     inverse = torch.rsqrt(deviations / count + eps)
-    mean = start + mean
+    mean = starts[0] + mean
     return mean, inverse, inverse * weight, mean + shift, deviations / (count - 1)
+
+
+def _statistics(x: Tensor, shift: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
+    return measured(x[:, :, None], shift, weight, eps)
 
 
 def _normalize(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, out: Tensor) -> tuple[()]:
@@ -120,8 +133,8 @@ def vector(t: Tensor | None, channels: int, default: float) -> Tensor:
     return t if t.dtype is torch.float32 and t.is_contiguous() else t.float().contiguous()
 
 
-statistics = Pass(measured, "statistics")
-fold = Pass(_fold)
+statistics = Pass(_statistics)
+fold = Pass(_fold, channels=False)
 normalize = Pass(_normalize)
 sums = Pass(_sums)
 gradient = Pass(_gradient)

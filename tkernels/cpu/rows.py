@@ -36,6 +36,6 @@ def _cross_entropy_gradient(
     return ()
 
 
-softmax_statistics = Pass(_softmax_statistics)
-softmax_statistics_and_sum = Pass(_softmax_statistics_and_sum)
-cross_entropy_gradient = Pass(_cross_entropy_gradient)
+softmax_statistics = Pass(_softmax_statistics, channels=False)
+softmax_statistics_and_sum = Pass(_softmax_statistics_and_sum, channels=False)
+cross_entropy_gradient = Pass(_cross_entropy_gradient, channels=False)
