@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 import tkernels.cpu.chain as cpu
+import tkernels.cpu.linear as cpu_linear
 from tkernels import runtime
 from tkernels.fusion.chains import Chain, disturbed, incomplete
 from tkernels.fusion.steps import Step, value
@@ -19,9 +20,6 @@ from tkernels.ops.conv import conv2d, pair
 from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
 from tkernels.ops.cross_entropy import cross_entropy
 from tkernels.ops.linear import linear
-
-# why linear layers stay PyTorch's
-_NOTHING_TO_GAIN = "nothing to gain on a CPU"
 
 
 class Call(NamedTuple):
@@ -67,11 +65,21 @@ def _cpu_call(chain: Chain) -> Call | str:
     if chain.first.kind == "loss":
         return _loss_call(chain)
     if chain.first.kind == "linear":
-        return _NOTHING_TO_GAIN
+        return _cpu_linear(chain)
     run = cpu.plan(_described(chain))
     if not isinstance(run, str):
         return Call(run, (chain.first.input, *_tensors(chain), chain.residual), (chain,))
     return incomplete(chain) or run
+
+
+def _cpu_linear(chain: Chain) -> Call | str:
+    if chain.last.kind == "dropout":  # PyTorch's own
+        return _cpu_linear(chain.without_last())
+    end, given = value(chain.last.node), chain.first.given
+    run = cpu_linear.plan(_sizes(end), end.dtype, _activation(chain), end.requires_grad)
+    if isinstance(run, str):
+        return incomplete(chain) or run
+    return Call(run, (given["input"], given["weight"], given["bias"]), (chain,))
 
 
 def _described(chain: Chain) -> cpu.Chain:
