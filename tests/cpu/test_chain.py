@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import metrics
 
-from tkernels.cpu import buffers, chain, compiler, convolution, packed
+from tkernels.cpu import buffers, chain, compiler, convolution, norm, packed
 from tkernels.cpu.chain import Chain, Conv, Norm
 from tkernels.ops import activation as activations
 
@@ -143,9 +145,52 @@ def test_batch_norm_in_training(activation: str | None, residual: bool, dtype: t
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", ((48, 24), (13, 5), (1009, 3), (17, 33, 1, 1)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((48, 24), (13, 5), (1009, 3), (17, 33, 1, 1), (8, 3, 16, 8), (16, 24, 6, 6), (2, 4, 64, 64)), ids=str
+)
 def test_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     compare(described(shape, dtype=dtype))
+    compare(described(shape, training=False, residual=True, dtype=dtype))
+
+
+def test_rows_are_whole_vectors() -> None:
+    """Pixels side by side, where a power of two divides them: the values of every channel still meet."""
+    sizes = {c: norm._layout(16 * 28 * 28, c, 2, norm.WHOLE)[0] for c in (16, 24, 32, 40, 3, 480)}
+    assert sizes == {
+        c: (16 * 28 * 28 // rows // lanes, rows, lanes, c)
+        for c, rows, lanes in ((16, 128, 2), (24, 112, 4), (32, 128, 1), (40, 112, 4), (3, 49, 32), (480, 128, 1))
+    }  # fmt: skip
+    assert norm._layout(49, 24, 2, norm.WHOLE) == ((1, 49, 1, 24), (49 * 24, 24, 24, 1))
+    assert norm._layout(1 << 12, 16, 4, norm.LONG)[0] == (8, 16, 32, 16)
+    for pixels in (*range(1, 70), 3136, 12544, 1 << 20):
+        for channels in (1, 3, 8, 17, 24, 96, 1000):
+            for least in (norm.WHOLE, norm.LONG):
+                shape, strides = norm._layout(pixels, channels, 4, least)
+                assert math.prod(shape[:3]) == pixels
+                assert torch.empty(shape, device="meta").stride() == strides
+
+
+def test_a_few_channels_first_leave_fast_code() -> None:
+    """Inductor vectorises by the sizes that it sees at first."""
+
+    def double(x: Tensor) -> tuple[Tensor]:
+        return (F.hardswish(x.float() * 2).to(torch.bfloat16),)
+
+    metrics.reset()
+    compiler.Pass(double, "test of a few channels")(torch.randn(64, 2).bfloat16())
+    assert metrics.generated_cpp_vec_kernel_count == metrics.generated_kernel_count == 1
+
+
+@DTYPES
+def test_far_from_zero(dtype: torch.dtype) -> None:
+    """Variances of large values: rows of several pixels, whose sums are taken about means of their own."""
+    given = described((8, 8, 16, 16), dtype=dtype, activation=None)
+    own = tensors(given)
+    own["input"] = (torch.randn(8, 8, 16, 16) + 1000.0).to(dtype).contiguous(memory_format=CL)
+    y = chain.plan(given)(own["input"], None, None, own["running_mean"], own["running_var"], own["bn_weight"],
+                          own["bn_bias"], None)  # type: ignore[operator]  # fmt: skip
+    exact = F.batch_norm(own["input"].double(), None, None, own["bn_weight"].double(), own["bn_bias"].double(), True)
+    torch.testing.assert_close(y.double(), exact, rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-3)
 
 
 @DTYPES

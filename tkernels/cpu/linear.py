@@ -91,7 +91,9 @@ class _Activation(torch.autograd.Function):
         (z,) = ctx.saved_tensors
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d):
             # (to be differentiated once more, or is_grads_batched: a tensor without memory that passes could read)
-            return None, activations.gradient(d, z, ctx.activation)
+            with torch.enable_grad():
+                y = activations.apply(z, ctx.activation)
+                return None, torch.autograd.grad(y, z, d, create_graph=True)[0]
         z = z.contiguous()
         dz = buffers.empty(z)
         passes_of(ctx.activation).backward(d.contiguous().view(-1), z.view(-1), dz.view(-1))

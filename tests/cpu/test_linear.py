@@ -1,0 +1,126 @@
+"""Linear layers with an activation on a CPU: values and gradients against float64 and torch's own error, what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import tkernels
+from tests.fusion.pairs import ran
+from tkernels.cpu import buffers, compiler, linear
+from tkernels.ops import activation as activations
+
+pytestmark = [
+    pytest.mark.gate("torch"),
+    pytest.mark.skipif(not compiler.enabled(), reason="passes are not compiled here: no C++ compiler, or turned off"),
+]
+DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+NAMED = [name for name in activations.ACTIVATIONS if name is not None]
+IN_TRAINING = [name for name in NAMED if name not in activations.FROM_OUTPUT]
+
+
+def planned(shape: tuple[int, ...], dtype: torch.dtype, name: str | None, training: bool) -> Callable[..., Tensor]:
+    run = linear.plan(shape, dtype, name, training)
+    assert not isinstance(run, str), run
+    return run
+
+
+def composed(name: str | None) -> Callable[..., Tensor]:
+    return lambda x, weight, bias: activations.apply(F.linear(x, weight, bias), name)
+
+
+def results(run: Callable[..., Tensor], given: list[Tensor | None], training: bool) -> list[Tensor]:
+    leaves = [t if t is None else t.clone().requires_grad_(training) for t in given]
+    y = run(*leaves)
+    assert training == (y.grad_fn is not None)
+    wanted = [t for t in leaves if t is not None]
+    return [y.detach(), *(torch.autograd.grad(y, wanted, torch.cos(y.detach() * 100)) if training else ())]
+
+
+@DTYPES
+@pytest.mark.parametrize("training, name", [*((True, n) for n in IN_TRAINING), *((False, n) for n in NAMED)])
+def test_values_and_gradients(training: bool, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    torch.manual_seed(0)
+    for shape, bias in (((64, 33), True), ((3, 5, 7, 16), False), ((17, 1), True)):
+        given = [torch.randn(shape) * 2, torch.randn(24, shape[-1]) / shape[-1] ** 0.5, torch.randn(24)]
+        own: list[Tensor | None] = [t.to(dtype) for t in given]
+        if not bias:
+            own[2] = None
+        run = planned((*shape[:-1], 24), dtype, name, training)
+        with torch.set_grad_enabled(training):
+            ours, torchs = (results(f, own, training) for f in (run, composed(name)))
+            exact = results(composed(name), [t if t is None else t.double() for t in own], training)
+        for a, b, reference in zip(ours, torchs, exact):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            eps, scale = torch.finfo(dtype).eps, torch.linalg.vector_norm(reference).item() + 1e-6
+            errors = [torch.linalg.vector_norm(t.double() - reference).item() / scale for t in (a, b)]
+            # (the gradient that results() draws from a rounded result differs by what that rounding is)
+            assert errors[0] <= 1.25 * max(errors[1], eps), (shape, errors)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", NAMED)
+def test_nan_and_infinity_stay_where_they_are(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    # (torch's own vectorised GELU of infinity is NaN, which it is not)
+    top = 40.0 if name == "gelu" else float("inf")
+    x = torch.tensor([float("nan"), top, -float("inf"), 0.0, -40.0, 40.0] * 8, dtype=dtype)[:, None]
+    weight = torch.ones(1, 1, dtype=dtype)
+    with torch.no_grad():
+        y = planned((48, 1), dtype, name, False)(x, weight, None)
+        expected = activations.apply(F.linear(x, weight), name)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+def passes_of(model: nn.Module, x: Tensor, training: bool) -> list[str]:
+    def call() -> None:
+        with torch.set_grad_enabled(training):
+            y = model(x)
+            if training:
+                y.sum().backward()
+
+    call()  # compiles
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        call()
+    names = [event.name for event in sorted(found.events(), key=lambda event: event.time_range.start)]
+    words = ("gelu", "relu", "silu", "hardswish", "threshold")
+    return [n for n in names if n.startswith("tkernels: ") or (n.startswith("aten::") and any(w in n for w in words))]
+
+
+def test_what_runs() -> None:
+    """In the place of torch's activations, from a size on; ReLU in evaluation alone."""
+    x, small = torch.randn(64, 24, 24, 32), torch.randn(4, 32)
+    gelu, relu = (nn.Sequential(nn.Linear(32, 16), act, nn.Dropout(0.0)) for act in (nn.GELU(), nn.ReLU()))
+    for model in (gelu, relu):
+        tkernels.fuse(model)
+    assert passes_of(gelu, x, True) == ["tkernels: activation gelu", "tkernels: activation backward gelu"]
+    assert passes_of(gelu, x, False) == ["tkernels: activation gelu in place"]
+    assert passes_of(relu, x, False) == ["tkernels: activation relu in place"]
+    assert ran(gelu) == 4
+    with pytest.warns(UserWarning, match="torch has this activation in place"):
+        assert "tkernels: activation relu" not in passes_of(tkernels.fuse(nn.Sequential(*relu)), x, True)
+    with pytest.warns(UserWarning, match="nothing to gain on a CPU from so few values"):
+        tkernels.fuse(nn.Sequential(*gelu))(small)
+
+
+def test_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    for name in IN_TRAINING:
+        given: list[Any] = [torch.randn(6, 5), torch.randn(3, 5), torch.randn(3)]
+        for t in given:
+            t.requires_grad_()
+        found = []
+        for run in (planned((6, 3), torch.float32, name, True), composed(name)):
+            first = torch.autograd.grad(run(*given).sum(), given, create_graph=True)
+            found.append(torch.autograd.grad(sum(g.square().sum() for g in first), given))
+            # (several gradients at once: tensors without memory that passes could read)
+            y = run(*given)
+            found[-1] += torch.autograd.grad(y, given, torch.eye(18).view(18, 6, 3), is_grads_batched=True)
+        torch.testing.assert_close(found[0], found[1])
