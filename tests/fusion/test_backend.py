@@ -258,3 +258,13 @@ def test_averages_over_all_batches(device: str) -> None:
         assert_alike(fused, model, images(device), more=1)
     gradients_alike(fused, model, images(device))
     assert any("item()" in why for why in report(fused).breaks)
+
+
+@pytest.mark.gate("torch")
+def test_a_graph_has_a_chunk_of_frames_of_its_own(device: str) -> None:
+    """Whatever the depth it is called from: else each call it makes may map and unmap one."""
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Tanh(), nn.Sigmoid()))
+    code = Backend()(graph, ()).__func__.__code__  # type: ignore[attr-defined]
+    assert code.co_nlocals + code.co_stacksize > 2048
+    x = images(device)
+    assert torch.equal(Backend()(graph, ())(x), x.tanh().sigmoid())

@@ -3,6 +3,7 @@ of the graph runs as it was, or goes on to Inductor."""
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint
@@ -90,11 +91,26 @@ class Backend:
         if self.rest == "eager":
             # what writes the code down at the first call would stay in the way of all others
             _LazyGraphModule.force_recompile(gm)
-            return gm.forward
+            return _roomy(gm.forward)
         inductor: Any = torch._dynamo.lookup_backend("inductor")
         mode = {} if self.mode is None else {"mode": self.mode}
         run: Run = inductor(gm, list(example_inputs), **mode)
         return run
+
+
+# Words of a chunk in which CPython keeps frames (16 KB); one that does not fit has a larger one to itself, and 1000 words
+# to spare.
+_CHUNK = 2048
+
+
+def _roomy(method: Any) -> Run:
+    """A graph's code with a frame that has a chunk of its own. Hundreds of locals otherwise fill the caller's chunk to
+    where each call that the graph makes has a chunk mapped and unmapped: 20 microseconds more, or not, by how deep the
+    caller stands. (regnet_y_400mf's inference: 14.4 ms so, 11.9 otherwise.)"""
+    function = method.__func__
+    code = function.__code__.replace(co_stacksize=function.__code__.co_stacksize + _CHUNK)
+    roomy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+    return types.MethodType(roomy, method.__self__)
 
 
 def _checked_rest(options: dict[str, Any] | None) -> str:
