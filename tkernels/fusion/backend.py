@@ -98,8 +98,8 @@ class Backend:
         return run
 
 
-# Words of a chunk in which CPython keeps frames (16 KB); one that does not fit has a larger one to itself, and 1000 words
-# to spare.
+# Words of a chunk in which CPython keeps frames (16 KB); one that does not fit has a larger chunk to itself, with 1000
+# words to spare.
 _CHUNK = 2048
 
 
