@@ -24,6 +24,7 @@ Run = Callable[
      "Tensor | None"], Tensor
 ]  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
+NOT_COMPILED = "passes are not compiled here: TKERNELS_COMPILE=0, or no C++ compiler"
 
 
 class Conv(NamedTuple):
@@ -65,7 +66,7 @@ class Chain(NamedTuple):
 def plan(chain: Chain) -> Run | str:
     """The function for such chains, or why they are left to PyTorch."""
     if not compiler.enabled():
-        return "passes are not compiled here: TKERNELS_COMPILE=0, or no C++ compiler"
+        return NOT_COMPILED
     if chain.dtype not in DTYPES:
         return f"{chain.dtype} has no passes on a CPU"
     if len(chain.input) not in (2, 4):

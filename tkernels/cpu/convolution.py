@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tkernels.cpu import buffers
-from tkernels.cpu.compiler import Pass
+from tkernels.cpu.compiler import Pass, plain_backward
 
 CL = torch.channels_last
 MOST_PIXELS = 1 << 14
@@ -86,8 +86,7 @@ class _Convolution(torch.autograd.Function):
         x, weight, low, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         with torch.autocast("cpu", enabled=False):
-            # to be differentiated once more, or many rows at once (is_grads_batched): through torch's own calls
-            if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d):
+            if not plain_backward(d):  # through torch's own calls
                 with torch.enable_grad():
                     y = _composed(call, x.to(call.dtype), weight.to(call.dtype), bias)
                     wanted = [t for t, need in zip((x, weight, bias), needs) if need]

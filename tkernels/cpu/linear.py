@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tkernels.cpu import buffers, compiler
-from tkernels.cpu.compiler import Pass
+from tkernels.cpu import buffers, compiler, norm
+from tkernels.cpu.chain import DTYPES, NOT_COMPILED
+from tkernels.cpu.compiler import Pass, plain_backward
 from tkernels.ops import activation as activations
 
 Run = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -22,8 +23,8 @@ def plan(shape: tuple[int, ...], dtype: torch.dtype, activation: str | None, dif
     """The function for a linear layer (input, weight, bias) with a result of that shape and dtype, and its activation;
     or why they are left to PyTorch."""
     if not compiler.enabled():
-        return "passes are not compiled here: TKERNELS_COMPILE=0, or no C++ compiler"
-    if activation is None or dtype not in (torch.float32, torch.bfloat16):
+        return NOT_COMPILED
+    if activation is None or dtype not in DTYPES:
         return "nothing to gain on a CPU"
     # (Measured in convnext_tiny: 1.1 times as fast from there on; but torch's GELU in bfloat16 takes half the time
     # where memory comes without faults, which large memory never does.)
@@ -45,20 +46,15 @@ def plan(shape: tuple[int, ...], dtype: torch.dtype, activation: str | None, dif
 
 
 class Passes:
-    """Of one activation, over dense tensors as one row of values."""
+    """Of one activation in training, over dense tensors as one row of values."""
 
     def __init__(self, activation: str) -> None:
         self.activation = activation
         self.forward = Pass(self._forward, f"activation {activation}")
-        self.in_place = Pass(self._in_place, f"activation {activation} in place")
         self.backward = Pass(self._backward, f"activation backward {activation}")
 
     def _forward(self, z: Tensor, out: Tensor) -> tuple[()]:
         out.copy_(activations.apply(z.float(), self.activation))
-        return ()
-
-    def _in_place(self, z: Tensor) -> tuple[()]:
-        z.copy_(activations.apply(z.float(), self.activation))
         return ()
 
     def _backward(self, d: Tensor, z: Tensor, out: Tensor) -> tuple[()]:
@@ -70,10 +66,10 @@ passes_of = functools.cache(Passes)
 
 
 def _in_place(activation: str) -> Callable[[Tensor], Tensor]:
-    run = passes_of(activation).in_place
+    run = norm.finish_of(activation, normed=False, residual=False, in_place=True)
 
     def finish(z: Tensor) -> Tensor:
-        run(z.view(-1))
+        run(z.view(1, -1), (), 0.0, None)
         return z
 
     return finish
@@ -91,8 +87,7 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[None, Tensor]:
         (z,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d):
-            # (to be differentiated once more, or is_grads_batched: a tensor without memory that passes could read)
+        if not plain_backward(d):
             with torch.enable_grad():
                 y = activations.apply(z, ctx.activation)
                 return None, torch.autograd.grad(y, z, d, create_graph=True)[0]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tkernels.cpu import buffers, passes
-from tkernels.cpu.compiler import Pass
+from tkernels.cpu.compiler import Pass, plain_backward
 from tkernels.ops import activation as activations
 
 # Rows in a group: sums are taken group by group first, which stays in a core's caches and keeps float32 sums short.
@@ -103,7 +103,7 @@ class Passes:
 
     def _backward(
         self, d: Tensor, x: Tensor, inverse: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, out: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor]:
         z = passes.normalized(x, mean, scale, bias)
         g = activations.gradient(d.float(), z, self.activation)
         return _gradients(g, x, inverse, mean, scale, out)
@@ -111,7 +111,7 @@ class Passes:
     def _backward_residual(
         self, d: Tensor, x: Tensor, inverse: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, kept: Tensor,
         residual_out: Tensor, out: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``kept``: the output where that tells, else the residual."""
         z = kept.float()
         if not self.by_output:
@@ -133,8 +133,10 @@ def _measure(
     return inverse, mean, scale, bias
 
 
-def _gradients(g: Tensor, x: Tensor, inverse: Tensor, mean: Tensor, scale: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-    """Those of weight and bias, and what Inductor is to write down; the input's goes to ``out``."""
+def _gradients(
+    g: Tensor, x: Tensor, inverse: Tensor, mean: Tensor, scale: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Those of weight and bias; the input's goes to ``out``."""
     first, second = g.sum(1).sum((0, 1)), (g * (x.float() - mean)).sum(1).sum((0, 1))
     groups, rows, lanes, _ = x.shape
     dbias, dweight, a, b = passes.parameter_gradients(first, second, inverse, groups * rows * lanes)
@@ -166,8 +168,8 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         kind, saved, needs = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(d):
-            with torch.enable_grad():  # (is_grads_batched: a tensor without memory that passes could read)
+        if not plain_backward(d):
+            with torch.enable_grad():
                 return _differentiable(kind, d, saved[:4], ctx.residual, needs)
         x, _, _, kept, *vectors = saved
         run = passes_of(kind.activation, ctx.residual).backward
