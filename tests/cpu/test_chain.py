@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor import metrics
+from torch._inductor import config as inductor
+from torch._inductor.graph import GraphLowering
 
+from tests.cpu.profiles import events
 from tkernels.cpu import buffers, chain, compiler, convolution, norm, packed
 from tkernels.cpu.chain import Chain, Conv, Norm
 from tkernels.ops import activation as activations
@@ -128,12 +131,8 @@ def passes_in(given: Chain, backward: bool = False) -> list[str]:
             if backward:
                 y.backward(torch.ones_like(y))
 
-    call()  # compiles, which calls torch's own operators too
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    words = ("batch_norm", "relu", "silu", "threshold", "hardtanh")
-    names = [event.name for event in sorted(profile.events(), key=lambda event: event.time_range.start)]
-    return [n.removeprefix("tkernels: ") for n in names if n.startswith("tkernels: ") or any(w in n for w in words)]
+    found = events(call, ("batch_norm", "relu", "silu", "threshold", "hardtanh"))
+    return [name.removeprefix("tkernels: ") for name in found]
 
 
 @DTYPES
@@ -170,15 +169,46 @@ def test_rows_are_whole_vectors() -> None:
                 assert torch.empty(shape, device="meta").stride() == strides
 
 
-def test_a_few_channels_first_leave_fast_code() -> None:
-    """Inductor vectorises by the sizes that it sees at first."""
+@pytest.fixture
+def code_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The code that Inductor writes for a pass and arguments of these kinds."""
+    written: list[str] = []
+    monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(written.append))
 
-    def double(x: Tensor) -> tuple[Tensor]:
-        return (F.hardswish(x.float() * 2).to(torch.bfloat16),)
+    def compiled(run: compiler.Pass, *arguments: Tensor) -> str:
+        with inductor.patch(force_disable_caches=True):
+            run._compile(arguments)
+        return written.pop()
 
-    metrics.reset()
-    compiler.Pass(double, "test of a few channels")(torch.randn(64, 2).bfloat16())
-    assert metrics.generated_cpp_vec_kernel_count == metrics.generated_kernel_count == 1
+    return compiled
+
+
+def test_loops_run_over_pixels_and_channels_as_one(code_of: Callable[..., str]) -> None:
+    """Equal values come from loops over each pixel's channels too."""
+    pixels, vectors = torch.randn(16, 8, 4, 24), [torch.rand(24) for _ in range(4)]
+    number, out = torch.tensor(0.1), torch.empty(16, 8, 4, 24)
+    finish, batch_norm = norm.Finish("relu", True, False, True), norm.Passes("relu", False)
+    for loops, code in (
+        (1, code_of(finish.run, pixels, *vectors, number)),
+        # the first group's means, the groups' sums, the result
+        (3, code_of(batch_norm.forward, pixels, *vectors, number, number, out)),
+        # the sums, the result
+        (2, code_of(batch_norm.backward, pixels, pixels, vectors[0], *(torch.rand(4, 24) for _ in range(3)), out)),
+    ):
+        wide = r"x\d<static_cast<int64_t>\(ks\d\*ks\d\); x\d\+=static_cast<int64_t>\((?:8|16|32)L\)"
+        assert len(re.findall(wide, code)) >= loops, code
+
+
+def test_the_first_call_decides_nothing(code_of: Callable[..., str]) -> None:
+    """Inductor vectorises by the sizes that it sees: a few channels would leave slow code for all."""
+
+    def loops(channels: int) -> list[str]:
+        pixels, vectors = torch.randn(16, 8, 4, channels).bfloat16(), [torch.rand(channels) for _ in range(4)]
+        code = code_of(norm.Finish("hardswish", True, False, True).run, pixels, *vectors, torch.tensor(0.1))
+        return [line.strip() for line in code.splitlines() if "for(int64_t" in line or "loadu" in line]
+
+    assert len(loops(256)) > 2
+    assert loops(2) == loops(16) == loops(256)
 
 
 @DTYPES
