@@ -432,3 +432,18 @@ def test_errors_are_the_models_own(wrong: dict[str, int], called: bool, device: 
         raised.append((error.type, str(error.value)))
     assert raised[0] == raised[1]
     assert_alike(fused, model, images(device), more=1)
+
+
+def test_a_counter_with_two_names(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU reads all counters before it writes any: one that is there twice would go up by one."""
+    together: list[int] = []
+
+    def add(counts: list[Tensor], one: int) -> None:
+        together.append(len(counts))
+        for count, more in zip(counts, [count + one for count in counts]):
+            count.copy_(more)
+
+    monkeypatch.setattr(torch, "_foreach_add_", add)
+    model, fused = operated(share_a_layer, device)
+    assert_alike(fused, model, inputs(device), more=2)
+    assert together == [2], "of the call before the layer stood in two places"
