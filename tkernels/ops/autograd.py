@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Decorator of a Function's ``backward``: its gradients can't be differentiated again, and say so when tried.
+    """Decorator of a Function's ``backward``: its gradients can't be differentiated again, and say so when tried; many
+    incoming gradients at once (is_grads_batched) are taken one by one.
 
     torch's decorator of this name marks them only where the incoming gradient requires grad. Without that (the plain
     ``grad(y.sum(), x, create_graph=True)``) the gradients would count as constants, silently.
@@ -20,11 +21,26 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     @functools.wraps(backward)
     def wrapper(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():  # enabled is what create_graph=True does
-            return backward(ctx, *args)
+            return _gradients(backward, ctx, args)
         with torch.no_grad():
-            gradients = backward(ctx, *args)
+            gradients = _gradients(backward, ctx, args)
         message = b"trying to differentiate twice a function that was marked with @once_differentiable"
         refuse: Any = torch._C._functions.DelayedError(message, len(gradients))
         return refuse(*(None if g is None else g.detach().requires_grad_() for g in gradients))
 
     return wrapper
+
+
+def _gradients(backward: Callable[..., Any], ctx: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    batched = [isinstance(a, Tensor) and torch._C._functorch.is_legacy_batchedtensor(a) for a in args]
+    if not any(batched):
+        return backward(ctx, *args)
+    mode: Any = torch._C
+    level = mode._vmapmode_increment_nesting() - 1
+    mode._vmapmode_decrement_nesting()
+    # with memory of their own, the gradients along the first axis
+    whole = [torch._remove_batch_dim(a, level, 0, 0) if many else a for a, many in zip(args, batched)]
+    count = next(len(a) for a, many in zip(whole, batched) if many)
+    rows = [backward(ctx, *(a[i] if many else a for a, many in zip(whole, batched))) for i in range(count)]
+    columns = zip(*rows)
+    return tuple(None if c[0] is None else torch._add_batch_dim(torch.stack(c), 0, level) for c in columns)
