@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tkernels
+from tkernels import targets
 from tkernels.fusion import FusionReport
 from tkernels.fusion.backend import Backend
 from tkernels.fusion.in_place import entry
+from tkernels.targets import Target
 
 
 class _Captured(Exception):
@@ -19,7 +23,8 @@ class _Captured(Exception):
 
 class Rewritten(nn.Module):
     """``model`` as fuse() runs it where kernels are: the rewritten graph of a call with CPU tensor ``x``, called with
-    the parameters and buffers that the model has by then. ``report``: what was fused; ``graph``: what runs.
+    the parameters and buffers that the model has by then. ``target``: the GPU whose convolutions may be PyTorch's, None
+    where none are. ``report``: what was fused; ``graph``: what runs.
 
     Raises torch._dynamo.exc.Unsupported for a model that Dynamo has no single graph for.
     """
@@ -27,7 +32,7 @@ class Rewritten(nn.Module):
     report: FusionReport
     graph: torch.fx.Graph
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, target: Target | None = None) -> None:
         super().__init__()
         self.model = model
         given: list[Any] = []
@@ -44,7 +49,7 @@ class Rewritten(nn.Module):
             return stop
 
         try:
-            with tkernels.backend("triton"):  # kernels for CPU tensors too
+            with _kernels_for_cpu_tensors(target):
                 torch.compile(entry(model), backend=capture, fullgraph=True)(x)
         except _Captured:
             pass
@@ -58,3 +63,12 @@ class Rewritten(nn.Module):
         given = (x if a is self._x else own[a] if isinstance(a, str) else a for a in self._given)
         y: Tensor = self._run(*given)[0]
         return y
+
+
+@contextlib.contextmanager
+def _kernels_for_cpu_tensors(target: Target | None) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tkernels.backend("triton" if target is None else "auto"))
+        if target is not None:
+            stack.enter_context(targets.pretend(target))
+        yield

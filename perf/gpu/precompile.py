@@ -25,7 +25,7 @@ from torch import nn
 import tkernels
 from models.cifar_cnn import FusedCNNClassifier
 from perf import aot, measure, meter, operators, providers, traffic
-from perf.gpu import problems, resnet50, tools
+from perf.gpu import headline, problems, resnet50, tools
 from perf.gpu.checks import Checked
 from perf.gpu.problems import Case
 from perf.gpu.session import Item, Run
@@ -83,7 +83,7 @@ def needed(run: Run, target: Target) -> Launches:
     """Every distinct launch of what the run does, by its specialisation. What cannot be recorded is printed, and is
     compiled when it is met."""
     found: Launches = {}
-    for name, made in _calls(run.request.dry):
+    for name, made in _calls(run.request.dry, target):
         try:
             found |= recorded(made(), target, "auto" if name == RESNET50 else "triton")
         except Exception:  # noqa: PERF203
@@ -103,21 +103,21 @@ def recorded(call: Call, target: Target, backend: str = "triton") -> Launches:
     return {aot.specialisation(each, target.name): each for each in launches}
 
 
-def _calls(dry: bool) -> Iterator[tuple[str, Callable[[], Call]]]:
+def _calls(dry: bool, target: Target) -> Iterator[tuple[str, Callable[[], Call]]]:
     """The run's cases: what makes a call on fake tensors of each."""
     ours = providers.load(providers.OURS)
     for case in (*problems.checked(dry), *(case for case, _ in problems.repeated(dry)), *problems.timed(dry)):
         if case.operator != "cnn":
             yield str(case), functools.partial(_evaluation, ours, case)
-    batch = 4 if dry else 256
-    for name, build, dtype, autocast in (
-        ("the network in training", traffic.fused, torch.float32, True),
-        ("the network in bf16", traffic.fused, torch.bfloat16, False),
-        ("the network as checked", _exact, torch.bfloat16, False),
-    ):
-        yield name, functools.partial(_step, build, (batch, 3, 32, 32), dtype, autocast)
+    batches = headline.DRY_BATCHES if dry else headline.BATCHES
+    for batch in batches:
+        made = functools.partial(_step, traffic.fused, (batch, 3, 32, 32), torch.float32, True)
+        yield f"the network in training, batch {batch}", made
+    for name, build in (("the network in bf16", traffic.fused), ("the network as checked", _exact)):
+        yield name, functools.partial(_step, build, (batches[0], 3, 32, 32), torch.bfloat16, False)
     images = (2, 3, 32, 32) if dry else (256, 3, 224, 224)
-    yield RESNET50, functools.partial(_step, functools.partial(_rewritten, images), images, torch.float32, True)
+    build = functools.partial(_rewritten, images, target)
+    yield RESNET50, functools.partial(_step, build, images, torch.float32, True)
     yield "the tools' attention", lambda: lambda mode: tools.attend("cpu")
 
 
@@ -133,10 +133,10 @@ def _exact() -> tuple[nn.Module, nn.Module]:
     return model, tkernels.nn.CrossEntropyLoss()
 
 
-def _rewritten(images: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+def _rewritten(images: tuple[int, ...], target: Target) -> tuple[nn.Module, nn.Module]:
     """The graph of fuse(resnet50), of a batch of two: nothing in it depends on more."""
     model, loss = resnet50.plain()
-    return Rewritten(model, torch.empty(2, *images[1:])), loss
+    return Rewritten(model, torch.empty(2, *images[1:]), target), loss
 
 
 def _step(

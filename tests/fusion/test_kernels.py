@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tkernels
+from perf import meter
 from perf.rewritten import Rewritten
 from tests.conftest import GATE
 from tests.tolerance import assert_close
+from tkernels import targets
+from tkernels.fusion.backend import count_up
 
 pytestmark = pytest.mark.gate("ttsem", "cuda")
 
@@ -62,7 +65,7 @@ def test_every_kind_of_chain(device: str, launches: list[str]) -> None:
     assert sorted(what for _, what in rewritten.report.fused) == sorted(CHAINS)
     assert not any(node.target in (torch.conv2d, F.batch_norm, F.relu) for node in rewritten.graph.nodes)
     # the counters of all batch norms go up in one call, rather than in a launch each
-    assert sum(node.target is torch._foreach_add_ for node in rewritten.graph.nodes) == 1
+    assert sum(node.target is count_up for node in rewritten.graph.nodes) == 1
     assert not any(node.target == "add_" for node in rewritten.graph.nodes)
     rewritten.to(device)
     y = rewritten(x.to(device))
@@ -97,3 +100,34 @@ def test_fuse_runs_kernels(launches: list[str]) -> None:
     assert Counter(launches)["conv_stage_kernel"] == 1
     torch.testing.assert_close(y, model(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(fused.state_dict(), model.state_dict())
+
+
+def steps_launches(model: nn.Module, x: Tensor, target: str) -> tuple[Rewritten, Counter[str]]:
+    """What a training step of a fused model launches on a pretended GPU, under backend 'auto'."""
+    rewritten = Rewritten(model, x, targets.TARGETS[target])
+    launched: Counter[str] = Counter()
+    with meter.pretended_gpu(target, lambda kernel, *given: launched.update([kernel.__name__])) as mode:
+        meter.make_fake(rewritten, mode)
+        rewritten(mode.from_tensor(x)).sum().backward()
+    return rewritten, launched
+
+
+@pytest.mark.gate("torch")
+def test_which_convolutions_are_pytorchs() -> None:
+    """On NVIDIA's GPUs all that tensor cores spend their time on; batch norms are ours wherever it is."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, bias=False),
+        nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 3, groups=64),
+        nn.BatchNorm2d(64), nn.SiLU(), nn.Conv2d(64, 128, 3), nn.BatchNorm2d(128), nn.ReLU(),
+    ).to(torch.bfloat16, memory_format=torch.channels_last)  # fmt: skip
+    x = torch.randn(2, 3, 16, 16).to(torch.bfloat16, memory_format=torch.channels_last)
+    rewritten, launched = steps_launches(model, x, "sm_90")
+    report = rewritten.report
+    assert report.left == [(name, "PyTorch's convolution is faster at its size") for name in ("6", "11")]
+    assert [what for _, what in report.fused] == ["0 -> 1 -> 2 -> 3 -> 4 -> 5", "7", "8 -> 9 -> 10", "12 -> 13"]
+    assert launched["conv_stage_kernel"] == 2
+    assert launched["statistics_kernel"] == 3, "behind PyTorch's two convolutions and the depthwise one"
+    assert launched["finalize_statistics_kernel"] == 5
+    rewritten, launched = steps_launches(model, x, "gfx942")
+    assert not rewritten.report.left
+    assert launched["conv_stage_kernel"] + launched["pointwise_forward_kernel"] == 4

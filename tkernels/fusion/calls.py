@@ -12,24 +12,26 @@ from torch import Tensor, fx
 
 import tkernels.cpu.chain as cpu
 import tkernels.cpu.linear as cpu_linear
-from tkernels import runtime
+from tkernels import runtime, targets
 from tkernels.fusion.chains import Chain, disturbed, incomplete
 from tkernels.fusion.steps import Step, value
 from tkernels.ops.batch_norm import batch_norm
-from tkernels.ops.conv import conv2d, pair
+from tkernels.ops.conv import conv2d, described, pair
 from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
 from tkernels.ops.cross_entropy import cross_entropy
 from tkernels.ops.linear import linear
+from tkernels.tuning import routing
 
 
 class Call(NamedTuple):
     """A function, the nodes or values that it is called with, and the chains it stands for. ``stage``: whether it is a
-    conv stage, which others may join."""
+    conv stage, which others may join; ``left``: (layer, why it is PyTorch's) of what its chain began with."""
 
     function: Callable[..., Tensor]
     arguments: tuple[Any, ...]
     chains: tuple[Chain, ...]
     stage: bool = False
+    left: tuple[tuple[str, str], ...] = ()
 
     @property
     def last(self) -> fx.Node:
@@ -55,8 +57,11 @@ def call_of(chain: Chain, eager: bool) -> Call | str:
 
 
 def _on_kernels() -> bool:
-    """Whether tensors on a CPU go through kernels: under Triton's interpreter, or where that is asked for."""
-    return runtime.get_backend() == "triton" or (runtime.get_backend() == "auto" and runtime.interpreting())
+    """Whether tensors on a CPU go through kernels: where that is asked for, under Triton's interpreter, or standing for
+    those of a GPU that is not there."""
+    if runtime.get_backend() == "auto":
+        return runtime.interpreting() or targets.pretending()
+    return runtime.get_backend() == "triton"
 
 
 def _cpu_call(chain: Chain) -> Call | str:
@@ -144,6 +149,9 @@ def _tensors(chain: Chain) -> list[Any]:
 def _conv_call(chain: Chain) -> Call | str:
     conv, norm = chain.first, chain.get("norm")
     if norm is not None:
+        if _of_pytorch(chain):
+            found = _norm_call(chain.without_first())
+            return found._replace(left=((chain.name(), "PyTorch's convolution is faster at its size"),))
         if chain.residual is not None and chain.last.kind in ("pool", "dropout2d"):
             return _conv_call(chain.without_last())
         return _stage((chain,))
@@ -154,6 +162,19 @@ def _conv_call(chain: Chain) -> Call | str:
         return conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
 
     return Call(conv_activation, (conv.input, conv.given["weight"], conv.given["bias"]), (chain,))
+
+
+def _of_pytorch(chain: Chain) -> bool:
+    """Whether a chain's convolution is PyTorch's, at the sizes of this call."""
+    if runtime.get_backend() != "auto" or runtime.interpreting():
+        return False
+    conv = chain.first
+    x, weight = _sizes(value(conv.input)), _sizes(value(conv.given["weight"]))
+    g = described(x, weight, *_windows(conv), conv.given["groups"])
+    dtype = value(conv.node).dtype
+    precision = runtime.dot_precision(dtype, "conv")
+    images = x[0] if len(x) == 4 else 1
+    return routing.before_batch_norm(g, images, dtype, precision, value(chain.last.node).requires_grad)
 
 
 def _stage(chains: Sequence[Chain]) -> Call:
@@ -209,7 +230,7 @@ def _can_go_on(call: Call) -> bool:
     return last.last.kind in ("norm", "activation") and last.residual is None and len(call.last.users) == 1
 
 
-def _norm_call(chain: Chain) -> Call | str:
+def _norm_call(chain: Chain) -> Call:
     if chain.last.kind in ("pool", "dropout2d"):
         return _norm_call(chain.without_last())
     given = chain.first.given

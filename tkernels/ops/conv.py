@@ -247,7 +247,7 @@ def torch_is_faster(
     images = x.shape[0] if x.dim() == 4 else 1
     precision = runtime.dot_precision(dtype, "conv")
     if not autotune.enabled:
-        return routing.compute_bound(g, images, dtype, precision, activation)
+        return routing.compute_bound(g, images, dtype, precision, activation is not None)
     if x.dim() == 3:
         x = x.unsqueeze(0)
     # an odd total of 'same' padding is PyTorch's to work out: only what it takes as numbers is compared
