@@ -97,7 +97,8 @@ def checked(dry: bool) -> list[Case]:
     found += [case("batch_norm_relu", s) for s in (*CNN["batch_norm"], image(64, 64, 112), image(64, 2048, 7))]
     found += [case("cross_entropy", rows(n, c)) for n, c in ((256, 10), (4096, 1000), (4096, 32000), (512, 128256))]
     found += [case("attention", s) for s in (heads(2, 8, 2048, 2048, 64), heads(2, 8, 2048, 2048, 128),
-              heads(1, 2, 8192, 8192, 128), heads(64, 12, 197, 197, 64), heads(8, 4, 1, 1024, 64))]  # fmt: skip
+              heads(1, 2, 8192, 8192, 128), heads(64, 12, 197, 197, 64), heads(8, 4, 1, 1024, 64),
+              heads(2, 4, 35, 41, 20))]  # fmt: skip
     found += [case("matmul", s) for s in (linear(1024, 1024, 1024), {**linear(1024, 64, 1024), "groups": 96},
               linear(1, 768, 3072), ODD)]  # fmt: skip
     found += [case("conv2d", DEPTHWISE), case("conv_stage", {**image(64, 24, 56), "K": 40})]

@@ -194,6 +194,7 @@ def _late_compilations(run: Run) -> Iterator[None]:
     def heard(*, src: Any, cache_hit: bool, **_: Any) -> None:
         name = getattr(src, "name", "?")
         if not cache_hit and not name.startswith("triton_"):  # as Inductor calls its own
+            print(f"late: {name} {getattr(src, 'signature', '')} {getattr(src, 'constants', '')}", flush=True)
             run.tell("late", name)
 
     before, knobs.compilation.listener = knobs.compilation.listener, heard

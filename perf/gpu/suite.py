@@ -15,8 +15,8 @@ from perf.gpu.session import Item, Run
 
 # what a dry run tests: a part of the suite that takes a moment
 QUICK_TESTS = ("tests/test_runtime.py",)
-PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb", "short", "--continue-on-collection-errors",
-          "-rfE")  # fmt: skip
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "perf.gpu.outcomes", "--tb", "short",
+          "--continue-on-collection-errors", "-rfE")  # fmt: skip
 # seconds that pytest has to list what failed when its time is over
 LAST_WORDS = 6.0
 
