@@ -83,7 +83,10 @@ def check_call(call: Call, device: str, cotangent: Cotangent = normal_cotangent)
 
 
 def check_errors(mine: Outcome, theirs: Outcome, what: str) -> None:
-    """Both raise, and the same class, or neither does."""
+    """Both raise, and the same class, or neither does. (On a GPU torch's batch norm in evaluation stumbles over a bias
+    without a weight.)"""
+    if "tensor does not have a device" in str(theirs.error):
+        return
     if theirs.error is None:
         if mine.error is not None:
             raise AssertionError(f"{what}: torch accepts it, ours raises {mine.error!r}") from mine.error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,11 +36,22 @@ def chains(model: nn.Module) -> list[str]:
     return [what for _, what in report(model).fused]
 
 
+# what the chains of networks.cnn are, two or, where kernels run, one conv stage
+CNN_CHAINS = "0 -> 1 -> 2 -> 3 -> 4 -> 5"
+
+
+def in_one(found: Iterable[str]) -> str:
+    """Chains one after the other, whether or not they were joined."""
+    return " -> ".join(found)
+
+
 def report(model: nn.Module) -> FusionReport:
     return tkernels.explain(model)
 
 
-def assert_alike(fused: nn.Module, model: nn.Module, *inputs: Any, more: int | None = None, **kwargs: Any) -> None:
+def assert_alike(
+    fused: nn.Module, model: nn.Module, *inputs: Any, more: int | None = None, bound: float = 1e-4, **kwargs: Any
+) -> None:
     """Both give the same, and move the same buffers. ``more``: how many chains this call is to run; None: some."""
     before = ran(fused)
     results = []
@@ -49,8 +60,8 @@ def assert_alike(fused: nn.Module, model: nn.Module, *inputs: Any, more: int | N
         results.append(network(*inputs, **kwargs))
     found = ran(fused) - before
     assert found > 0 if more is None else found == more, f"{found} chains ran"
-    close(*results, "result")
-    close(dict(fused.named_buffers()), dict(model.named_buffers()), "buffers")
+    close(*results, "result", bound)
+    close(dict(fused.named_buffers()), dict(model.named_buffers()), "buffers", bound)
 
 
 def close(actual: Any, expected: Any, name: str, bound: float = 1e-4) -> None:

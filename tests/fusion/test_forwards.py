@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tkernels
-from tests.fusion.pairs import assert_alike, both, chains, close, gradients_alike, images, ran
+from tests.fusion.pairs import CNN_CHAINS, assert_alike, both, chains, close, gradients_alike, images, in_one, ran
 from tests.fusion.test_surgery import cnn
 
 pytestmark = pytest.mark.gate("torch", "cuda")
@@ -383,4 +383,4 @@ def test_under_fake_tensors(device: str) -> None:
     before = ran(fused)
     fused(images(device))
     assert ran(fused) == before + 2
-    assert chains(fused)[:2] == ["0 -> 1 -> 2", "3 -> 4 -> 5"]
+    assert in_one(chains(fused)).startswith(CNN_CHAINS)

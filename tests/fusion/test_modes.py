@@ -19,7 +19,18 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torch.utils.flop_counter import FlopCounterMode
 
 import tkernels
-from tests.fusion.pairs import assert_alike, both, chains, close, gradients_alike, images, ran, report
+from tests.fusion.pairs import (
+    CNN_CHAINS,
+    assert_alike,
+    both,
+    chains,
+    close,
+    gradients_alike,
+    images,
+    in_one,
+    ran,
+    report,
+)
 from tests.fusion.test_surgery import cnn
 
 pytestmark = [
@@ -86,7 +97,8 @@ def test_autocast(make: Callable[[], nn.Module], outside: bool, device: str) -> 
     close([results[0][0]], [results[1][0]], "result", bound)
     close(results[0][1], results[1][1], "gradients", bound)
     close(results[0][2], results[1][2], "buffers", bound)
-    assert_alike(fused.float(), _like(model, fused), x, more=2)  # and without
+    without = 1e-4 if make is cnn else bound
+    assert_alike(fused.float(), _like(model, fused), x, more=2, bound=without)
 
 
 def _like(model: nn.Module, other: nn.Module) -> nn.Module:
@@ -225,7 +237,8 @@ def test_functional_transforms(training: bool, device: str) -> None:
         parameters = {k: p.detach() for k, p in network.named_parameters()}
         found: dict[str, Any] = {"grad": torch.func.grad(loss)(parameters, x)}
         found["jvp"] = torch.func.jvp(lambda v, loss=loss, p=parameters: loss(p, v), (x,), (torch.ones_like(x),))
-        if not training:
+        # on a GPU torch's own batch norm asks within vmap what vmap cannot tell: is it channels_last?
+        if not training and device == "cpu":
             found["vmap"] = torch.func.vmap(network)(torch.stack([x, 2 * x]))
             found["samples"] = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:, None])
         results.append(found)
@@ -246,9 +259,15 @@ def test_forward_mode(device: str) -> None:
     close(*results, "tangent")
 
 
-def test_second_derivatives(device: str) -> None:
-    """As for gradient penalties, by the batch's statistics too."""
+def test_second_derivatives(device: str, triton_runs: bool) -> None:
+    """As for gradient penalties, by the batch's statistics too. Kernels have none, and say so."""
     model, fused = called(device)
+    if triton_runs:
+        leaf = images(device).requires_grad_()
+        (gradient,) = torch.autograd.grad(fused(leaf).square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()
+        return
     x, results = images(device), []
     for network in (fused, model):
         network.zero_grad()
@@ -415,7 +434,7 @@ def test_a_fused_part_of_a_plain_model(device: str) -> None:
         results.append([loss, *[p.grad.clone() for p in (*head.parameters(), *network.parameters())]])
     close(*results, "loss and gradients")
     assert ran(fused) == 4
-    assert chains(fused) == ["0 -> 1 -> 2", "3 -> 4 -> 5"]
+    assert in_one(chains(fused)) == CNN_CHAINS
     assert not report(fused).breaks
 
 

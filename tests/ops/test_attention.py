@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as torchs
 
 import tkernels
 from tests import tolerance
+from tests.conftest import GATE
 from tkernels import runtime, targets
 from tkernels.functional import scaled_dot_product_attention
 from tkernels.tuning import attention as tuning
@@ -50,6 +51,7 @@ CASES = [
     Case((1, 1, 65, 32), (1, 1, 65, 32), dtype=BF16),
     # head sizes: no powers of two, multiples of 8 but not of 16, odd, narrower than a tile, values of another size
     Case((1, 1, 9, 24), (1, 1, 7, 24), dtype=BF16),
+    Case((1, 1, 9, 20), (1, 1, 21, 20), dtype=BF16),
     Case((1, 2, 9, 7), (1, 2, 5, 7), (1, 2, 5, 3)),
     Case((1, 1, 20, 80), (1, 1, 33, 80), (1, 1, 33, 40), dtype=F16, causal=True),
     # causal, with fewer and with more keys than queries: row i sees keys 0 to i
@@ -236,6 +238,8 @@ def test_small_tiles(dtype: torch.dtype, chunk: int, device: str) -> None:
     from tkernels.kernels import attention, attention_backward
     from tkernels.tuning import Config
 
+    if dtype != F32 and GATE == "cuda" and torch.cuda.get_device_capability()[0] == 9:
+        pytest.skip("16 rows for 4 warps: an H200 gave wrong values and an illegal access, see test_rows_on_hopper")
     case = Case((2, 4, 35, 24), (2, 2, 41, 24), (2, 2, 41, 20), "boolean (2, 1, 35, 41)", dtype=dtype, gqa=True)
     (q, k, v), mask = tensors(case, device), mask_of(case, device)
     config = Config.of(num_warps=4, BLOCK_M=16, BLOCK_N=16, BLOCK_D=32, BLOCK_V=32, CHUNK=chunk)
@@ -264,6 +268,17 @@ def test_small_tiles(dtype: torch.dtype, chunk: int, device: str) -> None:
     assert only_v[0] is None
     assert torch.equal(only_k[0], dk)
     assert torch.equal(only_v[1], dv)
+
+
+@pytest.mark.gate("torch")
+def test_rows_on_hopper() -> None:
+    """No 16-bit configuration has products of fewer than 64 rows, of which an H200 computed wrong values."""
+    with targets.pretend("sm_90"):
+        for head, extras in itertools.product((16, 32, 64, 128, 256), (False, True)):
+            given = head, head, 2, "ieee", extras, "sm_90"
+            assert tuning.forward(*given)["BLOCK_M"] >= 64
+            assert tuning.dq(*given)["BLOCK_M"] >= 64
+            assert tuning.dkv(*given)["BLOCK_N"] >= 64
 
 
 def test_only_the_gradients_asked_for(device: str, triton_runs: bool, launches: list[str]) -> None:

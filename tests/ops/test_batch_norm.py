@@ -223,8 +223,8 @@ def test_matches_float64(case: Case, device: str, triton_runs: bool, launches: l
     for name, value in before.items():
         assert torch.equal(value, getattr(ours, name)), f"{name} was written to"
 
-    torch_own = made.like(None, "cpu")
-    torch_own.input = arrange(torch_own.input, case.layout)
+    torch_own = made.like(None, "cpu" if on_triton else device)
+    torch_own.input, torch_own.dy = arrange(torch_own.input, case.layout), arrange(torch_own.dy, case.dy)
     theirs = evaluate(case, torch_own, reference=True)
     want = evaluate(case, made.like(F64, "cpu"), reference=True)
     assert got.keys() == want.keys() == theirs.keys()

@@ -125,7 +125,8 @@ def check(case: Case, device: str) -> None:
     terms = n_classes * max(1, x.numel() // n_classes)
     # PyTorch rounds log softmax to the dtype of the logits on its way to a float32 loss
     tolerance.assert_close(loss, expected, terms, dtype=case.dtype if device == "cpu" else None, name="loss")
-    tolerance.assert_close(dx, expected_dx, n_classes, dtype=case.dtype, name="gradient")
+    # of one class it is zero, and what rounding leaves is small beside the terms it cancelled from
+    tolerance.assert_close(dx, expected_dx, n_classes, dtype=case.dtype, scale=1 / terms, name="gradient")
     assert dx.dtype == case.dtype
     if expected_dp is not None:
         tolerance.assert_close(rest[0], expected_dp, n_classes, dtype=case.dtype, name="target gradient")
