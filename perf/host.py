@@ -2,7 +2,7 @@
 
 The step (forward, loss, backward) of the fused CIFAR network on CPU tensors that say they are on a GPU: checks,
 choosers, allocations, autograd and Triton's own Python run as on a GPU; what is compiled and launched is a stand-in.
-Once through Triton's JITFunction.run and once with TKERNELS_FAST_LAUNCH's shortcut, in turns. Beside it PyTorch's own
+Once through Triton's JITFunction.run and once with the shortcut past it, in turns. Beside it PyTorch's own
 step on the CPU at the smallest size, an estimate of what its calls cost a host. Microseconds differ from machine to
 machine: a bare JITFunction.run, made once after each step, is the yardstick.
 
@@ -158,7 +158,7 @@ def measure(batch: int, steps: int) -> pd.DataFrame:
             fused = step(*traffic.fused(), batch)
             bodies = {
                 "tkernels, JITFunction.run": (False, fused),
-                "tkernels, TKERNELS_FAST_LAUNCH=1": (True, fused),
+                "tkernels, past JITFunction.run": (True, fused),
                 "bare JITFunction.run": (False, bare_launch()),
                 "bare launch, fast": (True, bare_launch()),
             }

@@ -24,6 +24,13 @@ from tkernels.tuning import autotune
 CALLS = 4  # the first is remembered, the second recorded, the others replayed
 
 
+@pytest.fixture(autouse=True)
+def through_triton() -> Iterator[None]:
+    """Unless a test says otherwise, JITFunction.run launches: the driver's own call needs a GPU."""
+    with launch.fast(False):
+        yield
+
+
 def programs() -> list[replay.Program]:
     return [p for f in replay._functions for p in f.kinds.values() if isinstance(p, replay.Program)]
 
@@ -63,7 +70,7 @@ def test_replays_give_the_same_bits(device: str, launches: list[str]) -> None:
 
 @pytest.mark.gate("cuda")
 def test_fast_replays_give_the_same_bits(device: str, launches: list[str]) -> None:
-    """With TKERNELS_FAST_LAUNCH=1 a replay calls the driver, which only a GPU has; the allocator is the shipped one."""
+    """With the fast launch a replay calls the driver, which only a GPU has; the allocator is the shipped one."""
     with launch.fast(True):
         check_replays(device, launches)
         assert all(p.direct is not None and launch.is_fast(p.kernels) for p in programs())

@@ -1,7 +1,8 @@
-"""Ground floor: how kernels are launched, on the device of their tensors; optionally past Triton's Python.
+"""Ground floor: how kernels are launched, on the device of their tensors, past most of Triton's Python.
 
-TKERNELS_FAST_LAUNCH=1 keeps each kernel that Triton compiled under what it is specialised for and hands it to the
-driver at once, which leaves out most of JITFunction.run. It is off by default until a GPU has run it.
+Each kernel that Triton compiled is kept under what it is specialised for and handed to the driver at once, which leaves
+out most of JITFunction.run (a training step of the CIFAR CNN as called: 4.5 ms for 6.9 on an H100). It is on by default
+on NVIDIA's GPUs in the releases of Triton whose launcher is known; TKERNELS_FAST_LAUNCH=0 turns it off.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if runtime.HAS_TRITON:
 
 # whoever sees this many specialisations of a kernel has shapes that never come back
 _MOST_ENTRIES = 4096
-_fast = runtime.flag("TKERNELS_FAST_LAUNCH")
+_fast = runtime.flag("TKERNELS_FAST_LAUNCH", "1" if runtime.HAS_TRITON and _LAUNCHER is not None else "0")
 
 
 @contextlib.contextmanager

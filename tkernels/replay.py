@@ -2,7 +2,7 @@
 
 Between two launches an operator looks at shapes, chooses configurations and allocates, and for tensors of the same
 kind it always comes to the same. The third call of a kind runs as straight-line code made of what the second one did:
-``empty_strided`` for each buffer and each kernel's ``run``, or, with TKERNELS_FAST_LAUNCH=1, the compiled kernel's
+``empty_strided`` for each buffer and each kernel's ``run``, or, where launches are fast, the compiled kernel's
 launcher itself. TKERNELS_REPLAY=0 turns it off; who watches (a dispatch mode, a profiler), autotuning and Triton's
 interpreter see the operator as it is written.
 """

@@ -161,7 +161,7 @@ def _ways(run: Run) -> Ways:
     """How a case is run again. The third call of a kind may take another path than the first two."""
     ways: Ways = {"again": measure.evaluate, "a third time": measure.evaluate}
     if run.on_gpu:
-        ways |= {"side stream": _beside, "fast launch": _fast, "CUDA graph": _replayed}
+        ways |= {"side stream": _beside, "JITFunction.run": _through_triton, "CUDA graph": _replayed}
     return ways
 
 
@@ -174,8 +174,8 @@ def _beside(subject: Subject) -> Tensors:
     return results
 
 
-def _fast(subject: Subject) -> Tensors:
-    with launch.fast(True):
+def _through_triton(subject: Subject) -> Tensors:
+    with launch.fast(False):
         for _ in range(3):
             results = measure.evaluate(subject)
     return results

@@ -320,7 +320,8 @@ def test_a_summary_says_who_is_faster(tmp_path: Path) -> None:
     step = {"operator": "cnn", "mode": "train", "N": 256, "C": 3, "K": None, "R": None, "S": None, "stride": None}
     for provider, timing, ms in (
         ("torch", "wall", 2.0), ("tkernels", "wall", 2.5), ("torch.compile", "wall", 1.5),
-        ("tkernels fast launch", "wall", 0.1), ("tkernels graph", "cudagraph", 0.5), ("torch graph", "cudagraph", 1.0),
+        ("tkernels JITFunction.run", "wall", 0.1), ("tkernels graph", "cudagraph", 0.5),
+        ("torch graph", "cudagraph", 1.0),
         ("torch.compile max-autotune", "cudagraph", 0.75), ("tkernels sgd graph", "cudagraph", 0.2),
     ):  # fmt: skip
         found.take("headline", "timing", row(**step, provider=provider, timing=timing, ms_p50=ms))

@@ -94,9 +94,9 @@ def test_our_kernels_are_what_is_checked(
     checks.check(run(told), providers.load(providers.OURS), case)
     rows = [what for kind, what in told if kind == "check"]
     assert {row["status"] for row in rows} == {"ok"}
-    ways = {"again", "a third time", "side stream", "fast launch", "CUDA graph"}
+    ways = {"again", "a third time", "side stream", "JITFunction.run", "CUDA graph"}
     assert ways < {row["what"] for row in rows}
-    # the first run, six more as called (fast launch takes three), and the graph's three, of which one is its replay
+    # the first run, six more as called (JITFunction.run takes three), and the graph's three, of which one is its replay
     calls = 1 + 2 + 1 + 3 + 3
     assert len(launches) % calls == 0
     assert len(launches) // calls >= 2, "forward and backward launch something each"
