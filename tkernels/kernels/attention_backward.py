@@ -281,6 +281,7 @@ def launch_dq(
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0),
         tuning.dq(head, v_head, q.element_size(), precision, mask is not None or p > 0, tuning.target_name()),
         lambda c: launch_dq(q, k, v, do, lse, delta, mask, p, causal, scale, seed, c),
+        least=tuning.least_rows(q.element_size(), tuning.target_name()),
     )  # fmt: skip
     unit = unit_of(q, k, v, do, dq)
     mask_bytes, mask_strides = mask_of(mask, q, k)

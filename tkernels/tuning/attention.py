@@ -11,7 +11,7 @@ from tkernels import targets
 from tkernels.tuning import Config, block
 from tkernels.tuning.linear import target_name
 
-__all__ = ["apart", "delta", "dkv", "dq", "forward", "target_name", "why_not"]
+__all__ = ["apart", "delta", "dkv", "dq", "forward", "least_rows", "target_name", "why_not"]
 
 WIDEST = 256
 
@@ -168,6 +168,12 @@ def dkv(head: int, v_head: int, itemsize: int, precision: str, extras: bool, tar
 def apart(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> bool:
     """Whether dk and dv take a launch each; the weights are formed twice then."""
     return _tile(_DKV, _FLOAT32_DKV, head, v_head, itemsize, extras, target).apart
+
+
+def least_rows(itemsize: int, target: str) -> int:
+    """The fewest rows of queries that a tile may have, forward and for dq: of fewer than a wgmma's, chained products in
+    bfloat16 gave wrong values and an illegal access on an H200 (triton 3.6)."""
+    return 64 if itemsize == 2 and _accumulates(target) == "wgmma" else 16
 
 
 @functools.lru_cache(maxsize=64)

@@ -42,16 +42,17 @@ def pick(
     first: Config,
     run: Callable[[Config], object],
     rows: str = "BLOCK_M",
+    least: int = 16,
 ) -> Config:
     """The configuration to launch with: ``first``, the closed form's, unless autotuning is on and found a faster one.
 
     ``batch``: rows or images, of which the choice sees the power of two; ``shape``: what else it depends on; ``run``:
     makes the launch and has no other effect; ``rows``: the block whose size may vary, none where every block is part of
-    how a sum is formed.
+    how a sum is formed; ``least``: its smallest size.
     """
     if not enabled:
         return first
-    candidates = {_text(config): config for config in neighbours(first, rows)}
+    candidates = {_text(config): config for config in neighbours(first, rows, least)}
     won = tuner().best(_key(name, batch, shape), {text: functools.partial(run, c) for text, c in candidates.items()})
     return candidates[won]
 
@@ -67,13 +68,13 @@ def _key(name: str, batch: int, shape: Hashable) -> str:
     return f"{name}, up to {next_power_of_two(batch)}, {shape}"
 
 
-def neighbours(config: Config, rows: str = "BLOCK_M") -> list[Config]:
+def neighbours(config: Config, rows: str = "BLOCK_M", least: int = 16) -> list[Config]:
     """The configuration, then those one step away: pipeline stages one up or down, warps or rows of the tile twice or
     half as many. Columns and the reduction's steps stay: precision was proven with them."""
     stages = [s for s in (config.num_stages + 1, config.num_stages - 1) if 1 <= s <= 5]
     warps = [w for w in (2 * config.num_warps, config.num_warps // 2) if 1 <= w <= 16]
     sizes = dict(config.blocks)
-    heights = [h for h in (2 * sizes[rows], sizes[rows] // 2) if 16 <= h <= 256] if rows in sizes else []
+    heights = [h for h in (2 * sizes[rows], sizes[rows] // 2) if least <= h <= 256] if rows in sizes else []
     return [
         config,
         *(dataclasses.replace(config, num_stages=s) for s in stages),
