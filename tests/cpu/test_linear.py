@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import tkernels
 from tests.cpu.profiles import events
@@ -26,7 +27,7 @@ IN_TRAINING = [name for name in NAMED if name not in activations.FROM_OUTPUT]
 
 
 def planned(shape: tuple[int, ...], dtype: torch.dtype, name: str | None, training: bool) -> Callable[..., Tensor]:
-    run = linear.plan(shape, dtype, name, training)
+    run = linear.plan(shape, 16, dtype, name, training)
     assert not isinstance(run, str), run
     return run
 
@@ -125,3 +126,70 @@ def test_differentiated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
             y = run(*given)
             found[-1] += torch.autograd.grad(y, given, torch.eye(18).view(18, 6, 3), is_grads_batched=True)
         torch.testing.assert_close(found[0], found[1])
+
+
+PRODUCT, ONEDNN = "aten::addmm", "mkldnn::_linear_pointwise"
+
+
+@pytest.mark.parametrize("name", [None, "relu", "gelu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_faster_product(name: str | None, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 in inference: as exact as torch's, the same values that are not finite, and it is what runs."""
+    monkeypatch.setattr(linear, "onednn_is_ahead", lambda threads: True)
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 100, 96), torch.randn(80, 96) / 96**0.5
+    given: list[Tensor | None] = [x, weight, torch.randn(80) if bias else None]
+    run = linear.plan((3, 100, 80), 96, torch.float32, name, False)
+    assert not isinstance(run, str)
+    with torch.no_grad():
+        ours, torchs = run(*given), composed(name)(*given)  # type: ignore[arg-type]
+        exact = composed(name)(*[t if t is None else t.double() for t in given])
+        assert (ours.dtype, ours.shape, ours.stride()) == (torchs.dtype, torchs.shape, torchs.stride())
+        errors = [torch.linalg.vector_norm(t.double() - exact) for t in (ours, torchs)]
+        assert errors[0] <= 1.25 * errors[1]
+        x[0, 1, 2], x[1, 5, 7] = float("nan"), float("inf")
+        ours, torchs = run(*given), composed(name)(*given)  # type: ignore[arg-type]
+        assert torch.equal(ours.isfinite(), torchs.isfinite())
+        across = x.transpose(0, 1)
+        torch.testing.assert_close(run(across, *given[1:]), composed(name)(across, *given[1:]), equal_nan=True)
+
+
+def products(model: nn.Module, x: Tensor) -> list[str]:
+    def call() -> None:
+        with torch.no_grad():
+            model(x)
+
+    return [found for found in events(call, (PRODUCT, ONEDNN, "aten::linear")) if found in (PRODUCT, ONEDNN)]
+
+
+def test_which_product_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def ahead(threads: int) -> bool:
+        asked.append(threads)
+        return answer
+
+    monkeypatch.setattr(linear, "onednn_is_ahead", ahead)
+    model = nn.Sequential(nn.Linear(96, 80), nn.Linear(80, 64), nn.Tanh()).eval()
+    many, few = torch.randn(300, 96), torch.randn(8, 96)
+    answer = True
+    fused = tkernels.fuse(nn.Sequential(*model))
+    assert products(fused, many) == [ONEDNN] * 2
+    assert ran(fused) == 4
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="ran no fused operator"):
+        assert ONEDNN not in products(tkernels.fuse(nn.Sequential(*model)), many)
+    with pytest.warns(UserWarning, match="linear layer, then"):
+        assert products(tkernels.fuse(nn.Sequential(*model)), few) == [PRODUCT] * 2
+    assert set(asked) == {torch.get_num_threads()}
+    answer = False
+    with pytest.warns(UserWarning, match="linear layer, then"):
+        assert products(tkernels.fuse(nn.Sequential(*model)), many) == [PRODUCT] * 2
+
+
+def test_it_is_measured_once() -> None:
+    linear.onednn_is_ahead.cache_clear()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        answers = {linear.onednn_is_ahead(torch.get_num_threads()) for _ in range(3)}
+    assert len(answers) == 1
+    names = [event.name for event in found.events()]
+    assert names.count(ONEDNN) == names.count("aten::linear") == linear.TURNS

@@ -1,9 +1,11 @@
-"""What follows a linear layer on a CPU: its activation, in the product's own memory or in memory used again."""
+"""Linear layers on a CPU: in inference the product by the library that is faster there, and behind it the activation,
+in the product's own memory or in memory used again."""
 
 from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +20,72 @@ from tkernels.ops import activation as activations
 
 Run = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
+# rows, and features both of the input and of the result, from which on a product may be oneDNN's
+ROWS, FEATURES = 256, 64
+# how many times as fast as torch's own it must be, in products of this size (input, features of the result)
+FASTER, MEASURED, TURNS = 1.15, (2048, 384, 512), 5
 
-def plan(shape: tuple[int, ...], dtype: torch.dtype, activation: str | None, differentiated: bool) -> Run | str:
-    """The function for a linear layer (input, weight, bias) with a result of that shape and dtype, and its activation;
-    or why they are left to PyTorch."""
+
+def plan(
+    shape: tuple[int, ...], features: int, dtype: torch.dtype, activation: str | None, differentiated: bool
+) -> Run | str:
+    """The function for a linear layer (input of so many features, weight, bias) with a result of that shape and dtype,
+    and its activation; or why they are left to PyTorch."""
     if not compiler.enabled():
         return NOT_COMPILED
-    if activation is None or dtype not in DTYPES:
+    if dtype not in DTYPES:
+        return "nothing to gain on a CPU"
+    product = _product(shape, features, dtype, differentiated)
+    finish = _finish(shape, dtype, activation, differentiated)
+    if isinstance(finish, str) and product is F.linear:
+        return finish
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = product(x, weight, bias)
+        if isinstance(finish, str) or z.numel() == 0 or z.dtype is not dtype or not z.is_contiguous():
+            return activations.apply(z, activation)
+        return finish(z) if compiler.plain_eager() else activations.apply(z, activation)
+
+    return run
+
+
+def _product(shape: tuple[int, ...], features: int, dtype: torch.dtype, differentiated: bool) -> Run:
+    """F.linear, or oneDNN's."""
+    worth_it = math.prod(shape[:-1]) >= ROWS and min(shape[-1], features) >= FEATURES
+    if differentiated or dtype is not torch.float32 or not worth_it or not onednn_is_ahead(torch.get_num_threads()):
+        return F.linear
+    return _onednn
+
+
+@functools.cache
+def onednn_is_ahead(threads: int) -> bool:
+    """Whether oneDNN multiplies float32 matrices faster than what torch takes for them: MKL, whose best code is for
+    Intel's CPUs (on an AMD EPYC oneDNN took a half to a third of its time). Measured once, in some 50 ms."""
+    rows, features, columns = MEASURED
+    x, weight = torch.ones(rows, features), torch.ones(columns, features)
+    seconds: dict[Run, float] = {}
+    with torch.no_grad():
+        for _ in range(TURNS):
+            for run in (F.linear, _onednn):
+                start = time.perf_counter()
+                run(x, weight, None)
+                seconds[run] = min(seconds.get(run, math.inf), time.perf_counter() - start)
+    return seconds[F.linear] > FASTER * seconds[_onednn]
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    plain = all(t.dtype is torch.float32 and t.is_contiguous() for t in (x, weight, bias) if t is not None)
+    if not plain or x.numel() == 0 or not compiler.plain_eager():
+        return F.linear(x, weight, bias)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def _finish(
+    shape: tuple[int, ...], dtype: torch.dtype, activation: str | None, differentiated: bool
+) -> Callable[[Tensor], Tensor] | str:
+    """The activation of the product, or why it is torch's."""
+    if activation is None:
         return "nothing to gain on a CPU"
     # (Measured in convnext_tiny: 1.1 times as fast from there on; but torch's GELU in bfloat16 takes half the time
     # where memory comes without faults, which large memory never does.)
@@ -33,16 +94,7 @@ def plan(shape: tuple[int, ...], dtype: torch.dtype, activation: str | None, dif
         return "nothing to gain on a CPU from so few values"
     if differentiated and not activations.needs_input(activation):
         return "nothing to gain on a CPU: torch has this activation in place"
-    finish = functools.partial(_Activation.apply, activation) if differentiated else _in_place(activation)
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = F.linear(x, weight, bias)
-        if z.numel() == 0 or z.dtype is not dtype or not z.is_contiguous() or not compiler.plain_eager():
-            return activations.apply(z, activation)
-        y: Tensor = finish(z)
-        return y
-
-    return run
+    return functools.partial(_Activation.apply, activation) if differentiated else _in_place(activation)
 
 
 class Passes:

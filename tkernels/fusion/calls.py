@@ -81,7 +81,8 @@ def _cpu_linear(chain: Chain) -> Call | str:
     if chain.last.kind == "dropout":  # PyTorch's own
         return _cpu_linear(chain.without_last())
     end, given = value(chain.last.node), chain.first.given
-    run = cpu_linear.plan(_sizes(end), end.dtype, _activation(chain), end.requires_grad)
+    features = _sizes(value(given["input"]))[-1]
+    run = cpu_linear.plan(_sizes(end), features, end.dtype, _activation(chain), end.requires_grad)
     if isinstance(run, str):
         return incomplete(chain) or run
     return Call(run, (given["input"], given["weight"], given["bias"]), (chain,))

@@ -93,7 +93,8 @@ def _path(source: str) -> str:
 
 
 def find(graph: fx.Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
-    """(chains, (layer, why it was left) of those that start like one). A convolution alone is a chain here."""
+    """(chains, (layer, why it was left) of those that start like one). A convolution or a linear layer alone is one
+    here."""
     chains: list[Chain] = []
     left: list[tuple[str, str]] = []
     taken: set[fx.Node] = set()
@@ -107,7 +108,7 @@ def find(graph: fx.Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
         while reason is not None and len(chain.steps) > 2:
             chain = chain.without_last()
             reason = disturbed(chain) and whole
-        if step.kind != "conv":
+        if step.kind not in ("conv", "linear"):
             reason = incomplete(chain) or reason
         if reason is None:
             chains.append(chain)
