@@ -136,7 +136,8 @@ def _exact() -> tuple[nn.Module, nn.Module]:
 def _rewritten(images: tuple[int, ...], target: Target) -> tuple[nn.Module, nn.Module]:
     """The graph of fuse(resnet50), of a batch of two: nothing in it depends on more."""
     model, loss = resnet50.plain()
-    return Rewritten(model, torch.empty(2, *images[1:]), target), loss
+    with torch.autocast("cpu", torch.bfloat16):  # convolutions are PyTorch's or ours by their dtype
+        return Rewritten(model, torch.empty(2, *images[1:]), target), loss
 
 
 def _step(

@@ -87,13 +87,23 @@ def test_the_network_under_autocast_is_among_them() -> None:
     run = Run(Request("compile", "cpu", True, providers.OURS, 60.0), lambda kind, what: None)
     names = {launch.kernel.__name__ for launch in precompile.needed(run, TARGET).values()}
     assert {"conv_stage_kernel", "linear_dgrad_kernel", "cross_entropy_forward", "attention_dkv_kernel"} <= names
-    calls = dict(precompile._calls(True))
-    bf16, mixed = (precompile.recorded(calls[f"the network in {what}"](), TARGET) for what in ("bf16", "training"))
+    calls = dict(precompile._calls(True, TARGET))
+    bf16, mixed = (
+        precompile.recorded(calls[f"the network in {what}"](), TARGET) for what in ("bf16", "training, batch 4")
+    )
     # the same products, but batch norm's vectors and the gradients of the weights are float32
     assert {key for key in mixed if "conv_stage_kernel" in key}
     assert set(mixed) != set(bf16)
     dtypes = {str(arg.dtype) for launch in mixed.values() for arg in launch.args[:1] if hasattr(arg, "dtype")}
     assert "torch.bfloat16" in dtypes
+
+
+def test_of_a_fused_network_what_is_not_cudnns() -> None:
+    """As fuse() sends it under autocast on that GPU: batch norms are ours, convolutions are not."""
+    made = dict(precompile._calls(True, TARGET))[precompile.RESNET50]
+    names = {launch.kernel.__name__ for launch in precompile.recorded(made(), TARGET, "auto").values()}
+    assert {"statistics_kernel", "normalize_kernel", "gradient_sums_kernel", "input_gradient_kernel"} <= names
+    assert not any("conv" in name for name in names)
 
 
 def test_so_is_what_is_checked_and_watched_of_it() -> None:
@@ -119,7 +129,7 @@ def test_a_network_is_recorded_where_the_run_sends_it(monkeypatch: pytest.Monkey
 
     listed = [(name, lambda name=name: build(name)) for name in (precompile.RESNET50, "a layer")]
     listed.insert(1, ("no such package", lambda: importlib.import_module("no_such_package")))
-    monkeypatch.setattr(precompile, "_calls", lambda dry: listed)
+    monkeypatch.setattr(precompile, "_calls", lambda dry, target: listed)
     assert precompile.needed(run, TARGET) == {}
     assert backends == {precompile.RESNET50: "auto", "a layer": "triton"}
 
