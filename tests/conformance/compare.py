@@ -86,6 +86,7 @@ def check_errors(mine: Outcome, theirs: Outcome, what: str) -> None:
     """Both raise, and the same class, or neither does. (On a GPU torch's batch norm in evaluation stumbles over a bias
     without a weight.)"""
     if "tensor does not have a device" in str(theirs.error):
+        assert mine.error is None, f"{what}: ours raises {mine.error!r}"
         return
     if theirs.error is None:
         if mine.error is not None:

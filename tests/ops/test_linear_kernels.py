@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests import tolerance
+from tests.conftest import GATE
 from tkernels import runtime, targets
 from tkernels.ops import activation as activations
 from tkernels.tuning import Config
@@ -94,6 +95,8 @@ def test_small_tiles(
     alone = kernels.launch_wgrad(dy, None, saved, activation, p, replayed, True, config, splits)
     assert alone[0] is None
     tolerance.assert_close(alone[1], db64, M, scale=2 * M**0.5, name="db alone")
+    # on a GPU the two programs may add up in different orders
+    assert GATE == "cuda" or torch.equal(alone[1], db)
 
 
 def test_mask_does_not_depend_on_tiles(device: str) -> None:
