@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -156,3 +158,13 @@ def kernel_of(call: host.Made) -> JITFunction:
     name = str(call[4]).split()[0]
     modules = [module for key, module in sys.modules.items() if key.startswith("tkernels.kernels.")]
     return next(vars(module)[name] for module in modules if name in vars(module))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "True"), ("0", "False")])
+def test_it_is_the_default(given: str | None, expected: str) -> None:
+    """In a process that nobody has told otherwise."""
+    environment = {name: value for name, value in os.environ.items() if name != "TKERNELS_FAST_LAUNCH"}
+    environment |= {} if given is None else {"TKERNELS_FAST_LAUNCH": given}
+    command = [sys.executable, "-c", "from tkernels import launch; print(launch._fast)"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
