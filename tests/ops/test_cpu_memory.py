@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tkernels.functional as TF
 from tests.tolerance import assert_close
-from tkernels.cpu import post_ops
+from tkernels.cpu import linear
 from tkernels.ops import activation
 
 pytestmark = pytest.mark.gate("torch")
@@ -136,25 +136,26 @@ def _without_gradients(dtype: torch.dtype) -> list[tuple[str, Call, Call, Call, 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
-def test_without_gradients_relu_is_onednn_s_last_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post_ops, "WORTH_IT", 1)
-    monkeypatch.setattr(post_ops, "SMALLEST_INPUT", 1)
+def test_without_gradients_relu_takes_the_product_s_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "onednn_is_ahead", lambda threads: True)
+    monkeypatch.setattr(linear, "ROWS", 1)
+    monkeypatch.setattr(linear, "FEATURES", 1)
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("no bf16 in oneDNN on this CPU")
     for name, ours, torchs, exact, terms in _without_gradients(dtype):
         with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             y = ours()
         called = [e.name for e in profile.events()]
-        assert [n for n in called if "pointwise" in n], called
-        assert not [n for n in called if n in ("aten::relu", "aten::relu_", "aten::threshold")]
+        by_onednn = "mkldnn::_linear_pointwise" in called
+        assert by_onednn == (name == "linear" and dtype == torch.float32), called
+        assert [n for n in called if n in ("aten::relu", "aten::relu_", "aten::threshold")] == ["aten::relu_"]
         theirs = torchs()
         assert (y.dtype, y.shape, y.stride()) == (theirs.dtype, theirs.shape, theirs.stride()), name
         assert_close(y, exact(), terms, name=name)
 
 
-def test_relu_stays_a_call_where_it_must_be_seen_or_torch_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(post_ops, "WORTH_IT", 1)
-    monkeypatch.setattr(post_ops, "SMALLEST_INPUT", 1)
+def test_products_are_torch_s_where_they_must_be_seen_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "onednn_is_ahead", lambda threads: True)
     x, w, b = torch.randn(256, 2048), torch.randn(24, 2048), torch.randn(24)
     image = torch.randn(8, 24, 32, 32).contiguous(memory_format=torch.channels_last)
     filters = torch.randn(40, 24, 3, 3)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from tkernels.cpu import buffers, compiler, norm
 from tkernels.cpu.chain import DTYPES, NOT_COMPILED
@@ -20,6 +21,7 @@ from tkernels.ops import activation as activations
 
 Run = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
+PLAIN = (Tensor, torch.nn.Parameter)
 # rows, and features both of the input and of the result, from which on a product may be oneDNN's
 ROWS, FEATURES = 256, 64
 # how many times as fast as torch's own it must be, in products of this size (input, features of the result)
@@ -51,10 +53,45 @@ def plan(
 
 def _product(shape: tuple[int, ...], features: int, dtype: torch.dtype, differentiated: bool) -> Run:
     """F.linear, or oneDNN's."""
-    worth_it = math.prod(shape[:-1]) >= ROWS and min(shape[-1], features) >= FEATURES
-    if differentiated or dtype is not torch.float32 or not worth_it or not onednn_is_ahead(torch.get_num_threads()):
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    if differentiated or dtype is not torch.float32 or not _by_onednn(rows, features, columns):
         return F.linear
     return _onednn
+
+
+def _by_onednn(rows: int, features: int, columns: int) -> bool:
+    worth_it = rows >= ROWS and min(features, columns) >= FEATURES
+    return worth_it and _enabled() and onednn_is_ahead(torch.get_num_threads())
+
+
+def _enabled() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of what nobody differentiates: oneDNN's where that is faster and the call is one that torch takes.
+
+    Its ReLU as a last step is not: that makes 0 of NaN.
+    """
+    # (what most calls fail on first: they are small; a trace must not even learn of sizes)
+    if is_dynamo_compiling() or type(x) not in PLAIN or x.numel() < ROWS * FEATURES or type(weight) not in PLAIN:
+        return F.linear(x, weight, bias)
+    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or not _plain(x, weight, bias):
+        return F.linear(x, weight, bias)
+    columns, features = weight.shape
+    if (bias is not None and bias.shape != (columns,)) or not _by_onednn(x.numel() // features, features, columns):
+        return F.linear(x, weight, bias)
+    return _onednn(x, weight, bias)
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether these are float32 in a CPU's memory, as they are."""
+    return not torch.is_autocast_enabled("cpu") and all(
+        t is None
+        or (type(t) in PLAIN and t.dtype is torch.float32 and t.device.type == "cpu" and not t.is_cuda
+            and t.layout is torch.strided and not t.is_neg())
+        for t in tensors
+    )  # fmt: skip
 
 
 @functools.cache
@@ -62,9 +99,9 @@ def onednn_is_ahead(threads: int) -> bool:
     """Whether oneDNN multiplies float32 matrices faster than what torch takes for them: MKL, whose best code is for
     Intel's CPUs (on an AMD EPYC oneDNN took a half to a third of its time). Measured once, in some 50 ms."""
     rows, features, columns = MEASURED
-    x, weight = torch.ones(rows, features), torch.ones(columns, features)
+    x, weight = (torch.ones(n, features, dtype=torch.float32, device="cpu") for n in (rows, columns))
     seconds: dict[Run, float] = {}
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for _ in range(TURNS):
             for run in (F.linear, _onednn):
                 start = time.perf_counter()

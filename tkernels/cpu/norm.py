@@ -88,18 +88,18 @@ class Passes:
         self, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: Tensor,
         eps: Tensor, out: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        inverse, *vectors = _measure(x, weight, bias, running_mean, running_var, momentum, eps)
+        sound, inverse, *vectors = _measure(x, weight, bias, running_mean, running_var, momentum, eps)
         out.copy_(activations.apply(passes.normalized(x, *vectors), self.activation))
-        return inverse, *vectors
+        return sound, inverse, *vectors
 
     def _forward_residual(
         self, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: Tensor,
         eps: Tensor, residual: Tensor, out: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        inverse, *vectors = _measure(x, weight, bias, running_mean, running_var, momentum, eps)
+        sound, inverse, *vectors = _measure(x, weight, bias, running_mean, running_var, momentum, eps)
         z = passes.normalized(x, *vectors) + residual.float()
         out.copy_(activations.apply(z, self.activation))
-        return inverse, *vectors
+        return sound, inverse, *vectors
 
     def _backward(
         self, d: Tensor, x: Tensor, inverse: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, out: Tensor
@@ -123,14 +123,15 @@ class Passes:
 
 def _measure(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: Tensor, eps: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1 / sqrt(var + eps) [C]; for each lane the batch's mean, what its values are multiplied by, and the bias. Moves
-    the running statistics."""
-    mean, inverse, scale, _, var = passes.measured(x, 0.0, weight.float(), eps)
+) -> tuple[Tensor, ...]:
+    """Whether it is sound; 1 / sqrt(var + eps) [C]; for each lane the batch's mean, what its values are multiplied by,
+    and the bias. Moves the running statistics where it is sound."""
+    mean, inverse, scale, _, var, sound = passes.measured(x, 0.0, weight.float(), eps)
+    finite = sound.isfinite()
     for running, batch in ((running_mean, mean), (running_var, var)):
-        running.copy_(running * (1.0 - momentum) + batch * momentum)
+        running.copy_(torch.where(finite, running * (1.0 - momentum) + batch * momentum, running))
     mean, scale, bias = (passes.tiled(vector, x.shape[2]) for vector in (mean, scale, bias.float()))
-    return inverse, mean, scale, bias
+    return sound, inverse, mean, scale, bias
 
 
 def _gradients(
@@ -157,6 +158,7 @@ class _BatchNorm(torch.autograd.Function):
         running_var: Tensor | None, residual: Tensor | None,
     ) -> Tensor:  # fmt: skip
         y, vectors = _forward(kind, x, weight, bias, running_mean, running_var, residual)
+        ctx.passes = len(vectors) > 0
         kept = None
         if residual is not None and kind.activation is not None:
             kept = y if passes_of(kind.activation, True).by_output else residual
@@ -168,7 +170,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         kind, saved, needs = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
-        if not plain_backward(d):
+        if not (ctx.passes and plain_backward(d)):
             with torch.enable_grad():
                 return _differentiable(kind, d, saved[:4], ctx.residual, needs)
         x, _, _, kept, *vectors = saved
@@ -192,18 +194,22 @@ def _forward(
     kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, residual: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """The result; 1 / sqrt(var + eps), and for each lane mean, scale and bias."""
+    """The result; 1 / sqrt(var + eps), and for each lane mean, scale and bias: none of them where it is torch's."""
     channels = x.shape[1]
-    if running_mean is None or running_var is None:
-        # statistics that nobody will read
-        running_mean, running_var = torch.empty(channels), torch.empty(channels)
+    # (where there are none, what nobody will read)
+    moved = (passes.unread(channels) if t is None else t for t in (running_mean, running_var))
     y = _like(x)
-    arguments = (
-        groups(x), passes.vector(weight, channels, 1.0), passes.vector(bias, channels, 0.0), running_mean, running_var,
+    arguments = [
+        groups(x), passes.vector(weight, channels, 1.0), passes.vector(bias, channels, 0.0), *moved,
         passes.number(kind.momentum), passes.number(kind.eps),
-    )  # fmt: skip
-    run = passes_of(kind.activation, residual is not None).forward
-    return y, run(*arguments, groups(y)) if residual is None else run(*arguments, groups(residual), groups(y))
+    ]  # fmt: skip
+    if residual is not None:
+        arguments.append(groups(residual))
+    sound, *vectors = passes_of(kind.activation, residual is not None).forward(*arguments, groups(y))
+    if passes.is_sound(sound):
+        return y, tuple(vectors)
+    z = F.batch_norm(x, running_mean, running_var, weight, bias, True, kind.momentum, kind.eps)
+    return activations.apply(z if residual is None else z + residual, kind.activation), ()
 
 
 def _differentiable(

@@ -11,7 +11,8 @@ convolutions, which leave nothing in the caches, a call of ATen for a few number
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +37,27 @@ def _behind_relu(d: Tensor, z: Tensor) -> Tensor:
     return torch.where(z <= 0, 0.0, d.float())
 
 
-def measured(x: Tensor, shift: Any, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of x [groups, rows, lanes, C]: mean, inverse, scale; mean plus ``shift`` and unbiased variance, as running
-    statistics see them. Chan's merge of the groups, each about the mean of its lane in the first one."""
+class Measured(NamedTuple):
+    """``shifted`` mean and ``unbiased`` variance are what running statistics see. ``sound`` []: finite where all of a
+    batch's variances and scales are."""
+
+    mean: Tensor
+    inverse: Tensor
+    scale: Tensor
+    shifted: Tensor
+    unbiased: Tensor
+    sound: Tensor
+
+
+def is_sound(measured: Tensor) -> bool:
+    """Whether passes may go on with what was measured. Where they may not, torch's own calls take over: its CPU code
+    sums in float64, which holds the squares of whatever float32 holds, and lets NaN and Inf through in its own way."""
+    return math.isfinite(float(measured))
+
+
+def measured(x: Tensor, shift: Any, weight: Tensor, eps: Tensor) -> Measured:
+    """Of x [groups, rows, lanes, C], plus ``shift``. Chan's merge of the groups, each about the mean of its lane in the
+    first one."""
     groups, rows, lanes, _ = x.shape
     count = groups * rows * lanes
     starts = x[0].float().mean(0)
@@ -50,12 +69,12 @@ def measured(x: Tensor, shift: Any, weight: Tensor, eps: Tensor) -> tuple[Tensor
     between = rows * (offset - mean) ** 2
     deviations = (within + between).sum((0, 1))
     inverse = torch.rsqrt(deviations / count + eps)
-    mean = starts[0] + mean
-    return mean, inverse, inverse * weight, mean + shift, deviations / (count - 1)
+    mean, scale, unbiased = starts[0] + mean, inverse * weight, deviations / (count - 1)
+    return Measured(mean, inverse, scale, mean + shift, unbiased, deviations.sum() + scale.sum())
 
 
 def _statistics(x: Tensor, shift: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
-    return measured(x[:, :, None], shift, weight, eps)
+    return tuple(measured(x[:, :, None], shift, weight, eps))
 
 
 def _normalize(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, out: Tensor) -> tuple[()]:
@@ -104,12 +123,14 @@ def _gradient_in_place(
 def _fold(
     weight: Tensor, bias: Tensor, bn_weight: Tensor, bn_bias: Tensor, mean: Tensor, var: Tensor, eps: Tensor,
     out_weight: Tensor, out_bias: Tensor,
-) -> tuple[()]:  # fmt: skip
-    """A convolution's weight [K, kh, kw, C] and bias with the batch norm by running statistics that follows it."""
+) -> tuple[Tensor]:  # fmt: skip
+    """A convolution's weight [K, kh, kw, C] and bias with the batch norm by running statistics that follows it. The
+    result is finite where they are."""
     scale = torch.rsqrt(var + eps) * bn_weight
-    out_weight.copy_(weight.float() * scale[:, None, None, None])
-    out_bias.copy_((bias - mean) * scale + bn_bias)
-    return ()
+    whole, shift = weight.float() * scale[:, None, None, None], (bias - mean) * scale + bn_bias
+    out_weight.copy_(whole)
+    out_bias.copy_(shift)
+    return (whole.sum() + shift.sum(),)
 
 
 @functools.lru_cache(maxsize=256)
@@ -131,6 +152,11 @@ def vector(t: Tensor | None, channels: int, default: float) -> Tensor:
         return _constant(channels, default)
     # (several a layer: what is as it should be is not worth two calls)
     return t if t.dtype is torch.float32 and t.is_contiguous() else t.float().contiguous()
+
+
+def unread(channels: int) -> Tensor:
+    """A vector for what a pass writes and nobody reads."""
+    return torch.empty(channels, dtype=torch.float32, device="cpu")
 
 
 statistics = Pass(_statistics)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tkernels import runtime
-from tkernels.cpu import post_ops
 from tkernels.ops import activation as activations
 from tkernels.ops import checks
 from tkernels.ops.autograd import once_differentiable
@@ -119,10 +118,6 @@ def _torch_body(
     activation: str | None,
 ) -> Tensor:
     """PyTorch's own call, with its autograd and autocast. What it refuses is refused in our words."""
-    if activation == "relu" and not torch.is_grad_enabled():
-        y = post_ops.conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
-        if y is not None:
-            return y
     try:
         z = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     except checks.REFUSALS as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tkernels.cpu import buffers, compiler, passes
+from tkernels.ops.conv_stage_call import TENSORS
 from tkernels.tuning.conv import Geometry
 from tkernels.tuning.conv_stage import Pooling
 
@@ -168,7 +169,7 @@ def _cast_weight(layer: Any, dtype: torch.dtype) -> Tensor:
 
 def draw(x: Tensor, channels: int, dtype: torch.dtype, p: float) -> Tensor:
     """Dropout2d's factors [N, C], with the draws of torch.nn.functional.dropout2d on a map of ``dtype``."""
-    keep = torch.empty(x.shape[0], channels, 1, 1, dtype=dtype)
+    keep = torch.empty(x.shape[0], channels, 1, 1, dtype=dtype, device="cpu")
     if p > 0:
         keep.bernoulli_(1 - p)
     else:
@@ -178,57 +179,83 @@ def draw(x: Tensor, channels: int, dtype: torch.dtype, p: float) -> Tensor:
 
 
 def forward(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> tuple[Tensor, list[SavedLayer], End]:
-    """(y, what backward needs, the stage's end) in training; moves running statistics and counters."""
+    """(y, what backward needs, the stage's end) in training; moves running statistics and counters. Backward needs
+    nothing but the arguments where the passes could not go on with what they measured."""
     a = _nhwc(_cast(x.detach(), plan.dtype))
     saved: list[SavedLayer] = []
+    seen: list[passes.Measured] = []
     last = len(layers) - 1
-    end = End(draw(a, plan.geometries[-1].out_channels, plan.dtype, plan.p), plan.pool, plan.plain_end)
     for i, (layer, g) in enumerate(zip(layers, plan.geometries)):
         w = _cast_weight(layer, plan.dtype)
         raw = _conv(a, w, g)
         channels = g.out_channels
-        mean, inverse, scale, *seen = passes.statistics(
+        found = passes.Measured(*passes.statistics(
             _rows(raw), passes.vector(layer.bias, channels, 0.0), passes.vector(layer.bn_weight, channels, 1.0),
             passes.number(layer.eps),
-        )  # fmt: skip
+        ))  # fmt: skip
+        if not passes.is_sound(found.sound):
+            end = _drawn_end(x, plan)
+            return composed(x, [_counting(layer, plan) for layer in layers], plan.geometries, end, plan.dtype), [], end
         bias = passes.vector(layer.bn_bias, channels, 0.0)
-        saved.append(SavedLayer(a, w, raw, mean, scale, inverse, bias))
-        if layer.counts(plan.training):
-            _move_statistics(layer, *seen)
+        seen.append(found)
+        saved.append(SavedLayer(a, w, raw, found.mean, found.scale, found.inverse, bias))
         if i < last:
             a = buffers.dense(raw.dtype, *raw.shape)
-            passes.normalize(_rows(raw), mean, scale, bias, _rows(a))
+            passes.normalize(_rows(raw), found.mean, found.scale, bias, _rows(a))
+    for layer, found in zip(layers, seen):
+        _move_statistics(_counting(layer, plan), found)
+    end = _drawn_end(x, plan)
     return _layout(_end(saved[-1], end), channels_last), saved, end
 
 
-def _layout(nhwc: Tensor, channels_last: bool) -> Tensor:
-    y = _map(nhwc)
+def _drawn_end(x: Tensor, plan: Any) -> End:
+    return End(draw(x, plan.geometries[-1].out_channels, plan.dtype, plan.p), plan.pool, plan.plain_end)
+
+
+def _counting(layer: Any, plan: Any) -> Any:
+    """The layer, without what this call may not move."""
+    return layer if layer.counts(plan.training) else _without_statistics(layer)
+
+
+def _without_statistics(layer: Any) -> Any:
+    return layer._replace(running_mean=None, running_var=None, num_batches_tracked=None)
+
+
+def _layout(y: Tensor, channels_last: bool) -> Tensor:
     return y if channels_last else y.contiguous()
 
 
 def _end(layer: SavedLayer, end: End) -> Tensor:
+    """The stage's result in channels_last: a view of nothing, so that whoever gets it may write to it."""
     raw, pool = layer.raw, end.pool
-    y = buffers.dense(raw.dtype, raw.shape[0], pool.out_h, pool.out_w, raw.shape[3])
+    y = buffers.channels_last(raw.dtype, raw.shape[0], raw.shape[3], pool.out_h, pool.out_w)
     vectors = layer.mean, layer.scale, layer.bias
     if end.plain:
-        passes.normalize(_rows(raw), *vectors, _rows(y))
+        passes.normalize(_rows(raw), *vectors, _rows(_nhwc(y)))
     else:
-        passes.ends(pool.kernel_h, pool.kernel_w).forward(_windows(raw, pool), *vectors, end.keep, y)
+        passes.ends(pool.kernel_h, pool.kernel_w).forward(_windows(raw, pool), *vectors, end.keep, _nhwc(y))
     return y
 
 
-def _move_statistics(layer: Any, mean: Tensor, var: Tensor) -> None:
+def _counted(layer: Any) -> float:
+    """Adds one to the layer's counter; how far running statistics move."""
+    counter = layer.num_batches_tracked
+    if counter is not None:
+        counter.add_(1)
+    if layer.momentum is not None:
+        return float(layer.momentum)
+    return 0.0 if counter is None else 1.0 / float(counter)
+
+
+def _move_statistics(layer: Any, found: passes.Measured) -> None:
     """torch's running statistics: of the map with the convolution's bias, with the unbiased variance."""
-    factor = layer.momentum
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
+    factor = _counted(layer)
     if layer.running_mean is None:
         return
-    if factor is None:
-        counter = layer.num_batches_tracked
-        factor = 0.0 if counter is None else 1.0 / float(counter)
-    layer.running_mean.lerp_(_as(mean, layer.running_mean), factor)
-    layer.running_var.lerp_(_as(var, layer.running_var), factor)
+    for running, batch in ((layer.running_mean, found.shifted), (layer.running_var, found.unbiased)):
+        # (.data, as torch's own batch norm moves them without a word to autograd: a graph that another call of it made
+        # has saved them, and must stay what it is)
+        running.data.lerp_(_as(batch, running), factor)
 
 
 def _as(t: Tensor, like: Tensor) -> Tensor:
@@ -301,8 +328,8 @@ def _raw_gradient(d: Tensor, layer: SavedLayer, end: End, sums: Sums, place: Ten
 
 
 def composed(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], end: End, dtype: torch.dtype) -> Tensor:
-    """The stage in torch's own calls, with the dropout that was drawn and no running statistics moved: what a backward
-    that is itself to be differentiated goes through."""
+    """The stage in torch's own calls, with the dropout that was drawn: what values go through that passes cannot take,
+    and a backward that is itself to be differentiated. Moves the running statistics and counters that layers have."""
     y = x.to(dtype)
     for layer, g in zip(layers, geometries):
         conv = torch.nn.functional.conv2d(
@@ -311,8 +338,8 @@ def composed(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], e
         )  # fmt: skip
         if layer.bias is not None:
             conv = conv + layer.bias.to(dtype)[:, None, None]
-        normed = torch.nn.functional.batch_norm(conv, None, None, layer.bn_weight, layer.bn_bias, True, 0.0, layer.eps)
-        y = torch.relu(normed)
+        running, affine = (layer.running_mean, layer.running_var), (layer.bn_weight, layer.bn_bias)
+        y = torch.relu(torch.nn.functional.batch_norm(conv, *running, *affine, True, _counted(layer), layer.eps))
     if not end.plain:
         y = torch.nn.functional.max_pool2d(y, (end.pool.kernel_h, end.pool.kernel_w))
         y = y * end.keep[:, :, None, None].to(dtype)
@@ -330,21 +357,9 @@ class _ConvStageCPU(torch.autograd.Function):
             y, saved, end = forward(x, layers, plan, channels_last)
         # the arguments themselves too: autograd then notices if one is written to, and can differentiate once more
         ctx.save_for_backward(x, *own, end.keep, *(t for layer in saved for t in layer))
-        ctx.plan, ctx.layers = (
-            plan,
-            [
-                layer._replace(
-                    running_mean=None,
-                    running_var=None,
-                    num_batches_tracked=None,
-                    weight=None,
-                    bias=None,
-                    bn_weight=None,
-                    bn_bias=None,
-                )
-                for layer in layers
-            ],
-        )
+        ctx.plan, ctx.passes = plan, len(saved) > 0
+        # (what backward has of a layer comes back with the saved tensors)
+        ctx.layers = [layer._replace(**dict.fromkeys(layer._fields[:TENSORS])) for layer in layers]
         return y
 
     @staticmethod
@@ -358,8 +373,9 @@ class _ConvStageCPU(torch.autograd.Function):
         ]
         end, needs = End(keep, plan.pool, plan.plain_end), ctx.needs_input_grad[3:]
         with torch.autocast("cpu", enabled=False):
-            if torch.is_grad_enabled():
-                return None, None, None, *_differentiable(dy, x, own, layers, plan, end, needs)
+            if torch.is_grad_enabled() or not ctx.passes:
+                with torch.enable_grad():
+                    return None, None, None, *_differentiable(dy, x, own, layers, plan, end, needs)
             width = len(SavedLayer._fields)
             saved = [SavedLayer(*kept[i : i + width]) for i in range(0, len(kept), width)]
             gradients = backward(dy.to(plan.dtype), saved, end, layers, plan.geometries, needs)
@@ -389,29 +405,33 @@ def train(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> T
     own = [t for layer in layers for t in layer[:4]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *own)):
         return _ConvStageCPU.apply(plan, layers, channels_last, x, *own)
-    with torch.autocast("cpu", enabled=False):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return forward(x, layers, plan, channels_last)[0]
 
 
 @torch.no_grad()
-def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> Tensor:
-    """The stage by running statistics: batch norm in the convolutions' weights, ReLU behind them in the same call,
-    and so few images at a time that their maps stay in cache."""
+def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> Tensor | None:
+    """The stage by running statistics: batch norm in the convolutions' weights, ReLU in their results' memory, and so
+    few images at a time that their maps stay in cache. None where a weight and its batch norm have no finite
+    product."""
     with torch.autocast("cpu", enabled=False):
         folded = [_folded(layer, plan.dtype) for layer in layers]
+        if not all(passes.is_sound(sound) for _, _, sound in folded):
+            return None
         x = _cast(x, plan.dtype)
         largest = max(g.out_h * g.out_w * max(g.out_channels, g.in_channels) for g in plan.geometries)
         chunk = max(1, CHUNK // (largest * x.element_size()))
         g, pool = plan.geometries[-1], plan.pool
-        y = buffers.dense(x.dtype, x.shape[0], pool.out_h, pool.out_w, g.out_channels)
+        y = buffers.channels_last(x.dtype, x.shape[0], g.out_channels, pool.out_h, pool.out_w)
         for start in range(0, x.shape[0], chunk):
             a = x[start : start + chunk]
-            for (w, b), g in zip(folded, plan.geometries):
+            for (w, b, _), g in zip(folded, plan.geometries):
                 a = mkldnn._convolution_pointwise(
                     a.contiguous(memory_format=torch.channels_last), w, b, (g.pad_h, g.pad_w),
-                    (g.stride_h, g.stride_w), (g.dilation_h, g.dilation_w), g.groups, "relu", [], "",
+                    (g.stride_h, g.stride_w), (g.dilation_h, g.dilation_w), g.groups, "none", [], "",
                 )  # fmt: skip
-            out = y[start : start + chunk]
+                a.relu_()  # (not in the call: oneDNN's makes 0 of NaN)
+            out = _nhwc(y[start : start + chunk])
             if pool.taps == 1:
                 out.copy_(_nhwc(a))
             else:
@@ -419,16 +439,16 @@ def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -
         return _layout(y, channels_last)
 
 
-def _folded(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution with batch norm's. Made at each call: a kept copy would not notice
-    parameters written through ``.data``, as averaging of weights does."""
+def _folded(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and bias of the convolution with batch norm's, and whether they are sound. Made at each call: a kept copy
+    would not notice parameters written through ``.data``, as averaging of weights does."""
     weight = _nhwc(layer.weight)
     channels = weight.shape[0]
-    folded, bias = torch.empty(weight.shape, dtype=dtype), torch.empty(channels, dtype=dtype)
+    folded, bias = (torch.empty(size, dtype=dtype, device="cpu") for size in (weight.shape, (channels,)))
     given = (
         (layer.bias, 0.0), (layer.bn_weight, 1.0), (layer.bn_bias, 0.0), (layer.running_mean, 0.0),
         (layer.running_var, 1.0),
     )  # fmt: skip
     vectors = [passes.vector(t, channels, default) for t, default in given]
-    passes.fold(weight, *vectors, passes.number(layer.eps), folded, bias)
-    return _map(folded), bias
+    (sound,) = passes.fold(weight, *vectors, passes.number(layer.eps), folded, bias)
+    return _map(folded), bias, sound

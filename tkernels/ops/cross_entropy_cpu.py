@@ -87,7 +87,8 @@ def _forward(
     share = counts.float()
     if reduction == "mean":
         number = share.sum()
-        loss, share = loss.sum() / number, share / number
+        # (of 0 rows the mean is NaN, and the gradient of each is 0)
+        loss, share = loss.sum() / number, torch.where(counts, share / number, 0.0)
     elif reduction == "sum":
         loss = loss.sum()
     return loss.to(dtype), [top, log_sum, index.int(), share]
@@ -115,7 +116,7 @@ class _CrossEntropyCPU(torch.autograd.Function):
                     x.to(dy.dtype), target, None, None, ignore_index, None, reduction, smoothing
                 )
                 return *torch.autograd.grad(loss, x, dy, create_graph=True), None, None, None, None, None
-            whole = share * dy.float()
+            whole = torch.where(share > 0, share * dy.float(), 0.0)
             dx = buffers.empty(x)
             rows.cross_entropy_gradient(
                 x, top, log_sum, index, whole, whole * (1.0 - smoothing), whole * (smoothing / x.shape[1]), dx

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tkernels import replay, runtime
-from tkernels.cpu import post_ops
+from tkernels.cpu import linear as linear_cpu
 from tkernels.ops import activation as activations
 from tkernels.ops import checks
 from tkernels.ops.autograd import once_differentiable
@@ -118,12 +118,8 @@ def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _torch_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float) -> Tensor:
     """The same in ATen calls, with PyTorch's own autograd and autocast."""
-    if activation == "relu" and p == 0.0 and not torch.is_grad_enabled():
-        y = post_ops.linear_relu(input, weight, bias)
-        if y is not None:
-            return y
     try:
-        z = F.linear(input, weight, bias)
+        z = F.linear(input, weight, bias) if torch.is_grad_enabled() else linear_cpu.product(input, weight, bias)
     except checks.REFUSALS as error:
         checks.explain(error, functools.partial(_check_all, input, weight, bias))
     y = activations.apply_to_own(z, activation, 2)

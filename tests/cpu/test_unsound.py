@@ -1,0 +1,172 @@
+"""Values that a CPU's compiled passes cannot take, as they sum in float32: torch's own calls take over, for that call.
+
+And what a stage hands out: results that may be written to, and running statistics that move as torch moves them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tkernels.functional as TF
+import tkernels.nn as tnn
+from tests.cpu.profiles import events
+from tkernels.cpu import compiler
+
+pytestmark = [
+    pytest.mark.gate("torch"),
+    pytest.mark.skipif(not compiler.enabled(), reason="TKERNELS_COMPILE=0 or no C++ compiler"),
+]
+
+CL = torch.channels_last
+NATIVE, PASS = "aten::native_batch_norm", "tkernels: batch norm relu"
+NAN, INF = float("nan"), float("inf")
+
+
+def batch(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, weight and bias of a batch norm that takes the passes, spoiled in one way."""
+    x, weight, bias = torch.randn(64, 32, 32, 32).contiguous(memory_format=CL), torch.rand(32) + 0.5, torch.randn(32)
+    if kind == "large":
+        x[3, 5, 7, 9], x[4, 6, 1, 1] = 1e30, -1e30
+    elif kind == "large mean":
+        x[:, 2] = 1e17
+        x[:32, 2] = -1e17
+    elif kind == "huge":
+        x[3, 5] = 3e38
+    elif kind == "nan":
+        x[3, 5, 7, 9] = NAN
+    elif kind == "inf":
+        x[3, 5, 7, 9] = -INF
+    elif kind == "weight":
+        weight[4], bias[4], weight[5] = INF, 1.0, NAN
+    return x, weight, bias
+
+
+def run(
+    call: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """The result, running mean and variance, and the gradients of all three."""
+    given = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    mean, var = torch.zeros(32), torch.ones(32)
+    y = call(given[0], mean, var, given[1], given[2])
+    torch.manual_seed(1)
+    return y, mean, var, torch.autograd.grad(y, given, torch.randn(y.shape).contiguous(memory_format=CL))
+
+
+def torchs(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.relu(F.batch_norm(x, mean, var, weight, bias, True, 0.1, 1e-5))
+
+
+def ours(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return TF.batch_norm(x, mean, var, weight, bias, True, 0.1, 1e-5, "relu")
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["large", "large mean", "huge", "nan", "inf", "weight"])
+def test_batch_norm(kind: str) -> None:
+    x, weight, bias = batch(kind)
+    y, mean, var, gradients = run(ours, x, weight, bias)
+    expected, torchs_mean, torchs_var, torchs_gradients = run(torchs, x, weight, bias)
+    for a, b in ((y, expected), (mean, torchs_mean), (var, torchs_var), *zip(gradients, torchs_gradients)):
+        same(a, b)
+    with torch.no_grad():
+        statistics = torch.zeros(32), torch.ones(32)
+        same(ours(x, *statistics, weight, bias), expected)
+        same(torch.stack(statistics), torch.stack((torchs_mean, torchs_var)))
+
+
+def test_torch_takes_over_for_that_call_alone() -> None:
+    x, weight, bias = batch("")
+    spoiled = batch("large")[0]
+    for given, expected in ((x, [PASS]), (spoiled, [PASS, NATIVE]), (x, [PASS])):
+        # (warm: a first call compiles)
+        ours(given, torch.zeros(32), torch.ones(32), weight, bias)
+
+        def call(given: Tensor = given) -> None:
+            ours(given, torch.zeros(32), torch.ones(32), weight, bias)
+
+        assert events(call, (PASS, NATIVE)) == expected
+
+
+def stages() -> tuple[tnn.ConvStage, nn.Sequential]:
+    torch.manual_seed(0)
+    stage = tnn.ConvStage([8, 16, 16], 3, padding=1, pool=2, dropout=0.25)
+    plain = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.25),
+    )  # fmt: skip
+    plain.load_state_dict(dict(zip(plain.state_dict(), stage.state_dict().values())))
+    return stage.to(memory_format=CL), plain.to(memory_format=CL)
+
+
+def spoil(kind: str, x: Tensor, *models: nn.Module) -> None:
+    parameters = [list(model.parameters()) for model in models]
+    with torch.no_grad():
+        if kind == "image":
+            x[1, 2, 3, 4] = 1e25
+        elif kind == "nan":
+            x[1, 2, 3, 4] = NAN
+        for own in parameters:
+            if kind == "weight":
+                own[4][0, 0, 0, 0] = 1e25
+            elif kind == "scale":
+                own[2][3] = INF
+
+
+@pytest.mark.parametrize("kind", ["image", "weight", "scale", "nan"])
+@pytest.mark.parametrize("training", [True, False])
+def test_stage(kind: str, training: bool) -> None:
+    stage, plain = stages()
+    x = torch.randn(16, 8, 32, 32).contiguous(memory_format=CL)
+    spoil(kind, x, stage, plain)
+    found = []
+    for model in (stage.train(training), plain.train(training)):
+        images = x.clone().requires_grad_(training)
+        torch.manual_seed(3)
+        with torch.set_grad_enabled(training):
+            y = model(images)
+        results = [y, torch.rand(1)]  # the same draws were taken
+        if training:
+            results += torch.autograd.grad(y, [images, *model.parameters()], torch.ones_like(y))
+        found.append([*results, *(t.clone() for t in model.buffers())])
+    for number, (a, b) in enumerate(zip(*found)):
+        # (gradients of the convolutions' biases are 0, or rounding)
+        if not (training and number in (4, 8) and b.isfinite().all()):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3, equal_nan=True, msg=lambda m, n=number: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch", [2, 32])
+@pytest.mark.parametrize("layout", [CL, torch.contiguous_format])
+def test_what_a_stage_gives_may_be_written_to(layout: Any, batch: int, training: bool) -> None:
+    stage, _ = stages()
+    stage.train(training).to(memory_format=layout)
+    x = torch.randn(batch, 8, 32, 32).contiguous(memory_format=layout)
+    y = stage(x)
+    assert not y._is_view()
+    twin = copy.deepcopy(y.detach())
+    y += 1
+    torch.testing.assert_close(y.detach(), twin + 1)
+    if training:
+        y.sum().backward()
+
+
+def test_running_statistics_move_as_torch_moves_them() -> None:
+    """No graph that saved them notices: what torch lets pass (two forwards, then a backward of the first) goes on."""
+    stage, plain = stages()
+    x = torch.randn(16, 8, 32, 32).contiguous(memory_format=CL)
+    versions = []
+    for model in (stage, plain):
+        before = [t._version for t in model.buffers()]
+        model(x)
+        versions.append([t._version - number for t, number in zip(model.buffers(), before)])
+    assert versions[0] == versions[1] == [0, 0, 1, 0, 0, 1]
