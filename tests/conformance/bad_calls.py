@@ -191,6 +191,8 @@ FUNCTIONS = (
     Bad("batch_norm: scalar input", lambda f, t: f.batch_norm(t(), t(1), t(1)), ("input", "[]")),
     Bad("batch_norm: eps 0", lambda f, t: f.batch_norm(t(2, 3), t(3), t(3), training=True, eps=0.0), ("eps",)),
     Bad("batch_norm: eps negative", lambda f, t: f.batch_norm(t(2, 3), t(3), t(3), eps=-1.0), ("eps", "-1.0")),
+    Bad("batch_norm: eps before rank", lambda f, t: f.batch_norm(t(), t(1), t(1), eps=-1.0), ("eps", "-1.0")),
+    Bad("batch_norm: eps first", lambda f, t: f.batch_norm(t(4), t(4), t(4), training=True, eps=-1.0), ("eps",)),
     Bad("batch_norm: eps 'small'", lambda f, t: f.batch_norm(t(2, 3), t(3), t(3), eps="small"), ("eps",)),
     Bad("batch_norm: momentum None", lambda f, t: f.batch_norm(t(2, 3), t(3), t(3), momentum=None), ("momentum",)),
     Bad("batch_norm: momentum 'x'", lambda f, t: f.batch_norm(t(2, 3), t(3), t(3), momentum="x"), ("momentum",)),

@@ -170,3 +170,22 @@ def test_running_statistics_move_as_torch_moves_them() -> None:
         model(x)
         versions.append([t._version - number for t, number in zip(model.buffers(), before)])
     assert versions[0] == versions[1] == [0, 0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("images", [CL, torch.contiguous_format])
+@pytest.mark.parametrize("weights", [CL, torch.contiguous_format])
+def test_gradients_are_laid_out_as_torch_s(images: Any, weights: Any) -> None:
+    found = []
+    for model in stages():
+        model.to(memory_format=weights)
+        x = torch.randn(16, 8, 32, 32).contiguous(memory_format=images).requires_grad_()
+        y = model(x)
+        gradients = torch.autograd.grad(y.sum(), [x, *model.parameters()])
+        found.append([t.stride() for t in (y, *gradients)])
+    assert found[0] == found[1]
+
+
+def test_one_value_for_each_channel_is_refused_at_any_size() -> None:
+    x = torch.randn(1, 1 << 20)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        TF.batch_norm(x, None, None, training=True, activation="relu")

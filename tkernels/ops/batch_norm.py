@@ -183,14 +183,16 @@ def _check(
         raise TypeError(f"training must be a bool, got {type(training).__name__}")
     if training and input.ndim and input.shape[0] == 1 and all(size == 1 for size in input.shape[2:]):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    # an empty vector counts as a batch of no channels, as in torch
-    if input.ndim < 2 and not (input.ndim == 1 and input.numel() == 0):
-        # torch fails on whichever it meets first: the missing axis, or a vector of the wrong length
-        error = RuntimeError if vectors and (input.ndim or not training) else IndexError
-        raise error(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
+    if training and input.ndim == 0:
+        raise IndexError(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
     eps = checks.number("eps", eps)
     if (eps <= 0.0) if training else (eps < 0.0):
         raise ValueError(f"eps must be positive in training and not negative in evaluation, got {eps}")
+    # an empty vector counts as a batch of no channels, as in torch
+    if input.ndim < 2 and not (input.ndim == 1 and input.numel() == 0):
+        # torch fails on whichever it meets first: the missing axis, or a vector of the wrong length
+        error = RuntimeError if vectors or not training else IndexError
+        raise error(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
     if momentum is not None:
         checks.number("momentum", momentum)
     if (running_mean is None) != (running_var is None) and training:
@@ -265,7 +267,7 @@ def _torch_batch_norm(
     ):
         return batch_norm_cpu.batch_norm_relu(input, *vectors, momentum, eps, num_batches_tracked)
     try:
-        if eps <= 0.0:  # torch before 2.14 takes any
+        if eps <= 0.0 and input.numel() > 0:  # torch before 2.14 takes any
             _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
         y = _torch_normalize(
             input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked

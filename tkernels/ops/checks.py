@@ -12,16 +12,14 @@ REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 def explain(error: Exception, check: Callable[[], None]) -> NoReturn:
-    """Raise what ``check`` raises, which names the argument, if it is of the class of torch's ``error``; else that.
+    """Raise what ``check`` raises, which names the argument, of the very class of torch's ``error``; else that.
 
     PyTorch bodies call torch first and check only what it refused: checks cost more than a small operator.
     """
     try:
         check()
-    except type(error) as ours:
-        raise ours from None
-    except REFUSALS:
-        raise error from None
+    except REFUSALS as ours:
+        raise (ours if type(ours) is type(error) else error) from None
     raise error
 
 

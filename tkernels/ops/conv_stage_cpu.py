@@ -264,10 +264,10 @@ def _as(t: Tensor, like: Tensor) -> Tensor:
 
 def backward(
     dy: Tensor, saved: Sequence[SavedLayer], end: End, layers: Sequence[Any], geometries: Sequence[Geometry],
-    needs: Sequence[bool],
+    needs: Sequence[bool], channels_last: bool,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the input (NHWC as a map), then of weight, bias, bn_weight and bn_bias of each layer, each where
-    ``needs`` says so and in its tensor's dtype."""
+    """Gradients of the input, then of weight, bias, bn_weight and bn_bias of each layer, each where ``needs`` says so
+    and in its tensor's dtype; those of maps and weights laid out as the stage's result is."""
     gradients: list[Tensor | None] = [None] * len(needs)
     # the lowest layer that something is asked of
     lowest = 0 if needs[0] else next(i for i in range(len(saved)) if any(needs[1 + 4 * i : 5 + 4 * i]))
@@ -289,11 +289,12 @@ def backward(
             continue
         d = _raw_gradient(d, layer, end, sums, place, fresh=at_end)
         if weight:
-            gradients[1 + 4 * i] = _as(_conv_backward(d, layer, g, (False, True, False))[1], layers[i].weight)
+            found = _as(_conv_backward(d, layer, g, (False, True, False))[1], layers[i].weight)
+            gradients[1 + 4 * i] = _layout(found, channels_last)
         if below:
             d = _input_gradient(d, layer, g)
     if needs[0]:
-        gradients[0] = _map(d)
+        gradients[0] = _layout(_map(d), channels_last)
     return gradients
 
 
@@ -357,7 +358,7 @@ class _ConvStageCPU(torch.autograd.Function):
             y, saved, end = forward(x, layers, plan, channels_last)
         # the arguments themselves too: autograd then notices if one is written to, and can differentiate once more
         ctx.save_for_backward(x, *own, end.keep, *(t for layer in saved for t in layer))
-        ctx.plan, ctx.passes = plan, len(saved) > 0
+        ctx.plan, ctx.passes, ctx.channels_last = plan, len(saved) > 0, channels_last
         # (what backward has of a layer comes back with the saved tensors)
         ctx.layers = [layer._replace(**dict.fromkeys(layer._fields[:TENSORS])) for layer in layers]
         return y
@@ -378,7 +379,7 @@ class _ConvStageCPU(torch.autograd.Function):
                     return None, None, None, *_differentiable(dy, x, own, layers, plan, end, needs)
             width = len(SavedLayer._fields)
             saved = [SavedLayer(*kept[i : i + width]) for i in range(0, len(kept), width)]
-            gradients = backward(dy.to(plan.dtype), saved, end, layers, plan.geometries, needs)
+            gradients = backward(dy.to(plan.dtype), saved, end, layers, plan.geometries, needs, ctx.channels_last)
         if gradients[0] is not None:
             gradients[0] = gradients[0].to(x.dtype)
         return None, None, None, *gradients
