@@ -59,7 +59,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--categorical", nargs="+", default=[], metavar="COLUMN",
-        help="with csv: columns that hold categories though they look like numbers (default: none)",
+        help="with csv: columns of categories though they look like numbers, such as postal codes (default: none)",
     )  # fmt: skip
     group.add_argument(
         "--val-fraction", type=_fraction, default=None, metavar="F",

@@ -11,6 +11,13 @@ from torch import Tensor
 from models.history import Row
 
 
+def _shown(name: str, longest: int = 30) -> str:
+    """A name on one line that leaves room for the picture; its text is to be drawn with parse_math=False, for
+    cost_$10^$ is no formula."""
+    line = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in name)
+    return line if len(line) <= longest else f"{line[: longest - 1]}\u2026"
+
+
 def _figure(title: str, **options: Any) -> Any:
     # pyplot would choose a backend for the whole process and keep the figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,7 +25,7 @@ def _figure(title: str, **options: Any) -> Any:
 
     figure = Figure(layout="constrained", **options)
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(_shown(title, 120), parse_math=False)
     return figure
 
 
@@ -60,8 +67,9 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], path: Path, title: st
     axes.set_ylabel("true class")
     if size <= 30:
         turned = {"rotation": 45, "ha": "right"} if max(map(len, classes)) > 2 else {}
-        axes.set_xticks(range(size), classes, **turned)
-        axes.set_yticks(range(size), classes)
+        names = [_shown(name) for name in classes]
+        axes.set_xticks(range(size), names, parse_math=False, **turned)
+        axes.set_yticks(range(size), names, parse_math=False)
     if size <= 20:
         for i, j in counts.nonzero().tolist():
             colour = "white" if shares[i, j] > 0.5 else "black"
@@ -78,7 +86,7 @@ def draw_gradients(flow: dict[str, tuple[float, float]], path: Path, title: str)
     axes.bar(layers, largest, color="tab:blue", alpha=0.35, label="largest")
     axes.bar(layers, means, color="tab:blue", label="mean")
     axes.set_yscale("log")
-    axes.set_xticks(layers, list(flow), rotation=45, ha="right")
+    axes.set_xticks(layers, [_shown(name, 60) for name in flow], rotation=45, ha="right", parse_math=False)
     axes.set_ylabel("magnitude of the gradient")
     axes.set_axisbelow(True)
     axes.grid(axis="y", alpha=0.3)

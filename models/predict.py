@@ -5,6 +5,8 @@ Exit status: 0; 2 for a bad option, a file that cannot be read, or a checkpoint 
 
 from __future__ import annotations
 
+import io
+import reprlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import checkpoint, networks
+from models import checkpoint, images, networks
 from models.arguments import Parser, Whole
 from models.checkpoint import CheckpointError
+from models.data import DataError
 
 PROGRAM = "python -m models.predict"
 
 
 class PredictError(Exception):
-    """An image or a checkpoint that cannot be used; the message says why in one line."""
+    """A checkpoint that cannot be used for images, or a file to write; the message says why in one line."""
 
 
 class Probabilities(nn.Module):
@@ -51,7 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint.pt of a training run")
-    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="files that Pillow reads: PNG, JPEG, ...")
+    parser.add_argument(
+        "images",
+        type=Path,
+        nargs="*",
+        metavar="IMAGE",
+        help="files that Pillow reads: PNG, JPEG, ... (transparent is white, a tag turns)",
+    )
     parser.add_argument("--top", type=Whole(1), default=1, metavar="K", help="the K likeliest classes (default: 1)")
     parser.add_argument("--export", type=Path, default=None, metavar="FILE", help="write the program here, as FILE.pt2")
     args = parser.parse_args(argv)
@@ -61,10 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, network = load(args.checkpoint)
         if args.export is not None:
             export(model, network, args.export)
-            print(f"wrote {args.export}")
+            _print(f"wrote {args.export}")
         for path in args.images:
-            print(f"{path}: {_answer(model(read(path, network['image_size'])), network['classes'], args.top)}")
-    except (PredictError, CheckpointError, OSError) as error:
+            probabilities = model(read(path, network["image_size"]))
+            if not torch.isfinite(probabilities).all():
+                raise PredictError(f"{args.checkpoint} has no finite answer for {path}")
+            _print(f"{path}: {_answer(probabilities, network['classes'], args.top)}")
+    except (PredictError, CheckpointError, DataError, OSError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -73,29 +85,62 @@ def main(argv: Sequence[str] | None = None) -> int:
 def load(path: Path) -> tuple[Probabilities, dict[str, Any]]:
     """(network, its description) of a checkpoint, on the CPU. Raises CheckpointError, or PredictError for an MLP's."""
     state = checkpoint.load(path)
-    network = state["network"]
+    network, weights = state["network"], state["model_state_dict"]
+    wrong = _wrong(network)
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: its network's {wrong}")
     if network["kind"] == "mlp":
         raise PredictError(f"{path} classifies rows of {network['features']} numbers, no images")
-    model = networks.build(network, fused=False)
     try:
-        model.load_state_dict(state["model_state_dict"])
-    except RuntimeError as error:
+        with torch.device("meta"):  # sizes that do not fit the weights must not be allocated
+            layout = networks.build(network, fused=False)
+        wanted = layout.state_dict()
+        layout.load_state_dict(weights, assign=True)
+        for name, value in wanted.items():
+            if not _fits(weights[name], value):
+                raise CheckpointError(f"{path} is damaged: its weights {name} are no finite numbers of {value.dtype}")
+        model = networks.build(network, fused=False)
+        model.load_state_dict(weights)
+    except (AttributeError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold the weights it describes: {error}") from error
     return Probabilities(model, network["mean"], network["std"]).eval().requires_grad_(False), network
 
 
+def _fits(value: Tensor, wanted: Tensor) -> bool:
+    """Whether a tensor of the right shape holds what the network's own of that name may hold."""
+    plain = value.layout == torch.strided and value.device.type == "cpu" and value.dtype == wanted.dtype
+    return plain and bool(torch.isfinite(value).all())
+
+
+def _wrong(network: Any) -> str:
+    """What of a network's description is of a kind that training does not write; empty if nothing is."""
+    if not isinstance(network, dict):
+        return f"description is a {type(network).__name__}"
+    kind = network.get("kind")
+    if kind not in ("mlp", "cnn", "attention"):
+        return f"kind is {reprlib.repr(kind)}"
+    for name in ("features",) if kind == "mlp" else ("width", "image_size"):
+        if type(network.get(name)) is not int or network[name] < 1:
+            return f"{name} is {reprlib.repr(network.get(name))}"
+    classes = network.get("classes")
+    if not (isinstance(classes, list) and classes and all(type(name) is str and "\n" not in name for name in classes)):
+        return f"classes are {reprlib.repr(classes)}"
+    # of colours in [0, 1]
+    for name, least in (("mean", 0.0), ("std", 1e-6)) if kind != "mlp" else ():
+        value = network.get(name)
+        if not (
+            isinstance(value, list) and len(value) == 3 and all(type(x) is float and least <= x <= 1 for x in value)
+        ):
+            return f"{name} is {reprlib.repr(value)}"
+    return ""
+
+
 def read(path: Path, size: int) -> Tensor:
-    """An image file as (1, 3, size, size) in [0, 1]. Raises PredictError where it is none."""
-    from PIL import Image, UnidentifiedImageError
+    """An image file as (1, 3, size, size) in [0, 1]. Raises DataError where it is none."""
     from torchvision.transforms import v2
 
-    try:
-        with Image.open(path) as image:
-            pixels = v2.functional.pil_to_tensor(image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise PredictError(f"{path} is no image that can be read") from error
     prepare = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Resize((size, size), antialias=True)])
-    return prepare(pixels).unsqueeze(0)
+    return prepare(images.read(path)).unsqueeze(0)
 
 
 def export(model: Probabilities, network: dict[str, Any], path: Path) -> None:
@@ -104,7 +149,21 @@ def export(model: Probabilities, network: dict[str, Any], path: Path) -> None:
         raise PredictError(f"--export {path}: the name must end in .pt2")
     example = (torch.zeros(2, 3, network["image_size"], network["image_size"]),)
     program = torch.export.export(model, example, dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
-    torch.export.save(program, path, extra_files={"classes.txt": "\n".join(network["classes"])})
+    whole = io.BytesIO()  # torch writing to a full disk ends the process
+    torch.export.save(program, whole, extra_files={"classes.txt": "\n".join(network["classes"])})
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(whole.getbuffer())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _print(line: str) -> None:
+    """Print, whatever bytes are in a file's name and whatever the screen can show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _answer(probabilities: Tensor, classes: Sequence[str], top: int) -> str:

@@ -16,7 +16,7 @@ PACKAGES = {
     "matplotlib": "the train extra",
     "onnx": "the ecosystem extra",
     "onnxscript": "the ecosystem extra",
-    "pandas": "the train extra",
+    "pandas": "the perf extra",
     "sklearn": "the train extra",
     "tensorboard": "pip install tensorboard",
     "timm": "the ecosystem extra",

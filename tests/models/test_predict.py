@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +119,105 @@ def test_refused(trained: Path, pictures: list[Path], tmp_path: Path, capsys: py
     with pytest.raises(SystemExit):
         predict.main([str(trained)])
     assert "nothing to do" in capsys.readouterr().err
+
+
+VALUES = [None, "x", b"x", [], {}, -1, 0, 10**30, True, 1.5, float("nan"), ["a", 1, None], [0.5, 0.5], [0.0, 0.0, 0.0],
+          [1e-320] * 3, [10**400] * 3, ["a\nb", "c", "d"], ["a"], (3,), 2**20, "mlp", torch.zeros(2)]  # fmt: skip
+
+
+def _one_line_or_an_answer(path: Path, picture: Path, capsys: pytest.CaptureFixture[str]) -> int:
+    status = predict.main([str(path), str(picture)])
+    out, err = capsys.readouterr()
+    if status == 0:
+        assert "%" in out
+        assert "nan" not in out
+        assert err == ""
+    else:
+        assert status == 2
+        assert out == ""
+        (line,) = err.splitlines()
+        assert str(path) in line
+    return status
+
+
+@pytest.mark.parametrize("name", ["kind", "width", "image_size", "classes", "mean", "std"])
+def test_a_description_of_a_wrong_kind(
+    trained: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Each value for each part, or the part missing: one line. Sizes that do not fit are never allocated."""
+    state = checkpoint.load(trained)
+    whole = state["network"]
+    for value in VALUES:
+        torch.save({**state, "network": {**whole, name: value}}, trained)
+        black_is_zero = name == "mean" and value in ([0.0] * 3, [1e-320] * 3)  # which is what a mean can be
+        assert _one_line_or_an_answer(trained, pictures[0], capsys) == (0 if black_is_zero else 2), value
+    torch.save({**state, "network": {key: value for key, value in whole.items() if key != name}}, trained)
+    assert _one_line_or_an_answer(trained, pictures[0], capsys) == 2
+
+
+@pytest.mark.parametrize("name", ["network", "model_state_dict", "epoch", "val_acc", "optimizer_state_dict"])
+def test_a_checkpoint_of_wrong_parts(
+    trained: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """One line, or the answer where prediction does without the part."""
+    state = checkpoint.load(trained)
+    for value in VALUES:
+        torch.save({**state, name: value}, trained)
+        status = _one_line_or_an_answer(trained, pictures[0], capsys)
+        assert status == 2 or name not in ("network", "model_state_dict")
+
+
+def test_weights_of_a_wrong_kind(trained: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    state = checkpoint.load(trained)
+    weights = state["model_state_dict"]
+    for name in ("stage1.conv1.weight", "stage1.bn1.running_var", "classifier.fc3.bias"):
+        good = weights[name]
+        for bad in (
+            *(None, 1.0, [good], good.double(), good.half(), good.int(), good.cfloat(), good.flatten()[:-1]),
+            *(good * float("nan"), good / 0, torch.empty(good.shape, device="meta")),
+        ):
+            torch.save({**state, "model_state_dict": {**weights, name: bad}}, trained)
+            assert _one_line_or_an_answer(trained, pictures[0], capsys) == 2
+    for other in ({"other": good}, {3: good}):
+        torch.save({**state, "model_state_dict": {**weights, **other}}, trained)
+        assert _one_line_or_an_answer(trained, pictures[0], capsys) == 2
+    # a variance below 0 is a number, its root is none
+    negative = {**weights, "stage1.bn1.running_var": torch.full((4,), -1.0)}
+    torch.save({**state, "model_state_dict": negative}, trained)
+    assert _one_line_or_an_answer(trained, pictures[0], capsys) == 2
+
+
+def test_export_that_cannot_be_written(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, and what was there stays: torch itself ends the process where the disk is full."""
+    (tmp_path / "folder.pt2").mkdir()
+    (tmp_path / "old.pt2").write_text("old")
+
+    # the program itself is made in a process of its own above: the suite's settings are not for torch.export
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.export, "save", lambda program, file, **kwargs: file.write(b"program" * 10))
+
+    def full(self: Path, content: Any) -> int:
+        with self.open("wb") as file:
+            file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    for name, message in (("absent/x.pt2", "No such file"), ("folder.pt2", "directory"), ("old.pt2", "No space left")):
+        if name == "old.pt2":
+            monkeypatch.setattr(Path, "write_bytes", full)
+        assert predict.main([str(trained), "--export", str(tmp_path / name)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert (tmp_path / "old.pt2").read_text() == "old"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_name_of_any_bytes(trained: Path, pictures: list[Path], capfdbinary: Any) -> None:
+    path = pictures[0].with_name(os.fsdecode(b"\xff.png"))
+    try:
+        pictures[0].rename(path)
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    assert predict.main([str(trained), str(path)]) == 0
+    assert b"\\udcff.png: " in capfdbinary.readouterr().out
