@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tkernels.cpu import buffers, compiler, norm
 from tkernels.cpu.chain import DTYPES, NOT_COMPILED
-from tkernels.cpu.compiler import Pass, plain_backward
+from tkernels.cpu.compiler import Pass
 from tkernels.ops import activation as activations
+from tkernels.ops.autograd import composed_where_differentiated, dense_on_cpu, gradients_of
 
 Run = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -137,13 +138,15 @@ class _Activation(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[None, Tensor]:
-        (z,) = ctx.saved_tensors
-        if not plain_backward(d):
-            with torch.enable_grad():
-                y = activations.apply(z, ctx.activation)
-                return None, torch.autograd.grad(y, z, d, create_graph=True)[0]
-        z = z.contiguous()
+    def backward_composed(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        """The same in torch's own calls."""
+        apply = functools.partial(activations.apply, activation=ctx.activation)
+        return None, *gradients_of(apply, ctx.saved_tensors, [True], d)
+
+    @staticmethod
+    @composed_where_differentiated(backward_composed)
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        z = dense_on_cpu(ctx.saved_tensors[0])
         dz = buffers.empty(z)
         passes_of(ctx.activation).backward(d.contiguous().view(-1), z.view(-1), dz.view(-1))
         return None, dz
