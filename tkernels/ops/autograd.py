@@ -22,8 +22,8 @@ def once_differentiable(backward: Backward) -> Backward:
     """Decorator of a Function's ``backward`` by kernels: its gradients can't be differentiated again, and say so when
     tried; many incoming gradients at once (is_grads_batched, vmap) are taken one by one.
 
-    torch's decorator of this name marks them only where the incoming gradient requires grad. Without that (the plain
-    ``grad(y.sum(), x, create_graph=True)``) the gradients would count as constants, silently.
+    torch's decorator of this name marks them only where the incoming gradient requires grad, and apart from the graph
+    they came from. So the plain ``grad(y.sum(), x, create_graph=True)`` would give constants, and a Hessian zeros.
     """
 
     @functools.wraps(backward)
@@ -34,11 +34,30 @@ def once_differentiable(backward: Backward) -> Backward:
             return backward(ctx, *args)
         with torch.no_grad():
             gradients = backward(ctx, *args)
+        inputs = [None if g is None else g.detach().requires_grad_() for g in gradients]
+        # what the gradients depend on: autograd goes only where it gets to what it is asked for
+        inputs += [a for a in args if a is not None and a.requires_grad] + _leaves(ctx)
         message = b"trying to differentiate twice a function that was marked with @once_differentiable"
-        refuse: Any = torch._C._functions.DelayedError(message, len(gradients))
-        return refuse(*(None if g is None else g.detach().requires_grad_() for g in gradients))
+        refuse: Any = torch._C._functions.DelayedError(message, len(inputs))
+        refused: Gradients = refuse(*inputs)[: len(gradients)]
+        return refused
 
     return wrapper
+
+
+def _leaves(node: Any) -> list[Tensor | None]:
+    """The leaves that the inputs of an autograd function are made of."""
+    found: list[Tensor | None] = []
+    seen, ahead = {node}, [node]
+    while ahead:
+        for below, _ in ahead.pop().next_functions:
+            if below is None or below in seen:
+                continue
+            seen.add(below)
+            ahead.append(below)
+            if hasattr(below, "variable"):
+                found.append(below.variable)
+    return found
 
 
 def by_kernels(backward: Backward) -> Backward:
