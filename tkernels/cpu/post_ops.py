@@ -22,7 +22,7 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     """relu(x @ weight.T + bias) of dense x [M, C] and weight [K, C], float32 or bfloat16; None where the call is of
     another kind, or one that torch refuses."""
     # (what most calls fail on first: they are small)
-    if is_dynamo_compiling() or type(x) not in PLAIN or x.numel() < SMALLEST_INPUT or type(weight) not in PLAIN:
+    if _recorded() or type(x) not in PLAIN or x.numel() < SMALLEST_INPUT or type(weight) not in PLAIN:
         return None
     if x.dim() != 2 or weight.dim() != 2 or x.shape[0] * weight.shape[0] < WORTH_IT or not _ours(x, weight, bias):
         return None
@@ -38,7 +38,7 @@ def conv2d_relu(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: object, padding: object, dilation: object, groups: int
 ) -> Tensor | None:
     """relu(conv2d(x, weight) + bias) of channels_last images, float32 or bfloat16; None as above."""
-    if is_dynamo_compiling() or type(x) not in PLAIN or x.numel() < SMALLEST_INPUT or type(weight) not in PLAIN:
+    if _recorded() or type(x) not in PLAIN or x.numel() < SMALLEST_INPUT or type(weight) not in PLAIN:
         return None
     numbers = _pair(stride), _pair(padding), _pair(dilation)
     if x.dim() != 4 or weight.dim() != 4 or None in numbers or type(groups) is not int or groups < 1:
@@ -60,6 +60,11 @@ def conv2d_relu(
         (dilation_h, dilation_w), groups, "relu", [], "",
     )  # fmt: skip
     return y
+
+
+def _recorded() -> bool:
+    """Whether a trace would learn of sizes that are none of its business."""
+    return is_dynamo_compiling() or torch._C._is_tracing()
 
 
 def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -32,6 +32,7 @@ def takes(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, s
     # a trace must not learn of sizes: Dynamo is gone after the first line, fake tensors after the second
     return (
         not is_dynamo_compiling()
+        and not torch._C._is_tracing()
         and type(x) in PLAIN
         and x.numel() >= SHORT_WORTH_IT
         and weight is None
