@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from tkernels import targets
 
@@ -81,6 +82,8 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
     """The reason why these tensors cannot go through Triton, or None where they can."""
     if not HAS_TRITON:
         return "triton is not installed"
+    if jit_traced():
+        return "torch.jit.trace and the ONNX exporter record PyTorch's operators, and a kernel's launch is none"
     if transformed():
         return "kernels are not defined under torch.func transforms (grad, vmap, jvp, ...) and forward-mode AD"
     for t in tensors:
@@ -128,10 +131,12 @@ def _wraps_others(t: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode AD is at work: they see PyTorch's operators only, and a kernel's
-    output would have no tangent, silently."""
+    """Whether a torch.func transform, forward-mode AD or torch.jit.trace is at work: they see PyTorch's operators only,
+    and a kernel's output would have no tangent, or be a constant of the trace, silently."""
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._is_tracing()
     )
 
 
@@ -158,6 +163,11 @@ def traced() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 and _recorded()
+
+
+def jit_traced() -> bool:
+    """Whether torch.jit.trace records this call, as the ONNX exporter without Dynamo does: sizes are tensors then."""
+    return not is_dynamo_compiling() and torch._C._is_tracing()
 
 
 def _recorded() -> bool:

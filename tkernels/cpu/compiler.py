@@ -48,12 +48,6 @@ def plain_eager() -> bool:
     )
 
 
-def plain_backward(gradient: Tensor) -> bool:
-    """Whether a backward may run passes: it is not to be differentiated once more, and ``gradient`` is one with memory
-    rather than many at once (is_grads_batched)."""
-    return not (torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient))
-
-
 class Pass:
     """A function of tensors that Inductor compiles at its first call for their dtypes.
 

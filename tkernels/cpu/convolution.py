@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tkernels.cpu import buffers
-from tkernels.cpu.compiler import Pass, plain_backward
+from tkernels.cpu.compiler import Pass
+from tkernels.ops.autograd import composed_where_differentiated, gradients_of
 
 CL = torch.channels_last
 MOST_PIXELS = 1 << 14
@@ -81,17 +82,24 @@ class _Convolution(torch.autograd.Function):
         return y
 
     @staticmethod
+    def backward_composed(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        """The same in torch's own calls."""
+        call: Call = ctx.call
+        x, weight, _, bias = ctx.saved_tensors
+
+        def composed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return _composed(call, x.to(call.dtype), weight.to(call.dtype), bias)
+
+        with torch.autocast("cpu", enabled=False):
+            return None, *gradients_of(composed, (x, weight, bias), ctx.needs_input_grad[1:], d)
+
+    @staticmethod
+    @composed_where_differentiated(backward_composed)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        x, weight, low, bias = ctx.saved_tensors
+        x, weight, low, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         with torch.autocast("cpu", enabled=False):
-            if not plain_backward(d):  # through torch's own calls
-                with torch.enable_grad():
-                    y = _composed(call, x.to(call.dtype), weight.to(call.dtype), bias)
-                    wanted = [t for t, need in zip((x, weight, bias), needs) if need]
-                    found = iter(torch.autograd.grad(y, wanted, d, create_graph=True))
-                return None, *(next(found) if need else None for need in needs)
             dx = dw = None
             d = d.contiguous(memory_format=CL)
             if needs[0]:

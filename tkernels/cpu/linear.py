@@ -16,8 +16,9 @@ from torch.compiler import is_dynamo_compiling
 
 from tkernels.cpu import buffers, compiler, norm
 from tkernels.cpu.chain import DTYPES, NOT_COMPILED
-from tkernels.cpu.compiler import Pass, plain_backward
+from tkernels.cpu.compiler import Pass
 from tkernels.ops import activation as activations
+from tkernels.ops.autograd import composed_where_differentiated, dense_on_cpu, gradients_of
 
 Run = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -74,9 +75,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Its ReLU as a last step is not: that makes 0 of NaN.
     """
     # (what most calls fail on first: they are small; a trace must not even learn of sizes)
-    if is_dynamo_compiling() or type(x) not in PLAIN or x.numel() < ROWS * FEATURES or type(weight) not in PLAIN:
+    if is_dynamo_compiling() or torch._C._is_tracing() or type(x) not in PLAIN or x.numel() < ROWS * FEATURES:
         return F.linear(x, weight, bias)
-    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or not _plain(x, weight, bias):
+    if (
+        type(weight) not in PLAIN
+        or x.dim() < 2
+        or weight.dim() != 2
+        or x.shape[-1] != weight.shape[1]
+        or not _plain(x, weight, bias)
+    ):
         return F.linear(x, weight, bias)
     columns, features = weight.shape
     if (bias is not None and bias.shape != (columns,)) or not _by_onednn(x.numel() // features, features, columns):
@@ -174,13 +181,15 @@ class _Activation(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[None, Tensor]:
-        (z,) = ctx.saved_tensors
-        if not plain_backward(d):
-            with torch.enable_grad():
-                y = activations.apply(z, ctx.activation)
-                return None, torch.autograd.grad(y, z, d, create_graph=True)[0]
-        z = z.contiguous()
+    def backward_composed(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        """The same in torch's own calls."""
+        apply = functools.partial(activations.apply, activation=ctx.activation)
+        return None, *gradients_of(apply, ctx.saved_tensors, [True], d)
+
+    @staticmethod
+    @composed_where_differentiated(backward_composed)
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        z = dense_on_cpu(ctx.saved_tensors[0])
         dz = buffers.empty(z)
         passes_of(ctx.activation).backward(d.contiguous().view(-1), z.view(-1), dz.view(-1))
         return None, dz

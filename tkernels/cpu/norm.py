@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tkernels.cpu import buffers, passes
-from tkernels.cpu.compiler import Pass, plain_backward
+from tkernels.cpu.compiler import Pass
 from tkernels.ops import activation as activations
+from tkernels.ops.autograd import composed_where_differentiated, dense_on_cpu, gradients_of, saved_on_cpu
 
 # Rows in a group: sums are taken group by group first, which stays in a core's caches and keeps float32 sums short.
 # (Measured: within 5% of the best from 32 on, unless too few groups are left; below 16 their own sums cost.)
@@ -158,7 +159,7 @@ class _BatchNorm(torch.autograd.Function):
         running_var: Tensor | None, residual: Tensor | None,
     ) -> Tensor:  # fmt: skip
         y, vectors = _forward(kind, x, weight, bias, running_mean, running_var, residual)
-        ctx.passes = len(vectors) > 0
+        ctx.composed = not vectors
         kept = None
         if residual is not None and kind.activation is not None:
             kept = y if passes_of(kind.activation, True).by_output else residual
@@ -168,12 +169,32 @@ class _BatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    def backward_composed(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        """The same in torch's own calls."""
+        kind: Kind = ctx.kind
+        *given, kept = ctx.saved_tensors[:4]
+        needs = ctx.needs_input_grad[1:4]
+
+        def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+            z = F.batch_norm(x, None, None, weight, bias, True, 0.0, kind.eps)
+            if ctx.residual and residual is None:
+                return z  # the derivative of what follows is in ``d``
+            return activations.apply(z if residual is None else z + residual, kind.activation)
+
+        if not ctx.residual:
+            return None, *gradients_of(normed, given, needs, d), None, None, None
+        if kept is not None and not passes_of(kind.activation, True).by_output:
+            found = gradients_of(normed, (*given, kept), (*needs, ctx.needs_input_grad[6]), d)
+            return None, *found[:3], None, None, found[3]
+        d = activations.gradient(d, kept, kind.activation)
+        return None, *gradients_of(normed, given, needs, d), None, None, d if ctx.needs_input_grad[6] else None
+
+    @staticmethod
+    @composed_where_differentiated(backward_composed)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        kind, saved, needs = ctx.kind, ctx.saved_tensors, ctx.needs_input_grad
-        if not (ctx.passes and plain_backward(d)):
-            with torch.enable_grad():
-                return _differentiable(kind, d, saved[:4], ctx.residual, needs)
-        x, _, _, kept, *vectors = saved
+        kind, needs = ctx.kind, ctx.needs_input_grad
+        x, _, _, kept, *rest = ctx.saved_tensors
+        x, vectors = saved_on_cpu(x), map(dense_on_cpu, rest)
         run = passes_of(kind.activation, ctx.residual).backward
         # (a gradient in another dtype would compile the passes anew)
         pixels, dy = groups(x), groups(d)
@@ -183,7 +204,7 @@ class _BatchNorm(torch.autograd.Function):
             below = d
         else:
             below = _like(x)
-            dweight, dbias = run(dy, pixels, *vectors, groups(kept), groups(below), groups(dx))
+            dweight, dbias = run(dy, pixels, *vectors, groups(saved_on_cpu(kept)), groups(below), groups(dx))
         return (
             None, dx if needs[1] else None, dweight if needs[2] else None, dbias if needs[3] else None, None, None,
             below if needs[6] else None,
@@ -210,27 +231,6 @@ def _forward(
         return y, tuple(vectors)
     z = F.batch_norm(x, running_mean, running_var, weight, bias, True, kind.momentum, kind.eps)
     return activations.apply(z if residual is None else z + residual, kind.activation), ()
-
-
-def _differentiable(
-    kind: Kind, d: Tensor, saved: tuple[Tensor, ...], residual: bool, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """The gradients as functions of everything, for double backward: through torch's own calls."""
-    x, weight, bias, kept = saved
-    below: Tensor | None
-    z = F.batch_norm(x, None, None, weight, bias, True, 0.0, kind.eps)
-    if kept is not None and passes_of(kind.activation, residual).by_output:
-        d = below = activations.gradient(d, kept, kind.activation)
-    else:
-        z = activations.apply(z if kept is None else z + kept, kind.activation)
-        below = d if kept is None else None
-    inputs = [x, weight, bias, kept if below is None else None]
-    wanted = [t for t, need in zip(inputs, (*needs[1:4], needs[6])) if need and t is not None]
-    found = iter(torch.autograd.grad(z, wanted, d, create_graph=True) if wanted else ())
-    dx, dweight, dbias = (next(found) if need else None for need in needs[1:4])
-    if needs[6] and below is None:
-        below = next(found)
-    return None, dx, dweight, dbias, None, None, below if needs[6] else None
 
 
 def batch_norm(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tkernels.ops import checks
@@ -32,6 +33,8 @@ def layer_of(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ConvBNLayer:
             conv.weight, conv.bias, norm.weight, norm.bias,
             norm.running_mean, norm.running_var, norm.num_batches_tracked,
         )  # fmt: skip
+    if norm.training and not norm.track_running_stats:
+        tensors = (*tensors[:4], None, None, None)  # which stand still, as in torch
     options = conv.stride, conv.padding, conv.dilation, conv.groups, norm.momentum, norm.eps, norm.training, "relu"
     return ConvBNLayer._make((*tensors, *options))
 
@@ -39,9 +42,10 @@ def layer_of(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ConvBNLayer:
 def run_stage(
     pairs: Sequence[tuple[torch.nn.Module, torch.nn.Module]], x: Tensor, pool: Any, dropout: float, training: bool
 ) -> Tensor:
-    """A stage of the modules (convolution, batch norm): as one call, or, where something else was put in the place of
-    one, such as a SyncBatchNorm or an adapter, module by module."""
-    if all(_is_plain(conv, norm) for conv, norm in pairs):
+    """A stage of the modules (convolution, batch norm): as one call, or module by module where a call of one is more
+    than its tensors say: where something else was put in its place, such as a SyncBatchNorm or an adapter, or where it
+    has hooks, as pruning and weight_norm do."""
+    if not has_any_global_hook() and all(_is_plain(conv, norm) for conv, norm in pairs):
         return conv_stage(x, [layer_of(conv, norm) for conv, norm in pairs], pool, dropout, training)  # type: ignore[arg-type]
     for conv, norm in pairs:
         x = norm(conv(x))
@@ -60,7 +64,18 @@ def _is_plain(conv: torch.nn.Module, norm: torch.nn.Module) -> bool:
     kinds = type(conv), type(norm)
     if kinds != _PLAIN:
         kinds = type_before_parametrizations(conv), type_before_parametrizations(norm)
-    return kinds == _PLAIN and conv.padding_mode == "zeros"
+    return kinds == _PLAIN and conv.padding_mode == "zeros" and not (_is_hooked(conv) or _is_hooked(norm))
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is more than its class's forward."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 class ConvStage(torch.nn.Module):
@@ -71,8 +86,8 @@ class ConvStage(torch.nn.Module):
     :class:`tkernels.functional.MaxPool` or None; ``dropout``: the probability that training drops a whole channel.
 
     Submodules are torch.nn's ``conv1``, ``bn1``, ``conv2``, ``bn2``, ...: their parameters, buffers, initialisation
-    and state_dict. They hold the tensors and are not called themselves: hooks on them don't run. Where another module
-    was put in the place of one (a SyncBatchNorm, an adapter), the stage calls its modules one by one.
+    and state_dict. They hold the tensors and are not called themselves; but where one has hooks (pruning, weight_norm),
+    or another module was put in its place (a SyncBatchNorm, an adapter), the stage calls its modules one by one.
 
     Raises ValueError for fewer than two channel counts or a probability outside [0, 1]; otherwise errors as
     :func:`tkernels.functional.conv_stage`.
@@ -121,7 +136,8 @@ class ConvBNReLU2d(torch.nn.Module):
     """Conv2d -> BatchNorm2d -> ReLU as one call on a GPU: (N, C_in, H, W) to (N, C_out, H_out, W_out).
 
     Submodules ``conv`` (torch.nn.Conv2d, arguments as there) and ``bn`` (torch.nn.BatchNorm2d) hold parameters, buffers
-    and state_dict; they are not called themselves. Errors as :func:`tkernels.functional.conv_stage`.
+    and state_dict; as in :class:`ConvStage` they are not called themselves. Errors as
+    :func:`tkernels.functional.conv_stage`.
     """
 
     def __init__(

@@ -89,6 +89,11 @@ def _several_processes(group: Any) -> bool:
 
 def _converted_norm(cls: type[SyncBatchNorm], norm: torch.nn.modules.batchnorm._BatchNorm, group: Any) -> SyncBatchNorm:
     """The same batch norm, synchronised: it takes over parameters and buffers."""
+    if norm.affine and norm._parameters.keys() != {"weight", "bias"}:
+        raise TypeError(
+            f"weight and bias of {type(norm).__name__} must be parameters to be converted to SyncBatchNorm, got "
+            f"{list(norm._parameters)}: remove its pruning or parametrization first"
+        )
     activation = getattr(norm, "activation", None)
     converted = cls(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, group, "meta", None,

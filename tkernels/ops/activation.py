@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from tkernels import runtime
 from tkernels.ops import checks
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu", "relu6", "hardswish")
@@ -47,8 +48,9 @@ def apply(z: Tensor, activation: str | None) -> Tensor:
 def apply_to_own(z: Tensor, activation: str | None, dims: int) -> Tensor:
     """:func:`apply` where nothing else needs ``z``: ReLU takes its memory. Not where it has another number of
     dimensions than ``dims``: then it is a view, and autograd would rewrite the history of what it is a view of. Nor in
-    training below the size that is mapped anew each time: backward is glad of the memory that ``z`` leaves in cache."""
-    if activation == "relu" and z.dim() == dims and (not z.requires_grad or _is_large(z)):
+    training below the size that is mapped anew each time: backward is glad of the memory that ``z`` leaves in cache.
+    Nor in torch.jit.trace, whose check compares what is recorded with gradients and without."""
+    if activation == "relu" and z.dim() == dims and (not z.requires_grad or _is_large(z)) and not runtime.jit_traced():
         return torch.relu_(z)
     return apply(z, activation)
 

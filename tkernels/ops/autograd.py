@@ -2,48 +2,203 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+Gradients = tuple[Tensor | None, ...]
+Backward = Callable[..., Gradients]
+
+_C: Any = torch._C
+_functorch: Any = torch._C._functorch
 
 
-def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Decorator of a Function's ``backward``: its gradients can't be differentiated again, and say so when tried; many
-    incoming gradients at once (is_grads_batched) are taken one by one.
+def once_differentiable(backward: Backward) -> Backward:
+    """Decorator of a Function's ``backward`` by kernels: its gradients can't be differentiated again, and say so when
+    tried; many incoming gradients at once (is_grads_batched, vmap) are taken one by one.
 
-    torch's decorator of this name marks them only where the incoming gradient requires grad. Without that (the plain
-    ``grad(y.sum(), x, create_graph=True)``) the gradients would count as constants, silently.
+    torch's decorator of this name marks them only where the incoming gradient requires grad, and apart from the graph
+    they came from. So the plain ``grad(y.sum(), x, create_graph=True)`` would give constants, and a Hessian zeros.
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        for a in args:
-            if a is not None and _batched(a):
-                return _one_by_one(wrapper, ctx, args)
+    def wrapper(ctx: Any, *args: Any) -> Gradients:
+        if not _are_plain(args):
+            return _of_kernels(wrapper, ctx, args)
         if not torch.is_grad_enabled():  # enabled is what create_graph=True does
             return backward(ctx, *args)
         with torch.no_grad():
             gradients = backward(ctx, *args)
+        inputs = [None if g is None else g.detach().requires_grad_() for g in gradients]
+        # what the gradients depend on: autograd goes only where it gets to what it is asked for
+        inputs += [a for a in args if a is not None and a.requires_grad] + _leaves(ctx)
         message = b"trying to differentiate twice a function that was marked with @once_differentiable"
-        refuse: Any = torch._C._functions.DelayedError(message, len(gradients))
-        return refuse(*(None if g is None else g.detach().requires_grad_() for g in gradients))
+        refuse: Any = torch._C._functions.DelayedError(message, len(inputs))
+        refused: Gradients = refuse(*inputs)[: len(gradients)]
+        return refused
 
     return wrapper
 
 
-def _one_by_one(backward: Callable[..., Any], ctx: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    mode: Any = torch._C
-    level = mode._vmapmode_increment_nesting() - 1
-    mode._vmapmode_decrement_nesting()
-    many = [a is not None and _batched(a) for a in args]
-    # with memory of their own, the gradients along the first axis
-    whole = [torch._remove_batch_dim(a, level, 0, 0) if m else a for a, m in zip(args, many)]
-    count = next(len(a) for a, m in zip(whole, many) if m)
-    rows = [backward(ctx, *(a[i] if m else a for a, m in zip(whole, many))) for i in range(count)]
-    columns = zip(*rows)
-    return tuple(None if c[0] is None else torch._add_batch_dim(torch.stack(c), 0, level) for c in columns)
+def _leaves(node: Any) -> list[Tensor | None]:
+    """The leaves that the inputs of an autograd function are made of."""
+    found: list[Tensor | None] = []
+    seen, ahead = {node}, [node]
+    while ahead:
+        for below, _ in ahead.pop().next_functions:
+            if below is None or below in seen:
+                continue
+            seen.add(below)
+            ahead.append(below)
+            if hasattr(below, "variable"):
+                found.append(below.variable)
+    return found
+
+
+def by_kernels(backward: Backward) -> Backward:
+    """Decorator of a ``backward`` by kernels that can be differentiated again; many gradients are taken one by one."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *args: Any) -> Gradients:
+        return backward(ctx, *args) if _are_plain(args) else _of_kernels(wrapper, ctx, args)
+
+    return wrapper
+
+
+def composed_where_differentiated(composed: Backward) -> Callable[[Backward], Backward]:
+    """Decorator of a ``backward`` by compiled passes. ``composed``, the same in torch's own calls, takes its place
+    where the gradients are to be differentiated, backward or forward, and where forward has set ``ctx.composed``; many
+    gradients at once are taken one by one. One graph gives one gradient: what is to be differentiated backward has the
+    values of the passes."""
+
+    def decorator(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *args: Any) -> Gradients:
+            if getattr(ctx, "composed", False):
+                return composed(ctx, *args)
+            plain = _are_plain(args)
+            if torch.is_grad_enabled():
+                graph = composed(ctx, *args)
+                return _with_values(graph, backward, ctx, args) if plain else graph
+            if plain:
+                return backward(ctx, *args)
+            if not _are_many(args):
+                return composed(ctx, *args)
+            return _one_by_one(wrapper, ctx, args)
+
+        return wrapper
+
+    return decorator
+
+
+def _with_values(graph: Gradients, backward: Backward, ctx: Any, args: tuple[Any, ...]) -> Gradients:
+    with torch.no_grad():
+        values = backward(ctx, *args)
+    return tuple(v if g is None or v is None else _Valued.apply(g, v) for g, v in zip(graph, values))
+
+
+class _Valued(torch.autograd.Function):
+    """A tensor with the history of one and the value of another."""
+
+    @staticmethod
+    def forward(ctx: Any, history: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+        return d, None
+
+
+def gradients_of(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """Of ``function(*inputs)`` in torch's own calls: the gradients as functions of everything, where ``needs`` says."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # names of their own: what is given in two places has a gradient in each
+        own = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needs)]
+        wanted = [t for t, need in zip(own, needs) if t is not None and need]
+        found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=again, allow_unused=True))
+    return [next(found) if t is not None and need else None for t, need in zip(own, needs)]
+
+
+def saved_on_cpu(t: Tensor) -> Tensor:
+    """A saved tensor for passes that read its memory. Raises RuntimeError where hooks gave it back elsewhere."""
+    if t.device.type != "cpu":
+        raise RuntimeError(f"a tensor that was saved for backward on the CPU came back on {t.device} from hooks on it")
+    return t
+
+
+def dense_on_cpu(t: Tensor) -> Tensor:
+    """The same for passes that take it to be dense: hooks may give it back laid out otherwise."""
+    return saved_on_cpu(t).contiguous()
+
+
+def _are_plain(gradients: tuple[Any, ...]) -> bool:
+    """Whether each has memory that says all there is to say: no batch of many, no wrapper, no tangent."""
+    tangents = torch.autograd.forward_ad._current_level >= 0
+    for g in gradients:
+        if g is None:
+            continue
+        if _functorch.is_legacy_batchedtensor(g) or _functorch.is_functorch_wrapped_tensor(g):
+            return False
+        if tangents and torch.autograd.forward_ad.unpack_dual(g).tangent is not None:
+            return False
+    return True
+
+
+def _are_many(gradients: tuple[Any, ...]) -> bool:
+    """Whether those that are not plain are batches."""
+    return all(
+        _functorch.is_legacy_batchedtensor(g) or _functorch.is_batchedtensor(g)
+        for g in gradients
+        if not _are_plain((g,))
+    )
+
+
+def _of_kernels(backward: Backward, ctx: Any, args: tuple[Any, ...]) -> Gradients:
+    if not _are_many(args):
+        raise RuntimeError(
+            "gradients by kernels are not defined under torch.func transforms (grad, jvp, ...) and forward-mode AD: "
+            "run the forward pass there too, or under tkernels.backend('torch')"
+        )
+    return _one_by_one(backward, ctx, args)
+
+
+def _one_by_one(backward: Backward, ctx: Any, args: tuple[Any, ...]) -> Gradients:
+    """The gradients of each row of a batch, by calls of their own, as a batch again."""
+    whole, add_batch_dim = _unwrapped(args)
+    many = [w is not a for w, a in zip(whole, args)]
+    count = next(len(w) for w, m in zip(whole, many) if m)
+    # what allocates memory for kernels and passes must not meet a transform
+    plain = temporarily_clear_interpreter_stack() if _are_plain(whole) else contextlib.nullcontext()
+    with plain:
+        rows = [backward(ctx, *(w[i] if m else w for w, m in zip(whole, many))) for i in range(count)]
+        columns = [None if c[0] is None else torch.stack(c) for c in zip(*rows)]
+    return tuple(None if c is None else add_batch_dim(c) for c in columns)
+
+
+def _unwrapped(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable[[Tensor], Tensor]]:
+    """The batches, their rows along the first axis, and what makes a batch of such a tensor again."""
+    if any(a is not None and _functorch.is_legacy_batchedtensor(a) for a in args):
+        level = _C._vmapmode_increment_nesting() - 1
+        _C._vmapmode_decrement_nesting()
+        whole = tuple(
+            torch._remove_batch_dim(a, level, 0, 0) if a is not None and _functorch.is_legacy_batchedtensor(a) else a
+            for a in args
+        )
+        return whole, lambda t: torch._add_batch_dim(t, 0, level)
+    innermost = max(_functorch.maybe_get_level(a) for a in args if a is not None)
+
+    def rows(a: Any) -> Any:
+        if a is None or _functorch.maybe_get_level(a) != innermost:
+            return a
+        value, axis = _functorch._unwrap_batched(a, innermost)
+        return value.movedim(axis, 0)
+
+    return tuple(rows(a) for a in args), lambda t: _functorch._add_batch_dim(t, 0, innermost)

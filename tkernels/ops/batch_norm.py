@@ -276,7 +276,8 @@ def _torch_batch_norm(
         arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
         checks.explain(error, functools.partial(_check, *arguments))
     if residual is not None:
-        y = y.add_(residual)
+        # (in a vmap the residual may be many and y one)
+        y = y + residual if runtime.transformed() else y.add_(residual)
     return activations.apply_to_own(y, activation, y.dim())
 
 
@@ -298,12 +299,12 @@ def _torch_normalize(
     counter = num_batches_tracked if training else None
     if momentum is None:
         if counter is not None:
-            if (counter.is_cuda or runtime.traced()) and running_mean is not None:
+            if (counter.is_cuda or runtime.traced() or runtime.transformed()) and running_mean is not None:
                 return _average_on_device(input, running_mean, running_var, weight, bias, eps, counter)
             momentum = 1.0 / (float(counter) + 1.0)
         else:
             momentum = 0.0  # torch's modules stand still where there is nothing to average by
-    if type(input) is Tensor and input.dim() > 1 and input.shape[0] > 1:
+    if type(input) is Tensor and input.dim() > 1 and not runtime.jit_traced() and input.shape[0] > 1:
         # what torch.nn.functional.batch_norm comes to once it has looked at each size of the input
         cudnn = input.is_cuda and torch.backends.cudnn.enabled
         y = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn)

@@ -48,6 +48,9 @@ def conv_stage(
     if known is not None:
         return conv_stage_triton.run(input, layers, known, residual)
     checks.tensor(input=input)
+    if runtime.jit_traced():  # sizes are none there
+        runtime.use_triton(input)
+        return _torch_body(input, layers, pool, float(dropout_p) if training else 0.0, training, residual)
     checks.probability("dropout_p", dropout_p)
     if input.dim() != 4:
         raise ValueError(f"input must be 4-D (N, C, H, W), got shape {checks.shape(input)}")

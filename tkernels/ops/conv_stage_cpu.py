@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tkernels.cpu import buffers, compiler, passes
+from tkernels.ops.autograd import composed_where_differentiated, dense_on_cpu, gradients_of
 from tkernels.ops.conv_stage_call import TENSORS
 from tkernels.tuning.conv import Geometry
 from tkernels.tuning.conv_stage import Pooling
@@ -358,47 +359,50 @@ class _ConvStageCPU(torch.autograd.Function):
             y, saved, end = forward(x, layers, plan, channels_last)
         # the arguments themselves too: autograd then notices if one is written to, and can differentiate once more
         ctx.save_for_backward(x, *own, end.keep, *(t for layer in saved for t in layer))
-        ctx.plan, ctx.passes, ctx.channels_last = plan, len(saved) > 0, channels_last
+        ctx.plan, ctx.channels_last, ctx.composed = plan, channels_last, not saved
         # (what backward has of a layer comes back with the saved tensors)
         ctx.layers = [layer._replace(**dict.fromkeys(layer._fields[:TENSORS])) for layer in layers]
         return y
 
     @staticmethod
+    def backward_composed(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The same in torch's own calls."""
+        plan, count = ctx.plan, 1 + 4 * len(ctx.layers)
+        given, end = ctx.saved_tensors[:count], End(ctx.saved_tensors[count], plan.pool, plan.plain_end)
+
+        def stage(x: Tensor, *own: Tensor | None) -> Tensor:
+            return composed(x, _with_tensors(ctx.layers, own), plan.geometries, end, plan.dtype)
+
+        with torch.autocast("cpu", enabled=False):
+            return None, None, None, *gradients_of(stage, given, ctx.needs_input_grad[3:], dy)
+
+    @staticmethod
+    @composed_where_differentiated(backward_composed)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, count = ctx.plan, len(ctx.layers)
         x, *rest = ctx.saved_tensors
-        own, keep, kept = rest[: 4 * count], rest[4 * count], rest[4 * count + 1 :]
-        layers = [
-            layer._replace(weight=own[4 * i], bias=own[4 * i + 1], bn_weight=own[4 * i + 2], bn_bias=own[4 * i + 3])
-            for i, layer in enumerate(ctx.layers)
-        ]
-        end, needs = End(keep, plan.pool, plan.plain_end), ctx.needs_input_grad[3:]
+        layers = _with_tensors(ctx.layers, rest[: 4 * count])
+        keep, *kept = rest[4 * count :]
+        width = len(SavedLayer._fields)
+        saved = [_as_saved(SavedLayer(*kept[i : i + width])) for i in range(0, len(kept), width)]
+        end, needs = End(dense_on_cpu(keep), plan.pool, plan.plain_end), ctx.needs_input_grad[3:]
         with torch.autocast("cpu", enabled=False):
-            if torch.is_grad_enabled() or not ctx.passes:
-                with torch.enable_grad():
-                    return None, None, None, *_differentiable(dy, x, own, layers, plan, end, needs)
-            width = len(SavedLayer._fields)
-            saved = [SavedLayer(*kept[i : i + width]) for i in range(0, len(kept), width)]
             gradients = backward(dy.to(plan.dtype), saved, end, layers, plan.geometries, needs, ctx.channels_last)
         if gradients[0] is not None:
             gradients[0] = gradients[0].to(x.dtype)
         return None, None, None, *gradients
 
 
-def _differentiable(
-    dy: Tensor,
-    x: Tensor,
-    own: Sequence[Tensor | None],
-    layers: Sequence[Any],
-    plan: Any,
-    end: End,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients as functions of everything, for double backward."""
-    y = composed(x, layers, plan.geometries, end, plan.dtype)
-    wanted = [t for t, need in zip((x, *own), needs) if need and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+def _as_saved(layer: SavedLayer) -> SavedLayer:
+    return SavedLayer(*map(dense_on_cpu, layer._replace(w=layer.mean)))._replace(w=layer.w)
+
+
+def _with_tensors(layers: Sequence[Any], own: Sequence[Tensor | None]) -> list[Any]:
+    """The layers with the parameters they were called with, four each."""
+    return [
+        layer._replace(weight=own[4 * i], bias=own[4 * i + 1], bn_weight=own[4 * i + 2], bn_bias=own[4 * i + 3])
+        for i, layer in enumerate(layers)
+    ]
 
 
 def train(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> Tensor:

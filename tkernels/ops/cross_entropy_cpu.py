@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.nn.functional import cross_entropy as cross_entropy_loss
 
 from tkernels.cpu import buffers, compiler, rows
+from tkernels.ops.autograd import composed_where_differentiated, dense_on_cpu, gradients_of
 
 PLAIN = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -30,6 +32,7 @@ def takes(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, s
     # a trace must not learn of sizes: Dynamo is gone after the first line, fake tensors after the second
     return (
         not is_dynamo_compiling()
+        and not torch._C._is_tracing()
         and type(x) in PLAIN
         and x.numel() >= SHORT_WORTH_IT
         and weight is None
@@ -107,15 +110,25 @@ class _CrossEntropyCPU(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, target, top, log_sum, index, share = ctx.saved_tensors
+    def backward_composed(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The same in torch's own calls."""
+        x, target = ctx.saved_tensors[:2]
         ignore_index, reduction, smoothing = ctx.options
+
+        def loss(x: Tensor) -> Tensor:
+            x = x.to(dy.dtype)
+            return cross_entropy_loss(x, target, None, None, ignore_index, None, reduction, smoothing)
+
         with torch.autocast("cpu", enabled=False):
-            if torch.is_grad_enabled():  # to be differentiated once more: through torch's own calls
-                loss = torch.nn.functional.cross_entropy(
-                    x.to(dy.dtype), target, None, None, ignore_index, None, reduction, smoothing
-                )
-                return *torch.autograd.grad(loss, x, dy, create_graph=True), None, None, None, None, None
+            (dx,) = gradients_of(loss, [x], [True], dy)
+        return dx, None, None, None, None, None
+
+    @staticmethod
+    @composed_where_differentiated(backward_composed)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, _, top, log_sum, index, share = map(dense_on_cpu, ctx.saved_tensors)
+        smoothing = ctx.options[2]
+        with torch.autocast("cpu", enabled=False):
             whole = torch.where(share > 0, share * dy.float(), 0.0)
             dx = buffers.empty(x)
             rows.cross_entropy_gradient(

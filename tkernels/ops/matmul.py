@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tkernels import runtime
 from tkernels.ops import checks
+from tkernels.ops.autograd import by_kernels
 
 if runtime.HAS_TRITON:
     from tkernels.kernels import matmul as kernels
@@ -131,6 +132,7 @@ class _Matmul(torch.autograd.Function):
         return forward(a, b, dtype)
 
     @staticmethod
+    @by_kernels
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (a, b), (a_shape, b_shape) = ctx.saved_tensors, ctx.shapes
         return *gradients(_apply, a, b, a_shape, b_shape, dy), None
