@@ -80,7 +80,8 @@ def alike(mine: Tensor | None, theirs: Tensor | None, name: str) -> None:
     a, b = mine.detach().cpu().float(), theirs.detach().float()
     counts = [f"{int(t.isnan().sum())} NaN, {int(t.isinf().sum())} Inf" for t in (a, b)]
     for what in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(what(a), what(b)), f"{name}: {counts[0]}, torch {counts[1]} of {a.numel()}"
+        equal = torch.equal(what(a), what(b))  # not in the assert, which would print both
+        assert equal, f"{name}: {counts[0]}, torch {counts[1]} of {a.numel()}"
     finite = a.isfinite()
     torch.testing.assert_close(a[finite], b[finite], rtol=5e-2, atol=0.1, msg=lambda text: f"{name}: {text}")
 
