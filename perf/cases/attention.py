@@ -50,13 +50,14 @@ def call(name: str, shape: tuple[int, ...], options: str, dtype: torch.dtype) ->
         attention.launch_forward(q, k, v, *common)
         return
     o = _heads(batch, heads, n_q, head, dtype)
-    lse = torch.empty(batch, heads, n_q, device="cuda")
+    lse = torch.empty(tuning.lse_shape(q.shape, "added" in options), device="cuda")
+    delta = torch.empty(batch, heads, n_q, device="cuda")
     if name == "delta":
         attention_backward.launch_delta(o, o)
     elif name == "dq":
-        attention_backward.launch_dq(q, k, v, o, lse, lse, *common)
+        attention_backward.launch_dq(q, k, v, o, lse, delta, *common)
     else:
-        attention_backward.launch_dkv(q, k, v, o, lse, lse, *common)
+        attention_backward.launch_dkv(q, k, v, o, lse, delta, *common)
 
 
 def _left_to_torch(head: int, dtype: torch.dtype, extras: bool) -> str | None:

@@ -296,6 +296,16 @@ FUNCTIONS = (
         ("label_smoothing",),
     ),
     Bad(
+        "cross_entropy: smoothing of logits without a batch beside a target with one",
+        lambda f, t: f.cross_entropy(t(5), t(1, dtype=LONG), label_smoothing=0.1),
+        ("target", "[1]", "label_smoothing"),
+    ),
+    Bad(
+        "cross_entropy: the mean of weighed and smoothed bytes",
+        lambda f, t: f.cross_entropy(t(3, 5), t(3, dtype=torch.uint8), t(5), label_smoothing=0.1),
+        ("target", "uint8"),
+    ),
+    Bad(
         "cross_entropy: smoothing 1j",
         lambda f, t: f.cross_entropy(t(3, 5), t(3, dtype=LONG), label_smoothing=1j),
         ("label_smoothing",),

@@ -4,6 +4,10 @@ A program holds some rows of q and goes over all keys with a running maximum and
 of queries by keys is ever stored. What backward needs of it is one number a row: the base-2 logarithm of the sum of
 exponentials (LSE), +inf for a row that attends to nothing, whose output is 0.
 
+A mask that is added may hold the smallest number there is, and a whole row of it is the mean of the values. Scores keep
+the natural base then, for times log2 e that number would be -inf, and LSE is two numbers a row, the maximum and the
+base-2 logarithm of the sum of exponentials above it: their sum would forget the second.
+
 The loops over keys are split where masking begins: tiles that every row sees whole need no comparisons.
 
 Sources: Milakov, Gimelshein 2018 (online softmax); Dao 2023, "FlashAttention-2" (order of the loops, delta).
@@ -84,7 +88,7 @@ def chunked_scores(a_ptr, offs_a, a_stride, n_a, b_ptr, offs_b, b_stride, n_b, H
 @triton.jit
 def masked_scores(s, mask_ptr, offs_m, offs_n, m_stride, n_stride, n_q, n_k, scale, CAUSAL: tl.constexpr,
                   BOOLEAN: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Scores of the exponential of base 2: times ``scale`` (log2 e included), plus the mask, -inf where none counts.
+    """Scores: times ``scale`` (log2 e included, but for a mask that is added), plus the mask, -inf where none counts.
 
     ``offs_m``, ``offs_n``: indices of queries and keys, shaped to broadcast against ``s``, which may be transposed.
     """
@@ -96,7 +100,7 @@ def masked_scores(s, mask_ptr, offs_m, offs_n, m_stride, n_stride, n_q, n_k, sca
         if BOOLEAN:
             s = tl.where(mask != 0, s, float("-inf"))
         else:
-            s += mask.to(tl.float32) * LOG2_E
+            s += mask.to(tl.float32)
     if MASKED:
         seen = inside
         if CAUSAL:
@@ -106,12 +110,43 @@ def masked_scores(s, mask_ptr, offs_m, offs_n, m_stride, n_stride, n_q, n_k, sca
 
 
 @triton.jit
+def exponential(s, ADDED: tl.constexpr):
+    """Of differences of scores, in the base that :func:`masked_scores` has them in."""
+    if ADDED:
+        s *= LOG2_E
+    return tl.exp2(s)
+
+
+@triton.jit
+def load_lse(lse_ptr, first_row, offs_m, n_q, ADDED: tl.constexpr):
+    """Of rows ``offs_m`` of the head that begins at ``first_row``: the two numbers of an added mask, else (LSE, 0).
+    Rows that are not there attend to nothing."""
+    inside = offs_m < n_q
+    if ADDED:
+        lse_ptr += first_row
+        logsum = tl.load(lse_ptr + first_row + n_q + offs_m, mask=inside, other=0.0)
+    else:
+        logsum = 0.0
+    return tl.load(lse_ptr + first_row + offs_m, mask=inside, other=float("inf")), logsum
+
+
+@triton.jit
+def weights_of(s, top, logsum, axis: tl.constexpr, ADDED: tl.constexpr):
+    """Softmax of scores from what forward kept of their rows (load_lse); ``axis``: the one of the keys."""
+    s -= tl.expand_dims(top, axis)
+    if ADDED:
+        s = s * LOG2_E - tl.expand_dims(logsum, axis)
+    return tl.exp2(s)
+
+
+@triton.jit
 def attend(acc, row_max, row_sum, q, q_ptr, k_ptr, v_ptr, mask_ptr, seed, first_row, offs_m, first_key, end_key, n_q,
            n_k, q_stride, k_stride, v_stride, mask_stride_m, mask_stride_n, scale, p, CAUSAL: tl.constexpr,
            BOOLEAN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr,
            V_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Take the keys in [first_key, end_key) into a tile's running output, maximum and sum."""
+    ADDED: tl.constexpr = mask_ptr is not None and not BOOLEAN
     offs_d = tl.arange(0, BLOCK_D)
     offs_v = tl.arange(0, BLOCK_V)
     for first in range(first_key, end_key, BLOCK_N):
@@ -127,8 +162,8 @@ def attend(acc, row_max, row_sum, q, q_ptr, k_ptr, v_ptr, mask_ptr, seed, first_
         new_max = tl.maximum(row_max, tl.max(s, axis=1))
         # a row that has seen nothing yet: -inf less -inf would be NaN
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(s - shift[:, None])
-        rescale = tl.exp2(row_max - shift)
+        weights = exponential(s - shift[:, None], ADDED)
+        rescale = exponential(row_max - shift, ADDED)
         row_sum = row_sum * rescale + tl.sum(weights, axis=1)
         acc *= rescale[:, None]
         if seed is not None:
@@ -193,8 +228,13 @@ def attention_forward_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, o_ptr, lse
     nothing = row_sum == 0
     acc /= tl.where(nothing, 1.0, row_sum)[:, None]
     if lse_ptr is not None:
-        lse = tl.where(nothing, float("inf"), row_max + tl.log2(row_sum))
-        tl.store(lse_ptr + first_row + offs_m, lse, mask=offs_m < n_q)
+        top, logsum = row_max, tl.log2(row_sum)
+        if mask_ptr is not None and not BOOLEAN:
+            lse_ptr += first_row
+            tl.store(lse_ptr + first_row + n_q + offs_m, tl.where(nothing, 0.0, logsum), mask=offs_m < n_q)
+        else:
+            top += logsum
+        tl.store(lse_ptr + first_row + offs_m, tl.where(nothing, float("inf"), top), mask=offs_m < n_q)
     offsets = offs_m.to(tl.int64)[:, None] * (o_stride_m * UNIT) + offs_v[None, :]
     tl.store(o_ptr + offsets, acc.to(o_ptr.dtype.element_ty), mask=(offs_m < n_q)[:, None] & (offs_v < V_HEAD)[None, :])
 
@@ -224,6 +264,16 @@ def mask_of(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, t
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), whole.stride()
 
 
+def is_added(mask: Tensor | None) -> bool:
+    """Whether it is added to the scores."""
+    return mask is not None and mask.dtype != torch.bool
+
+
+def score_factor(scale: float, mask: Tensor | None) -> float:
+    """What the kernels scale scores by: see masked_scores."""
+    return scale if is_added(mask) else scale * math.log2(math.e)
+
+
 def like_flash(q: Tensor, head: int) -> Tensor:
     """An empty output [batch, heads, length, head] in the memory order of PyTorch's flash attention: heads of one
     position side by side, as the projection behind attention reads them."""
@@ -243,15 +293,15 @@ def launch_forward(
     save_lse: bool = True,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(o [B, H, n_q, V], LSE [B, H, n_q] in float32 and base 2, or None) for q [B, H, n_q, D], k [B, G, n_k, D] and
+    """(o [B, H, n_q, V], LSE in float32 of lse_shape, or None) for q [B, H, n_q, D], k [B, G, n_k, D] and
     v [B, G, n_k, V], all with dense last dimensions; H is a multiple of G. ``mask``: broadcasts to [B, H, n_q, n_k],
     boolean or added. ``seed``: dropout's, None for none."""
     (batch, heads, n_q, head), v_head = q.shape, v.shape[-1]
     n_k = k.shape[-2]
     o = like_flash(q, v_head)
+    lse = q.new_empty(tuning.lse_shape(q.shape, is_added(mask)), dtype=torch.float32) if save_lse else None
     if o.numel() == 0:
-        return o, q.new_empty(q.shape[:-1], dtype=torch.float32) if save_lse else None
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if save_lse else None
+        return o, lse
     precision = runtime.dot_precision(q.dtype, "matmul")
     config = config or autotune.pick(
         "attention forward", batch * heads,
@@ -266,7 +316,7 @@ def launch_forward(
     launch(
         attention_forward_kernel, (tiles * batch * heads,),
         q, k, v, mask_bytes, seed, o, lse, heads, heads // k.shape[1], n_q, n_k, tiles, *strides_of(q, unit),
-        *strides_of(k, unit), *strides_of(v, unit), *strides_of(o, unit), *mask_strides, scale * math.log2(math.e), p,
+        *strides_of(k, unit), *strides_of(v, unit), *strides_of(o, unit), *mask_strides, score_factor(scale, mask), p,
         UNIT=unit, CAUSAL=causal, BOOLEAN=mask is not None and mask.dtype == torch.bool, PRECISION=precision,
         HEAD=head, V_HEAD=v_head, **config.options(),
     )  # fmt: skip

@@ -6,8 +6,6 @@ dk and dv, a program a tile of keys that goes over the queries of all heads that
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +17,14 @@ from tkernels.kernels.attention import (
     add_product,
     chunked_scores,
     load_columns,
+    load_lse,
     load_rows,
     mask_of,
     masked_scores,
+    score_factor,
     strides_of,
     unit_of,
+    weights_of,
 )
 from tkernels.launch import launch
 from tkernels.tuning import Config, autotune, cdiv
@@ -49,12 +50,13 @@ def attention_delta_kernel(o_ptr, do_ptr, delta_ptr, heads, n_q, tiles, o_stride
 
 
 @triton.jit
-def gather_dq(dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, delta, first_row, offs_m, first_key,
-              end_key, n_q, n_k, q_stride, do_stride, k_stride, v_stride, mask_stride_m, mask_stride_n, scale, p,
-              CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def gather_dq(dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, logsum, delta, first_row, offs_m,
+              first_key, end_key, n_q, n_k, q_stride, do_stride, k_stride, v_stride, mask_stride_m, mask_stride_n,
+              scale, p, CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
               HEAD: tl.constexpr, V_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
               CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """``dq`` plus what the keys in [first_key, end_key) give, the scale left out."""
+    ADDED: tl.constexpr = mask_ptr is not None and not BOOLEAN
     offs_d = tl.arange(0, BLOCK_D)
     offs_v = tl.arange(0, BLOCK_V)
     for first in range(first_key, end_key, BLOCK_N):
@@ -71,7 +73,7 @@ def gather_dq(dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, delta
                                 PRECISION, BLOCK_M, BLOCK_N)  # fmt: skip
         s = masked_scores(s, mask_ptr, offs_m[:, None], offs_n[None, :], mask_stride_m, mask_stride_n, n_q, n_k, scale,
                           CAUSAL, BOOLEAN, MASKED)  # fmt: skip
-        weights = tl.exp2(s - lse[:, None])
+        weights = weights_of(s, lse, logsum, 1, ADDED)
         if seed is not None:
             dw *= common.keep_scale(seed, first_row + offs_m, first, n_k, p, BLOCK_M, BLOCK_N)
         ds = weights * (dw - delta[:, None])
@@ -91,7 +93,7 @@ def gather_dq(dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, delta
 def attention_dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_ptr, delta_ptr, dq_ptr, heads, group, n_q,
                         n_k, tiles, q_stride_b, q_stride_h, q_stride_m, k_stride_b, k_stride_h, k_stride_n, v_stride_b,
                         v_stride_h, v_stride_n, do_stride_b, do_stride_h, do_stride_m, dq_stride_b, dq_stride_h,
-                        dq_stride_m, mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_n, scale, scale_log2, p,
+                        dq_stride_m, mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_n, scale, score_scale, p,
                         UNIT: tl.constexpr, CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, PRECISION: tl.constexpr,
                         HEAD: tl.constexpr, V_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                         CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -120,7 +122,7 @@ def attention_dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_ptr
         q = load_rows(q_ptr, offs_m, offs_d, q_stride_m, n_q, HEAD, HEAD == BLOCK_D, True)
         do = load_rows(do_ptr, offs_m, tl.arange(0, BLOCK_V), do_stride_m, n_q, V_HEAD, V_HEAD == BLOCK_V, True)
     seed = None if seed_ptr is None else tl.load(seed_ptr)
-    lse = tl.load(lse_ptr + first_row + offs_m, mask=offs_m < n_q, other=float("inf"))
+    lse, logsum = load_lse(lse_ptr, first_row, offs_m, n_q, mask_ptr is not None and not BOOLEAN)
     delta = tl.load(delta_ptr + first_row + offs_m, mask=offs_m < n_q, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     end = n_k
@@ -129,13 +131,13 @@ def attention_dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_ptr
         end = tl.minimum(n_k, (tile + 1) * BLOCK_M)
         whole = tl.minimum(whole, tile * BLOCK_M // BLOCK_N * BLOCK_N)
     dq = gather_dq(
-        dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, delta, first_row, offs_m, 0, whole, n_q, n_k,
-        q_stride_m, do_stride_m, k_stride_n, v_stride_n, mask_stride_m, mask_stride_n, scale_log2, p, CAUSAL, BOOLEAN,
-        False, PRECISION, HEAD, V_HEAD, BLOCK_D, BLOCK_V, CHUNK, BLOCK_M, BLOCK_N)  # fmt: skip
+        dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, logsum, delta, first_row, offs_m, 0, whole, n_q,
+        n_k, q_stride_m, do_stride_m, k_stride_n, v_stride_n, mask_stride_m, mask_stride_n, score_scale, p, CAUSAL,
+        BOOLEAN, False, PRECISION, HEAD, V_HEAD, BLOCK_D, BLOCK_V, CHUNK, BLOCK_M, BLOCK_N)  # fmt: skip
     dq = gather_dq(
-        dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, delta, first_row, offs_m, whole, end, n_q, n_k,
-        q_stride_m, do_stride_m, k_stride_n, v_stride_n, mask_stride_m, mask_stride_n, scale_log2, p, CAUSAL, BOOLEAN,
-        True, PRECISION, HEAD, V_HEAD, BLOCK_D, BLOCK_V, CHUNK, BLOCK_M, BLOCK_N)  # fmt: skip
+        dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, logsum, delta, first_row, offs_m, whole, end, n_q,
+        n_k, q_stride_m, do_stride_m, k_stride_n, v_stride_n, mask_stride_m, mask_stride_n, score_scale, p, CAUSAL,
+        BOOLEAN, True, PRECISION, HEAD, V_HEAD, BLOCK_D, BLOCK_V, CHUNK, BLOCK_M, BLOCK_N)  # fmt: skip
     offsets = offs_m.to(tl.int64)[:, None] * (dq_stride_m * UNIT) + offs_d[None, :]
     mask = (offs_m < n_q)[:, None] & (offs_d < HEAD)[None, :]
     tl.store(dq_ptr + offsets, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
@@ -152,10 +154,11 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
                          group, n_q, n_k, tiles, q_stride_b, q_stride_h, q_stride_m, k_stride_b, k_stride_h, k_stride_n,
                          v_stride_b, v_stride_h, v_stride_n, do_stride_b, do_stride_h, do_stride_m, dk_stride_b,
                          dk_stride_h, dk_stride_n, dv_stride_b, dv_stride_h, dv_stride_n, mask_stride_b, mask_stride_h,
-                         mask_stride_m, mask_stride_n, scale, scale_log2, p, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
+                         mask_stride_m, mask_stride_n, scale, score_scale, p, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
                          BOOLEAN: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, V_HEAD: tl.constexpr,
                          BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
                          BLOCK_N: tl.constexpr):  # fmt: skip
+    ADDED: tl.constexpr = mask_ptr is not None and not BOOLEAN
     tile = tl.program_id(0) % tiles
     index = (tl.program_id(0) // tiles).to(tl.int64)
     batch, kv_head = index // kv_heads, index % kv_heads
@@ -191,7 +194,7 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
         q_at = q_ptr + (batch * q_stride_b + head * q_stride_h) * UNIT
         do_at = do_ptr + (batch * do_stride_b + head * do_stride_h) * UNIT
         first_row = (batch * (kv_heads * group) + head) * n_q
-        lse = tl.load(lse_ptr + first_row + offs_m, mask=offs_m < n_q, other=float("inf"))
+        lse, logsum = load_lse(lse_ptr, first_row, offs_m, n_q, ADDED)
         if CHUNK == BLOCK_D or dv_ptr is not None:
             do = load_rows(do_at, offs_m, offs_v, do_stride_m, n_q, V_HEAD, V_HEAD == BLOCK_V, True)
         if CHUNK == BLOCK_D:
@@ -204,8 +207,8 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
         if mask_ptr is not None:
             mask_at = mask_ptr + (batch * mask_stride_b + head * mask_stride_h)
         s = masked_scores(s, mask_at, offs_m[None, :], offs_n[:, None], mask_stride_m, mask_stride_n, n_q, n_k,
-                          scale_log2, CAUSAL, BOOLEAN, True)  # fmt: skip
-        weights = tl.exp2(s - lse[None, :])
+                          score_scale, CAUSAL, BOOLEAN, True)  # fmt: skip
+        weights = weights_of(s, lse, logsum, 0, ADDED)
         if seed is not None:
             keep = tl.trans(common.keep_scale(seed, first_row + offs_m, tile * BLOCK_N, n_k, p, BLOCK_M, BLOCK_N))
         if dv_ptr is not None:
@@ -290,7 +293,7 @@ def launch_dq(
         attention_dq_kernel, (tiles * batch * heads,),
         q, k, v, do, mask_bytes, seed, lse, delta, dq, heads, heads // k.shape[1], n_q, n_k, tiles,
         *strides_of(q, unit), *strides_of(k, unit), *strides_of(v, unit), *strides_of(do, unit), *strides_of(dq, unit),
-        *mask_strides, scale, scale * math.log2(math.e), p, UNIT=unit, CAUSAL=causal,
+        *mask_strides, scale, score_factor(scale, mask), p, UNIT=unit, CAUSAL=causal,
         BOOLEAN=mask is not None and mask.dtype == torch.bool, PRECISION=precision, HEAD=head, V_HEAD=v_head,
         **config.options(),
     )  # fmt: skip
@@ -339,7 +342,7 @@ def launch_dkv(
         attention_dkv_kernel, (tiles * batch * kv_heads,),
         q, k, v, do, mask_bytes, seed, lse, delta, dk, dv, kv_heads, heads // kv_heads, n_q, n_k, tiles,
         *strides_of(q, unit), *strides_of(k, unit), *strides_of(v, unit), *strides_of(do, unit), *strides_of(dk, unit),
-        *strides_of(dv, unit), *mask_strides, scale, scale * math.log2(math.e), p, UNIT=unit, CAUSAL=causal,
+        *strides_of(dv, unit), *mask_strides, scale, score_factor(scale, mask), p, UNIT=unit, CAUSAL=causal,
         BOOLEAN=mask is not None and mask.dtype == torch.bool, PRECISION=precision, HEAD=head, V_HEAD=v_head,
         **config.options(),
     )  # fmt: skip

@@ -21,6 +21,8 @@ from tkernels.tuning import Config, cdiv
 from tkernels.tuning import batch_norm as tuning
 from tkernels.tuning.batch_norm import Matrix
 
+# A power of two: sums of values times it round as sums of the values do, and do not overflow.
+SMALL = tl.constexpr(2.0**-24)
 _BATCH_ARGS = ["n_rows", "n_tiles", "tiles_each", "producers", "count", "eps", "momentum"]
 
 
@@ -116,6 +118,15 @@ def tile_sum(x, PLANES: tl.constexpr):
 
 
 @triton.jit
+def squared_deviations(squares, squares_rest, total, rest, mean):
+    """M2 of n values from the sums of their d = x - shift and of d^2 (value, remainder), and the mean of d."""
+    # below 0 only by rounding; NaN stays
+    m2 = common.relu((squares - mean * total) + (squares_rest - mean * rest))
+    # the squares of finite values may be too large for float32: Inf, not Inf - Inf
+    return tl.where((squares == float("inf")) & (tl.abs(total) < float("inf")), float("inf"), m2)
+
+
+@triton.jit
 def inverse_std(var, eps):
     """1 / sqrt(var + eps) as (value, remainder): one Newton step gives what float32 rounded away."""
     v = var + eps
@@ -200,10 +211,10 @@ def statistics_kernel(x_ptr, partials_ptr, counter_ptr, n_rows, n_tiles, tiles_e
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     count = tile_count(row, col, n_rows, width, BLOCK_R, BLOCK_C, PLANES)
     # any finite shift is right; near the mean it keeps sum(d^2) - sum(d)^2 / n from cancelling
-    shift = tl.sum(x, axis=0)
+    shift = tl.sum(x * SMALL, axis=0)
     if PLANES:
         shift = tl.sum(shift, axis=0)
-    shift /= count
+    shift = shift / count * (1.0 / SMALL)
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     d = tl.where(mask, x - shift, 0.0)
     first = d
@@ -221,8 +232,7 @@ def statistics_kernel(x_ptr, partials_ptr, counter_ptr, n_rows, n_tiles, tiles_e
     squares, squares_rest = tile_sum(second, PLANES)
     n = count.to(tl.float32)
     mean = (total + rest) / n
-    # below 0 only by rounding; NaN stays
-    m2 = common.relu((squares - mean * total) + (squares_rest - mean * rest))
+    m2 = squared_deviations(squares, squares_rest, total, rest, mean)
     slot, size, ok = partial_slots(group, producer, producers, channels, width, BLOCK_C, PLANES)
     tl.store(partials_ptr + slot, shift, mask=ok)
     tl.store(partials_ptr + size + slot, mean, mask=ok)

@@ -35,7 +35,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 @triton.jit
 def activation_gradient(dy, saved, ACTIVATION: tl.constexpr):
     """dy times the activation's derivative, in float32. ``saved``: the activation's input, or its output where that
-    tells all ('relu', 'leaky_relu', 'relu6'). NaN outputs of those let the gradient through, as torch."""
+    tells all ('relu', 'leaky_relu', 'relu6'). NaN lets the gradient through where pieces are straight, as in torch."""
     if ACTIVATION == "relu":
         dy = tl.where(saved <= 0, 0.0, dy)
     elif ACTIVATION == "leaky_relu":
@@ -49,7 +49,7 @@ def activation_gradient(dy, saved, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu6":
         dy = tl.where((saved <= 0) | (saved >= 6.0), 0.0, dy)
     elif ACTIVATION == "hardswish":
-        slope = tl.where(saved >= 3.0, 1.0, saved * (1.0 / 3.0) + 0.5)
+        slope = tl.where(saved < 3.0, saved * (1.0 / 3.0) + 0.5, 1.0)
         dy = tl.where(saved <= -3.0, 0.0, dy * slope)
     return dy
 

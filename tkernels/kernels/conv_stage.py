@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tkernels import runtime
 from tkernels.kernels import common
-from tkernels.kernels.batch_norm import Norm, Partials, load_scale, tile_sum
+from tkernels.kernels.batch_norm import SMALL, Norm, Partials, load_scale, squared_deviations, tile_sum
 from tkernels.kernels.conv import (
     channel_units,
     empty_pixels,
@@ -111,13 +111,12 @@ def tile_statistics(y, partials_ptr, producer, producers, in_range, rows, channe
     EXACT: tl.constexpr = y.dtype == tl.float32
     value = tl.where(in_range[:, None], y.to(tl.float32), 0.0)
     n = rows.to(tl.float32)
-    shift = tl.sum(value, axis=0) / n
+    shift = tl.sum(value * SMALL, axis=0) / n * (1.0 / SMALL)
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     d = tl.where(in_range[:, None], value - shift[None, :], 0.0)
     total, rest = column_sums(d, EXACT)
     mean = (total + rest) / n
-    # below 0 only by rounding; NaN stays
-    m2 = common.relu(tl.sum(d * d, axis=0) - mean * (total + rest))
+    m2 = squared_deviations(tl.sum(d * d, axis=0), 0.0, total, rest, mean)
     store_statistics(partials_ptr, producer, producers, channels, channel, mask, shift, mean, m2, n, counts)
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tkernels import runtime
 from tkernels.library import common
 from tkernels.ops import attention as ops
+from tkernels.tuning import attention as tuning
 
 if runtime.HAS_TRITON:
     from tkernels.kernels import attention as kernels
@@ -52,6 +53,12 @@ def _like_flash(q: Tensor, head: int) -> Tensor:
     return q.new_empty((batch, length, heads, head)).transpose(1, 2)
 
 
+def _lse(q: Tensor, mask: Tensor | None) -> Tensor:
+    """As what the kernels keep of their rows lies."""
+    added = mask is not None and mask.dtype != torch.bool
+    return q.new_empty(tuning.lse_shape(q.shape, added), dtype=torch.float32)
+
+
 def _like(t: Tensor) -> Tensor:
     """As the kernels' gradient of ``t`` lies."""
     return torch.empty_like(t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous())
@@ -71,7 +78,8 @@ def attention(
     """(o, LSE): dropout(softmax(q @ k^T * scale + mask)) @ v, and per row what the kernels' backward needs, which
     PyTorch's body, whose backward does not, leaves zero.
 
-    q: (B, H, L, E); k: (B, G, S, E); v: (B, G, S, V), G a divisor of H; o: (B, H, L, V); LSE: float32 (B, H, L).
+    q: (B, H, L, E); k: (B, G, S, E); v: (B, G, S, V), G a divisor of H; o: (B, H, L, V); LSE: float32 (B, H, L),
+    with an added mask (B, H, 2, L).
     ``mask``: broadcasts to (B, H, L, S), boolean or added. ``seed``: int64 (), dropout's, None for none.
     """
     if _takes_triton(q, k, v, mask, p):
@@ -79,14 +87,14 @@ def attention(
         return cast(Any, kernels.launch_forward(q, k, v, mask, p, causal, scale, seed))
     with common.without_autocast(q.device):
         o = _torch_body(q, k, v, mask, p, causal, scale, seed)
-    return _like_flash(q, v.shape[-1]).copy_(o), q.new_zeros(q.shape[:-1], dtype=torch.float32)
+    return _like_flash(q, v.shape[-1]).copy_(o), _lse(q, mask).zero_()
 
 
 @attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal: bool, scale: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _like_flash(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return _like_flash(q, v.shape[-1]), _lse(q, mask)
 
 
 @torch.library.custom_op("tkernels::attention_backward", mutates_args=())

@@ -144,9 +144,11 @@ def _check(
     if target.shape == input.shape:
         _check_probabilities(input, target, ignore_index)
     else:
-        _check_indices(input, target)
+        _check_indices(input, target, label_smoothing)
     if weight is not None:
         _check_weight(input, target, weight)
+        if target.dtype is torch.uint8 and reduction == "mean" and label_smoothing > 0:
+            raise RuntimeError("target must have dtype int64 beside weight, label_smoothing and the mean, got uint8")
     if label_smoothing > 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
 
@@ -165,12 +167,14 @@ def _check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> No
         raise RuntimeError(f"ignore_index must be negative where target holds class probabilities, got {ignore_index}")
 
 
-def _check_indices(input: Tensor, target: Tensor) -> None:
+def _check_indices(input: Tensor, target: Tensor, label_smoothing: float) -> None:
     if input.dim() == 1:
         if target.dim() > 1:
             raise RuntimeError(f"target must have shape [] or [1] for 1-D input, {_given(input, target)}")
-        if target.numel() != 1:
+        if target.numel() != 1 and not target.is_floating_point():
             raise ValueError(f"target must have shape [] or [1] for 1-D input, {_given(input, target)}")
+        if target.dim() == 1 and label_smoothing > 0:
+            raise RuntimeError(f"target must have shape [] for 1-D input and label_smoothing, {_given(input, target)}")
     elif target.dim() == 0 or target.shape[0] != input.shape[0]:
         raise ValueError(f"target must have the input's batch size {input.shape[0]}, {_given(input, target)}")
     elif target.shape[1:] != input.shape[2:]:

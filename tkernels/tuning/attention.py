@@ -5,13 +5,14 @@ once: all of them on tensor cores."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tkernels import targets
 from tkernels.tuning import Config, block
 from tkernels.tuning.linear import target_name
 
-__all__ = ["apart", "delta", "dkv", "dq", "forward", "least_rows", "target_name", "why_not"]
+__all__ = ["apart", "delta", "dkv", "dq", "forward", "least_rows", "lse_shape", "target_name", "why_not"]
 
 WIDEST = 256
 
@@ -168,6 +169,11 @@ def dkv(head: int, v_head: int, itemsize: int, precision: str, extras: bool, tar
 def apart(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> bool:
     """Whether dk and dv take a launch each; the weights are formed twice then."""
     return _tile(_DKV, _FLOAT32_DKV, head, v_head, itemsize, extras, target).apart
+
+
+def lse_shape(q_shape: Sequence[int], added: bool) -> tuple[int, ...]:
+    """Of what forward keeps of its rows for backward: [B, H, n_q], or [B, H, 2, n_q] where a mask is added."""
+    return (*q_shape[:2], 2, q_shape[2]) if added else tuple(q_shape[:3])
 
 
 def least_rows(itemsize: int, target: str) -> int:
