@@ -72,7 +72,8 @@ def work(arguments: argparse.Namespace) -> int:
     from tests.fuzz import bodies, session
 
     warnings.simplefilter("ignore")
-    logging.getLogger("tkernels").setLevel(logging.ERROR)
+    for name in ("tkernels", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with bodies.opened(arguments.body):
         session.Session(arguments, Path(arguments.worker), PATIENCE).run()
     return 0

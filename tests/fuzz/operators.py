@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,11 +32,15 @@ class Side(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """``ours(options)``, ``theirs(options, factors, dtype)``. ``dropout``: the option that is dropout's probability."""
+    """``ours(options)``, ``theirs(options, factors)``; ``dropout(options)``: the probability that something is dropped.
+    ``factors_are``: the shape of what dropout multiplies by, "elements" or "channels", where it is the last thing that
+    happens to the result and torch draws it once.
+    """
 
     ours: Callable[[dict[str, Any]], Side]
-    theirs: Callable[[dict[str, Any], Tensor | None, torch.dtype | None], Side]
-    dropout: str | None = None
+    theirs: Callable[[dict[str, Any], Tensor | None], Side]
+    dropout: Callable[[dict[str, Any]], Any] = lambda options: 0.0
+    factors_are: str | None = None
 
 
 def _plain(name: str) -> Operator:
@@ -49,16 +52,16 @@ def _plain(name: str) -> Operator:
     def ours(options: dict[str, Any]) -> Side:
         return Side(lambda tensors: getattr(tkernels.functional, name)(**{**absent, **tensors}, **options))
 
-    def theirs(options: dict[str, Any], factors: Tensor | None, dtype: torch.dtype | None) -> Side:
+    def theirs(options: dict[str, Any], factors: Tensor | None) -> Side:
         return Side(lambda tensors: composed(name)(**{**absent, **tensors}, **options))
 
     return Operator(ours, theirs)
 
 
-def _linear_theirs(options: dict[str, Any], factors: Tensor | None, dtype: torch.dtype | None) -> Side:
+def _linear_theirs(options: dict[str, Any], factors: Tensor | None) -> Side:
     options = dict(options)
     activation = "relu" if options.pop("relu", False) else options.get("activation")
-    p = options.get("dropout_p", 0.0) if options.get("training", False) else 0.0
+    p = _in_training(options)
 
     def call(tensors: Tensors) -> Tensor:
         y = F.linear(*(tensors.get(name) for name in ("input", "weight", "bias")))  # type: ignore[arg-type]
@@ -98,9 +101,9 @@ def _stage_ours(options: dict[str, Any]) -> Side:
     return Side(call)
 
 
-def _stage_theirs(options: dict[str, Any], factors: Tensor | None, dtype: torch.dtype | None) -> Side:
+def _stage_theirs(options: dict[str, Any], factors: Tensor | None) -> Side:
     training, pool = options.get("training", False), options.get("pool")
-    p = options.get("dropout_p", 0.0) if training else 0.0
+    p = _in_training(options)
 
     def call(tensors: Tensors) -> Tensor:
         x = tensors["input"]
@@ -131,12 +134,16 @@ def _normalized(layer: ConvBNLayer, x: Tensor, training: bool) -> Tensor:
     )  # fmt: skip
 
 
+def _in_training(options: dict[str, Any]) -> Any:
+    return options.get("dropout_p", 0.0) if options.get("training", False) else 0.0
+
+
 OPERATORS: dict[str, Operator] = {
-    "linear": Operator(_linear_ours, _linear_theirs, "dropout_p"),
+    "linear": Operator(_linear_ours, _linear_theirs, _in_training, "elements"),
     "conv2d": _plain("conv2d"),
     "batch_norm": _plain("batch_norm"),
     "cross_entropy": _plain("cross_entropy"),
-    "conv_stage": Operator(_stage_ours, _stage_theirs, "dropout_p"),
+    "conv_stage": Operator(_stage_ours, _stage_theirs, _in_training, "channels"),
     "matmul": _plain("matmul"),
-    "attention": _plain("scaled_dot_product_attention")._replace(dropout="dropout_p"),
+    "attention": _plain("scaled_dot_product_attention")._replace(dropout=lambda options: options.get("dropout_p", 0.0)),
 }

@@ -157,7 +157,7 @@ def _permuted(values: Tensor, order: list[int], generator: torch.Generator) -> T
 
 def _every(values: Tensor, steps: list[int], generator: torch.Generator) -> Tensor:
     """Every so manyth element of each axis of something larger, after the first."""
-    steps = (steps * values.dim())[: values.dim()]
+    steps = ((steps or [2]) * values.dim())[: values.dim()]
     outside = float("nan") if values.is_floating_point() else 1
     large = torch.full([n * k + 1 for n, k in zip(values.shape, steps)], outside, dtype=values.dtype)
     view = large[tuple(slice(1, 1 + n * k, k) for n, k in zip(values.shape, steps))]
@@ -166,7 +166,7 @@ def _every(values: Tensor, steps: list[int], generator: torch.Generator) -> Tens
 
 def _repeated(values: Tensor, axes: list[int], generator: torch.Generator) -> Tensor:
     shape = values.shape
-    for axis in axes:
+    for axis in axes or [0]:
         values = values.narrow(axis % len(shape), 0, 1)
     return values.contiguous().expand(shape)
 

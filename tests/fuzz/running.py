@@ -57,9 +57,8 @@ def run(
                 y = side.call(tensors)
             found.outputs = [t for t in (y if isinstance(y, tuple) else (y,)) if t is not None]
             found.views = [t._is_view() if not t.is_inference() else False for t in found.outputs]
-            found.moved = {
-                n: t._version - versions[n] for n, t in found.arguments.items() if n in versions and t._version != versions[n]
-            }  # fmt: skip
+            moved = {n: found.arguments[n]._version - version for n, version in versions.items()}
+            found.moved = {n: by for n, by in moved.items() if by}
             found.before = [t.detach().clone() for t in found.outputs]
             found.at = "backward"
             if case.backward != "none" and any(t.requires_grad for t in found.outputs):

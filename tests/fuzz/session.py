@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.fuzz import bodies, report
 from tests.fuzz.cases import Case
 from tests.fuzz.check import differences
-from tests.fuzz.drawing import case_of
+from tests.fuzz.drawing import SHARES, case_of
 from tests.fuzz.simplify import simplified
 
 # of failures of one kind so many are printed; the others are counted
@@ -22,8 +22,8 @@ PRINTED = 2
 ENOUGH = 40
 FAST = {
     "cpu": {"batch_norm": "pass", "cross_entropy": "pass", "conv_stage": "pass", "fused": "chain"},
-    "kernels": dict.fromkeys(("linear", "conv2d", "batch_norm", "cross_entropy", "conv_stage", "matmul", "attention", "module", "fused"), "kernel"),
-}  # fmt: skip
+    "kernels": dict.fromkeys(SHARES, "kernel"),
+}
 
 
 class Session:

@@ -12,6 +12,9 @@ SIMPLE = Case("", "", {})
 STATE = ("between", "times", "default", "hooks", "mutate", "threads", "deterministic", "fresh", "wanted", "gradient",
          "backward", "mode", "patched", "seed")  # fmt: skip
 
+# options without which a case is none
+STRUCTURE = ("layers", "module", "arguments", "blocks", "seed", "training")
+
 
 def simplified(case: Case, fails: Callable[[Case], bool], tries: int = 60) -> Case:
     """``fails``: whether a case fails in the same way."""
@@ -36,7 +39,7 @@ def _simpler(case: Case) -> Iterator[Case]:
     if case.backward != "none":
         yield case.changed(backward="none")
     for name in list(case.options):
-        if name not in ("layers", "module", "model", "training"):
+        if name not in STRUCTURE:
             yield case.changed(options={key: value for key, value in case.options.items() if key != name})
     for name, t in case.tensors.items():
         if name not in ("input", "weight", "w0", "query", "key", "value", "a", "b", "target"):
