@@ -130,3 +130,13 @@ def autocast(body: str, dtype: torch.dtype, enabled: bool = True) -> contextlib.
     if body == "kernels":
         stack.enter_context(torch.autocast("cuda", dtype, enabled))
     return stack
+
+
+def left_on() -> bool:
+    """Whether autocast is on where nobody asked for it; it is off then."""
+    found = False
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            torch.set_autocast_enabled(device, False)
+            found = True
+    return found

@@ -278,7 +278,9 @@ def attention(d: Draw) -> Case:
         "value": d.tensor((*key_lead, keys, v), dtype),
     }
     if d.some(0.4):
-        tensors["attn_mask"] = _mask(d, d.one([(rows, keys), (1, keys), (*lead, rows, keys), (keys,)]), dtype)
+        tensors["attn_mask"] = _mask(
+            d, d.one([(rows, keys), (1, keys), (*lead, rows, keys), (keys,) if rows and keys else (rows, keys)]), dtype
+        )
         if d.some(0.95):
             options.pop("is_causal", None)
     return Case("attention", d.body, tensors, options)

@@ -19,12 +19,15 @@ NEAR_THE_END = 0.9
 Exact = Callable[[], "tuple[Tensor, Tensor] | None"]
 
 
-def far(mine: Tensor, theirs: Tensor, exact: Exact, coarse: torch.dtype, flips: float = 0.0) -> str | None:
+def far(
+    mine: Tensor, theirs: Tensor, exact: Exact, coarse: torch.dtype, flips: float = 0.0, terms: float = 0.0
+) -> str | None:
     """What is wrong with ``mine``, None where nothing is.
 
     ``exact``: asked where the two differ by more than roundings: the float64 truth, and the truth of inputs changed by
     a rounding of ``coarse``, the coarsest dtype in the call. ``flips``: the relative norm of what a few values on the
-    other side of a kink may come to.
+    other side of a kink may come to. ``terms``: the size of what an element is a sum of, where that may cancel
+    to nothing.
     """
     if mine.shape != theirs.shape:
         return f"shape {tuple(mine.shape)}, torch's {tuple(theirs.shape)}"
@@ -49,7 +52,7 @@ def far(mine: Tensor, theirs: Tensor, exact: Exact, coarse: torch.dtype, flips: 
     truth = exact()
     if truth is None:
         return None if gap <= max(flips, 1e3 * eps) * scale else f"{gap / (scale or 1.0):.2e} from torch's, no float64"
-    return _beyond(a, t, *truth, eps, flips)
+    return _beyond(a, t, *truth, eps, flips, terms)
 
 
 def _places(a: Tensor, t: Tensor) -> str | None:
@@ -69,19 +72,21 @@ def _at_the_end(a: Tensor, t: Tensor, truth: Tensor, coarse: torch.dtype) -> boo
     return bool((truth.double().abs()[a.isinf() != t.isinf()] >= end).all())
 
 
-def _beyond(a: Tensor, t: Tensor, x: Tensor, changed: Tensor, eps: float, flips: float) -> str | None:
+def _beyond(a: Tensor, t: Tensor, x: Tensor, changed: Tensor, eps: float, flips: float, terms: float) -> str | None:
     if x.shape != a.shape:
         return None
     known = x.isfinite() & changed.isfinite() & a.isfinite() & t.isfinite()
     a, t, x, changed = (torch.where(known, v.detach().double(), 0.0) for v in (a, t, x, changed))
-    ours, torchs, moved, scale = ((v).norm().item() for v in (a - x, t - x, changed - x, x))
+    ours, torchs, moved, scale = (v.norm().item() for v in (a - x, t - x, changed - x, x))
+    scale += terms * a.numel() ** 0.5
     noise = scale < 1e-3 * torchs
     allowed = (OF_NOISE if noise else TIMES) * torchs + ROUNDINGS * eps * scale + NOISES * moved + flips * scale
     if ours > allowed + 1e-300:
         return f"error {ours:.2e}, torch's {torchs:.2e}, of {scale:.2e} (relative norms allow {allowed:.2e})"
     if flips or noise:
         return None
-    ours, torchs, moved, scale = ((v).abs().max().item() for v in (a - x, t - x, changed - x, x))
+    ours, torchs, moved, scale = (v.abs().max().item() for v in (a - x, t - x, changed - x, x))
+    scale += terms
     allowed = TIMES * torchs + ROUNDINGS * eps * scale + 2 * NOISES * moved
     if ours > allowed + 1e-300:
         return f"largest error {ours:.2e}, torch's {torchs:.2e}, of {scale:.2e} (allowed {allowed:.2e})"
