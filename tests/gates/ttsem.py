@@ -26,6 +26,7 @@ def open_session(stack: contextlib.ExitStack, compute_capability: int = 90) -> A
     _bound_by_view()
     _compile_once()
     _fused_multiply_add_at_once()
+    _never_print_tensors()
     return stack.enter_context(sanitize.session(compute_capability, "<pytest>"))
 
 
@@ -55,6 +56,15 @@ def _poison_masked_lanes() -> None:
         return original(self, addrs, mask, other, dtype)
 
     Memory.load = load
+
+
+def _never_print_tensors() -> None:
+    """``tensor.to`` asks each argument for its text to see if it names a GPU, the tensor itself too: slow, and
+    under autocast printing raises for some dtypes."""
+    from ttsem import sanitize
+
+    original = sanitize._is_cuda
+    sanitize._is_cuda = lambda device: not isinstance(device, torch.Tensor) and original(device)
 
 
 def _span(tensor: Any) -> torch.Tensor:

@@ -1,0 +1,142 @@
+"""The two bodies that are fuzzed, the sizes from which each takes its fast ways, and counts of what ran."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import tkernels
+from tests.fuzz.cases import Case
+from tkernels.cpu import buffers, compiler
+
+BODIES = ("cpu", "kernels")
+_SMALL = {torch.float32: 1, torch.bfloat16: 1}
+# sizes from which on the CPU's fast ways are taken, and what a patched case has in their place
+THRESHOLDS: tuple[tuple[str, str, Any], ...] = (
+    ("tkernels.cpu.post_ops", "WORTH_IT", 1),
+    ("tkernels.cpu.post_ops", "SMALLEST_INPUT", 1),
+    ("tkernels.cpu.packed", "WORTH_IT", _SMALL),
+    ("tkernels.cpu.linear", "ROWS", 1),
+    ("tkernels.cpu.linear", "FEATURES", 1),
+    ("tkernels.cpu.linear", "onednn_is_ahead", lambda threads: True),
+    ("tkernels.cpu.buffers", "SMALLEST", 1),
+    ("tkernels.ops.batch_norm_cpu", "WORTH_IT", 1),
+    ("tkernels.ops.cross_entropy_cpu", "WORTH_IT", 1),
+    ("tkernels.ops.cross_entropy_cpu", "SHORT_WORTH_IT", 1),
+    ("tkernels.ops.conv_stage_cpu", "WORTH_IT", 1),
+    ("tkernels.ops.activation", "IN_PLACE", 1),
+)
+# names of what ran since the start: kernels launched, passes, calls with a post-op
+RAN: collections.Counter[str] = collections.Counter()
+
+
+def missing() -> list[str]:
+    """Thresholds that the library has no more: draws would no longer take what they stood before."""
+    return [f"{module}.{name}" for module, name, _ in THRESHOLDS if not hasattr(importlib.import_module(module), name)]
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def sizes(case: Case) -> Iterator[None]:
+    """The thresholds that a case wants, and what the pool believes of new memory."""
+    with contextlib.ExitStack() as stack:
+        if case.patched:
+            for module, name, value in THRESHOLDS:
+                owner = importlib.import_module(module)
+                if hasattr(owner, name):
+                    stack.enter_context(replaced(owner, name, value))
+        if case.fresh is not None:
+            faulted = not case.fresh
+            stack.enter_context(replaced(type(buffers.FRESH), "faulted", lambda self, nbytes: faulted))
+        yield
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[None]:
+    """Within the block RAN counts passes and post-ops."""
+    run = compiler.Pass.__call__
+
+    def counted(self: Any, *tensors: Any) -> Any:
+        RAN[f"pass {self.name}"] += 1
+        return run(self, *tensors)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(compiler.Pass, "__call__", counted))
+        for name in ("linear_relu", "conv2d_relu"):
+            _count_post_op(stack, name)
+        yield
+
+
+def _count_post_op(stack: contextlib.ExitStack, name: str) -> None:
+    from tkernels.cpu import post_ops
+
+    call = getattr(post_ops, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        y = call(*args, **kwargs)
+        if y is not None:
+            RAN[f"post-op {name}"] += 1
+        return y
+
+    stack.enter_context(replaced(post_ops, name, counted))
+
+
+@contextlib.contextmanager
+def opened(body: str) -> Iterator[Any]:
+    """A process that runs this body: for kernels a session of the executor, whose state it gives."""
+    with contextlib.ExitStack() as stack:
+        if body == "cpu":
+            stack.enter_context(counting())
+            # autograd must have started before anything looks for a GPU
+            torch.ones((), requires_grad=True).backward()
+            yield None
+            return
+        from tests.gates import launches, ttsem
+
+        state = ttsem.open_session(stack)
+        launches.count_runs(_Names())
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        stack.enter_context(tkernels.backend("triton"))
+        yield state
+
+
+class _Names(list[str]):
+    """What launches.count_runs adds kernels' names to."""
+
+    def append(self, name: str) -> None:
+        RAN[f"kernel {name}"] += 1
+
+
+def autocast(body: str, dtype: torch.dtype, enabled: bool = True) -> contextlib.ExitStack:
+    """torch.autocast of a body's device. Tensors that the executor calls cuda are torch's own CPU tensors: what torch
+    computes of them, and what ours leave to it, is cast by the CPU's."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.autocast("cpu", dtype, enabled))
+    if body == "kernels":
+        stack.enter_context(torch.autocast("cuda", dtype, enabled))
+    return stack
+
+
+def left_on() -> bool:
+    """Whether autocast is on where nobody asked for it; it is off then."""
+    found = False
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            torch.set_autocast_enabled(device, False)
+            found = True
+    return found

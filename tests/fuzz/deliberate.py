@@ -1,0 +1,70 @@
+"""The differences from torch that are meant: each with its reason, in this one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests.fuzz.cases import Case
+
+
+class Meant(NamedTuple):
+    """``where(case, kind, text)``: whether a difference of this kind is meant."""
+
+    reason: str
+    where: Callable[[Case, str, str], bool]
+
+
+def _kernels(case: Case) -> bool:
+    return case.body == "kernels"
+
+
+MEANT = (
+    Meant(
+        "the strict backend says what it cannot run and leaves nothing to torch (tests/conformance/test_transforms.py)",
+        lambda case, kind, text: _kernels(case) and "backend 'triton' was asked for" in text,
+    ),
+    Meant(
+        "kernels' gradients cannot be differentiated again, and say so (rule 14 of the design)",
+        lambda case, kind, text: _kernels(case) and case.backward == "double" and (
+            "differentiate twice" in text or text == "ours False, torch True"
+            or (kind.startswith("requires_grad of gradient") and text == "True, torch's False")),
+    ),
+    Meant(
+        "a fused call saves other tensors than torch's calls in a row: one written to meanwhile is refused, not used",
+        lambda case, kind, text: case.mutate is not None and "modified by an inplace operation" in text,
+    ),
+    Meant(
+        "kernels lay gradients and attention's result out by what they read (tests/conformance/compare.py); torch's "
+        "own layouts differ between CPU and GPU",
+        lambda case, kind, text: _kernels(case) and (kind.startswith("strides of gradient")
+                                                     or (case.operator == "attention" and kind.startswith("strides"))),
+    ),
+    Meant(
+        "the executor copies a launch's operands back, which counts as a write, and makes views of its own",
+        lambda case, kind, text: _kernels(case) and kind in ("versions", "is_view"),
+    ),
+    Meant(
+        "a kernel's result is a plain tensor, of whatever class its operands are",
+        lambda case, kind, text: _kernels(case) and kind.startswith("class of") and text == "Tensor, torch's Subclass",
+    ),
+    Meant(
+        "the batch's statistics take a convolution's bias away again: its gradient is 0, of NaN and infinities too",
+        lambda case, kind, text: kind.startswith("gradient of b") and case.operator in ("conv_stage", "fused", "module")
+        and "NaN in 0 places" in text,
+    ),
+    Meant(
+        "a stage looks at all its layers before any runs: of two layers that torch refuses it names another first",
+        lambda case, kind, text: case.operator == "conv_stage" and kind == "class of error in forward",
+    ),
+    Meant(
+        "a dropped element passes a gradient of 0 behind a ReLU, even where an infinite one comes in (linear's page)",
+        lambda case, kind, text: kind.startswith("gradient") and "NaN in 0 places" in text
+        and bool(case.options.get("dropout_p")),
+    ),
+)  # fmt: skip
+
+
+def meant(case: Case, kind: str, text: str) -> str | None:
+    """Why a difference is meant, None where it is not."""
+    return next((m.reason for m in MEANT if m.where(case, kind, text)), None)

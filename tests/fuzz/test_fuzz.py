@@ -1,0 +1,255 @@
+"""The fuzz itself: what is planted is found and printed as a test that fails with it and passes without."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tkernels
+from tests.fuzz import __main__ as command
+from tests.fuzz import bodies, numbers, report, session
+from tests.fuzz.cases import Case
+from tests.fuzz.check import check, differences
+from tests.fuzz.drawing import SHARES, case_of
+from tests.fuzz.recipes import LAYOUTS, T
+from tests.fuzz.simplify import simplified
+
+pytestmark = pytest.mark.gate("torch")
+
+
+def _other_strides(y: Tensor) -> Tensor:
+    return y.movedim(0, -1).contiguous().movedim(-1, 0) if y.dim() > 1 else y
+
+
+def _other_gradient(y: Tensor) -> Tensor:
+    if y.requires_grad:
+        y.register_hook(lambda g: g * 1.01)
+    return y
+
+
+def _raises(y: Tensor) -> Tensor:
+    raise RuntimeError("planted")
+
+
+def _keeps_memory(y: Tensor) -> Tensor:
+    """Results of one kind share memory, as they would of a broken pool."""
+    if y.requires_grad:
+        return y
+    kept = _memory.setdefault((y.shape, y.dtype), y)
+    return kept if kept is y else kept.copy_(y)
+
+
+_memory: dict[Any, Tensor] = {}
+PLANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "value": lambda y: y * 1.01,
+    "one value": lambda y: y.index_fill(0, torch.tensor(0), 3.0) if y.dim() and y.numel() > 1 else y,
+    "NaN": lambda y: y.nan_to_num() if y.is_floating_point() else y,
+    "gradient": _other_gradient,
+    "strides": _other_strides,
+    "dtype": lambda y: y.float(),
+    "view": lambda y: y.view_as(y),
+    "error": _raises,
+    "memory": _keeps_memory,
+}
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, operator: str, spoil: Callable[[Tensor], Tensor]) -> None:
+    _memory.clear()
+    true = getattr(tkernels.functional, operator)
+    monkeypatch.setattr(tkernels.functional, operator, lambda *args, **options: spoil(true(*args, **options)))
+
+
+def first_failure(body: str, operator: str, draws: int) -> tuple[Case, list[tuple[str, str]]]:
+    for index in range(draws):
+        case = case_of(1, index, body, [operator])
+        found = differences(case).differences
+        if found:
+            return case, found
+    raise AssertionError(f"nothing found in {draws} draws")
+
+
+def printed(case: Case, found: list[tuple[str, str]]) -> Callable[[], None]:
+    """The test that the fuzz prints, from its text."""
+    space: dict[str, Any] = {}
+    exec(report.test_of(case, "found", "python -m tests.fuzz", found), space)
+    test: Callable[[], None] = space["test_found"]
+    return test
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_what_is_planted_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as planted:
+        plant(planted, "matmul", PLANTS[name])
+        case, found = first_failure("cpu", "matmul", 200 if name in ("NaN", "memory") else 40)
+        if name != "memory":  # what one case needs another for is not made simpler
+            kind = found[0][0]
+            case = simplified(case, lambda c: kind in [k for k, _ in differences(c).differences])
+        test = printed(case, found)
+        _memory.clear()
+        with pytest.raises(AssertionError):
+            test()
+    test()
+
+
+@pytest.mark.gate("ttsem")
+def test_draws_of_the_kernels(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
+    with monkeypatch.context() as planted:
+        plant(planted, "matmul", PLANTS["value"])
+        case, found = first_failure("kernels", "matmul", 30)
+        test = printed(case, found)
+        with pytest.raises(AssertionError):
+            test()
+    test()
+    assert launches
+
+
+def test_an_out_of_range_read_is_a_failure_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the executor raises is never the error that torch raises too."""
+    fault = type("KernelFault", (RuntimeError,), {"__module__": "ttsem.sanitize"})
+
+    def broken(*args: Any, **options: Any) -> Tensor:
+        raise fault("reads past the end")
+
+    monkeypatch.setattr(tkernels.functional, "matmul", broken)
+    refused = Case("matmul", "cpu", {"a": T((2, 3)), "b": T((2, 3))})
+    assert [kind for kind, _ in differences(refused).differences] == ["fault in forward"]
+
+
+@pytest.mark.parametrize("body", bodies.BODIES)
+def test_a_draw_is_that_of_its_seed_and_index(body: str) -> None:
+    """And a case written down is the case."""
+    cases = [case_of(3, index, body) for index in range(150)]
+    written = [repr(case) for case in cases]
+    assert written == [repr(case_of(3, index, body)) for index in range(150)]
+    assert written != [repr(case_of(4, index, body)) for index in range(150)]
+    assert {case.operator for case in cases} == set(SHARES)
+    from tests.fuzz import check as names
+
+    assert [repr(eval(text, vars(names))) for text in written] == written
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "permuted 2 0 1", "every 2 1 3", "repeated 1"])
+def test_a_tensor_is_the_same_each_time(layout: str) -> None:
+    t = T((3, 4, 5), layout=layout, seed=5, special=((7, float("nan")),))
+    one, two, other = t.make(), t.make(), t.make(again=1)
+    assert one.shape == (3, 4, 5)
+    assert torch.equal(one.nan_to_num(), two.nan_to_num())
+    assert one.stride() == two.stride() == other.stride()
+    assert not torch.equal(one.nan_to_num(), other.nan_to_num())
+    assert torch.equal(t.make(dtype=torch.float64).nan_to_num(), one.double().nan_to_num())
+
+
+def test_the_default_device_and_dtype_are_not_what_tensors_are_made_by() -> None:
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            made = T((2, 3)).make()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(made, T((2, 3)).make())
+
+
+def test_every_threshold_is_there() -> None:
+    assert bodies.missing() == []
+
+
+def test_patched_cases_take_the_passes() -> None:
+    """And leave the sizes as they were."""
+    sizes = tkernels.cpu.buffers.SMALLEST
+    tensors = {"input": T((8, 16), grad=True), "weight": T((16,)), "bias": T((16,))}
+    case = Case("batch_norm", "cpu", tensors, {"training": True, "activation": "relu"}, patched=True)
+    with bodies.counting():
+        before = bodies.RAN["pass batch norm relu"]
+        check(case)
+        assert bodies.RAN["pass batch norm relu"] == before + 1
+        check(case.changed(patched=False))
+        assert bodies.RAN["pass batch norm relu"] == before + 1
+    assert sizes == tkernels.cpu.buffers.SMALLEST
+
+
+def exact_of(x: Tensor) -> numbers.Exact:
+    return lambda: (x, x)
+
+
+def test_numbers() -> None:
+    """What is far, and what is not."""
+    x = torch.randn(10_000, dtype=torch.float64)
+    theirs, dtype = x.bfloat16(), torch.bfloat16
+    assert numbers.far(theirs, theirs, exact_of(x), dtype) is None
+    assert numbers.far((x * (1 + 2e-3)).bfloat16(), theirs, exact_of(x), dtype) is None
+    assert numbers.far((x * 1.1).bfloat16(), theirs, exact_of(x), dtype) is not None
+    one = theirs.clone()
+    one[17] += 1
+    assert "largest error" in str(numbers.far(one, theirs, exact_of(x), dtype))
+    one[17] = float("nan")
+    assert "NaN in 1 places, torch in 0" in str(numbers.far(one, theirs, exact_of(x), dtype))
+    big = torch.tensor([65504.0, 1.0], dtype=torch.float16)
+    infinite = torch.tensor([float("inf"), 1.0], dtype=torch.float16)
+    assert numbers.far(infinite, big, exact_of(big.double()), torch.float16) is None
+    assert numbers.far(infinite, big / 4, exact_of(big.double() / 4), torch.float16) is not None
+
+
+def arguments(**given: Any) -> argparse.Namespace:
+    found = command.parser().parse_args([])
+    for name, value in given.items():
+        setattr(found, name, value)
+    return found
+
+
+def test_the_exit_status() -> None:
+    counts: collections.Counter[str] = collections.Counter({"calls": 9, "draw matmul": 9})
+    ran: collections.Counter[str] = collections.Counter()
+    assert session.conclude(arguments(), counts, ran, 1.0, 0) == 0
+    assert session.conclude(arguments(), counts, ran, 1.0, 1) == 1
+    assert session.conclude(arguments(), counts + collections.Counter(failures=1), ran, 1.0, 0) == 1
+    counts["draw batch_norm"] = 100
+    assert session.conclude(arguments(), counts, ran, 1.0, 0) == 2
+    counts["fast batch_norm pass"] = 1
+    assert session.conclude(arguments(), counts, ran, 1.0, 0) == 0
+    assert session.conclude(arguments(body="kernels"), counts, ran, 1.0, 0) == 2
+
+
+def test_a_draw_that_kills_the_process_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next worker goes on behind it."""
+    started = []
+
+    def worker(given: argparse.Namespace, progress: Path, first: int, minutes: float) -> int:
+        started.append(first)
+        counts = {"calls": 5, "draw matmul": 5}
+        progress.write_text(json.dumps({"index": first + 4, "counts": counts, "ran": {"pass statistics": 2}}))
+        return -signal.SIGSEGV if first == 0 else 0
+
+    monkeypatch.setattr(command, "_worker", worker)
+    assert command.supervise(arguments(seed=7)) == 1
+    said = capsys.readouterr().out
+    assert started == [0, 5]
+    assert "SIGSEGV" in said
+    assert "--seed 7 --only 4" in said
+    assert "10 calls" in said
+    assert "4 passes" in said
+
+
+def test_the_command() -> None:
+    """A few draws in a process of their own; the help; an operator that there is not."""
+    run = [sys.executable, "-m", "tests.fuzz"]
+    done = subprocess.run([*run, "--draws", "3", "--op", "matmul"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "(matmul 3)" in done.stdout.splitlines()[-1]
+    assert "0 failures" in done.stdout.splitlines()[-1]
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--op", "sine"])
+    assert stopped.value.code == 2
+    assert "--minutes" in command.parser().format_help()
