@@ -39,7 +39,7 @@ def _behind_relu(d: Tensor, z: Tensor) -> Tensor:
 
 class Measured(NamedTuple):
     """``shifted`` mean and ``unbiased`` variance are what running statistics see. ``sound`` []: finite where all of a
-    batch's variances and scales are."""
+    batch's means, variances and scales are."""
 
     mean: Tensor
     inverse: Tensor
@@ -50,8 +50,8 @@ class Measured(NamedTuple):
 
 
 def is_sound(measured: Tensor) -> bool:
-    """Whether passes may go on with what was measured. Where they may not, torch's own calls take over: its CPU code
-    sums in float64, which holds the squares of whatever float32 holds, and lets NaN and Inf through in its own way."""
+    """Whether passes may go on with what was measured. Where they may not, torch's own calls take over, for
+    what they make of it: NaN and Inf where they put them, and sums in float64 for maps that are not channels_last."""
     return math.isfinite(float(measured))
 
 
@@ -70,7 +70,8 @@ def measured(x: Tensor, shift: Any, weight: Tensor, eps: Tensor) -> Measured:
     deviations = (within + between).sum((0, 1))
     inverse = torch.rsqrt(deviations / count + eps)
     mean, scale, unbiased = starts[0] + mean, inverse * weight, deviations / (count - 1)
-    return Measured(mean, inverse, scale, mean + shift, unbiased, deviations.sum() + scale.sum())
+    shifted = mean + shift
+    return Measured(mean, inverse, scale, shifted, unbiased, deviations.sum() + scale.sum() + shifted.sum())
 
 
 def _statistics(x: Tensor, shift: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
