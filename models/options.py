@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import os
 from collections.abc import Sequence
@@ -69,6 +70,14 @@ class Options:
         """What decides the result, as text, for checkpoints."""
         fields = dataclasses.asdict(self)
         return {name: str(value) for name, value in fields.items() if name not in _NOT_SETTINGS}
+
+    def fingerprint(self) -> str:
+        """Which content the CSV file has, in a few words; empty for other data, which their names and seeds define."""
+        path = Path(self.data.removeprefix("csv:"))
+        if not self.data.startswith("csv:") or not path.is_file():  # a pipe is read once
+            return ""
+        content = path.read_bytes()
+        return f"{len(content):,} bytes with digest {hashlib.sha256(content).hexdigest()[:12]}"
 
     def changed(self, saved: dict[str, str]) -> list[tuple[str, str, str]]:
         """(option, its value in ``saved``, its value now) of the settings that differ."""
