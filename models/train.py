@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: parse, train, report. Returns the exit status; bad options raise SystemExit(2)."""
     chosen = options.parse(argv)
     try:
+        distributed.check_address()
         chosen.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (ValueError, OSError) as error:
         return _fail(error, 2)
     try:
         with tkernels.backend(chosen.backend), distributed.joined(chosen.device):
@@ -106,7 +107,7 @@ def run(chosen: options.Options) -> EpochResult:
     parts = load(chosen)
     trainer = Trainer(chosen, parts, loaders(chosen, parts))
     trainer.say(_headline(chosen, trainer, parts), flush=True)
-    if chosen.resume or (distributed.restarted() and trainer.path.exists()):
+    if chosen.resume or (distributed.restarts() and trainer.path.exists()):
         trainer.resume()
     with contextlib.ExitStack() as stack:
         if chosen.tensorboard and distributed.is_main():

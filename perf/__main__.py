@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options.Parser(f"{PROGRAM} {name}", module.__doc__)
     module.add_arguments(parser)
     try:
+        _check_environment()
         return module.run(parser.parse_args(given[1:]))
     except options.Refused as refusal:
         parser.error(str(refusal))
@@ -48,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def _check_environment() -> None:
+    """Raise Refused for a backend that does not exist, before every row says so."""
+    library = sys.modules.get("tkernels")
+    try:
+        if library is not None:
+            library.get_backend()
+    except ValueError as error:
+        raise options.Refused(str(error)) from error
 
 
 if __name__ == "__main__":
