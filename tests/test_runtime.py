@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,6 +207,17 @@ def test_imports_and_trains_without_triton() -> None:
     ran = run_python(WITHOUT_TRITON)
     assert ran.returncode == 0, ran.stderr
     assert "triton is not installed" in ran.stdout
+
+
+def test_the_versions_that_were_tested_are_written_down() -> None:
+    root = Path(__file__).parents[1]
+    pins = re.findall(r'"(?:torch|triton)==([\d.]+)', (root / "pyproject.toml").read_text())
+    bounds = re.findall(r'"(?:torch|triton)>=([\d.]+)', (root / "pyproject.toml").read_text())
+    table = (root / "README.md").read_text().partition("## Versions it was tested with")[2].partition("##")[0]
+    rows = [line.split(" | ")[:2] for line in table.splitlines() if line[:3].strip("| ").isdigit()]
+    assert [rows[0][0].strip("| "), rows[0][1]] == pins
+    for found, bound in zip((rows[-1][0].strip("| "), rows[-1][1]), bounds):
+        assert found.startswith(bound)
 
 
 def test_import_touches_no_gpu() -> None:
