@@ -76,8 +76,8 @@ def test_two_sweeps_into_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     while not (tmp_path / "holds").exists():
         time.sleep(0.01)
     before = path.read_bytes()
-    for command in ((*SWEEP, "--csv", path, "--resume"), (*SWEEP, "--csv", path), ("model", "all", "--csv", path)):
-        assert f"another process ({pid} on " in refused(capsys, *command)
+    for command in ((*SWEEP, "--resume"), SWEEP, ("model", "torch.nn:Identity")):
+        assert f"another process ({pid} on " in refused(capsys, *command, "--csv", path)
     assert path.read_bytes() == before
     os.kill(pid, signal.SIGKILL)
     processes.wait(pid)
@@ -88,7 +88,7 @@ def test_two_sweeps_into_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("command", [SWEEP, ("model", "all")])
+@pytest.mark.parametrize("command", [SWEEP, ("model", "torch.nn:Identity")])
 def test_what_rows_cannot_be_added_to(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: tuple[str]) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in ("/dev/full", tmp_path / "fifo"):
