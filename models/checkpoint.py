@@ -10,11 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+
+from models import parts
+from models.parts import CheckpointError
+
+__all__ = ["CheckpointError", "load", "naming", "newest", "prepare", "save"]
 
 VERSION = 2
 KEYS = ("epoch", "model_state_dict", "optimizer_state_dict", "val_acc", "version", "network")
@@ -24,27 +31,66 @@ PREVIOUS = "checkpoint.previous.pt"
 State = dict[str, Any]
 
 
-class CheckpointError(Exception):
-    """A file that is no usable checkpoint; the message says in one line what is wrong with it."""
+def prepare(directory: Path) -> None:
+    """Clear away what runs that were killed as they wrote left of their checkpoints: for who alone writes there.
+
+    Raises CheckpointError where a checkpoint could not be written.
+    """
+    for pattern in (f".{NAME}.*.tmp", f".{NAME}.*.old"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+    for name in (NAME, PREVIOUS):
+        if (directory / name).is_dir():
+            raise CheckpointError(f"{directory / name} is a directory, a checkpoint is to be written there")
 
 
 def save(path: Path, state: State) -> None:
     """Write a checkpoint so that ``path`` at any moment, power cuts included, holds the whole old or the whole new one.
 
-    The old one is kept beside it as checkpoint.previous.pt.
+    The old one is kept beside it as checkpoint.previous.pt. Raises OSError where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save({**state, "version": VERSION}, file)
+            _write({**state, "version": VERSION}, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        if path.is_file():
             _keep(path, path.with_name(PREVIOUS), temporary.with_suffix(".old"))
         os.replace(temporary, path)
         _sync_directory(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+class _Noting:
+    """A file that keeps in mind why it could not be written: torch's writer says something else."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write(state: State, file: BinaryIO) -> None:
+    noting = _Noting(file)
+    try:
+        torch.save(state, noting)  # type: ignore[arg-type]  # all it asks for is write and flush
+    except RuntimeError:
+        if noting.error is not None:
+            raise noting.error from None
         raise
 
 
@@ -69,28 +115,56 @@ def _sync_directory(directory: Path) -> None:
 
 
 def load(path: Path, map_location: str | torch.device = "cpu") -> State:
-    """Read a checkpoint; raises CheckpointError where it cannot be read, lacks a key or is of another version."""
+    """Read a checkpoint; raises CheckpointError where it cannot be read, is damaged, lacks a key or is of another
+    version, or where its weights are not finite."""
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = _read(path, map_location)
     except Exception as error:  # arbitrary bytes make the unpickler raise arbitrary exceptions
         reason, *_ = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} is no checkpoint of this program: it holds a {type(state).__name__}")
-    if state.get("version", VERSION) != VERSION:
-        raise CheckpointError(
-            f"{path} is a checkpoint of version {state['version']}, this program reads version {VERSION}"
-        )
-    missing = [key for key in KEYS if key not in state]
-    if missing:
-        raise CheckpointError(f"{path} is no checkpoint of this program: it lacks {', '.join(missing)}")
+    with naming(path):
+        if not isinstance(state, dict):
+            raise CheckpointError(f"is no checkpoint of this program: it holds a {type(state).__name__}")
+        version = state.get("version", VERSION)
+        if not (isinstance(version, int) and version == VERSION):
+            raise CheckpointError(f"is a checkpoint of version {version}, this program reads version {VERSION}")
+        parts.need(state, KEYS)
+        parts.check_model(state)
     return state
 
 
-def newest(directory: Path, check: Callable[[State], None], tell: Callable[[str], None]) -> State:
-    """The newest checkpoint in a directory that can be read and that ``check`` accepts (it raises CheckpointError).
+def _read(path: Path, map_location: str | torch.device) -> Any:
+    """What a file holds, if each of its parts has the checksum it was written with (torch compares none)."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would be waited for
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+            # torch reads nothing of what is marked as a directory, and says nothing
+            marked = next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
+        if damaged is not None or marked is not None:
+            raise ValueError(f"its part {damaged or marked!r} is damaged")
+        file.seek(0)
+        return torch.load(file, map_location=map_location, weights_only=True)
 
-    ``tell`` gets a line about one that was passed over. Raises CheckpointError where there is none.
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """CheckpointErrors from within begin with the file's name; what else goes wrong there says that it is damaged."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    except Exception as error:  # what is done with contents that are not what they should be
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {reason}") from error
+
+
+def newest(directory: Path, take: Callable[[State], None], tell: Callable[[str], None]) -> State:
+    """The newest checkpoint in a directory that can be read and that ``take`` accepts (it raises CheckpointError).
+
+    ``take`` may have half done its work with one it refuses: another follows, or nothing goes on. ``tell`` gets a line
+    about one that was passed over. Raises CheckpointError where there is none.
     """
     complaints: list[str] = []
     for path in (directory / NAME, directory / PREVIOUS):
@@ -98,10 +172,8 @@ def newest(directory: Path, check: Callable[[State], None], tell: Callable[[str]
             continue
         try:
             state = load(path)
-            try:
-                check(state)
-            except CheckpointError as error:
-                raise CheckpointError(f"{path} {error}") from error
+            with naming(path):
+                take(state)
         except CheckpointError as error:
             complaints.append(str(error))
             continue

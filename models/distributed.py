@@ -18,17 +18,51 @@ TIMEOUT = timedelta(minutes=10)
 
 def launched() -> bool:
     """Whether torchrun (or something that speaks its language) started this process."""
-    return dist.is_available() and "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return dist.is_available() and bool(os.environ.get("RANK")) and bool(os.environ.get("WORLD_SIZE"))
 
 
-def restarted() -> bool:
-    """Whether torchrun started the job again after a process had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def check_environment() -> None:
+    """Raise ValueError for a variable of the environment that cannot be what torchrun sets."""
+    restarts()
+    if not launched():
+        return
+    local_rank()
+    _whole("RANK", 0, 0, wanted() - 1)
+
+
+def check_address() -> None:
+    """Raise ValueError where the processes cannot know where the first one listens."""
+    if not launched():
+        return
+    _whole("MASTER_PORT", -1, 0, 65535)
+    if not os.environ.get("MASTER_ADDR"):
+        raise ValueError("environment variable MASTER_ADDR must be the address of the first process, it is not set")
+
+
+def _whole(name: str, default: int, low: int, high: int | None = None) -> int:
+    """A variable's number; an empty one is not set. Raises ValueError."""
+    text = os.environ.get(name) or str(default)
+    value = int(text) if text.isascii() and text.removeprefix("-").isdigit() else None
+    if value is None or value < low or (high is not None and value > high):
+        bounds = f"{low} or more" if high is None else f"from {low} to {high}"
+        got = repr(os.environ[name]) if os.environ.get(name) else "nothing"
+        raise ValueError(f"environment variable {name} must be a whole number, {bounds}, got {got}")
+    return value
+
+
+def wanted() -> int:
+    """Of how many processes the job is."""
+    return _whole("WORLD_SIZE", 1, 1) if launched() else 1
+
+
+def restarts() -> int:
+    """How often torchrun started the job again after a process had died."""
+    return _whole("TORCHELASTIC_RESTART_COUNT", 0, 0)
 
 
 def local_rank() -> int:
     """The number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _whole("LOCAL_RANK", 0, 0)
 
 
 def active() -> bool:
@@ -58,7 +92,7 @@ def joined(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     # torchrun's store outlives the processes: those it starts again must not read their predecessors' addresses
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(f"start {restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
     try:

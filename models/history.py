@@ -36,8 +36,12 @@ class History:
         self._append("a", [row])
 
     def _append(self, mode: str, rows: Sequence[Sequence[object]]) -> None:
-        if self._write:
+        if not self._write:
+            return
+        try:
             with self.path.open(mode, newline="") as file:
                 csv.writer(file).writerows(rows)
                 file.flush()
                 os.fsync(file.fileno())
+        except OSError as error:  # a full disk's does not say which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error

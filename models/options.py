@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,14 @@ class Options:
         fields = dataclasses.asdict(self)
         return {name: str(value) for name, value in fields.items() if name not in _NOT_SETTINGS}
 
+    def fingerprint(self) -> str:
+        """Which content the CSV file has, in a few words; empty for other data, which their names and seeds define."""
+        path = Path(self.data.removeprefix("csv:"))
+        if not self.data.startswith("csv:") or not path.is_file():  # a pipe is read once
+            return ""
+        content = path.read_bytes()
+        return f"{len(content):,} bytes with digest {hashlib.sha256(content).hexdigest()[:12]}"
+
     def changed(self, saved: dict[str, str]) -> list[tuple[str, str, str]]:
         """(option, its value in ``saved``, its value now) of the settings that differ."""
         return [
@@ -81,7 +89,11 @@ class Options:
 
 def parse(argv: Sequence[str] | None = None) -> Options:
     """The options given. Exits with status 2 and one line on stderr where one is unknown or absurd."""
-    parser = arguments.build_parser()
+    try:
+        distributed.check_environment()
+        parser = arguments.build_parser()
+    except ValueError as error:  # of an environment variable
+        Parser(prog=PROGRAM).error(str(error))
     args = parser.parse_args(argv)
     _complete(args)
     _check(parser, args)
@@ -115,14 +127,17 @@ def _complete(args: Any) -> None:
 
 
 def _check(parser: Parser, args: Any) -> None:
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"argument --out: {args.out} is a file, a directory is needed")
+    try:
+        if args.out.exists() and not args.out.is_dir():
+            parser.error(f"argument --out: {args.out} is a file, a directory is needed")
+    except OSError as error:  # a name too long
+        parser.error(f"argument --out: {error}")
     if not args.data.startswith("csv:") and (args.target is not None or args.categorical):
         option = "--categorical" if args.target is None else "--target"
         parser.error(f"argument {option}: columns are for --data csv:FILE, not for {args.data}")
     if args.model == "attention" and (args.data.startswith("csv:") or args.data == "synthetic"):
         parser.error(f"argument --model: attention is for images, not for the rows of {args.data}")
-    processes = int(os.environ["WORLD_SIZE"]) if distributed.launched() else 1
+    processes = distributed.wanted()
     if args.batch_size % processes:
         parser.error(f"argument --batch-size: {args.batch_size} examples cannot be shared by {processes} processes")
     if args.tensorboard:

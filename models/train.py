@@ -3,22 +3,23 @@
 Writes to the output directory history.csv (a line an epoch, as it happens), checkpoint.pt (after every epoch and when
 it is told to stop; the one before it stays as checkpoint.previous.pt), and at the end curves.png and confusion.png.
 Exit status: 0 trained; 1 the loss diverged, results could not be written, another process died or the GPU was lost to a
-failed capture; 2 a bad option, data that cannot be had or no checkpoint to resume from; 130 and 143 stopped by SIGINT
-and SIGTERM.
+failed capture; 2 a bad option, data that cannot be had, no checkpoint to resume from or another run in the same
+directory; 130 and 143 stopped by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 import tkernels
-from models import augment, checkpoint, data, distributed, options, plots, tabular, tensorboard
+from models import augment, checkpoint, data, distributed, lock, options, plots, tabular, tensorboard
 from models.checkpoint import CheckpointError
 from models.cuda_graph import CaptureError
 from models.data import Data, DataError
@@ -33,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: parse, train, report. Returns the exit status; bad options raise SystemExit(2)."""
     chosen = options.parse(argv)
     try:
+        distributed.check_address()
         chosen.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (ValueError, OSError) as error:
         return _fail(error, 2)
     try:
         with tkernels.backend(chosen.backend), distributed.joined(chosen.device):
@@ -48,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_reporting(chosen: options.Options) -> int:
     """Run; what goes wrong becomes one line and an exit status."""
     try:
-        run(chosen)
+        with _alone(chosen.out):
+            run(chosen)
+    except lock.Busy as error:
+        return _fail(error, 2) if distributed.is_main() else 2
     except (DataError, CheckpointError) as error:
         return _fail(error, 2)
     except (TrainingError, OSError) as error:
@@ -68,12 +73,41 @@ def _run_reporting(chosen: options.Options) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Within it ``out`` is this job's alone; its first process holds it for all.
+
+    Raises Busy, in the first process CheckpointError or OSError where its files cannot be written.
+    """
+    failed: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        if distributed.is_main():
+            try:
+                tell = functools.partial(print, flush=True)
+                if stack.enter_context(lock.held(out / ".lock", f"to {out}", tell)):
+                    checkpoint.prepare(out)
+                _check_files(out)
+            except (lock.Busy, CheckpointError, OSError) as error:
+                failed = error
+        if distributed.largest(failed is not None):
+            raise failed or lock.Busy("the first process says why")
+        yield
+
+
+def _check_files(out: Path) -> None:
+    """Raise OSError where a result would go into what is no file: a FIFO would be waited for, hours later."""
+    for name in ("history.csv", "curves.png", "confusion.png", "gradients.png"):
+        path = out / name
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is no regular file, results are to be written there")
+
+
 def run(chosen: options.Options) -> EpochResult:
     """Train as the options say and write the results; returns the last validation."""
     parts = load(chosen)
     trainer = Trainer(chosen, parts, loaders(chosen, parts))
     trainer.say(_headline(chosen, trainer, parts), flush=True)
-    if chosen.resume or (distributed.restarted() and trainer.path.exists()):
+    if chosen.resume or (distributed.restarts() and trainer.path.exists()):
         trainer.resume()
     with contextlib.ExitStack() as stack:
         if chosen.tensorboard and distributed.is_main():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tkernels.nn as tnn
-from models import checkpoint, distributed, engine, networks, recipes
+from models import checkpoint, distributed, engine, networks, parts, recipes
 from models.cuda_graph import GraphedStep
 from models.data import Data
 from models.history import History, Row
@@ -20,6 +20,8 @@ from models.interrupt import Stopped, StopWish
 from models.loader import TrainLoader, ValLoader
 from models.options import Options
 
+# in a checkpoint's settings: which rows of a table it was trained on
+FINGERPRINT = "data fingerprint"
 Gradients = dict[str, tuple[float, float]]
 
 
@@ -45,6 +47,7 @@ class Trainer:
     def __init__(self, chosen: Options, data: Data, loaders: Loaders, say: Callable[..., None] = print) -> None:
         self.chosen, self.loaders = chosen, loaders
         self.say = say if distributed.is_main() else _silent
+        self.fingerprint = chosen.fingerprint()
         self.network = networks.describe(data, chosen.model, chosen.width, chosen.image_size)
         torch.manual_seed(chosen.seed)
         fused = chosen.model != "plain"
@@ -186,7 +189,13 @@ class Trainer:
         return part
 
     def save(self) -> None:
-        """Write the checkpoint; every process must call it."""
+        """Write the checkpoint; every process must call it. Raises TrainingError where nobody could go on from it."""
+        name = parts.not_finite(self.model.state_dict())
+        if distributed.largest(bool(name)):
+            raise TrainingError(
+                f"weights are no longer finite {self.position()} ({name or 'in another process'}), which is not "
+                f"written: try a --lr below {self.chosen.lr:g}"
+            )
         processes = distributed.gathered({"rng": _random_state(self.chosen.device), **self.totals.state_dict()})
         if processes is None:
             return
@@ -201,15 +210,21 @@ class Trainer:
             "batch": self.batch,
             "processes": processes,
             "history": [list(row) for row in self.history.rows],
-            "settings": self.chosen.settings(),
+            "settings": {**self.chosen.settings(), FINGERPRINT: self.fingerprint},
         }
         checkpoint.save(self.path, state)
 
     def resume(self) -> None:
         """Go on from the newest usable checkpoint in ``chosen.out``. Raises CheckpointError where there is none."""
-        state = checkpoint.newest(self.chosen.out, self._check, lambda line: self.say(f"note: {line}", flush=True))
+        state = checkpoint.newest(self.chosen.out, self._take, lambda line: self.say(f"note: {line}", flush=True))
         for name, saved, wanted in self.chosen.changed(state["settings"]):
             self.say(f"note: {name} was {saved} so far and is {wanted} from here on", flush=True)
+        self.history.start([Row(*row) for row in state["history"]])
+        self.say(f"goes on {self.position()}", flush=True)
+
+    def _take(self, state: checkpoint.State) -> None:
+        """Stand where a checkpoint stood. Raises CheckpointError where that cannot be, perhaps half way."""
+        self._check(state)
         self.model.load_state_dict(state["model_state_dict"])
         # of the groups their hyperparameters count as they are given now
         groups = self.optimizer.state_dict()["param_groups"]
@@ -218,9 +233,7 @@ class Trainer:
         if self.scaler is not None and state["scaler_state_dict"] is not None:
             self.scaler.load_state_dict(state["scaler_state_dict"])
         self.epoch, self.batch, self.val_acc = state["epoch"], state["batch"], state["val_acc"]
-        self.history.start([Row(*row) for row in state["history"]])
         self._resume_processes(state["processes"])
-        self.say(f"goes on {self.position()}", flush=True)
 
     def _resume_processes(self, processes: list[dict[str, Any]]) -> None:
         """What each process had of its own; where their number changed, the first takes the sums and all draw anew."""
@@ -236,17 +249,21 @@ class Trainer:
 
     def _check(self, state: checkpoint.State) -> None:
         needed = ("schedule_state_dict", "scaler_state_dict", "batch", "processes", "history", "settings")
-        missing = [key for key in needed if key not in state]
-        if missing:
-            raise checkpoint.CheckpointError(f"cannot be gone on from: it lacks {', '.join(missing)}")
+        parts.need(state, needed, "cannot be gone on from")
+        parts.check_run(state)
         differences = networks.differences(state["network"], self.network)
         saved, wanted = state["settings"].get("optimizer"), self.chosen.optimizer
         if saved != wanted:
             differences.append(f"--optimizer {saved} instead of {wanted}")
         if state["batch"] > len(self.loaders.train):
             differences.append(f"{state['batch']} batches of an epoch done, there are {len(self.loaders.train)} now")
+        then = state["settings"].get(FINGERPRINT, "")
+        if then and self.fingerprint and then != self.fingerprint:
+            differences.append(f"the rows of {self.chosen.data} were {then} and are {self.fingerprint} now")
         if differences:
             raise checkpoint.CheckpointError(f"is of another run: {', '.join(differences)}")
+        parts.check_weights(state["model_state_dict"], self.model.state_dict())
+        parts.check_optimizer(state["optimizer_state_dict"], self.optimizer)
 
 
 def _portable(state: dict[str, Any]) -> dict[str, Any]:

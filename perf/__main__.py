@@ -24,8 +24,8 @@ PROGRAM = "python -m perf"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Returns its exit status: 0 done, 1 found something bad, 2 refused, 130 interrupted, 141 nobody
-    reads what it prints."""
+    """Run a subcommand. Returns its exit status: 0 done, 1 found something bad, 2 refused or could not write, 130
+    interrupted, 141 nobody reads what it prints."""
     given = list(sys.argv[1:] if argv is None else argv)
     listing = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
     top = options.Parser(PROGRAM, f"Measure tkernels.\n\ncommands:\n{listing}")
@@ -36,16 +36,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options.Parser(f"{PROGRAM} {name}", module.__doc__)
     module.add_arguments(parser)
     try:
+        _check_environment()
         return module.run(parser.parse_args(given[1:]))
     except options.Refused as refusal:
         parser.error(str(refusal))
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # who reads has seen enough; the interpreter must not try to flush the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a full disk, a name too long
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _check_environment() -> None:
+    """Raise Refused for a backend that does not exist, before every row says so."""
+    library = sys.modules.get("tkernels")
+    try:
+        if library is not None:
+            library.get_backend()
+    except ValueError as error:
+        raise options.Refused(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from models import lock
 
 REFUSED = 2
 
@@ -48,12 +52,33 @@ def several(what: str, given: Sequence[str], allowed: Iterable[str]) -> list[str
 
 def new_file(path: Path) -> Path:
     """A path a file can be written to; its directory is made. Raises Refused, leaving nothing behind."""
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         raise Refused(f"{path} is a directory, a file name is needed")
     directory(path.parent)
     if path.exists() and not os.access(path, os.W_OK):
         raise Refused(f"{path} cannot be written to")
     return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether something has that name. Raises Refused for one that nothing can have."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise Refused(f"{path} cannot be used: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Within it no other command adds rows to the file. Raises Refused where one does, or where it cannot be a file."""
+    if is_there(path) and not path.is_file():
+        raise Refused(f"{path} is no regular file: rows are added to one, and read again")
+    tell = functools.partial(print, file=sys.stderr)
+    try:
+        with lock.held(path.with_name(f".{path.name}.lock"), f"to {path}", tell):
+            yield
+    except lock.Busy as busy:
+        raise Refused(str(busy)) from busy
 
 
 def directory(path: Path) -> Path:

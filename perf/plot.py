@@ -51,6 +51,7 @@ STYLE: Any = {
     "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "text.parse_math": False,  # names are text, dollars and all
 }
 
 

@@ -1,10 +1,12 @@
-"""The sweep's CSV: one row a measurement. What each column means, and reading and appending rows safely."""
+"""The sweep's CSV: one row a measurement. What each column means, and reading and writing rows safely."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,6 +139,9 @@ TASK = KEY[1:]
 # What CSVs of before have no column of
 LATER = ("allocator", "ratio_p25", "ratio_p50", "ratio_p75", "rounds", "page_faults", "saved_mb")
 OK = "ok"
+# Text that a spreadsheet would take for a formula and execute; a quote before it makes it text again
+_FORMULA = re.compile(r"\s*[=+\-@\t\r\uff0b\uff0d\uff1d\uff20]")
+_QUOTED = re.compile(rf"'(?='*{_FORMULA.pattern})")
 # in words, for plots and summaries
 MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 # of products, each gradient alone: perf gpu
@@ -145,12 +150,43 @@ GRADIENTS = {"dgrad": "input gradient", "wgrad": "weight gradient"}
 NETWORK_MODES = {"train": "training step", "infer": "inference"}
 
 
+def shielded(cell: Any) -> Any:
+    """A cell for a CSV: text that a spreadsheet would execute gets a quote before it, which ``table`` takes away."""
+    if not isinstance(cell, str) or not _FORMULA.match(cell.lstrip("'")) or _is_number(cell):
+        return cell
+    return "'" + cell
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def write(frame: pd.DataFrame, path: Path) -> None:
+    """Write a CSV, over an older one. Raises OSError."""
+    text = frame.astype(object).map(shielded).to_csv(index=False)
+    with _naming(path), open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk does not say which file was being written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def line(row: Mapping[str, Any], names: Sequence[str] = NAMES) -> str:
     """One row as a line of CSV. Raises KeyError for a column that is not among the names."""
     unknown = set(row) - set(names)
     if unknown:
         raise KeyError(f"not in the schema: {sorted(unknown)}")
-    text = {name: str(value).replace("\n", " ").replace("\r", " ") if isinstance(value, str) else value
+    text = {name: shielded(value.replace("\n", " ").replace("\r", " ")) if isinstance(value, str) else value
             for name, value in row.items()}  # fmt: skip
     buffer = io.StringIO()
     pd.DataFrame([text], columns=list(names), dtype=object).to_csv(buffer, header=False, index=False)
@@ -158,10 +194,10 @@ def line(row: Mapping[str, Any], names: Sequence[str] = NAMES) -> str:
 
 
 class Writer:
-    """Appends rows to a CSV, each in a single write that is on disk before the call returns."""
+    """Appends rows to a CSV, each whole and on disk before the call returns. Raises OSError where the disk is full."""
 
     def __init__(self, path: Path, names: Sequence[str] = NAMES) -> None:
-        self._names = names
+        self._path, self._names = path, names
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         if self._file.tell() == 0:
             self._write(",".join(names) + "\n")
@@ -173,8 +209,17 @@ class Writer:
         self._file.close()
 
     def _write(self, text: str) -> None:
-        self._file.write(text.encode())
-        os.fsync(self._file.fileno())
+        rest = memoryview(text.encode(errors="backslashreplace"))
+        before = self._file.tell()
+        with _naming(self._path):
+            try:
+                while rest:  # a disk that gets full takes a part
+                    rest = rest[self._file.write(rest) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(before)
+                raise
 
 
 def drop_torn_line(path: Path) -> None:
@@ -201,7 +246,7 @@ def table(path: Path) -> pd.DataFrame:
         raise Refused(f"{path} is empty, a CSV with columns is needed") from None
     except (pd.errors.ParserError, UnicodeDecodeError):
         raise Refused(f"{path} is not a CSV") from None
-    return frame
+    return frame.map(lambda cell: _QUOTED.sub("", cell, count=1) if _QUOTED.match(cell) else cell)
 
 
 def require(frame: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:

@@ -21,7 +21,7 @@ import pandas as pd
 from tqdm import tqdm
 
 import perf.cases
-from perf import aot, options, rules, ttir
+from perf import aot, options, rules, schema, ttir
 from perf.options import Refused
 from perf.schema import Column
 from tkernels import targets
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     frame = frame.astype({column.name: "Int64" for column in COLUMNS if column.kind == "whole"})
     _print(frame)
     if args.csv is not None:
-        frame.to_csv(args.csv, index=False)
+        schema.write(frame, args.csv)
     return 0
 
 

@@ -120,15 +120,15 @@ def _csv(path: Path | None, resume: bool) -> Iterator[Path]:
             temporary.touch()
             yield temporary
         return
-    options.new_file(path)
-    if path.exists() and path.stat().st_size:
-        if not resume:
-            raise Refused(f"{path} exists: --resume goes on with it, else name another file")
-        schema.drop_torn_line(path)
-        if path.stat().st_size:
-            schema.read(path)
-    path.touch()
-    yield path
+    with options.alone(options.new_file(path)):
+        if path.exists() and path.stat().st_size:
+            if not resume:
+                raise Refused(f"{path} exists: --resume goes on with it, else name another file")
+            schema.drop_torn_line(path)
+            if path.stat().st_size:
+                schema.read(path)
+        path.touch()
+        yield path
 
 
 def _warn_of_mixture(path: Path) -> None:

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         _print_calls(steps["tkernels"], args.batch)
     _print(frame, args.batch)
     if args.csv is not None:
-        frame.to_csv(args.csv, index=False)
+        schema.write(frame, args.csv)
     return 0
 
 
@@ -105,7 +105,7 @@ def _run_operators(args: argparse.Namespace) -> int:
     frame = operator_traffic.table(args.op, args.shapes or ["cnn"], args.dtype or ["bf16"], args.target)
     print(operator_traffic.summary(frame))
     if args.csv is not None:
-        frame.to_csv(args.csv, index=False)
+        schema.write(frame, args.csv)
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,12 +86,47 @@ def test_two_processes_lose_nothing_of_each_other(tmp_path: Path) -> None:
     assert set(json.loads(path.read_text())) == {"one", "other"}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"key": 3}', '{"key": {"best": 7}}', '{"key": {"best": "gone"}}'])
-def test_a_file_that_is_none_or_old_is_measured_again(content: str, tmp_path: Path) -> None:
+# what parses, and holds nothing of use
+STRANGE = (
+    "{}", '{"key": 3}', '{"key": {"best": 7}}', '{"key": {"best": "gone"}}', '{"key": {"best": "gone", "ms": 7}}',
+    '{"key": {"best": "gone", "ms": ' + '{"x": ' * 400 + "1" + "}" * 402,
+)  # fmt: skip
+# what does not: nested too deep, too many digits for a number, no text
+UNREADABLE = ("", "{", "[1]", "[" * 100_000, '{"a":' * 100_000, '{"key": ' + "1" * 5000 + "}", "\0", "\xff\xfe")
+
+
+@pytest.mark.parametrize("content", [*STRANGE, *UNREADABLE], ids=lambda text: repr(text[:40]))
+def test_a_file_that_is_none_or_old_is_measured_again(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     clock, path = Clock({"a": 1.0, "b": 0.5}), tmp_path / "cache.json"
-    path.write_text(content)
-    assert Tuner(path, clock).best("key", clock.candidates()) == "b"
+    path.write_bytes(content.encode("latin-1"))
+    with caplog.at_level(logging.INFO, "tkernels"):
+        assert Tuner(path, clock).best("key", clock.candidates()) == "b"
     assert json.loads(path.read_text())["key"]["best"] == "b"
+    lines = [line for line in caplog.messages if "is no cache of choices" in line]
+    assert len(lines) == (content in UNREADABLE), lines
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "name too long"])
+def test_what_is_no_file_is_neither_waited_for_nor_kept(kind: str, tmp_path: Path) -> None:
+    clock, path = Clock({"a": 1.0, "b": 0.5}), tmp_path / ("x" * 300 if kind == "name too long" else "cache.json")
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    assert Tuner(path, clock).best("key", clock.candidates()) == "b"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: str, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    clock = Clock({"a": 1.0, "b": 0.5})
+    assert Tuner(tmp_path / "cache.json", clock).best("key", clock.candidates()) == "b"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_not_kept(tmp_path: Path) -> None:

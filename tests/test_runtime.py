@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,9 +53,63 @@ def test_unknown_backend_is_refused_and_changes_nothing() -> None:
 def test_environment_variable_sets_the_start_value() -> None:
     show = "import tkernels; print(tkernels.get_backend())"
     assert run_python(show, TKERNELS_BACKEND="torch").stdout.strip() == "torch"
-    refused = run_python(show, TKERNELS_BACKEND="gpu")
-    assert refused.returncode != 0
-    assert "TKERNELS_BACKEND must be one of" in refused.stderr
+    assert run_python(show, TKERNELS_BACKEND="").stdout.strip() == "auto", "empty is not set"
+
+
+WRONG_BACKEND = """
+import torch, tkernels
+import tkernels.functional as F
+x, image, target = torch.ones(2, 2), torch.ones(1, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+calls = [tkernels.get_backend, lambda: F.linear(x, x), lambda: F.linear_relu(x, x), lambda: F.matmul(x, x),
+         lambda: F.conv2d(image, image), lambda: F.batch_norm(x, None, None, training=True),
+         lambda: F.cross_entropy(x, target), lambda: F.scaled_dot_product_attention(x, x, x),
+         lambda: F.conv_stage(image, [F.ConvBNLayer(image[..., :1, :1])], training=True)]
+for call in calls:
+    try:
+        call()
+        print("taken")
+    except ValueError as error:
+        print(error)
+with tkernels.backend("torch"):
+    F.linear(x, x)
+"""
+
+
+def test_a_wrong_backend_is_refused_by_whatever_asks_for_it() -> None:
+    ran = run_python(WRONG_BACKEND, TKERNELS_BACKEND="TORCH")
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    message = "environment variable TKERNELS_BACKEND must be one of 'auto', 'triton', 'torch', got 'TORCH'"
+    assert lines == [message] * 9
+
+
+@pytest.mark.parametrize(
+    "command", ["tkernels", "models.train --epochs 0", "perf sweep --op linear --device cpu --quick"]
+)
+def test_commands_say_in_a_line_that_a_backend_is_wrong(command: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", *command.split()], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "TKERNELS_BACKEND": "gpu"},
+    )  # fmt: skip
+    assert ran.returncode == 2
+    (line,) = ran.stderr.splitlines()
+    assert line.endswith(
+        "error: environment variable TKERNELS_BACKEND must be one of 'auto', 'triton', 'torch', got 'gpu'"
+    )
+
+
+def test_a_flag_says_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, given in (("1", True), ("ON", True), ("yes", True), ("0", False), ("False", False), ("off", False)):
+        monkeypatch.setenv("TKERNELS_REPLAY", text)
+        assert (runtime.flag("TKERNELS_REPLAY", "1"), runtime.flag("TKERNELS_REPLAY")) == (given, given)
+    monkeypatch.setenv("TKERNELS_REPLAY", "")
+    assert runtime.flag("TKERNELS_REPLAY", "1"), "empty is not set"
+    monkeypatch.setenv("TKERNELS_REPLAY", "flase")
+    for default in ("0", "1"):
+        with pytest.warns(
+            RuntimeWarning, match=rf"TKERNELS_REPLAY must be one of 1, .* got 'flase': {default} is taken"
+        ):
+            assert runtime.flag("TKERNELS_REPLAY", default) == (default == "1")
 
 
 def test_triton_backend_says_why_it_cannot_run() -> None:
@@ -153,6 +209,50 @@ def test_imports_and_trains_without_triton() -> None:
     assert "triton is not installed" in ran.stdout
 
 
+def test_the_versions_that_were_tested_are_written_down() -> None:
+    root = Path(__file__).parents[1]
+    pins = re.findall(r'"(?:torch|triton)==([\d.]+)', (root / "pyproject.toml").read_text())
+    bounds = re.findall(r'"(?:torch|triton)>=([\d.]+)', (root / "pyproject.toml").read_text())
+    table = (root / "README.md").read_text().partition("## Versions it was tested with")[2].partition("##")[0]
+    rows = [line.split(" | ")[:2] for line in table.splitlines() if line[:3].strip("| ").isdigit()]
+    assert [rows[0][0].strip("| "), rows[0][1]] == pins
+    for found, bound in zip((rows[-1][0].strip("| "), rows[-1][1]), bounds):
+        assert found.startswith(bound)
+
+
 def test_import_touches_no_gpu() -> None:
     code = "import tkernels, tkernels.nn, torch; print(torch.cuda.is_initialized())"
     assert run_python(code).stdout.strip() == "False"
+
+
+WITHOUT_TEMPORARY_FILES = """
+import tempfile
+def none():
+    raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp', '/usr/tmp', '/']")
+tempfile._get_default_tempdir = none
+import sys, torch, tkernels
+import tkernels.functional as F
+x = torch.ones(64, 3, requires_grad=True)
+F.linear_relu(x, torch.ones(5, 3)).sum().backward()
+F.batch_norm(x, None, None, training=True).sum().backward()
+F.cross_entropy(x, torch.zeros(64, dtype=torch.int64)).backward()
+F.scaled_dot_product_attention(x, x, x).sum().backward()
+print("works", "torch._dynamo" in sys.modules)
+try:
+    tkernels.fuse(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))(torch.ones(2, 2))
+except FileNotFoundError as error:
+    print(error)
+assert not hasattr(tkernels, "nonsense")
+"""
+
+
+def test_imports_without_a_folder_for_temporary_files() -> None:
+    """As torch does. Dynamo needs one, so that fusing a model says what is missing."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TEMPORARY_FILES], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    works, reason = ran.stdout.splitlines()
+    assert works == "works False"
+    assert "No usable temporary directory" in reason

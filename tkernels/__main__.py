@@ -92,6 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="where the operators are tried (default: cuda if available, else cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     options = parser.parse_args(arguments)
+    try:
+        tkernels.get_backend()
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sections = {
         "environment": list(environment()),

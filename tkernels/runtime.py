@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 import os
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -23,13 +24,14 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Op = Literal["conv", "matmul"]
 
 
-def _checked_backend(name: str, source: str = "backend") -> str:
+def _checked_backend(name: str, source: str = "environment variable TKERNELS_BACKEND") -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     return name
 
 
-_backend = _checked_backend(os.environ.get("TKERNELS_BACKEND", "auto"), "environment variable TKERNELS_BACKEND")
+# A wrong one raises where it is used: a command can say so in a line, where a failed import is a traceback
+_backend = os.environ.get("TKERNELS_BACKEND") or "auto"
 
 
 class backend:
@@ -49,7 +51,7 @@ class backend:
     def __init__(self, name: str) -> None:
         global _backend
         self._previous = _backend
-        _backend = _checked_backend(name)
+        _backend = _checked_backend(name, "backend")
 
     def __enter__(self) -> backend:
         return self
@@ -60,13 +62,21 @@ class backend:
 
 
 def get_backend() -> str:
-    """The backend in force: ``'auto'``, ``'triton'`` or ``'torch'``."""
-    return _backend
+    """The backend in force: ``'auto'``, ``'triton'`` or ``'torch'``. Raises ValueError where the environment variable
+    TKERNELS_BACKEND names another."""
+    return _checked_backend(_backend)
 
 
 def flag(name: str, default: str = "0") -> bool:
-    """Whether an environment variable says yes."""
-    return os.environ.get(name, default).lower() in ("1", "true", "on", "yes")
+    """Whether an environment variable says yes. One that is empty is not set; another word is warned of, and is not."""
+    yes, no = ("1", "true", "on", "yes"), ("0", "false", "off", "no")
+    value = (os.environ.get(name) or default).lower()
+    if value not in yes + no:
+        allowed = ", ".join(yes + no)
+        said = f"environment variable {name} must be one of {allowed}, got {os.environ[name]!r}: {default} is taken"
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
+        value = default
+    return value in yes
 
 
 # triton itself asks once, as it defines a kernel
@@ -114,9 +124,9 @@ def leaves_to_torch(first: Any) -> bool:
 def use_triton(*tensors: Tensor | None) -> bool:
     """The one decision between Triton and PyTorch. ``None`` entries are skipped.
 
-    Raises RuntimeError under backend 'triton' where Triton cannot run.
+    Raises RuntimeError under backend 'triton' where Triton cannot run, ValueError for the environment's wrong name.
     """
-    if _backend == "torch":
+    if _checked_backend(_backend) == "torch":
         return False
     if _can_run(tensors):
         return True

@@ -108,7 +108,7 @@ class Results:
 
     def _take_profile(self, block: str, what: list[dict[str, Any]]) -> None:
         self.profile = [{**row, **self._traffic(row)} for row in what]
-        pd.DataFrame(self.profile, columns=list(PROFILE_NAMES)).to_csv(self.out / PROFILE, index=False)
+        schema.write(pd.DataFrame(self.profile, columns=list(PROFILE_NAMES)), self.out / PROFILE)
 
     def _traffic(self, row: dict[str, Any]) -> dict[str, Any]:
         moved = self.bytes.get(row["kernel"])

@@ -15,6 +15,7 @@ for. Columns of the CSV: perf/schema.py and perf/model/contest.py; perf compare 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,20 @@ def run(args: argparse.Namespace) -> int:
     for option in ("rounds", "seconds"):
         if getattr(args, option) <= 0:
             raise Refused(f"--{option} must be above 0, got {getattr(args, option)}")
-    writer = None if args.csv is None else _writer(args.csv)
+    with contextlib.ExitStack() as stack:
+        writer = None if args.csv is None else stack.enter_context(_writer(args.csv))
+        rows = _measure(args, tasks, device, writer)
+        frame = pd.DataFrame(rows, columns=list(contest.NAMES)) if args.csv is None else read(args.csv)
+    means = summary(frame)
+    if means:
+        print(f"\n{means}")
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace, tasks: Sequence[Task], device: str, writer: schema.Writer | None
+) -> list[dict[str, Any]]:
+    """Measure, print and write each task; all rows."""
     print(
         f"{_where(device)}, triton {machine.facts(device)['triton'] or 'none'}, commit {options.commit()}", flush=True
     )
@@ -81,13 +95,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"\n{done.report}", flush=True)
     finally:
         process.close()
-        if writer is not None:
-            writer.close()
-    frame = pd.DataFrame(rows, columns=list(contest.NAMES)) if args.csv is None else read(args.csv)
-    means = summary(frame)
-    if means:
-        print(f"\n{means}")
-    return 0
+    return rows
 
 
 def _tasks(args: argparse.Namespace, models: Sequence[str], device: str) -> Iterator[Task]:
@@ -101,12 +109,14 @@ def _tasks(args: argparse.Namespace, models: Sequence[str], device: str) -> Iter
         yield Task(name, args.batch, size, dtype, mode, args.channels_last, device, args.optimizer)
 
 
-def _writer(path: Path) -> schema.Writer:
-    """Raises Refused for a file of another kind."""
-    options.new_file(path)
-    if path.exists() and path.stat().st_size:
-        read(path)
-    return schema.Writer(path, contest.NAMES)
+@contextlib.contextmanager
+def _writer(path: Path) -> Iterator[schema.Writer]:
+    """Adds rows to a file, alone. Raises Refused for one of another kind."""
+    with options.alone(options.new_file(path)):
+        if path.exists() and path.stat().st_size:
+            read(path)
+        with contextlib.closing(schema.Writer(path, contest.NAMES)) as writer:
+            yield writer
 
 
 def read(path: Path) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import tkernels.nn as tnn
-from models import checkpoint, data, plots, train
+from models import checkpoint, data, distributed, plots, train
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from models.history import History
 from tests.models import processes
@@ -211,3 +212,44 @@ def test_two_processes_learn_as_much_as_one(tmp_path: Path) -> None:
     two, one = (checkpoint.load(tmp_path / name / checkpoint.NAME)["val_acc"] for name in ("two", "one"))
     assert min(two, one) > 0.85
     assert abs(two - one) < 0.03
+
+
+JOB = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("RANK", "x", "must be a whole number, from 0 to 0, got 'x'"),
+        ("RANK", "1", "must be a whole number, from 0 to 0, got '1'"),
+        ("RANK", "-1", "must be a whole number, from 0 to 0, got '-1'"),
+        ("WORLD_SIZE", "two", "must be a whole number, 1 or more, got 'two'"),
+        ("WORLD_SIZE", "0", "must be a whole number, 1 or more, got '0'"),
+        ("WORLD_SIZE", "1_0", "must be a whole number, 1 or more, got '1_0'"),
+        ("LOCAL_RANK", "1.5", "must be a whole number, 0 or more, got '1.5'"),
+        ("TORCHELASTIC_RESTART_COUNT", "often", "must be a whole number, 0 or more, got 'often'"),
+        ("MASTER_PORT", "http", "must be a whole number, from 0 to 65535, got 'http'"),
+        ("MASTER_PORT", "65536", "must be a whole number, from 0 to 65535, got '65536'"),
+        ("MASTER_PORT", "", "must be a whole number, from 0 to 65535, got nothing"),
+        ("MASTER_ADDR", "", "must be the address of the first process, it is not set"),
+    ],
+)
+def test_what_no_launcher_sets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, message: str
+) -> None:
+    for variable, given in {**JOB, name: value}.items():
+        monkeypatch.setenv(variable, given)
+    with contextlib.suppress(SystemExit):
+        assert train.main([*ARGUMENTS, "--epochs", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"python -m models.train: error: environment variable {name} {message}"
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"])
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for variable in JOB:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, "")
+    distributed.check_environment()
+    assert not distributed.launched()
+    assert (distributed.wanted(), distributed.restarts(), distributed.local_rank()) == (1, 0, 0)

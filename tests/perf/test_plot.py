@@ -38,6 +38,12 @@ def test_graphs_gaps_and_unknown_providers_are_drawn(tmp_path: Path) -> None:
     assert _pictures(tmp_path) == ["a-conv2d-bf16.png", "a-roofline-bf16.png"]
 
 
+def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+    given = row(provider="module:$10^$", device="$_GPU$", status="ok")
+    assert run("plot", write(tmp_path / "a.csv", row(device="$_GPU$"), given)) == 0
+    assert _pictures(tmp_path) == ["a-conv2d-bf16.png", "a-roofline-bf16.png"]
+
+
 def test_traffic_is_drawn_in_bars(tmp_path: Path) -> None:
     names = ",".join(traffic.NAMES)
     lines = [f"c,t,t,sm_90,4,{p},stage1.conv1,{phase},1000,{w},,1,0,9,," for p, w in (("torch", 0), ("tkernels", 50))

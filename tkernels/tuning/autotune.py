@@ -122,25 +122,43 @@ class Tuner:
         """Replace the file at once, with what other processes found meanwhile. A cache that cannot be written is one
         that is not kept."""
         self._known = {**_read(self._path), **self._known}
+        text = json.dumps(self._known, indent=1)
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
-            with os.fdopen(handle, "w") as file:
-                json.dump(self._known, file, indent=1)
-            os.replace(temporary, self._path)
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(text)
+                os.replace(temporary, self._path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The choices in a file; none where there is none, or something else lies there."""
+    """The choices in a file; none where there is none, or something else lies there, which is logged."""
     try:
+        if path.exists() and not path.is_file():  # a FIFO would be waited for
+            raise ValueError("no regular file")
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} instead of a dictionary")
+    except FileNotFoundError:
         return {}
-    if not isinstance(found, dict):
+    except Exception as error:  # a parser's limits too: nesting, digits, memory
+        runtime.log_once(f"{path} is no cache of choices, they are measured again: {type(error).__name__}: {error}")
         return {}
     return {
-        key: value for key, value in found.items() if isinstance(value, dict) and isinstance(value.get("best"), str)
+        key: {"best": value["best"], "ms": _times(value.get("ms"))}
+        for key, value in found.items()
+        if isinstance(value, dict) and isinstance(value.get("best"), str)
     }
+
+
+def _times(found: Any) -> dict[str, float]:
+    if not isinstance(found, dict):
+        return {}
+    return {name: ms for name, ms in found.items() if isinstance(ms, (int, float))}
 
 
 def _text(config: Config) -> str:
