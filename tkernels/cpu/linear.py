@@ -62,7 +62,7 @@ def onednn_is_ahead(threads: int) -> bool:
     """Whether oneDNN multiplies float32 matrices faster than what torch takes for them: MKL, whose best code is for
     Intel's CPUs (on an AMD EPYC oneDNN took a half to a third of its time). Measured once, in some 50 ms."""
     rows, features, columns = MEASURED
-    x, weight = torch.ones(rows, features), torch.ones(columns, features)
+    x, weight = (torch.ones(n, features, dtype=torch.float32, device="cpu") for n in (rows, columns))
     seconds: dict[Run, float] = {}
     with torch.no_grad():
         for _ in range(TURNS):

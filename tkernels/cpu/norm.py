@@ -196,7 +196,7 @@ def _forward(
     channels = x.shape[1]
     if running_mean is None or running_var is None:
         # statistics that nobody will read
-        running_mean, running_var = torch.empty(channels), torch.empty(channels)
+        running_mean, running_var = (torch.empty(channels, dtype=torch.float32, device="cpu") for _ in range(2))
     y = _like(x)
     arguments = (
         groups(x), passes.vector(weight, channels, 1.0), passes.vector(bias, channels, 0.0), running_mean, running_var,

@@ -168,7 +168,7 @@ def _cast_weight(layer: Any, dtype: torch.dtype) -> Tensor:
 
 def draw(x: Tensor, channels: int, dtype: torch.dtype, p: float) -> Tensor:
     """Dropout2d's factors [N, C], with the draws of torch.nn.functional.dropout2d on a map of ``dtype``."""
-    keep = torch.empty(x.shape[0], channels, 1, 1, dtype=dtype)
+    keep = torch.empty(x.shape[0], channels, 1, 1, dtype=dtype, device="cpu")
     if p > 0:
         keep.bernoulli_(1 - p)
     else:
@@ -424,7 +424,7 @@ def _folded(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     parameters written through ``.data``, as averaging of weights does."""
     weight = _nhwc(layer.weight)
     channels = weight.shape[0]
-    folded, bias = torch.empty(weight.shape, dtype=dtype), torch.empty(channels, dtype=dtype)
+    folded, bias = (torch.empty(shape, dtype=dtype, device="cpu") for shape in (weight.shape, (channels,)))
     given = (
         (layer.bias, 0.0), (layer.bn_weight, 1.0), (layer.bn_bias, 0.0), (layer.running_mean, 0.0),
         (layer.running_var, 1.0),
