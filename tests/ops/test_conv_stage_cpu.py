@@ -352,7 +352,7 @@ def test_buffers_that_nobody_wants_are_given_back() -> None:
     held = take(pool, 4096)
     del held
     kept = take(pool, 8192)
-    for _ in range(2 * buffers.PATIENCE):
+    for _ in range(2 * buffers.SHORTEST):
         take(pool, 1024)
     assert pool.held() == 8192 + 1024
     assert kept.numel() == 8192

@@ -4,13 +4,15 @@ A fresh allocation of some megabytes costs a page fault for every 4 KB of it, ab
 keeps each storage it lent; one that nobody else refers to is free. So a buffer is never in two hands, however many
 graphs, views, threads or exceptions there were, and nobody has to give one back.
 
+There is no lock, which a forked process could inherit held and a signal handler wait for in vain. Whoever finds a
+storage free takes hold of it and only then looks whether somebody else did so as well; if so, it lets go again.
+
 Where the allocator's own memory comes without faults (FRESH), a convolution's result is better left to it.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,76 +20,166 @@ from torch import Tensor
 
 # smaller ones come from the allocator's heap without faults
 SMALLEST = 1 << 20
-# a buffer that so many requests passed by is given back to the system
-PATIENCE = 512
+# Requests after which the pool forgets a storage that none of them took: at least, and at most.
+SHORTEST, LONGEST = 32, 512
+# so many storages forgotten tell whether that was too early
+JUDGED = 16
+
+_tensors = torch._C._storage_Use_Count
 
 
 class Buffer:
-    """A storage, and the number of the request that took it last."""
+    """A storage, its address, and the number of the request that took it last."""
 
-    __slots__ = ("last", "storage")
+    __slots__ = ("address", "last", "storage")
 
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self.storage, self.last = storage, 0
-
-    def holders(self) -> tuple[int, int]:
-        """How many tensors hold the storage, and how many variables; more of each than there are, by what asking adds
-        in this version of Python and torch."""
-        storage = self.storage
-        return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+    def __init__(self, nbytes: int) -> None:
+        # (torch.empty rather than UntypedStorage, so that what fills fresh memory for tests fills this)
+        self.storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+        self.address, self.last = self.storage._cdata, 0
 
 
-# the holders of a storage that only its Buffer has
-_NOBODY = Buffer(torch.UntypedStorage(0)).holders()
+def _new(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device="cpu")
+
+
+class Scale:
+    """What the counts of a storage are while one tensor holds it and nobody else: those of a storage where that is so.
+
+    Variables are counted each time anew, by the same line as a buffer's: how many references asking adds depends on the
+    version of Python. The fewest ever seen count, should somebody have looked at this storage meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = Buffer(0)
+        self.nobody = _tensors(self.buffer.address)
+        self._tensor = _new(torch.uint8).set_(self.buffer.storage, 0, (0,), (1,))
+        self.one = _tensors(self.buffer.address)
+        self.fewest = self.variables(self.buffer)
+
+    @staticmethod
+    def variables(buffer: Buffer) -> int:
+        # (no local variable of the storage: a tracer that reads a frame's would hold it too)
+        return sys.getrefcount(buffer.storage)
+
+    def alone(self, buffer: Buffer) -> bool:
+        """Whether nobody but the asker's tensor holds the buffer, which no tensor held a moment ago.
+
+        Tensors come first, a moment ago, and last: a storage that is turned from a variable to a tensor or back between
+        two counts would have to be turned twice within three of them.
+        """
+        self.fewest = min(self.fewest, self.variables(self.buffer))
+        return self.variables(buffer) <= self.fewest and _tensors(buffer.address) == self.one
+
+
+_SCALE = Scale()
+
+
+class _Round:
+    """What was forgotten within LONGEST requests: how much of each size, of all, and how much was asked for again."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+        self.forgotten = self.regretted = 0
+
+    def early(self) -> bool:
+        return 2 * self.regretted >= self.forgotten
+
+
+class Patience:
+    """For how many requests a storage is kept that none of them takes: twice as many once most of what was forgotten is
+    asked for again, half as many once most is not."""
+
+    def __init__(self) -> None:
+        self.requests = SHORTEST
+        self._begin(0)
+
+    def _begin(self, now: int) -> None:
+        self._start, self._last, self._this = now, _Round(), _Round()
+
+    def forgot(self, nbytes: int, count: int) -> None:
+        """So many free storages of that size."""
+        this = self._this
+        this.sizes[nbytes] = this.sizes.get(nbytes, 0) + count
+        this.forgotten += count
+
+    def missed(self, nbytes: int, now: int) -> None:
+        """A storage of that size had to be made at request ``now``."""
+        for judged in (self._last, self._this):
+            count = judged.sizes.get(nbytes, 0)
+            if count:
+                judged.sizes[nbytes] = count - 1
+                judged.regretted += 1
+                if judged.regretted >= JUDGED and judged.early():
+                    self.requests = min(2 * self.requests, LONGEST)
+                    self._begin(now)
+                return
+
+    def look_back(self, now: int) -> None:
+        """At request ``now``, on what had a whole round to be asked for again."""
+        if now - self._start >= LONGEST:
+            if self._last.forgotten >= JUDGED and not self._last.early():
+                self.requests = max(self.requests // 2, SHORTEST)
+            self._start, self._last, self._this = now, self._this, _Round()
 
 
 class Pool:
-    """Storages by their size."""
+    """Storages by their size, those that the last requests took: what a step of training takes, or two kinds of steps
+    in turn, and little more than a step where sizes never come back."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._lent: dict[int, list[Buffer]] = {}
         self._requests = 0
+        self.patience = Patience()
 
     def take(self, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], nbytes: int) -> Tensor:
         """A tensor over ``nbytes`` that nobody else holds, a view of nothing; its contents are anything.
 
         What was moved to shared memory is not used again: another process may hold it.
         """
-        tensor = torch.empty(0, dtype=dtype)
-        with self._lock:  # until the tensor holds the storage: between the two another thread would find it free
-            self._requests += 1
-            if self._requests % PATIENCE == 0:
-                self._give_back()
-            lent = self._lent.get(nbytes)
-            if lent is None:
-                lent = self._lent[nbytes] = []
-            for buffer in lent:
-                if buffer.holders() == _NOBODY:
-                    storage = buffer.storage
-                    if storage.nbytes() == nbytes and not storage.is_shared():
-                        break
-            else:
-                buffer = Buffer(torch.empty(nbytes, dtype=torch.uint8).untyped_storage())
-                lent.append(buffer)
-            buffer.last = self._requests
-            return tensor.set_(buffer.storage, 0, shape, strides)
+        self._requests += 1
+        if self._requests % self.patience.requests == 0:
+            self._forget()
+        tensor = _new(dtype)
+        for buffer in self._lent.get(nbytes, ()):
+            if (
+                _tensors(buffer.address) == _SCALE.nobody
+                and buffer.storage.nbytes() == nbytes
+                and not buffer.storage.is_shared()
+            ):
+                tensor.set_(buffer.storage, 0, shape, strides)
+                if _SCALE.alone(buffer):
+                    buffer.last = self._requests
+                    return tensor
+                tensor = _new(dtype)
+        self.patience.missed(nbytes, self._requests)
+        buffer = Buffer(nbytes)
+        buffer.last = self._requests
+        tensor.set_(buffer.storage, 0, shape, strides)
+        self._lent.setdefault(nbytes, []).append(buffer)  # which others see once it is held
+        return tensor
 
     def held(self) -> int:
         """Bytes of all buffers, lent or free."""
-        with self._lock:
-            return sum(nbytes * len(lent) for nbytes, lent in self._lent.items())
+        return sum(nbytes * len(lent) for nbytes, lent in list(self._lent.items()))
 
     def clear(self) -> None:
         """Forget every buffer; those in use live on with whoever uses them."""
-        with self._lock:
-            self._lent.clear()
+        self._lent.clear()
 
-    def _give_back(self) -> None:
+    def _forget(self) -> None:
+        """Free storages that the last requests did not take; those that somebody has held for very long, too, which go
+        back to the system from there."""
+        self.patience.look_back(self._requests)
+        young, oldest = self._requests - self.patience.requests, self._requests - LONGEST
         for nbytes, lent in list(self._lent.items()):
-            self._lent[nbytes] = [b for b in lent if self._requests - b.last < PATIENCE or b.holders() != _NOBODY]
-            if not self._lent[nbytes]:
-                del self._lent[nbytes]
+            free = [b for b in lent if b.last <= young and _tensors(b.address) == _SCALE.nobody]
+            kept = [b for b in lent if b.last > oldest and b not in free]
+            self.patience.forgot(nbytes, len(free))
+            if kept:
+                self._lent[nbytes] = kept
+            else:
+                self._lent.pop(nbytes, None)
 
 
 POOL = Pool()
@@ -100,6 +192,7 @@ else:
     _PAGE = resource.getpagesize()
 # for how many calls memory of a size is not tried afresh once it faulted, doubled each time it faults again
 FIRST_REST, LONGEST_REST = 4, 1024
+MOST_SIZES = 4096
 
 
 class Fresh:
@@ -124,6 +217,9 @@ class Fresh:
         if _faults() - before > nbytes // _PAGE // 2:
             self._rest[nbytes] = self._next.get(nbytes, FIRST_REST)
             self._next[nbytes] = min(2 * self._rest[nbytes], LONGEST_REST)
+            if len(self._next) > MOST_SIZES:  # of a program whose sizes never come back
+                self._rest.clear()
+                self._next.clear()
         else:
             self._next.pop(nbytes, None)
         return result
@@ -153,7 +249,7 @@ def dense(dtype: torch.dtype, *shape: int) -> Tensor:
         count *= size
     nbytes = dtype.itemsize * count
     if nbytes < SMALLEST:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return POOL.take(dtype, shape, strides[::-1], nbytes)
 
 
@@ -161,5 +257,5 @@ def channels_last(dtype: torch.dtype, n: int, c: int, h: int, w: int) -> Tensor:
     """The same, in torch.channels_last."""
     nbytes = dtype.itemsize * n * c * h * w
     if nbytes < SMALLEST:
-        return torch.empty((n, c, h, w), dtype=dtype, memory_format=torch.channels_last)
+        return torch.empty((n, c, h, w), dtype=dtype, device="cpu", memory_format=torch.channels_last)
     return POOL.take(dtype, (n, c, h, w), (h * w * c, 1, w * c, c), nbytes)

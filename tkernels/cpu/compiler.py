@@ -1,37 +1,43 @@
-"""Compiles the passes of tkernels/cpu/passes.py with Inductor: once for any sizes, kept on disk by Inductor's cache.
+"""Compiles the passes of tkernels/cpu/passes.py with Inductor: once for any sizes, kept on disk (cache.py).
 
 A pass is traced with symbolic sizes and handed to Inductor directly. torch.compile would guard every call, compile
 again for other sizes, grad modes and autocast states, and count against the user's recompile limit.
 
 TKERNELS_COMPILE=0 turns it off; so does, with one warning, a machine without a C++ compiler. Operators then run as
-plain calls of PyTorch.
+plain calls of PyTorch. A pass that alone does not compile, or that meets tensors it cannot take, runs as the function
+that it is; the log says so once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import threading
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _pop_mode, _push_mode
+
+from tkernels.cpu import cache
 
 log = logging.getLogger("tkernels")
 # Inductor vectorises by the sizes that it sees: a first call of few channels would make slow code for all after it.
 CHANNELS = 256
-_lock = threading.RLock()
 _compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _wanted = os.environ.get("TKERNELS_COMPILE", "1").lower() not in ("0", "false", "off", "no")
 _broken = False
 _announced = False
+# whether this process was forked while another thread compiled: what that thread locked stays locked here
+_stuck = False
 
 
 def enabled() -> bool:
-    """Whether passes are compiled here: not turned off, and nothing has failed to compile."""
+    """Whether passes are compiled here: not turned off, and there is a compiler that works."""
     return _wanted and not _broken
 
 
@@ -59,37 +65,127 @@ class Pass:
     def __init__(self, function: Callable[..., Any], name: str | None = None, channels: bool = True) -> None:
         self.function, self.channels = function, channels
         self.name = name or function.__name__.lstrip("_")
+        self._reported = False
 
     def __call__(self, *tensors: Tensor) -> Any:
         key = (self.name, torch.get_num_threads(), *[t.dtype for t in tensors])
-        run = _compiled.get(key)
-        if run is None:
-            with _lock:
-                run = _compiled.get(key)
-                if run is None:
-                    run = _compiled[key] = self._compile(tensors)
-        if torch.autograd._profiler_enabled():
-            with torch.profiler.record_function(f"tkernels: {self.name}"):
-                return run(*tensors)
-        return run(*tensors)
-
-    def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
-        global _announced, _broken
-        if not _announced:
-            _announced = True
-            log.warning("compiling the CPU's passes with Inductor: some seconds, once; TKERNELS_COMPILE=0 turns it off")
-        start = time.perf_counter()
+        run = _compiled.get(key) or self._compile(key, tensors)
         try:
-            with torch.inference_mode(False):
-                run = _by_inductor(self.function, tensors, self.channels)
+            if torch.autograd._profiler_enabled():
+                with torch.profiler.record_function(f"tkernels: {self.name}"):
+                    return run(*tensors)
+            return run(*tensors)
         except Exception as error:
-            # whatever a compiler, a linker or a full disk says: training goes on without
-            _broken = True
-            reason = " ".join(str(error).split())[:200]
-            warnings.warn(f"tkernels runs without compiled passes on this CPU: {reason}", RuntimeWarning, stacklevel=2)
-            return self.function
-        log.info("compiled %s in %.1f s", self.name, time.perf_counter() - start)
-        return run
+            # (where a plain call fails it may have written something: that is not to be done twice)
+            if run == self._function or (all(_plain(t) for t in tensors) and not isinstance(error, AssertionError)):
+                raise
+            self._report(f"takes no such tensors: {_line(error)}")
+            return self._function(*tensors)
+
+    def _function(self, *tensors: Tensor) -> Any:
+        """As a compiled pass, which autograd does not see."""
+        with torch.no_grad():
+            return self.function(*tensors)
+
+    def _report(self, what: str) -> None:
+        if not self._reported:
+            self._reported = True
+            log.warning("the CPU's pass %r %s; PyTorch runs it", self.name, what)
+
+    def _compile(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        """The pass for such tensors: compiled; as it is where that fails, this time or for good."""
+        global _announced, _broken
+        if _broken or not all(_plain(t) for t in tensors):
+            return self._function
+        with _compiling() as able:
+            if key in _compiled:  # by another thread meanwhile
+                return _compiled[key]
+            if not able:
+                self._report("cannot be compiled in a process forked while another thread compiled")
+                return self._function
+            if not _announced:
+                _announced = True
+                log.warning(
+                    "compiling the CPU's passes with Inductor: some seconds, once; TKERNELS_COMPILE=0 turns it off"
+                )
+            start = time.perf_counter()
+            try:
+                _compiled[key] = _by_inductor(self.function, tensors, self.channels)
+                log.info("compiled %s in %.1f s", self.name, time.perf_counter() - start)
+            except Exception as error:
+                # whatever a compiler, a linker or a full disk says: training goes on without
+                if not _broken and not _works():
+                    _broken = True
+                    reason = f"tkernels runs without compiled passes on this CPU: {_line(error)}"
+                    warnings.warn(reason, RuntimeWarning, stacklevel=3)
+                else:
+                    self._report(f"does not compile: {_line(error)}")
+                _compiled[key] = self._function
+            return _compiled[key]
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether that is a tensor with memory of its own on a CPU."""
+    return (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.layout is torch.strided
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and not torch._C._functorch.is_legacy_batchedtensor(t)
+    )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _works() -> bool:
+    """Whether anything compiles: the least that there is."""
+    try:
+        _by_inductor(lambda x: (x + 1,), (torch.ones(8, dtype=torch.float32, device="cpu"),), False)
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[bool]:
+    """By Dynamo's lock alone among the threads, whoever compiles in them, and as if nothing had been set in this one;
+    False where that can never be."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    if _stuck:
+        yield False
+        return
+    plain = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
+    with compile_lock, _no_function_modes(), plain[0], plain[1], plain[2]:
+        yield True
+
+
+@contextlib.contextmanager
+def _no_function_modes() -> Iterator[None]:
+    """Without the modes that see each call of torch in this thread, a default device among them."""
+    modes = []
+    try:
+        while torch._C._len_torch_function_stack():
+            modes.append(_pop_mode())
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
+def _forked() -> None:
+    global _stuck
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is not None and not _stuck:
+        _stuck = not frames.compile_lock.acquire(blocking=False)
+        if not _stuck:
+            frames.compile_lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], channels: bool) -> Callable[..., Any]:
@@ -112,11 +208,14 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], chan
         context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * t.dim())
         symbols = mode.from_tensor(torch.empty(sizes, device="meta"), symbolic_context=context).shape
         with mode:
-            fakes.append(torch.empty(symbols, dtype=t.dtype))
-    with torch.no_grad(), mode:
+            fakes.append(torch.empty(symbols, dtype=t.dtype, device="cpu"))
+    with mode:
         # (a bound method would count its object as an argument)
         graph = make_fx(lambda *args: function(*args), tracing_mode="real")(*fakes)
-    thresholds = config.patch(fx_graph_cache=True, realize_reads_threshold=16, realize_opcount_threshold=200)
+    # (a cache on another machine says no more of instruction sets than one on a disk)
+    options = config.patch(
+        fx_graph_cache=True, fx_graph_remote_cache=False, realize_reads_threshold=16, realize_opcount_threshold=200
+    )
     inner: list[Any] = []
 
     def compile_inner(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +223,7 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], chan
         return inner[-1]
 
     # the cache of whole autograd graphs cannot read a graph that did not come from Dynamo
-    with torch.no_grad(), thresholds, functorch_config.patch(enable_autograd_cache=False):
+    with cache.used(), options, functorch_config.patch(enable_autograd_cache=False):
         run: Any = compile_fx(graph, fakes, inner_compile=compile_inner)
     # what stands around it serves autograd, and is as much Python again between two passes
     call = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None

@@ -33,7 +33,7 @@ def _fingerprint(bits: Tensor, odd: Tensor) -> tuple[Tensor]:
 @functools.lru_cache(maxsize=256)
 def _odd(count: int) -> Tensor:
     with torch.inference_mode(False):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         return torch.randint(-(1 << 62), 1 << 62, (count,), generator=generator, device="cpu") * 2 + 1
 
 

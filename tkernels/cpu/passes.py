@@ -138,13 +138,13 @@ def _fold(
 def number(value: float) -> Tensor:
     """A number as an argument of passes: float32 []."""
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float32)
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 @functools.lru_cache(maxsize=256)
 def _constant(channels: int, value: float) -> Tensor:
     with torch.inference_mode(False):
-        return torch.full((channels,), value)
+        return torch.full((channels,), value, dtype=torch.float32, device="cpu")
 
 
 def vector(t: Tensor | None, channels: int, default: float) -> Tensor:
@@ -227,7 +227,8 @@ class Ends:
         self, dy: Tensor, x: Tensor, place: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor, keep: Tensor,
         out: Tensor,
     ) -> tuple[()]:  # fmt: skip
-        rows, cols = torch.arange(x.shape[2])[:, None, None, None], torch.arange(x.shape[4])[:, None]
+        rows, cols = (torch.arange(x.shape[axis], device="cpu")[:, None] for axis in (2, 4))
+        rows = rows[:, None, None]
         here = (rows * self.kernel_w + cols).float()
         g = torch.where(
             place[:, :, None, :, None].float() == here, (dy.float() * keep[:, None, None, :])[:, :, None, :, None], 0.0

@@ -31,7 +31,7 @@ def _cross_entropy_gradient(
 ) -> tuple[()]:
     """softmax * ``whole``, less ``hot`` at the row's ``target`` (int32), less ``flat`` everywhere; all three [N]."""
     p = torch.exp(x.float() - top[:, None] - log_sum[:, None])
-    here = torch.arange(x.shape[1], dtype=torch.int32) == target[:, None]
+    here = torch.arange(x.shape[1], dtype=torch.int32, device="cpu") == target[:, None]
     out.copy_(p * whole[:, None] - torch.where(here, hot[:, None], 0.0) - flat[:, None])
     return ()
 

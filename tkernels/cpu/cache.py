@@ -1,0 +1,144 @@
+"""Where compiled passes are kept on disk: a folder of our own, for this machine's instructions.
+
+Inductor's own key does not say for which instruction set its C++ was written, and its compiler is told to use all that
+this CPU has: out of one folder for two machines came wrong numbers without a word, and illegal instructions. So the
+folder's name says for what it is. What lies in it runs, so nobody else may be able to put anything there; where that
+is not certain, a folder serves this process alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+log = logging.getLogger("tkernels")
+INDUCTORS = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def folder() -> Path:
+    """This machine's and this version's, made if need be. Instruction sets have folders of their own in it."""
+    wanted = _chosen() / "-".join(("cpu", torch.__version__, *_digests()))
+    problem = _unsafe(wanted)
+    if problem is None:
+        return wanted
+    return _own(f"compiled passes are not kept: {problem}")
+
+
+def _chosen() -> Path:
+    """What the user chose, for us or for Inductor; else where a user's caches are."""
+    ours, inductors = os.environ.get("TKERNELS_CACHE_DIR"), os.environ.get(INDUCTORS)
+    if ours:
+        return Path(ours)
+    if inductors and not _default(inductors):
+        return Path(inductors) / "tkernels"
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "tkernels"
+
+
+def _default(path: str) -> bool:
+    """Whether that is what Inductor takes where nobody chose: it then says so in the environment itself."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return os.path.abspath(path) == os.path.abspath(default_cache_dir())
+
+
+@functools.cache
+def _digests() -> tuple[str, str]:
+    """Of the build of torch and Python; of the CPU's features."""
+    build = f"{torch.version.git_version} {sys.implementation.cache_tag} {sys.prefix}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        wanted = ("flags", "Features", "model name", "isa")
+        cpu = "\n".join(line for line in lines if line.startswith(wanted))
+    except OSError:
+        cpu = ""
+    cpu += f"{platform.machine()} {platform.processor()}"
+    return hashlib.sha256(build.encode()).hexdigest()[:8], hashlib.sha256(cpu.encode()).hexdigest()[:8]
+
+
+def _unsafe(path: Path) -> str | None:
+    """Why nothing may be run that lies in ``path``, which is made if need be."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = path.resolve()
+        if not os.access(path, os.W_OK | os.X_OK):
+            return f"{path} is not writable"
+        if not hasattr(os, "getuid"):
+            return None  # a user's folders are the user's own there
+        if path.stat().st_uid != os.getuid():
+            return f"{path} is another user's"
+        for part in (path, *path.parents):
+            found = part.stat()
+            # (in a sticky folder nobody can replace what is another's)
+            others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (
+                part != path and found.st_mode & stat.S_ISVTX
+            )
+            if others or found.st_uid not in (0, os.getuid()):
+                return f"others may write to {part}"
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _own(reason: str) -> Path:
+    """A folder that goes with this process."""
+    log.warning("%s", reason)
+    path = Path(tempfile.mkdtemp(prefix="tkernels-"))
+    atexit.register(_remove, path, os.getpid())
+    return path
+
+
+def _remove(path: Path, process: int) -> None:
+    if os.getpid() == process:  # rather than a child of it
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def used() -> Iterator[None]:
+    """Inductor, in this block, keeps what it makes in our folder, and nothing in it afterwards.
+
+    For whoever holds Dynamo's lock: no other thread compiles meanwhile.
+    """
+    from torch._inductor import codecache
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    before, place = os.environ.get(INDUCTORS), folder()
+    try:
+        os.environ[INDUCTORS] = str(place)  # which the look for instruction sets writes to as well
+        place = place / "-".join(str(pick_vec_isa()).split())
+        os.environ[INDUCTORS] = str(place)
+        with mock.patch.multiple(codecache, **_headers(place / "headers")):
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(INDUCTORS, None)
+        else:
+            os.environ[INDUCTORS] = before
+
+
+@functools.cache
+def _headers(place: Path) -> dict[str, Any]:
+    """What Inductor's compiled headers go by, which lie elsewhere, also for those who chose a folder; for ``place``."""
+    from torch._inductor import codecache
+
+    names = ("_HEADER_DIR", "_HEADER_LOCK_DIR", "_precompile_header")
+    if not all(hasattr(codecache, name) for name in names):
+        return {}
+    make = codecache._precompile_header.__wrapped__
+    return dict(zip(names, (str(place), str(place / "locks"), functools.cache(make))))
