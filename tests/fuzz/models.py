@@ -160,12 +160,12 @@ def fused(d: Draw) -> Case:
         options["head"] = [_hidden(d, c, 10) if i else _hidden(d, c, c) for i in range(d.one((1, 2)))]
     if d.some(0.7):
         options["channels_last"] = True
-    if d.some(0.2):
+    if not d.kernels and d.some(0.2):
         options["how"] = "compile"
     n = d.one((2, 2, 3, 5))
     images = d.tensor((n, start, *d.one(((7, 6), (8, 8), (12, 9)))), "float32", images=True, special=0.06, kinds=False)
     tensors = {"input": images}
-    if "head" in options and d.some(0.3):
+    if "head" in options and not d.kernels and d.some(0.3):
         tensors["target"] = T((n,), "int64", f"index {options['head'][-1]['linear']['out_features']}", seed=d.seed())
     if d.some(0.25):
         options["dtype"] = d.one(("bfloat16", "float64")) if not d.kernels else "bfloat16"
@@ -190,7 +190,9 @@ def _block(d: Draw, c: int) -> tuple[dict[str, Any], int]:
     if d.some(0.8):
         block["norm"] = {"num_features": k}
         if d.some(0.2):
-            block["norm"].update(d.one(({"momentum": None}, {"eps": 1e-3}, {"affine": False},
+            # (a cumulative average ends a graph)
+            average = {"momentum": 0.5 if d.kernels else None}
+            block["norm"].update(d.one((average, {"eps": 1e-3}, {"affine": False},
                                         {"track_running_stats": False})))  # fmt: skip
     if same and block and d.some(0.6):
         block["residual"] = d.one(("add", "add", "iadd"))
