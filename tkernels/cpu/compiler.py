@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.overrides import _pop_mode, _push_mode
 
 from tkernels.cpu import cache
+from tkernels.runtime import flag
 
 log = logging.getLogger("tkernels")
 # Inductor vectorises by the sizes that it sees: a first call of few channels would make slow code for all after it.
 CHANNELS = 256
 _compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-_wanted = os.environ.get("TKERNELS_COMPILE", "1").lower() not in ("0", "false", "off", "no")
+_wanted = flag("TKERNELS_COMPILE", "1")
 _broken = False
 _announced = False
 # whether this process was forked while another thread compiled: what that thread locked stays locked here

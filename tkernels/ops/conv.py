@@ -42,6 +42,7 @@ def conv2d(
     Result: (N, C_out, H_out, W_out) or without N, in the input's dtype or the autocast dtype; channels_last where the
     input or the weight is. stride, padding, dilation: an int or a pair; padding also 'same' or 'valid'.
     activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf), 'silu', 'relu6' or 'hardswish'.
+    Padding is of zeros that take part: times an infinite weight or gradient they are NaN, as in a map padded by hand.
 
     Raises TypeError for an argument of the wrong type, ValueError for an unknown activation, RuntimeError for values,
     shapes, dtypes or devices that do not go together.
