@@ -176,8 +176,8 @@ def code_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(written.append))
 
     def compiled(run: compiler.Pass, *arguments: Tensor) -> str:
-        with inductor.patch(force_disable_caches=True):
-            run._compile(arguments)
+        with inductor.patch(force_disable_caches=True), compiler._compiling():
+            compiler._by_inductor(run.function, arguments, run.channels)
         return written.pop()
 
     return compiled
