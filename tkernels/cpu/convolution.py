@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tkernels.cpu import buffers
 from tkernels.cpu.compiler import Pass
-from tkernels.ops.autograd import composed_where_differentiated, gradients_of
+from tkernels.ops.autograd import composed_where_differentiated, gradients_of, save, saved
 
 CL = torch.channels_last
 MOST_PIXELS = 1 << 14
@@ -77,7 +77,7 @@ class _Convolution(torch.autograd.Function):
         # (casts of our own: autocast would keep these, made without a gradient, for others that use the weight)
         low = weight.to(call.dtype)
         y = _composed(call, x.to(call.dtype), low, bias)
-        ctx.save_for_backward(x, weight, low if "torch" in call.ways or "product" in call.ways else None, bias)
+        save(ctx, x, weight, low if "torch" in call.ways or "product" in call.ways else None, bias)
         ctx.call = call
         return y
 
@@ -97,7 +97,7 @@ class _Convolution(torch.autograd.Function):
     @composed_where_differentiated(backward_composed)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        x, weight, low, _ = ctx.saved_tensors
+        x, weight, low, _ = saved(ctx)
         needs = ctx.needs_input_grad[1:]
         with torch.autocast("cpu", enabled=False):
             dx = dw = None

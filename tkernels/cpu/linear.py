@@ -18,7 +18,7 @@ from tkernels.cpu import buffers, compiler, norm
 from tkernels.cpu.chain import DTYPES, NOT_COMPILED
 from tkernels.cpu.compiler import Pass
 from tkernels.ops import activation as activations
-from tkernels.ops.autograd import composed_where_differentiated, dense_on_cpu, gradients_of
+from tkernels.ops.autograd import composed_where_differentiated, gradients_of, save, saved
 
 Run = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -176,7 +176,7 @@ class _Activation(torch.autograd.Function):
     def forward(ctx: Any, activation: str, z: Tensor) -> Tensor:
         y = buffers.empty(z)
         passes_of(activation).forward(z.view(-1), y.view(-1))
-        ctx.save_for_backward(z)
+        save(ctx, z)
         ctx.activation = activation
         return y
 
@@ -189,7 +189,7 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     @composed_where_differentiated(backward_composed)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        z = dense_on_cpu(ctx.saved_tensors[0])
+        z = saved(ctx)[0].contiguous()
         dz = buffers.empty(z)
         passes_of(ctx.activation).backward(d.contiguous().view(-1), z.view(-1), dz.view(-1))
         return None, dz

@@ -18,7 +18,7 @@ from torch import Tensor
 from tkernels.cpu import buffers, passes
 from tkernels.cpu.compiler import Pass
 from tkernels.ops import activation as activations
-from tkernels.ops.autograd import composed_where_differentiated, dense_on_cpu, gradients_of, saved_on_cpu
+from tkernels.ops.autograd import composed_where_differentiated, gradients_of, save, saved
 
 # Rows in a group: sums are taken group by group first, which stays in a core's caches and keeps float32 sums short.
 # (Measured: within 5% of the best from 32 on, unless too few groups are left; below 16 their own sums cost.)
@@ -164,7 +164,7 @@ class _BatchNorm(torch.autograd.Function):
         if residual is not None and kind.activation is not None:
             kept = y if passes_of(kind.activation, True).by_output else residual
         # the parameters themselves too: autograd then notices if one is written to
-        ctx.save_for_backward(x, weight, bias, kept, *vectors)
+        save(ctx, x, weight, bias, kept, *vectors)
         ctx.kind, ctx.residual = kind, residual is not None
         return y
 
@@ -193,8 +193,7 @@ class _BatchNorm(torch.autograd.Function):
     @composed_where_differentiated(backward_composed)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         kind, needs = ctx.kind, ctx.needs_input_grad
-        x, _, _, kept, *rest = ctx.saved_tensors
-        x, vectors = saved_on_cpu(x), map(dense_on_cpu, rest)
+        x, _, _, kept, *vectors = saved(ctx)
         run = passes_of(kind.activation, ctx.residual).backward
         # (a gradient in another dtype would compile the passes anew)
         pixels, dy = groups(x), groups(d)
@@ -204,7 +203,7 @@ class _BatchNorm(torch.autograd.Function):
             below = d
         else:
             below = _like(x)
-            dweight, dbias = run(dy, pixels, *vectors, groups(saved_on_cpu(kept)), groups(below), groups(dx))
+            dweight, dbias = run(dy, pixels, *vectors, groups(kept), groups(below), groups(dx))
         return (
             None, dx if needs[1] else None, dweight if needs[2] else None, dbias if needs[3] else None, None, None,
             below if needs[6] else None,

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tkernels import runtime
-from tkernels.ops import checks
-from tkernels.ops.autograd import once_differentiable
+from tkernels.ops import autograd, checks
 from tkernels.tuning import attention as tuning
 
 if runtime.HAS_TRITON:
@@ -235,13 +234,13 @@ class _Attention(torch.autograd.Function):
         q, k, v = (kernels.dense_heads(t) for t in (q, k, v))
         o, lse = kernels.launch_forward(q, k, v, mask, p, causal, scale, seed)
         ctx.options = p, causal, scale
-        ctx.save_for_backward(q, k, v, mask, o, lse, seed)
+        autograd.save(ctx, q, k, v, mask, o, lse, seed)
         return o
 
     @staticmethod
-    @once_differentiable
+    @autograd.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, o, lse, seed = ctx.saved_tensors
+        q, k, v, mask, o, lse, seed = autograd.saved(ctx)
         p, causal, scale = ctx.options
         found = backward(do, q, k, v, mask, o, lse, p, causal, scale, seed, ctx.needs_input_grad[:3])
         return *found, None, None, None, None, None

@@ -83,6 +83,7 @@ def composed_where_differentiated(composed: Backward) -> Callable[[Backward], Ba
                 return composed(ctx, *args)
             plain = _are_plain(args)
             if torch.is_grad_enabled():
+                ctx = _Unpacked(ctx)
                 graph = composed(ctx, *args)
                 return _with_values(graph, backward, ctx, args) if plain else graph
             if plain:
@@ -94,6 +95,16 @@ def composed_where_differentiated(composed: Backward) -> Callable[[Backward], Ba
         return wrapper
 
     return decorator
+
+
+class _Unpacked:
+    """A node of the graph whose saved tensors are unpacked once: checkpointing allows no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
 
 
 def _with_values(graph: Gradients, backward: Backward, ctx: Any, args: tuple[Any, ...]) -> Gradients:
@@ -127,16 +138,40 @@ def gradients_of(
     return [next(found) if t is not None and need else None for t, need in zip(own, needs)]
 
 
-def saved_on_cpu(t: Tensor) -> Tensor:
-    """A saved tensor for passes that read its memory. Raises RuntimeError where hooks gave it back elsewhere."""
-    if t.device.type != "cpu":
-        raise RuntimeError(f"a tensor that was saved for backward on the CPU came back on {t.device} from hooks on it")
-    return t
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """ctx.save_for_backward; where hooks are on saved tensors, what they are is kept too: see :func:`saved`."""
+    ctx.save_for_backward(*tensors)
+    ctx.kinds = None if _hooks_on_saved(True) is None else [_kind(t) for t in tensors]
 
 
-def dense_on_cpu(t: Tensor) -> Tensor:
-    """The same for passes that take it to be dense: hooks may give it back laid out otherwise."""
-    return saved_on_cpu(t).contiguous()
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`save` was given, laid out as it was: kernels and passes rely on that, and hooks (save_on_cpu, ...)
+    may give back another layout. Raises RuntimeError for another shape, dtype or device."""
+    tensors: tuple[Any, ...] = ctx.saved_tensors
+    if ctx.kinds is None:
+        return tensors
+    return tuple(t if _kind(t) == kind else _restored(t, kind) for t, kind in zip(tensors, ctx.kinds))
+
+
+_hooks_on_saved: Callable[[bool], Any] = _C._autograd._top_saved_tensors_default_hooks
+
+
+def _kind(t: Tensor | None) -> tuple[Any, ...] | None:
+    return None if t is None else (t.shape, t.dtype, _place(t), t.stride())
+
+
+def _place(t: Tensor) -> int | None:
+    return None if t.is_meta else t.get_device()
+
+
+def _restored(t: Tensor, kind: tuple[Any, ...]) -> Tensor:
+    shape, dtype, place, strides = kind
+    if (t.shape, t.dtype, _place(t)) != (shape, dtype, place):
+        was = f"{dtype} {list(shape)} on {'the CPU' if place < 0 else f'GPU {place}'}"
+        now = f"{t.dtype} {list(t.shape)} on {t.device}"
+        raise RuntimeError(f"a tensor that was saved for backward as {was} came back from its hooks as {now}")
+    once = t.as_strided([min(n, 1) if s == 0 else n for n, s in zip(shape, strides)], t.stride())
+    return torch.empty_strided(once.shape, strides, dtype=dtype, device=t.device).copy_(once).expand(shape)
 
 
 def _are_plain(gradients: tuple[Any, ...]) -> bool:

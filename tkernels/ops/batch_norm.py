@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tkernels import runtime
 from tkernels.ops import activation as activations
-from tkernels.ops import batch_norm_cpu, checks
-from tkernels.ops.autograd import once_differentiable
+from tkernels.ops import autograd, batch_norm_cpu, checks
 from tkernels.tuning import batch_norm as tuning
 
 if runtime.HAS_TRITON:
@@ -507,14 +506,14 @@ class _BatchNorm(torch.autograd.Function):
         if not (needs_input or needs_residual or needs_weight or needs_bias):
             return y
         saved, saved_is, needs_x = kept_for_backward(y, residual, activation, training, ctx.needs_input_grad[:4])
-        ctx.save_for_backward(x if needs_x else None, saved, norm.mean, norm.var, weight, bias)
+        autograd.save(ctx, x if needs_x else None, saved, norm.mean, norm.var, weight, bias)
         ctx.layout, ctx.matrix, ctx.eps, ctx.activation, ctx.saved_is = layout, m, eps, activation, saved_is
         return y
 
     @staticmethod
-    @once_differentiable
+    @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, saved, mean, var, weight, bias = ctx.saved_tensors
+        x, saved, mean, var, weight, bias = autograd.saved(ctx)
         norm = kernels.Norm(mean, var, weight, bias, ctx.eps)
         dx, dresidual, dweight, dbias = triton_backward(
             dy.contiguous(memory_format=ctx.layout), x, saved, ctx.saved_is, norm, ctx.matrix, ctx.activation,

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from tkernels import runtime
 from tkernels.ops import activation as activations
-from tkernels.ops import checks
-from tkernels.ops.autograd import once_differentiable
+from tkernels.ops import autograd, checks
 from tkernels.tuning import autotune, routing
 from tkernels.tuning.conv import Geometry
 
@@ -390,7 +389,8 @@ class _Conv2d(torch.autograd.Function):
         y, z, packed = forward(x, weight, bias, g, dtype, activation, activations.needs_input(activation))
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # the weight itself is saved beside its packed form so that autograd notices if it is changed in place
-        ctx.save_for_backward(
+        autograd.save(
+            ctx,
             x if needs_weight else None,
             weight,
             bias if needs_bias else None,
@@ -402,9 +402,9 @@ class _Conv2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, packed, saved = ctx.saved_tensors
+        x, weight, bias, packed, saved = autograd.saved(ctx)
         gradients = backward(
             dy, x, weight, bias, packed, saved, ctx.g, ctx.activation, ctx.channels_last, ctx.needs_input_grad[0]
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tkernels.cpu import buffers, compiler, passes
-from tkernels.ops.autograd import composed_where_differentiated, dense_on_cpu, gradients_of
+from tkernels.ops import autograd
 from tkernels.ops.conv_stage_call import TENSORS
 from tkernels.tuning.conv import Geometry
 from tkernels.tuning.conv_stage import Pooling
@@ -358,7 +358,7 @@ class _ConvStageCPU(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             y, saved, end = forward(x, layers, plan, channels_last)
         # the arguments themselves too: autograd then notices if one is written to, and can differentiate once more
-        ctx.save_for_backward(x, *own, end.keep, *(t for layer in saved for t in layer))
+        autograd.save(ctx, x, *own, end.keep, *(t for layer in saved for t in layer))
         ctx.plan, ctx.channels_last, ctx.composed = plan, channels_last, not saved
         # (what backward has of a layer comes back with the saved tensors)
         ctx.layers = [layer._replace(**dict.fromkeys(layer._fields[:TENSORS])) for layer in layers]
@@ -368,33 +368,30 @@ class _ConvStageCPU(torch.autograd.Function):
     def backward_composed(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The same in torch's own calls."""
         plan, count = ctx.plan, 1 + 4 * len(ctx.layers)
-        given, end = ctx.saved_tensors[:count], End(ctx.saved_tensors[count], plan.pool, plan.plain_end)
+        *given, keep = ctx.saved_tensors[: count + 1]
+        end = End(keep, plan.pool, plan.plain_end)
 
         def stage(x: Tensor, *own: Tensor | None) -> Tensor:
             return composed(x, _with_tensors(ctx.layers, own), plan.geometries, end, plan.dtype)
 
         with torch.autocast("cpu", enabled=False):
-            return None, None, None, *gradients_of(stage, given, ctx.needs_input_grad[3:], dy)
+            return None, None, None, *autograd.gradients_of(stage, given, ctx.needs_input_grad[3:], dy)
 
     @staticmethod
-    @composed_where_differentiated(backward_composed)
+    @autograd.composed_where_differentiated(backward_composed)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, count = ctx.plan, len(ctx.layers)
-        x, *rest = ctx.saved_tensors
+        x, *rest = autograd.saved(ctx)
         layers = _with_tensors(ctx.layers, rest[: 4 * count])
         keep, *kept = rest[4 * count :]
         width = len(SavedLayer._fields)
-        saved = [_as_saved(SavedLayer(*kept[i : i + width])) for i in range(0, len(kept), width)]
-        end, needs = End(dense_on_cpu(keep), plan.pool, plan.plain_end), ctx.needs_input_grad[3:]
+        saved = [SavedLayer(*kept[i : i + width]) for i in range(0, len(kept), width)]
+        end, needs = End(keep, plan.pool, plan.plain_end), ctx.needs_input_grad[3:]
         with torch.autocast("cpu", enabled=False):
             gradients = backward(dy.to(plan.dtype), saved, end, layers, plan.geometries, needs, ctx.channels_last)
         if gradients[0] is not None:
             gradients[0] = gradients[0].to(x.dtype)
         return None, None, None, *gradients
-
-
-def _as_saved(layer: SavedLayer) -> SavedLayer:
-    return SavedLayer(*map(dense_on_cpu, layer._replace(w=layer.mean)))._replace(w=layer.w)
 
 
 def _with_tensors(layers: Sequence[Any], own: Sequence[Tensor | None]) -> list[Any]:

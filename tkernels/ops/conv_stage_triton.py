@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tkernels import replay, runtime
 from tkernels.ops import activation as activations
+from tkernels.ops import autograd
 from tkernels.ops import batch_norm as bn_ops
 from tkernels.ops import conv as conv_ops
-from tkernels.ops.autograd import once_differentiable
 from tkernels.ops.conv_stage_call import TENSORS, ConvBNLayer, Plan, channels_last
 from tkernels.tuning import batch_norm as bn_tuning
 from tkernels.tuning import conv_stage as tuning
@@ -391,17 +391,17 @@ class _ConvStage(torch.autograd.Function):
         """``others``: the layers' parameters, and the residual."""
         seed = runtime.dropout_seed(x) if plan.p > 0 else None
         y, *kept = _replay_forward(x, layers, plan, seed, others[-1], ctx.needs_input_grad[2:])
-        ctx.save_for_backward(seed, *kept)
+        autograd.save(ctx, seed, *kept)
         ctx.plan, ctx.eps = plan, tuple(layer.eps for layer in layers)
         ctx.input_format = x.dtype, conv_ops.suggests_channels_last(x)
         return cast(Tensor, y)
 
     @staticmethod
-    @once_differentiable
+    @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         given = ctx.plan, ctx.eps, ctx.needs_input_grad[2:], ctx.input_format
         backward = _backward if ctx.plan.of_a_kind else _backward.body
-        return None, None, *backward((dy, *ctx.saved_tensors), *given)
+        return None, None, *backward((dy, *autograd.saved(ctx)), *given)
 
 
 _Options = tuple[tuple[float | None, float, bool], ...]

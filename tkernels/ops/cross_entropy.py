@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tkernels import replay, runtime
-from tkernels.ops import checks, cross_entropy_cpu
-from tkernels.ops.autograd import once_differentiable
+from tkernels.ops import autograd, checks, cross_entropy_cpu
 
 if runtime.HAS_TRITON:
     from tkernels.kernels import class_layout
@@ -261,14 +260,14 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
     ) -> Tensor:
         loss, *kept = _forward.of_kind(kind, (input, target, weight), *options)
-        ctx.save_for_backward(*kept)
+        autograd.save(ctx, *kept)
         ctx.options = options[:3]
         return cast(Tensor, loss)
 
     @staticmethod
-    @once_differentiable
+    @autograd.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _backward((grad, *ctx.saved_tensors), *ctx.options, ctx.needs_input_grad[1:3])
+        gradients = _backward((grad, *autograd.saved(ctx)), *ctx.options, ctx.needs_input_grad[1:3])
         return None, *gradients, None, None, None, None, None
 
 

@@ -14,7 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import cross_entropy as cross_entropy_loss
 
 from tkernels.cpu import buffers, compiler, rows
-from tkernels.ops.autograd import composed_where_differentiated, dense_on_cpu, gradients_of
+from tkernels.ops.autograd import composed_where_differentiated, gradients_of, save, saved
 
 PLAIN = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -104,8 +104,8 @@ class _CrossEntropyCPU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, target: Tensor, ignore_index: int, reduction: str, smoothing: float, dtype: torch.dtype
     ) -> Tensor:
-        loss, saved = _forward(x, target, ignore_index, reduction, smoothing, dtype)
-        ctx.save_for_backward(x, target, *saved)
+        loss, kept = _forward(x, target, ignore_index, reduction, smoothing, dtype)
+        save(ctx, x, target, *kept)
         ctx.options = ignore_index, reduction, smoothing
         return loss
 
@@ -126,7 +126,7 @@ class _CrossEntropyCPU(torch.autograd.Function):
     @staticmethod
     @composed_where_differentiated(backward_composed)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, _, top, log_sum, index, share = map(dense_on_cpu, ctx.saved_tensors)
+        x, _, top, log_sum, index, share = saved(ctx)
         smoothing = ctx.options[2]
         with torch.autocast("cpu", enabled=False):
             whole = torch.where(share > 0, share * dy.float(), 0.0)

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from tkernels import replay, runtime
 from tkernels.cpu import linear as linear_cpu
 from tkernels.ops import activation as activations
-from tkernels.ops import checks
-from tkernels.ops.autograd import once_differentiable
+from tkernels.ops import autograd, checks
 
 if runtime.HAS_TRITON:
     from tkernels.kernels import linear as kernels
@@ -179,14 +178,14 @@ class _Linear(torch.autograd.Function):
         kind: Hashable | None,
     ) -> Tensor:
         y, *kept = _forward.of_kind(kind, (input, weight, bias, seed), activation, p, ctx.needs_input_grad[:3])
-        ctx.save_for_backward(*kept)
+        autograd.save(ctx, *kept)
         ctx.activation, ctx.p = activation, p
         return cast(Tensor, y)
 
     @staticmethod
-    @once_differentiable
+    @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _backward((dy, *ctx.saved_tensors), ctx.activation, ctx.p, ctx.needs_input_grad[2])
+        gradients = _backward((dy, *autograd.saved(ctx)), ctx.activation, ctx.p, ctx.needs_input_grad[2])
         # db has a value for each output feature; autograd sums it for a bias of one element
         return *gradients, None, None, None, None
 

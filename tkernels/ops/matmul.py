@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tkernels import runtime
-from tkernels.ops import checks
-from tkernels.ops.autograd import by_kernels
+from tkernels.ops import autograd, checks
 
 if runtime.HAS_TRITON:
     from tkernels.kernels import matmul as kernels
@@ -128,13 +127,13 @@ class _Matmul(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
         needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.shapes = a.shape, b.shape
-        ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
+        autograd.save(ctx, a if needs_b else None, b if needs_a else None)
         return forward(a, b, dtype)
 
     @staticmethod
-    @by_kernels
+    @autograd.by_kernels
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (a, b), (a_shape, b_shape) = ctx.saved_tensors, ctx.shapes
+        (a, b), (a_shape, b_shape) = autograd.saved(ctx), ctx.shapes
         return *gradients(_apply, a, b, a_shape, b_shape, dy), None
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tkernels import runtime
 from tkernels.ops import activation as activations
+from tkernels.ops import autograd
 from tkernels.ops import batch_norm as bn_ops
-from tkernels.ops.autograd import once_differentiable
 from tkernels.tuning import batch_norm as tuning
 
 if runtime.HAS_TRITON:
@@ -186,14 +186,14 @@ class _TorchNorm(torch.autograd.Function):
         # torch's own normalisation by given statistics, all vectors in one dtype as it asks for
         vectors: Any = [None if t is None else t.to(wide) for t in (weight, bias, mean, var)]
         y = torch.batch_norm(x, *vectors, False, 0.0, eps, torch.backends.cudnn.enabled)  # type: ignore[call-arg]
-        ctx.save_for_backward(x, weight, bias, mean, (var + eps).rsqrt(), count)
+        autograd.save(ctx, x, weight, bias, mean, (var + eps).rsqrt(), count)
         ctx.group, ctx.wide = group, wide
         return y
 
     @staticmethod
-    @once_differentiable
+    @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, invstd, count = ctx.saved_tensors
+        x, weight, bias, mean, invstd, count = autograd.saved(ctx)
         wide = ctx.wide
         axes = [axis for axis in range(x.ndim) if axis != 1]
         dz = dy.to(wide)
@@ -236,15 +236,15 @@ class _TritonNorm(torch.autograd.Function):
         saved, saved_is = None, None
         if residual is not None and activation is not None:
             saved, saved_is = (y, "output") if activation in activations.FROM_OUTPUT else (residual, "residual")
-        ctx.save_for_backward(x, saved, norm.mean, weight, bias, invstd, statistics.values)
+        autograd.save(ctx, x, saved, norm.mean, weight, bias, invstd, statistics.values)
         ctx.matrix, ctx.eps, ctx.activation, ctx.saved_is = m, eps, activation, saved_is
         ctx.layout, ctx.group = layout, group
         return y
 
     @staticmethod
-    @once_differentiable
+    @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, saved, stats, weight, bias, invstd, count = ctx.saved_tensors
+        x, saved, stats, weight, bias, invstd, count = autograd.saved(ctx)
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         norm = kernels.Norm(stats, None, weight, bias, ctx.eps)
         dy = dy.contiguous(memory_format=ctx.layout)
