@@ -115,7 +115,8 @@ def batch_norm(d: Draw) -> Case:
     for name in ("weight", "bias"):
         if d.some(0.75):
             other = wide if d.some(0.98) else d.other(wide)
-            tensors[name] = d.tensor((n,), other, plain=True)
+            # (x times an infinite weight less the mean times it: torch on a GPU subtracts first, on a CPU last)
+            tensors[name] = d.tensor((n,), other, plain=True, special=0.0 if d.kernels else 0.1)
     if d.some(0.7) or not training:
         tensors["running_mean"] = _statistic(d, n, wide, "normal", training)
         tensors["running_var"] = _statistic(d, n, wide, "positive", training)
@@ -214,7 +215,8 @@ def _layer(d: Draw, tensors: dict[str, T], layers: list[dict[str, Any]], i: int,
     vectors = dtype if dtype == "float64" or d.some(0.2) else "float32"
     for letter, kind, share, values in zip("bgh", (dtype, vectors, vectors), (0.4, 0.8, 0.8), (None, None, None)):
         if d.some(share):
-            tensors[f"{letter}{i}"] = d.tensor((k,), kind, special=0.02, values=values, plain=True)
+            special = 0.0 if d.kernels else 0.02  # as batch norm's
+            tensors[f"{letter}{i}"] = d.tensor((k,), kind, special=special, values=values, plain=True)
     if d.some(0.8):
         tensors[f"m{i}"] = _statistic(d, k, vectors, "normal", True)
         tensors[f"v{i}"] = _statistic(d, k, vectors, "positive", True)
