@@ -253,7 +253,7 @@ class Comparison:
         tensors = {n: t.detach().double() for n, t in self.theirs.arguments.items()}
         incoming = cotangent(self.case, y, self.again).double()
         call = Call("scaled_dot_product_attention", kwargs={**self.case.options, **tensors})
-        return scales.of(call, incoming, y.detach().double())[name.split()[-1]]
+        return scales.of(call, incoming, y.detach().double()).get(name.split()[-1], 0.0)
 
     def _torch_stands_by(self, t: Tensor, get: Any) -> bool:
         """Whether torch gives the same once more: some of its own calls read what nobody wrote."""

@@ -41,6 +41,14 @@ MEANT = (
                                                      or (case.operator == "attention" and kind.startswith("strides"))),
     ),
     Meant(
+        "torch cannot differentiate its own gradient there",
+        lambda case, kind, text: kind == "torch raises in second backward",
+    ),
+    Meant(
+        "saved tensors that come back in another layout give gradients in another",
+        lambda case, kind, text: case.hooks == "other layout" and kind.startswith("strides of gradient"),
+    ),
+    Meant(
         "the executor copies a launch's operands back, which counts as a write, and makes views of its own",
         lambda case, kind, text: _kernels(case) and kind in ("versions", "is_view"),
     ),

@@ -21,12 +21,13 @@ ACTIVATIONS = (None, None, "relu", "relu", "relu", "relu", "leaky_relu", "gelu",
 
 class Draw:
     """The source of one draw, and what all operators draw alike. ``big``: sizes from which natural thresholds are
-    passed."""
+    passed. ``everyday``: dense tensors of the common dtypes with ReLU, which the fast ways are for."""
 
     def __init__(self, rng: Random, body: str, patched: bool, big: bool) -> None:
         self.rng, self.body, self.patched, self.big = rng, body, patched, big
         self.kernels = body == "kernels"
         self.huge = True
+        self.everyday = rng.random() < 0.45
 
     def some(self, share: float) -> bool:
         return self.rng.random() < share
@@ -41,14 +42,20 @@ class Draw:
         return self.rng.randrange(1 << 20)
 
     def dtype(self) -> str:
-        shares = (6, 4, 2, 0.3) if self.kernels else (6, 4, 1.5, 1.5)
+        shares: Sequence[float] = (6, 4, 2, 0.3) if self.kernels else (6, 4, 1.5, 1.5)
+        shares = (6, 4, 0, 0) if self.everyday and not self.kernels else shares
         return self.rng.choices(FLOATS, shares)[0]
 
     def other(self, dtype: str) -> str:
         return self.one([d for d in (*FLOATS, *STRANGE) if d != dtype])
 
+    def activation(self) -> str | None:
+        return "relu" if self.everyday and self.some(0.7) else self.one(ACTIVATIONS)
+
     def layout(self, rank: int, images: bool = False) -> str:
         rng = self.rng
+        if self.everyday and self.some(0.95):
+            return "channels_last" if rank >= 4 and images and self.some(0.85) else "contiguous"
         names = ["contiguous"] * 6 + ["permuted", "every", "offset", "sliced", "stepped", "repeated", "overlapping",
                                       "negated", "turned", "transposed"]  # fmt: skip
         if self.kernels:
@@ -93,7 +100,8 @@ class Draw:
         return T(
             tuple(shape), dtype, values, "contiguous" if dense else self.layout(len(shape), images), self.seed(),
             self.special(special) if floating else (), floating and self.some(grad),
-            self.rng.choices(("Tensor", "Parameter", "Subclass"), (14, 1, 1))[0] if kinds else "Tensor",
+            self.rng.choices(("Tensor", "Parameter", "Subclass"), (14, 1, 0 if self.everyday else 1))[0]
+            if kinds else "Tensor",
         )  # fmt: skip
 
     def mode(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.fuzz.cases import Case
-from tests.fuzz.draws import ACTIVATIONS, Draw
+from tests.fuzz.draws import Draw
 from tests.fuzz.recipes import T
 from tkernels.functional import MaxPool
 
@@ -29,7 +29,7 @@ def _dtype(d: Draw) -> str:
 
 def _given(d: Draw, **arguments: Any) -> dict[str, Any]:
     """``arguments`` and, now and then, an activation of ours."""
-    activation = d.one(ACTIVATIONS)
+    activation = d.activation()
     return arguments if activation is None else {**arguments, "activation": activation}
 
 
@@ -196,7 +196,7 @@ def _block(d: Draw, c: int) -> tuple[dict[str, Any], int]:
                                         {"track_running_stats": False})))  # fmt: skip
     if same and block and d.some(0.6):
         block["residual"] = d.one(("add", "add", "iadd"))
-    activation = d.one(ACTIVATIONS)
+    activation = d.activation()
     if activation is not None:
         block.update(activation=activation, inplace=d.some(0.5))
     if d.some(0.2):
@@ -208,7 +208,7 @@ def _block(d: Draw, c: int) -> tuple[dict[str, Any], int]:
 
 def _hidden(d: Draw, features: int, out: int) -> dict[str, Any]:
     found: dict[str, Any] = {"linear": {"in_features": features, "out_features": out, "bias": d.some(0.8)}}
-    activation = d.one(ACTIVATIONS)
+    activation = d.activation()
     if activation is not None:
         found.update(activation=activation, inplace=d.some(0.5))
     if d.some(0.2):
