@@ -12,14 +12,12 @@ import torch
 
 import tkernels
 from tests.fuzz.cases import Case
-from tkernels.cpu import buffers, compiler
+from tkernels.cpu import buffers, compiler, linear
 
 BODIES = ("cpu", "kernels")
 _SMALL = {torch.float32: 1, torch.bfloat16: 1}
 # sizes from which on the CPU's fast ways are taken, and what a patched case has in their place
 THRESHOLDS: tuple[tuple[str, str, Any], ...] = (
-    ("tkernels.cpu.post_ops", "WORTH_IT", 1),
-    ("tkernels.cpu.post_ops", "SMALLEST_INPUT", 1),
     ("tkernels.cpu.packed", "WORTH_IT", _SMALL),
     ("tkernels.cpu.linear", "ROWS", 1),
     ("tkernels.cpu.linear", "FEATURES", 1),
@@ -31,8 +29,9 @@ THRESHOLDS: tuple[tuple[str, str, Any], ...] = (
     ("tkernels.ops.conv_stage_cpu", "WORTH_IT", 1),
     ("tkernels.ops.activation", "IN_PLACE", 1),
 )
-# names of what ran since the start: kernels launched, passes, calls with a post-op
+# names of what ran since the start: kernels launched, passes, oneDNN's products
 RAN: collections.Counter[str] = collections.Counter()
+_ONEDNN = linear._onednn
 
 
 def missing() -> list[str]:
@@ -67,7 +66,7 @@ def sizes(case: Case) -> Iterator[None]:
 
 @contextlib.contextmanager
 def counting() -> Iterator[None]:
-    """Within the block RAN counts passes and post-ops."""
+    """Within the block RAN counts passes and oneDNN's products."""
     run = compiler.Pass.__call__
 
     def counted(self: Any, *tensors: Any) -> Any:
@@ -76,23 +75,13 @@ def counting() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(compiler.Pass, "__call__", counted))
-        for name in ("linear_relu", "conv2d_relu"):
-            _count_post_op(stack, name)
+        stack.enter_context(replaced(linear, "_onednn", _counted_product))
         yield
 
 
-def _count_post_op(stack: contextlib.ExitStack, name: str) -> None:
-    from tkernels.cpu import post_ops
-
-    call = getattr(post_ops, name)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        y = call(*args, **kwargs)
-        if y is not None:
-            RAN[f"post-op {name}"] += 1
-        return y
-
-    stack.enter_context(replaced(post_ops, name, counted))
+def _counted_product(*tensors: Any) -> Any:
+    RAN["product by oneDNN"] += 1
+    return _ONEDNN(*tensors)
 
 
 @contextlib.contextmanager

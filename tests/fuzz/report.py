@@ -43,7 +43,7 @@ def summary(counts: collections.Counter[str], ran: collections.Counter[str], sec
     for name, n in ran.items():
         kinds[name.partition(" ")[0]] += n
     fast = ", ".join(f"{n} {plural}" for kind, plural in (("kernel", "launches"), ("pass", "passes"),
-                     ("post-op", "post-ops"), ("chain", "fused chains")) if (n := kinds[kind]))  # fmt: skip
+                     ("product", "products of oneDNN"), ("chain", "fused chains")) if (n := kinds[kind]))  # fmt: skip
     return (
         f"{body}: {counts['calls']} calls in {seconds:.0f} s ({draws}); {counts['both raised']} both raised, "
         f"{counts['with gradients']} with gradients, {counts['double backward']} twice differentiated, "

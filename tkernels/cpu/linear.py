@@ -69,26 +69,17 @@ def _enabled() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of what nobody differentiates: oneDNN's where that is faster and the call is one that torch takes.
-
-    Its ReLU as a last step is not: that makes 0 of NaN.
-    """
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """F.linear of what nobody differentiates, by oneDNN; None where that is not faster, or the call is one that torch
+    refuses or casts. (oneDNN's ReLU as a last step is not ours to use: it makes 0 of NaN.)"""
     # (what most calls fail on first: they are small; a trace must not even learn of sizes)
     if is_dynamo_compiling() or torch._C._is_tracing() or type(x) not in PLAIN or x.numel() < ROWS * FEATURES:
-        return F.linear(x, weight, bias)
-    if (
-        type(weight) not in PLAIN
-        or x.dim() < 2
-        or weight.dim() != 2
-        or x.shape[-1] != weight.shape[1]
-        or not _plain(x, weight, bias)
-    ):
-        return F.linear(x, weight, bias)
+        return None
+    if type(weight) not in PLAIN or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        return None
     columns, features = weight.shape
-    if (bias is not None and bias.shape != (columns,)) or not _by_onednn(x.numel() // features, features, columns):
-        return F.linear(x, weight, bias)
-    return _onednn(x, weight, bias)
+    fits = (bias is None or bias.shape == (columns,)) and _plain(x, weight, bias)
+    return _onednn(x, weight, bias) if fits and _by_onednn(x.numel() // features, features, columns) else None
 
 
 def _plain(*tensors: Tensor | None) -> bool:

@@ -117,8 +117,10 @@ def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _torch_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float) -> Tensor:
     """The same in ATen calls, with PyTorch's own autograd and autocast."""
+    z = None if torch.is_grad_enabled() else linear_cpu.product(input, weight, bias)
     try:
-        z = F.linear(input, weight, bias) if torch.is_grad_enabled() else linear_cpu.product(input, weight, bias)
+        # (on one line for all modes: torch.jit.trace compares lines)
+        z = F.linear(input, weight, bias) if z is None else z
     except checks.REFUSALS as error:
         checks.explain(error, functools.partial(_check_all, input, weight, bias))
     y = activations.apply_to_own(z, activation, 2)
