@@ -75,7 +75,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Its ReLU as a last step is not: that makes 0 of NaN.
     """
     # (what most calls fail on first: they are small; a trace must not even learn of sizes)
-    if is_dynamo_compiling() or torch._C._is_tracing() or type(x) not in PLAIN or x.numel() < ROWS * FEATURES:
+    if is_dynamo_compiling() or type(x) not in PLAIN or x.numel() < ROWS * FEATURES:
         return F.linear(x, weight, bias)
     if (
         type(weight) not in PLAIN
