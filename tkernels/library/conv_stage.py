@@ -18,7 +18,7 @@ from tkernels.ops import activation as activation_ops
 from tkernels.ops import conv as conv_ops
 from tkernels.ops import conv_stage as ops
 from tkernels.ops import conv_stage_triton as triton
-from tkernels.ops.conv_stage_call import ConvBNLayer, Plan
+from tkernels.ops.conv_stage_call import ConvBNLayer, Plan, channels_last
 from tkernels.tuning.conv import Geometry
 
 __all__ = ["conv_stage", "conv_stage_backward"]
@@ -56,9 +56,9 @@ def _call(
         shape = shape[0], g.out_channels, g.out_h, g.out_w
     last = geometries[-1]
     pooling = ops.described_pooling(last.out_h, last.out_w, *_pairs(pool))
-    channels_last = any(conv_ops.suggests_channels_last(t) for t in (input, *weights))
+    nhwc = channels_last(input, weights, geometries)
     names = tuple(layer.activation for layer in layers)
-    return _Call(layers, Plan(tuple(geometries), pooling, dtype, p, False, names), channels_last)
+    return _Call(layers, Plan(tuple(geometries), pooling, dtype, p, False, names), nhwc)
 
 
 def _pairs(pool: Sequence[int]) -> list[Any]:

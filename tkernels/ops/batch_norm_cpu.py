@@ -38,13 +38,13 @@ def takes(
         not is_dynamo_compiling()
         and type(x) in PLAIN
         and x.nbytes >= WORTH_IT
-        and x.numel() > x.shape[1]  # torch refuses one value a channel
         and residual is None
         and x.dtype in DTYPES
         and x.device.type == "cpu"
         and not x.is_cuda
         and x.layout is torch.strided
         and (x.is_contiguous() if x.dim() == 2 else x.dim() == 4 and _channels_last(x))
+        and x.numel() > x.shape[1]  # torch refuses one value a channel
         and not (x.is_neg() or x.is_inference())
         and all(t is None or _vector_as_expected(t, x.shape[1]) for t in vectors)
         and (vectors[0] is None) == (vectors[1] is None)

@@ -186,7 +186,7 @@ def _cpu_body(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor | 
     """The fast way on a CPU; None where it is not taken."""
     if not conv_stage_cpu.takes(x, layers, plan.geometries, plan.pool, plan.dtype):
         return None
-    nhwc = channels_last(x, layers)
+    nhwc = channels_last(x, [layer.weight for layer in layers], plan.geometries)
     if all(layer.measures(plan.training) for layer in layers):
         return conv_stage_cpu.train(x, layers, plan, nhwc)
     own = (t for layer in layers for t in layer[:4])

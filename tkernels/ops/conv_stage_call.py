@@ -81,6 +81,12 @@ class Plan:
         return self.pool.taps == 1 and self.pool.stride_h == 1 and self.pool.stride_w == 1 and self.p == 0.0
 
 
-def channels_last(x: Tensor, layers: Sequence[ConvBNLayer]) -> bool:
-    """Whether torch's convolutions would give channels_last maps."""
-    return conv_ops.suggests_channels_last(x) or any(conv_ops.suggests_channels_last(layer.weight) for layer in layers)
+def channels_last(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> bool:
+    """Whether torch's own calls in a row would give channels_last maps. One of a single channel or pixel is contiguous
+    as well, and leaves an activation as that."""
+    found = conv_ops.suggests_channels_last(x)
+    for weight, g in zip(weights, geometries):
+        found = found or conv_ops.suggests_channels_last(weight)
+        if g.out_channels == 1 or g.out_h == g.out_w == 1:
+            found = False
+    return found
