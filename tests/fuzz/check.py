@@ -27,6 +27,9 @@ from tkernels.functional import MaxPool
 __all__ = ["Case", "MaxPool", "T", "check", "differences", "inf", "nan"]
 
 Difference = tuple[str, str]
+CANCELLING = (
+    ("scaled_dot_product_attention", "query"), ("scaled_dot_product_attention", "key"), ("cross_entropy", "input"),
+)  # fmt: skip
 KINKED = ("relu", "leaky_relu", "relu6", "hardswish")
 
 
@@ -246,13 +249,16 @@ class Comparison:
                 self.told.events.append("torch differs from itself")
 
     def _terms(self, name: str) -> float:
-        """Attention's gradients of query and key are differences of what may be equal: the size of its terms."""
-        if self.case.operator != "attention" or not name.endswith(("of query", "of key")):
+        """Attention's gradients of query and key and the loss's of logits are differences of what may be equal: the
+        size of its terms."""
+        operator = {"attention": "scaled_dot_product_attention"}.get(self.case.operator, self.case.operator)
+        if (operator, name.split()[-1]) not in CANCELLING or not name.startswith("gradient"):
             return 0.0
         y = self.theirs.outputs[0]
-        tensors = {n: t.detach().double() for n, t in self.theirs.arguments.items()}
+        named = self.theirs.arguments.items()
+        tensors = {n: t.detach().double() if t.is_floating_point() else t for n, t in named}
         incoming = cotangent(self.case, y, self.again).double()
-        call = Call("scaled_dot_product_attention", kwargs={**self.case.options, **tensors})
+        call = Call(operator, kwargs={**self.case.options, **tensors})
         return scales.of(call, incoming, y.detach().double()).get(name.split()[-1], 0.0)
 
     def _torch_stands_by(self, t: Tensor, get: Any) -> bool:

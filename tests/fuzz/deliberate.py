@@ -45,6 +45,11 @@ MEANT = (
         lambda case, kind, text: kind == "torch raises in second backward",
     ),
     Meant(
+        "a fused chain needs not what its layers, called in place one by one, have overwritten",
+        lambda case, kind, text: case.operator == "fused" and kind == "torch raises in backward"
+        and "modified by an inplace operation" in text,
+    ),
+    Meant(
         "saved tensors that come back in another layout give gradients in another",
         lambda case, kind, text: case.hooks == "other layout" and kind.startswith("strides of gradient"),
     ),

@@ -114,13 +114,13 @@ def _mask(shape: tuple[int, ...], g: torch.Generator, kept: float, off: float, w
     keep = torch.rand(shape, generator=g) < kept
     if len(shape):
         keep &= torch.rand((*shape[:-1], 1), generator=g) >= whole
-    return torch.where(keep, 1.0, off)
+    return torch.where(keep, *(torch.tensor(value, dtype=torch.float64) for value in (1.0, off)))
 
 
 def _additive(shape: tuple[int, ...], g: torch.Generator, kept: float, off: float, whole: float = 0) -> Tensor:
     """Normal numbers where ``kept``, else ``off``."""
     on = _mask(shape, g, kept, 0.0, whole) == 1
-    return torch.where(on, _normal(shape, g), off)
+    return torch.where(on, _normal(shape, g), torch.tensor(off, dtype=torch.float64))
 
 
 VALUES: dict[str, Callable[..., Tensor]] = {

@@ -72,6 +72,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, operator: str, spoil: Callable[[Tenso
 
 def first_failure(body: str, operator: str, draws: int) -> tuple[Case, list[tuple[str, str]]]:
     for index in range(draws):
+        _memory.clear()
         case = case_of(1, index, body, [operator])
         found = differences(case).differences
         if found:
