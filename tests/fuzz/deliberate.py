@@ -19,6 +19,15 @@ def _kernels(case: Case) -> bool:
     return case.body == "kernels"
 
 
+def _attends(case: Case) -> bool:
+    return case.operator == "attention" or case.options.get("module") == "MultiheadAttention"
+
+
+def _odd(case: Case) -> bool:
+    """Whether something in the call is not finite."""
+    return any(value != value or abs(value) == float("inf") for t in case.tensors.values() for _, value in t.special)
+
+
 MEANT = (
     Meant(
         "the strict backend says what it cannot run and leaves nothing to torch (tests/conformance/test_transforms.py)",
@@ -38,7 +47,7 @@ MEANT = (
         "kernels lay gradients and attention's result out by what they read (tests/conformance/compare.py); torch's "
         "own layouts differ between CPU and GPU",
         lambda case, kind, text: _kernels(case) and (kind.startswith("strides of gradient")
-                                                     or (case.operator == "attention" and kind.startswith("strides"))),
+                                                     or (_attends(case) and kind.startswith("strides"))),
     ),
     Meant(
         "torch cannot differentiate its own gradient there",
@@ -65,6 +74,24 @@ MEANT = (
         "the batch's statistics take a convolution's bias away again: its gradient is 0, of NaN and infinities too",
         lambda case, kind, text: kind.startswith("gradient of b") and case.operator in ("conv_stage", "fused", "module")
         and "NaN in 0 places" in text,
+    ),
+    Meant(
+        "gradients of ReLU6 and Hardswish at NaN: torch's own vectors and scalars differ",
+        lambda case, kind, text: kind.startswith("gradient") and _odd(case)
+        and any(name in repr(case.options) for name in ("relu6", "hardswish")),
+    ),
+    Meant(
+        "the batch's statistics of bfloat16 parameters: a stage takes vectors of any dtype, torch's CPU float32 or one",
+        lambda case, kind, text: kind == "torch raises in forward" and "mixed dtype" in text,
+    ),
+    Meant(
+        "masks without two axes, and grouped heads without three, are refused as torch's kernels on a GPU refuse them",
+        lambda case, kind, text: _kernels(case) and case.operator == "attention"
+        and ("at least two dimensions" in text or "at least three dimensions" in text),
+    ),
+    Meant(
+        "a window of no size is refused for an empty batch too: torch fails over it by another error",
+        lambda case, kind, text: "kernel sizes must be at least 1" in text,
     ),
     Meant(
         "a stage looks at all its layers before any runs: of two layers that torch refuses it names another first",
