@@ -6,6 +6,7 @@ And what a stage hands out: results that may be written to, and running statisti
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import tkernels.functional as TF
 import tkernels.nn as tnn
 from tests.cpu.profiles import events
 from tkernels.cpu import compiler
+from tkernels.ops import conv_stage_cpu
 
 pytestmark = [
     pytest.mark.gate("torch"),
@@ -189,3 +191,24 @@ def test_one_value_for_each_channel_is_refused_at_any_size() -> None:
     x = torch.randn(1, 1 << 20)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         TF.batch_norm(x, None, None, training=True, activation="relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [(1, 2), (1, 3), (2, 1), (2, 2)])
+@pytest.mark.parametrize("training", [True, False])
+def test_images_of_one_channel(
+    stride: tuple[int, int], dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN by name is wrong for some of them: it is not called then."""
+    monkeypatch.setattr(conv_stage_cpu, "WORTH_IT", 1)
+    for width, maps in itertools.product((1, 2, 4, 28), (4, 16)):
+        x = torch.randn(33, 1, 12, width).to(dtype).contiguous(memory_format=CL)
+        weight = torch.randn(maps, 1, 3, 3).to(dtype)
+        statistics = [(torch.zeros(maps), torch.ones(maps)) for _ in range(2)]
+        layer = TF.ConvBNLayer(weight, None, None, None, *statistics[0], stride=stride, padding=1)
+        with torch.no_grad():
+            y = TF.conv_stage(x, [layer], training=training)
+            z = F.conv2d(x.float(), weight.float(), None, stride, 1)
+            expected = F.relu(F.batch_norm(z, *statistics[1], training=training))
+        assert (y - expected).norm() <= (1e-5 if dtype is torch.float32 else 2e-2) * expected.norm()
+        assert (statistics[0][1] - statistics[1][1]).norm() <= 1e-2 * statistics[1][1].norm()

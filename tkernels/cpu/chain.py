@@ -149,6 +149,7 @@ def _convolution(chain: Chain) -> Callable[[Tensor, Any, Tensor | None], Tensor]
         not isinstance(padding, str)
         and math.prod(chain.weight) >= packed.WORTH_IT[chain.dtype]
         and packed.enabled(chain.dtype)
+        and packed.is_safe(chain.weight[1] * groups, stride, dilation)
     ):
         return packed.Packed(stride, padding, dilation, groups, chain.dtype, chain.input)
     return lambda x, weight, bias: torch.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -80,6 +80,13 @@ class Packed:
         return copy.packed
 
 
+def is_safe(channels: int, stride: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether oneDNN called by name convolves images of so many channels as torch does. (torch 2.14: those of one
+    channel, which torch.conv2d takes to be contiguous, come out wrong at stride 1 down and 2 across: foreign memory.)
+    """
+    return channels > 1 or (stride[0] == stride[1] and dilation == (1, 1))
+
+
 def enabled(dtype: torch.dtype) -> bool:
     """Whether oneDNN may take convolutions in this dtype here."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tkernels.cpu import buffers, compiler, passes
+from tkernels.cpu import buffers, compiler, packed, passes
 from tkernels.ops import autograd
 from tkernels.ops.conv_stage_call import TENSORS
 from tkernels.tuning.conv import Geometry
@@ -37,9 +37,11 @@ def takes(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], pool
     whole = pool.kernel_h == pool.stride_h and pool.kernel_w == pool.stride_w and pool.taps <= 16
     if not whole or pool.height % pool.kernel_h or pool.width % pool.kernel_w:
         return False
-    if not _symmetric(geometries) or not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
+    if not _symmetric(geometries) or not packed.enabled(dtype):
         return False
-    if dtype == torch.bfloat16 and not mkldnn._is_mkldnn_bf16_supported():
+    if not all(
+        packed.is_safe(g.in_channels, (g.stride_h, g.stride_w), (g.dilation_h, g.dilation_w)) for g in geometries
+    ):
         return False
     if any(layer.activation != "relu" for layer in layers):
         return False
