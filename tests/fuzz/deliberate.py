@@ -63,8 +63,10 @@ MEANT = (
         lambda case, kind, text: case.hooks == "other layout" and kind.startswith("strides of gradient"),
     ),
     Meant(
-        "the executor copies a launch's operands back, which counts as a write, and makes views of its own",
-        lambda case, kind, text: _kernels(case) and kind in ("versions", "is_view"),
+        "the executor copies a launch's operands back, which counts as a write, and makes views of subclasses",
+        lambda case, kind, text: _kernels(case) and (kind == "versions" or (
+            any(t.kind == "Subclass" for t in case.tensors.values())
+            and (kind == "is_view" or "is a view and its base" in text))),
     ),
     Meant(
         "a kernel's result is a plain tensor, of whatever class its operands are",
@@ -88,6 +90,29 @@ MEANT = (
         "masks without two axes, and grouped heads without three, are refused as torch's kernels on a GPU refuse them",
         lambda case, kind, text: _kernels(case) and case.operator == "attention"
         and ("at least two dimensions" in text or "at least three dimensions" in text),
+    ),
+    Meant(
+        "a target out of range makes the loss NaN on a GPU, where torch's CPU raises (rule 12 of the design)",
+        lambda case, kind, text: _kernels(case) and "is out of bounds" in text,
+    ),
+    Meant(
+        "a key behind a mask counts for nothing, an infinite one too: torch's own composition adds -inf to inf",
+        lambda case, kind, text: _kernels(case) and case.operator == "attention" and _odd(case)
+        and ("NaN in 0 places" in text or kind.startswith("gradient")),
+    ),
+    Meant(
+        "probabilities that are infinite: a sum of differences is taken as a difference of sums",
+        lambda case, kind, text: _kernels(case) and case.operator == "cross_entropy" and "target" in case.tensors
+        and any(abs(value) == float("inf") for _, value in case.tensors["target"].special),
+    ),
+    Meant(
+        "an option out of range is refused for an empty batch too; no keys give the shape that broadcasting says",
+        lambda case, kind, text: case.operator == "attention" and any(0 in t.shape for t in case.tensors.values())
+        and ("dropout_p must be between" in text or "shape" in kind or "shape" in text),
+    ),
+    Meant(
+        "torch's own backward does not take what the hooks give back",
+        lambda case, kind, text: case.hooks is not None and kind.startswith("torch raises"),
     ),
     Meant(
         "a window of no size is refused for an empty batch too: torch fails over it by another error",

@@ -278,7 +278,7 @@ def like_flash(q: Tensor, head: int) -> Tensor:
     """An empty output [batch, heads, length, head] in the memory order of PyTorch's flash attention: heads of one
     position side by side, as the projection behind attention reads them."""
     batch, heads, length, _ = q.shape
-    return q.new_empty((batch, length, heads, head)).transpose(1, 2)
+    return q.new_empty_strided((batch, heads, length, head), (length * heads * head, head, heads * head, 1))
 
 
 def launch_forward(

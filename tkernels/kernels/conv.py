@@ -217,10 +217,11 @@ def is_nhwc(x: Tensor) -> bool:
 
 
 def empty_pixels(x: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """An uninitialised tensor of logical shape (N, C, H, W) in one of the two memory formats."""
-    n, c, h, w = shape
+    """An uninitialised tensor of logical shape (N, C, H, W) in one of the two memory formats. It is a view of nothing:
+    autograd lets nobody write to a view that comes out of a Function."""
+    _, c, h, w = shape
     if channels_last:
-        return x.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+        return x.new_empty_strided(shape, (h * w * c, 1, w * c, c), dtype=dtype)
     return x.new_empty(shape, dtype=dtype)
 
 

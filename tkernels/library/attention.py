@@ -50,7 +50,7 @@ def _torch_body(
 def _like_flash(q: Tensor, head: int) -> Tensor:
     """As the kernels' output lies: heads of one position side by side."""
     batch, heads, length, _ = q.shape
-    return q.new_empty((batch, length, heads, head)).transpose(1, 2)
+    return q.new_empty_strided((batch, heads, length, head), (length * heads * head, head, heads * head, 1))
 
 
 def _lse(q: Tensor, mask: Tensor | None) -> Tensor:

@@ -184,9 +184,7 @@ def _check(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
     if training and input.ndim == 0:
         raise IndexError(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
-    eps = checks.number("eps", eps)
-    if (eps <= 0.0) if training else (eps < 0.0):
-        raise ValueError(f"eps must be positive in training and not negative in evaluation, got {eps}")
+    _check_eps(eps, training)
     # an empty vector counts as a batch of no channels, as in torch
     if input.ndim < 2 and not (input.ndim == 1 and input.numel() == 0):
         # torch fails on whichever it meets first: the missing axis, or a vector of the wrong length
@@ -202,6 +200,12 @@ def _check(
     if not input.is_floating_point():
         raise NotImplementedError(f"input must have a floating-point dtype, got {input.dtype}")
     _check_vectors(input, vectors)
+
+
+def _check_eps(eps: float, training: bool) -> None:
+    eps = checks.number("eps", eps)
+    if (eps <= 0.0) if training else (eps < 0.0):
+        raise ValueError(f"eps must be positive in training and not negative in evaluation, got {eps}")
 
 
 def _check_vectors(input: Tensor, vectors: dict[str, Tensor]) -> None:
@@ -266,8 +270,11 @@ def _torch_batch_norm(
     ):
         return batch_norm_cpu.batch_norm_relu(input, *vectors, momentum, eps, num_batches_tracked)
     try:
-        if eps <= 0.0 and input.numel() > 0:  # torch before 2.14 takes any
-            _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if eps <= 0.0:  # torch before 2.14 takes any
+            if input.numel() == 0:
+                _check_eps(eps, training)
+            else:
+                _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
         y = _torch_normalize(
             input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
         )  # fmt: skip

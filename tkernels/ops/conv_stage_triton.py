@@ -61,7 +61,7 @@ def forward(
             in_nhwc = nhwc or not (end and plan.plain_end)
             x = _folded(x, packed[i], layer, g, in_nhwc, activation, residual if end else None)
             if end and not plan.plain_end:
-                x = kernels.launch_end(x, plan.pool, None, channels_last=nhwc)
+                x = kernels.launch_end(x, plan.pool, None, plan.p, seed, nhwc)
             continue
         raw, norm = _given(x, packed[i], layer, g) if given else _measured(x, before, packed[i], layer, g, plan)
         if keep:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -97,7 +97,9 @@ def forward(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         # one tall product, where the rows of all batches follow each other
         folded = _as_rows(a)
         if folded is not None:
-            return forward(folded, b, dtype).view(*a.shape[:-1], b.shape[-1])
+            # (no view of the product: autograd would let nobody write to it)
+            rows = forward(folded, b, dtype)
+            return cast(Tensor, torch.ops.aten._unsafe_view(rows, (*a.shape[:-1], b.shape[-1])))
     return kernels.launch_matmul(kernels.dense_matrices(a), kernels.dense_matrices(b), dtype)
 
 
