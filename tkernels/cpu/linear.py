@@ -92,8 +92,13 @@ def _plain(*tensors: Tensor | None) -> bool:
     )  # fmt: skip
 
 
-@functools.cache
 def onednn_is_ahead(threads: int) -> bool:
+    """Whether products are to be oneDNN's; not where every process is to get the same bits, for it is measured."""
+    return not torch.are_deterministic_algorithms_enabled() and _is_measured_ahead(threads)
+
+
+@functools.cache
+def _is_measured_ahead(threads: int) -> bool:
     """Whether oneDNN multiplies float32 matrices faster than what torch takes for them: MKL, whose best code is for
     Intel's CPUs (on an AMD EPYC oneDNN took a half to a third of its time). Measured once, in some 50 ms."""
     rows, features, columns = MEASURED

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tkernels import runtime
 from tkernels.library import common
 from tkernels.ops import attention as ops
+from tkernels.ops import autograd
 from tkernels.tuning import attention as tuning
 
 if runtime.HAS_TRITON:
@@ -137,12 +138,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, mask, p, causal, scale, seed = inputs
     o, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, mask, o, lse, seed)
+    autograd.save(ctx, q, k, v, mask, o, lse, seed)
     ctx.options = p, causal, scale
 
 
 def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, seed = ctx.saved_tensors
+    *tensors, seed = autograd.saved(ctx)
     needs = list(ctx.needs_input_grad[:3])
     found = torch.ops.tkernels.attention_backward(do, *tensors, *ctx.options, seed, needs)
     return *(t if need else None for t, need in zip(found, needs)), None, None, None, None, None

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tkernels import runtime
 from tkernels.library import common
 from tkernels.ops import activation as activations
+from tkernels.ops import autograd
 from tkernels.ops import batch_norm as ops
 from tkernels.tuning import batch_norm as tuning
 
@@ -167,7 +168,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     given = running_mean is not None
     kept = ops.kept_for_backward(y, residual, activation, not given, ctx.needs_input_grad[:4])
     saved, ctx.saved_is, needs_x = kept
-    ctx.save_for_backward(
+    autograd.save(
+        ctx,
         input.contiguous(memory_format=layout) if needs_x else None,
         saved if saved is y or saved is None else saved.contiguous(memory_format=layout),
         running_mean if given else stats, running_var if given else None, weight, bias,
@@ -176,7 +178,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, saved, mean, var, weight, bias = ctx.saved_tensors
+    x, saved, mean, var, weight, bias = autograd.saved(ctx)
     needs = list(ctx.needs_input_grad[:4])
     found = torch.ops.tkernels.batch_norm_backward(
         dy, x, saved, ctx.saved_is, mean, var, weight, bias, ctx.eps, ctx.activation, ctx.channels_last, needs

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from tkernels import runtime
 from tkernels.library import common
 from tkernels.ops import activation as activations
+from tkernels.ops import autograd
 from tkernels.ops import conv as ops
 from tkernels.tuning.conv import Geometry
 
@@ -131,14 +132,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     ctx.mark_non_differentiable(z)
     saved = None if activation is None else z if activations.needs_input(activation) else y
-    ctx.save_for_backward(input if needs_weight else None, weight, bias if needs_bias else None, saved)
+    autograd.save(ctx, input if needs_weight else None, weight, bias if needs_bias else None, saved)
     ctx.geometry, ctx.activation, ctx.input_size = geometry, activation, input.shape
     ctx.input_dtype, ctx.channels_last = input.dtype, ops.suggests_channels_last(input)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     found = torch.ops.tkernels.conv2d_backward(
-        dy, *ctx.saved_tensors, ctx.input_size, ctx.channels_last, *ctx.geometry, ctx.activation,
+        dy, *autograd.saved(ctx), ctx.input_size, ctx.channels_last, *ctx.geometry, ctx.activation,
         ctx.needs_input_grad[0],
     )  # fmt: skip
     dx, dw, db = (t if need else None for t, need in zip(found, ctx.needs_input_grad))

@@ -15,6 +15,7 @@ from tkernels import runtime
 from tkernels.library import common
 from tkernels.library.batch_norm import torch_statistics
 from tkernels.ops import activation as activation_ops
+from tkernels.ops import autograd
 from tkernels.ops import conv as conv_ops
 from tkernels.ops import conv_stage as ops
 from tkernels.ops import conv_stage_triton as triton
@@ -56,7 +57,7 @@ def _call(
         shape = shape[0], g.out_channels, g.out_h, g.out_w
     last = geometries[-1]
     pooling = ops.described_pooling(last.out_h, last.out_w, *_pairs(pool))
-    nhwc = channels_last(input, weights, geometries)
+    nhwc = channels_last(input, weights, geometries)[-1]
     names = tuple(layer.activation for layer in layers)
     return _Call(layers, Plan(tuple(geometries), pooling, dtype, p, False, names), nhwc)
 
@@ -274,7 +275,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
         raise RuntimeError("torch.ops.tkernels.conv_stage must be called with keep=True where gradients are needed")
     ctx.mark_non_differentiable(*output[1:])
     behind = triton.behind_residual(output[0], residual, activation_ops.ACTIVATIONS[activations[-1]])
-    ctx.save_for_backward(input, seed, behind, *weights, *vectors, *output[1:])
+    autograd.save(ctx, input, seed, behind, *weights, *vectors, *output[1:])
     ctx.arguments = list(windows), list(eps), list(activations), list(pool), p
     ctx.dtype, ctx.layers = dtype, len(weights)
     parameters = [[weight, *vectors[_VECTORS * i : _VECTORS * i + 3]] for i, weight in enumerate(weights)]
@@ -283,7 +284,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     n = ctx.layers
-    input, seed, behind, *others = ctx.saved_tensors
+    input, seed, behind, *others = autograd.saved(ctx)
     weights, vectors, kept = others[:n], others[n : n + _VECTORS * n], others[n + _VECTORS * n :]
     *needs, of_residual = ctx.needs
     found = torch.ops.tkernels.conv_stage_backward(

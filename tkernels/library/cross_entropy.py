@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tkernels import runtime
 from tkernels.library import common
+from tkernels.ops import autograd
 from tkernels.ops import cross_entropy as ops
 
 if runtime.HAS_TRITON:
@@ -114,13 +115,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     input, target, weight, *options, _loss_dtype = inputs
     _, stats, count = output
     ctx.mark_non_differentiable(stats, count)
-    ctx.save_for_backward(input, target, weight, stats, count)
+    autograd.save(ctx, input, target, weight, stats, count)
     ctx.options = options
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:2]
-    found = torch.ops.tkernels.cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
+    found = torch.ops.tkernels.cross_entropy_backward(grad, *autograd.saved(ctx), *ctx.options, *needs)
     dx, dp = (t if need else None for t, need in zip(found, needs))
     return dx, dp, None, None, None, None, None
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from tkernels import runtime
 from tkernels.library import common
 from tkernels.ops import activation as activations
+from tkernels.ops import autograd
 
 if runtime.HAS_TRITON:
     from tkernels.kernels import linear as kernels
@@ -113,8 +114,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     saved = None if activation is None else z if activations.needs_input(activation, p) else y
     ctx.mark_non_differentiable(z)
-    ctx.save_for_backward(
-        input if needs_weight else None, weight if needs_input else None, saved, seed if activation != "relu" else None
+    autograd.save(
+        ctx,
+        input if needs_weight else None,
+        weight if needs_input else None,
+        saved,
+        seed if activation != "relu" else None,
     )
     ctx.activation, ctx.p = activation, p
     ctx.bias_elements = bias.numel() if needs_bias else 0
@@ -122,7 +127,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     needs_bias = ctx.bias_elements > 0
-    found = torch.ops.tkernels.linear_backward(dy, *ctx.saved_tensors[:3], ctx.activation, ctx.p, ctx.saved_tensors[3],
+    *tensors, seed = autograd.saved(ctx)
+    found = torch.ops.tkernels.linear_backward(dy, *tensors, ctx.activation, ctx.p, seed,
                                                needs_bias)  # fmt: skip
     dx, dw, db = (t if need else None for t, need in zip(found, ctx.needs_input_grad))
     if db is not None and ctx.bias_elements != db.shape[0]:

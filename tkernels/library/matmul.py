@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tkernels import runtime
 from tkernels.library import common
+from tkernels.ops import autograd
 from tkernels.ops import matmul as ops
 
 __all__ = ["matmul"]
@@ -36,11 +37,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, _ = inputs
     needs_a, needs_b = ctx.needs_input_grad[:2]
     ctx.shapes = a.shape, b.shape
-    ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
+    autograd.save(ctx, a if needs_b else None, b if needs_a else None)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    (a, b), (a_shape, b_shape) = ctx.saved_tensors, ctx.shapes
+    (a, b), (a_shape, b_shape) = autograd.saved(ctx), ctx.shapes
     return *ops.gradients(torch.ops.tkernels.matmul, a, b, a_shape, b_shape, dy), None
 
 

@@ -118,7 +118,7 @@ class _Valued(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, history: Tensor, value: Tensor) -> Tensor:
-        return value
+        return value.data  # (what is returned as it came would be a view, which nobody may write to)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
@@ -134,23 +134,37 @@ def gradients_of(
         # names of their own: what is given in two places has a gradient in each
         own = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needs)]
         wanted = [t for t, need in zip(own, needs) if t is not None and need]
+        if not wanted:
+            return [None] * len(own)
         found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=again, allow_unused=True))
     return [next(found) if t is not None and need else None for t, need in zip(own, needs)]
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """ctx.save_for_backward; where hooks are on saved tensors, what they are is kept too: see :func:`saved`."""
+    """ctx.save_for_backward, and what :func:`saved` goes by: strides, for hooks may come later
+    (SavedTensor.register_hooks); where hooks are on already, all that there is. A trace keeps nothing."""
     ctx.save_for_backward(*tensors)
-    ctx.kinds = None if _hooks_on_saved(True) is None else [_kind(t) for t in tensors]
+    ctx.kinds = ctx.strides = None
+    if _C._len_torch_dispatch_stack() > 0:
+        return
+    if _hooks_on_saved(True) is None:
+        ctx.strides = [None if t is None else t.stride() for t in tensors]
+    else:
+        ctx.kinds = [_kind(t) for t in tensors]
 
 
 def saved(ctx: Any) -> tuple[Any, ...]:
     """What :func:`save` was given, laid out as it was: kernels and passes rely on that, and hooks (save_on_cpu, ...)
     may give back another layout. Raises RuntimeError for another shape, dtype or device."""
     tensors: tuple[Any, ...] = ctx.saved_tensors
-    if ctx.kinds is None:
+    if ctx.kinds is not None:
+        return tuple(t if _kind(t) == kind else _restored(t, kind) for t, kind in zip(tensors, ctx.kinds))
+    if ctx.strides is None:
         return tensors
-    return tuple(t if _kind(t) == kind else _restored(t, kind) for t, kind in zip(tensors, ctx.kinds))
+    return tuple(
+        t if t is None or t.stride() == strides else _restored(t, (t.shape, t.dtype, _place(t), strides))
+        for t, strides in zip(tensors, ctx.strides)
+    )
 
 
 _hooks_on_saved: Callable[[bool], Any] = _C._autograd._top_saved_tensors_default_hooks
@@ -167,7 +181,8 @@ def _place(t: Tensor) -> int | None:
 def _restored(t: Tensor, kind: tuple[Any, ...]) -> Tensor:
     shape, dtype, place, strides = kind
     if (t.shape, t.dtype, _place(t)) != (shape, dtype, place):
-        was = f"{dtype} {list(shape)} on {'the CPU' if place < 0 else f'GPU {place}'}"
+        device = "meta" if place is None else "the CPU" if place < 0 else f"GPU {place}"
+        was = f"{dtype} {list(shape)} on {device}"
         now = f"{t.dtype} {list(t.shape)} on {t.device}"
         raise RuntimeError(f"a tensor that was saved for backward as {was} came back from its hooks as {now}")
     once = t.as_strided([min(n, 1) if s == 0 else n for n, s in zip(shape, strides)], t.stride())

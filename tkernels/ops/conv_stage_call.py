@@ -81,12 +81,12 @@ class Plan:
         return self.pool.taps == 1 and self.pool.stride_h == 1 and self.pool.stride_w == 1 and self.p == 0.0
 
 
-def channels_last(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> bool:
-    """Whether torch's own calls in a row would give channels_last maps. One of a single channel or pixel is contiguous
-    as well, and leaves an activation as that."""
-    found = conv_ops.suggests_channels_last(x)
+def channels_last(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[bool]:
+    """Of each layer whether torch's own calls in a row would give it a channels_last map. One of a single channel or
+    pixel is contiguous as well, and leaves an activation as that."""
+    found: list[bool] = []
+    last = conv_ops.suggests_channels_last(x)
     for weight, g in zip(weights, geometries):
-        found = found or conv_ops.suggests_channels_last(weight)
-        if g.out_channels == 1 or g.out_h == g.out_w == 1:
-            found = False
+        found.append(last or conv_ops.suggests_channels_last(weight))
+        last = found[-1] and g.out_channels > 1 and not g.out_h == g.out_w == 1
     return found

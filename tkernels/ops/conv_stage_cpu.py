@@ -181,7 +181,9 @@ def draw(x: Tensor, channels: int, dtype: torch.dtype, p: float) -> Tensor:
     return factors / (1 - p) if 0 < p < 1 else factors
 
 
-def forward(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> tuple[Tensor, list[SavedLayer], End]:
+def forward(
+    x: Tensor, layers: Sequence[Any], plan: Any, channels_last: Sequence[bool]
+) -> tuple[Tensor, list[SavedLayer], End]:
     """(y, what backward needs, the stage's end) in training; moves running statistics and counters. Backward needs
     nothing but the arguments where the passes could not go on with what they measured."""
     a = _nhwc(_cast(x.detach(), plan.dtype))
@@ -208,7 +210,7 @@ def forward(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) ->
     for layer, found in zip(layers, seen):
         _move_statistics(_counting(layer, plan), found)
     end = _drawn_end(x, plan)
-    return _layout(_end(saved[-1], end), channels_last), saved, end
+    return _layout(_end(saved[-1], end), channels_last[-1]), saved, end
 
 
 def _drawn_end(x: Tensor, plan: Any) -> End:
@@ -267,10 +269,10 @@ def _as(t: Tensor, like: Tensor) -> Tensor:
 
 def backward(
     dy: Tensor, saved: Sequence[SavedLayer], end: End, layers: Sequence[Any], geometries: Sequence[Geometry],
-    needs: Sequence[bool], channels_last: bool,
+    needs: Sequence[bool], channels_last: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the input, then of weight, bias, bn_weight and bn_bias of each layer, each where ``needs`` says so
-    and in its tensor's dtype; those of maps and weights laid out as the stage's result is."""
+    and in its tensor's dtype; those of maps and weights laid out as ``channels_last`` says of their layer."""
     gradients: list[Tensor | None] = [None] * len(needs)
     # the lowest layer that something is asked of
     lowest = 0 if needs[0] else next(i for i in range(len(saved)) if any(needs[1 + 4 * i : 5 + 4 * i]))
@@ -293,11 +295,11 @@ def backward(
         d = _raw_gradient(d, layer, end, sums, place, fresh=at_end)
         if weight:
             found = _as(_conv_backward(d, layer, g, (False, True, False))[1], layers[i].weight)
-            gradients[1 + 4 * i] = _layout(found, channels_last)
+            gradients[1 + 4 * i] = _layout(found, channels_last[i])
         if below:
             d = _input_gradient(d, layer, g)
     if needs[0]:
-        gradients[0] = _layout(_map(d), channels_last)
+        gradients[0] = _layout(_map(d), channels_last[0])
     return gradients
 
 
@@ -355,7 +357,7 @@ class _ConvStageCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Any, layers: Sequence[Any], channels_last: bool, x: Tensor, *own: Tensor | None
+        ctx: Any, plan: Any, layers: Sequence[Any], channels_last: Sequence[bool], x: Tensor, *own: Tensor | None
     ) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             y, saved, end = forward(x, layers, plan, channels_last)
@@ -404,7 +406,7 @@ def _with_tensors(layers: Sequence[Any], own: Sequence[Tensor | None]) -> list[A
     ]
 
 
-def train(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> Tensor:
+def train(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: Sequence[bool]) -> Tensor:
     """The stage in training."""
     own = [t for layer in layers for t in layer[:4]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *own)):
@@ -414,7 +416,7 @@ def train(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> T
 
 
 @torch.no_grad()
-def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -> Tensor | None:
+def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: Sequence[bool]) -> Tensor | None:
     """The stage by running statistics: batch norm in the convolutions' weights, ReLU in their results' memory, and so
     few images at a time that their maps stay in cache. None where a weight and its batch norm have no finite
     product."""
@@ -440,7 +442,7 @@ def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: bool) -
                 out.copy_(_nhwc(a))
             else:
                 passes.ends(pool.kernel_h, pool.kernel_w).pool(_windows(_nhwc(a), pool), out)
-        return _layout(y, channels_last)
+        return _layout(y, channels_last[-1])
 
 
 def _folded(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

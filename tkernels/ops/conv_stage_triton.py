@@ -47,7 +47,7 @@ def forward(
     x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, keep: bool, seed: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, list[SavedLayer]]:
     """(y, what backward needs of each layer if ``keep``). ``seed``: dropout's; ``residual``: in the maps' dtype."""
-    nhwc = channels_last(x, [layer.weight for layer in layers], plan.geometries)
+    nhwc = channels_last(x, [layer.weight for layer in layers], plan.geometries)[-1]
     saved: list[SavedLayer] = []
     packed = _pack(layers, plan)
     last = len(layers) - 1
