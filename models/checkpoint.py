@@ -156,6 +156,8 @@ def naming(path: Path) -> Iterator[None]:
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
     except Exception as error:  # what is done with contents that are not what they should be
+        if str(error).startswith("CUDA "):  # the device's own trouble
+            raise
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {reason}") from error
 

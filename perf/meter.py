@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import tkernels.nn as tnn
 from perf import aot
 from tkernels.targets import Target
 
@@ -225,7 +226,11 @@ class _Meter(TorchDispatchMode):
         """Attribute calls to the innermost module that makes them, in forward and in backward."""
         hooks = []
         outer: list[str] = []
+        fused = [module for module in model.modules() if isinstance(module, (tnn.ConvStage, tnn.ConvBNReLU2d))]
+        inside = {child for module in fused for child in module.children()}
         for name, module in model.named_modules():
+            if module in inside:
+                continue  # never called, unless it has hooks: then the stage would not be one call
 
             def before(module: nn.Module, inputs: Any, name: str = name or OTHER) -> None:
                 for t in inputs:

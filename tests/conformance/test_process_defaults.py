@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import tkernels
 import tkernels.functional as TF
 from tkernels import replay
-from tkernels.cpu import buffers, compiler, passes, post_ops
+from tkernels.cpu import buffers, compiler, passes
 from tkernels.ops import batch_norm_cpu, conv_stage_cpu, cross_entropy_cpu
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
@@ -164,10 +164,9 @@ WITHOUT_GRADIENTS = ("no_grad", "inference_mode")
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> list[str]:
     """What runs: passes, oneDNN's post-ops, kernels. Small calls take the fast way."""
-    for module in (batch_norm_cpu, conv_stage_cpu, cross_entropy_cpu, post_ops):
+    for module in (batch_norm_cpu, conv_stage_cpu, cross_entropy_cpu):
         monkeypatch.setattr(module, "WORTH_IT", 1)
     monkeypatch.setattr(cross_entropy_cpu, "SHORT_WORTH_IT", 1)
-    monkeypatch.setattr(post_ops, "SMALLEST_INPUT", 1)
     monkeypatch.setattr(buffers, "SMALLEST", 1)
     call = compiler.Pass.__call__
 

@@ -87,6 +87,27 @@ def test_another_layout(way: str, function: Function, device: str) -> None:
     alike(gradients(function, leaves, saved_tensors_hooks(lambda t: t, UNPACK[way])), function, leaves)
 
 
+@pytest.mark.parametrize("way", UNPACK)
+def test_hooks_on_single_tensors_after_the_call(way: str, function: Function, device: str) -> None:
+    leaves = function.leaves(device)
+    y = forward(function, leaves)
+    hooked, ahead, seen = 0, [y.grad_fn], set()
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        ahead += [below for below, _ in node.next_functions]
+        for tensor in getattr(node, "_raw_saved_tensors", ()):
+            if tensor.data is not None:
+                tensor.register_hooks(lambda t: t, UNPACK[way])
+                hooked += 1
+    if not hooked:
+        pytest.skip("PyTorch's own nodes")
+    row = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.device)
+    alike(torch.autograd.grad(y, leaves, row), function, leaves)
+
+
 @pytest.mark.gate("torch", "cuda")  # torch asks the driver for the device
 @pytest.mark.parametrize("pinned", (False, True), ids=("", "pinned"))
 def test_offloaded(pinned: bool, function: Function, device: str) -> None:

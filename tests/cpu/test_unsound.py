@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import tkernels.functional as TF
 import tkernels.nn as tnn
 from tests.cpu.profiles import events
-from tkernels.cpu import compiler
+from tkernels.cpu import compiler, norm
+from tkernels.ops import activation as activations
 from tkernels.ops import conv_stage_cpu
 
 pytestmark = [
@@ -212,3 +213,28 @@ def test_images_of_one_channel(
             expected = F.relu(F.batch_norm(z, *statistics[1], training=training))
         assert (y - expected).norm() <= (1e-5 if dtype is torch.float32 else 2e-2) * expected.norm()
         assert (statistics[0][1] - statistics[1][1]).norm() <= 1e-2 * statistics[1][1].norm()
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", None])
+@pytest.mark.parametrize("value", [0.0, INF])
+@pytest.mark.parametrize("again", [True, False])
+def test_a_gradient_of_the_residual_alone(activation: str | None, value: float, again: bool) -> None:
+    """As where a pretrained trunk is frozen and what is added to it is trained."""
+    x = torch.randn(16, 8, 24, 24).contiguous(memory_format=CL)
+    x[1, 2, 3, 4] = value
+    residual = torch.randn_like(x).requires_grad_()
+    y = norm.batch_norm(norm.Kind(activation, 0.1, 1e-5), x, torch.ones(8), torch.zeros(8), None, None, residual)
+    found = torch.autograd.grad(y, residual, torch.ones_like(y), create_graph=again)[0]
+    z = F.batch_norm(x, None, None, torch.ones(8), torch.zeros(8), True) + residual
+    expected = torch.autograd.grad(activations.apply(z, activation), residual, torch.ones_like(y))[0]
+    same(found, expected)
+
+
+def test_gradients_to_be_differentiated_may_be_written_to() -> None:
+    x, weight, bias = batch("")
+    x.requires_grad_()
+    y = ours(x, torch.zeros(32), torch.ones(32), weight, bias)
+    (g,) = torch.autograd.grad(y.square().mean(), x, create_graph=True)
+    g *= 2
+    g.square().sum().backward()
+    assert x.grad is not None

@@ -328,7 +328,8 @@ def test_the_command_ends_with_one_line(
     assert line.startswith(f"{options.PROGRAM}: error: the step could not be captured as a CUDA graph (CUDA error: ")
     assert line.endswith("not as before (CUDA error: unspecified launch failure); --no-cuda-graph does without")
     # the fourth full batch is the second epoch's second
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["epoch"] == 1
+    # (checkpoint.load looks at the weights, which a lost device does not show)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1
 
 
 def test_an_interrupted_capture_gives_the_stream_back(gpu: Gpu) -> None:

@@ -214,8 +214,17 @@ def test_any_gradient_layout(layout: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("p", (0.0, 0.3, 1.0))
-def test_dropout_drops_whole_channels(p: float, device: str) -> None:
+@pytest.mark.parametrize("given", (False, True), ids=("", "running statistics"))
+@pytest.mark.parametrize("differentiated", (False, True), ids=("", "differentiated"))
+def test_dropout_drops_whole_channels(p: float, given: bool, differentiated: bool, device: str) -> None:
     layers = layers_for(2, [(40, 1, {})], torch.float32, device)
+    if given:
+        layers = [layer._replace(training=False) for layer in layers]
+    with torch.set_grad_enabled(differentiated):
+        _drops_whole_channels(layers, p, device)
+
+
+def _drops_whole_channels(layers: list[ConvBNLayer], p: float, device: str) -> None:
     x = torch.randn(4, 2, 3, 3, device=device)
     torch.manual_seed(5)
     y = conv_stage(x, layers, None, p, training=True)

@@ -27,9 +27,10 @@ def test_every_launch_of_the_step_is_counted() -> None:
     assert (frame["us a call"] > 0).all()
 
 
-@pytest.mark.parametrize(("fast", "most"), ((False, 100), (True, 25)))
+@pytest.mark.parametrize(("fast", "most"), ((False, 100), (True, 27)))
 def test_calls_between_launches_stay_few(fast: bool, most: int) -> None:
-    """Python and C functions called a launch, in place of the time they take."""
+    """Python and C functions called a launch, in place of the time they take. (Three of them look at strides of what is
+    saved, before and after: hooks may give it back laid out otherwise.)"""
     with host.stubbed_driver(lambda *given: None), launch.fast(fast):
         step = host.step(*traffic.fused(), 8)
         for _ in range(host.WARM_UP):

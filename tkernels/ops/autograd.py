@@ -148,7 +148,7 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     if _C._len_torch_dispatch_stack() > 0:
         return
     if _hooks_on_saved(True) is None:
-        ctx.strides = [None if t is None else t.stride() for t in tensors]
+        ctx.strides = _strides(tensors)
     else:
         ctx.kinds = [_kind(t) for t in tensors]
 
@@ -159,7 +159,7 @@ def saved(ctx: Any) -> tuple[Any, ...]:
     tensors: tuple[Any, ...] = ctx.saved_tensors
     if ctx.kinds is not None:
         return tuple(t if _kind(t) == kind else _restored(t, kind) for t, kind in zip(tensors, ctx.kinds))
-    if ctx.strides is None:
+    if ctx.strides is None or ctx.strides == _strides(tensors):
         return tensors
     return tuple(
         t if t is None or t.stride() == strides else _restored(t, (t.shape, t.dtype, _place(t), strides))
@@ -168,6 +168,10 @@ def saved(ctx: Any) -> tuple[Any, ...]:
 
 
 _hooks_on_saved: Callable[[bool], Any] = _C._autograd._top_saved_tensors_default_hooks
+
+
+def _strides(tensors: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
+    return [None if t is None else t.stride() for t in tensors]
 
 
 def _kind(t: Tensor | None) -> tuple[Any, ...] | None:
