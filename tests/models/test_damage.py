@@ -119,6 +119,34 @@ def test_a_flipped_bit_of_the_directory_never_alters_anything(trained: Path, tmp
     _flipped(trained, tmp_path / "bad.pt", places)
 
 
+@pytest.mark.parametrize("attributes", (0o600 << 16, 0o100644 << 16 | 0x20, 0))
+def test_a_file_that_a_tool_zipped_again(trained: Path, tmp_path: Path, attributes: int) -> None:
+    """Python's own zipfile keeps permissions of each part, others say "archive", or add the directories."""
+    path = trained / checkpoint.NAME
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "again.pt", "w") as again:
+        directory = zipfile.ZipInfo("archive/")
+        directory.external_attr = 0o40755 << 16 | checkpoint.DIRECTORY
+        again.writestr(directory, b"")
+        for name in archive.namelist():
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = attributes
+            again.writestr(entry, archive.read(name))
+    assert _same(checkpoint.load(tmp_path / "again.pt"), checkpoint.load(path))
+
+
+def test_a_file_without_checksums(trained: Path, tmp_path: Path) -> None:
+    """Nobody can tell whether that is whole, nor is it said to be damaged."""
+    state = checkpoint.load(trained / checkpoint.NAME)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "none.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with pytest.raises(checkpoint.CheckpointError, match="written without checksums") as caught:
+        checkpoint.load(tmp_path / "none.pt")
+    assert "damaged" not in str(caught.value)
+
+
 def test_a_flipped_name_of_a_weight_costs_an_epoch(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = out / checkpoint.NAME
     content = path.read_bytes()
