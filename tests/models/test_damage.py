@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from models import checkpoint, history, plots, train, trainer
+from models import checkpoint, history, parts, plots, train, trainer
 from tests.models import processes
 
 pytestmark = pytest.mark.gate("torch")
@@ -214,7 +214,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "weights NaN": (_nan_weight, f"has weights that are not finite ({WEIGHT}): the run had diverged"),
     "optimizer empty": (_set("optimizer_state_dict", to={}), "optimizer_state_dict: state must be a dictionary"),
     "optimizer None": (_set("optimizer_state_dict", to=None), "optimizer_state_dict must be a dictionary"),
-    "optimizer half": (_drop("optimizer_state_dict", "state", 3), "must be of 6 parameters, or of none yet, got 5"),
+    "optimizer more": (_set("optimizer_state_dict", "state", 6, to={}), "of the optimizer's 6 parameters, got [6]"),
+    "optimizer names": (_set("optimizer_state_dict", "state", "x", to={}), "the optimizer's 6 parameters, got ['x']"),
     "optimizer text": (_set("optimizer_state_dict", "state", 0, "exp_avg", to="x"), "state[0]: exp_avg must be"),
     "optimizer key": (_drop("optimizer_state_dict", "state", 0, "exp_avg"), "must be of one kind"),
     "optimizer shape": (
@@ -240,6 +241,22 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "no batch": (_drop("batch"), "cannot be gone on from: it lacks batch"),
     "no epoch": (_drop("epoch"), "is no checkpoint of this program: it lacks epoch"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ("Adam", "AdamW", "SGD"))
+@pytest.mark.parametrize("frozen", (True, False))
+def test_a_parameter_without_a_gradient_has_no_state(name: str, frozen: bool) -> None:
+    """A layer that is frozen, or that the loss does not depend on."""
+    parameters = [torch.nn.Parameter(torch.ones(3, i + 1)) for i in range(3)]
+    parameters[1].requires_grad_(not frozen)
+    options = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {})}
+    optimizer = getattr(torch.optim, name)(parameters, **options)
+    parts.check_optimizer(optimizer.state_dict(), optimizer)
+    (parameters[0].sum() + parameters[2].sum()).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert sorted(state["state"]) == [0, 2]
+    parts.check_optimizer(state, optimizer)
 
 
 @pytest.mark.parametrize("name", CHANGES)
