@@ -27,6 +27,8 @@ VERSION = 2
 KEYS = ("epoch", "model_state_dict", "optimizer_state_dict", "val_acc", "version", "network")
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
+# of the attributes that a zip file keeps of each entry; tools that write one again add others, such as permissions
+DIRECTORY = 0x10
 
 State = dict[str, Any]
 
@@ -139,9 +141,11 @@ def _read(path: Path, map_location: str | torch.device) -> Any:
         raise ValueError("it is no regular file")
     with path.open("rb") as file:
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-            # torch reads nothing of what is marked as a directory, and says nothing
-            marked = next((entry.filename for entry in archive.infolist() if entry.external_attr), None)
+            damaged, entries = archive.testzip(), archive.infolist()
+        # torch reads nothing of what is marked as a directory, and says nothing
+        marked = next((e.filename for e in entries if e.external_attr & DIRECTORY and not e.is_dir()), None)
+        if damaged is not None and not any(entry.CRC for entry in entries):
+            raise ValueError("it was written without checksums (torch.serialization.set_crc32_options(False))")
         if damaged is not None or marked is not None:
             raise ValueError(f"its part {damaged or marked!r} is damaged")
         file.seek(0)

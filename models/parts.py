@@ -95,12 +95,13 @@ def check_weights(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def check_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Raise CheckpointError unless the state is one of this optimizer's parameters: of none of them, or of each."""
+    """Raise CheckpointError unless the state is one of this optimizer's parameters: of each, or of some or none, as
+    what never had a gradient has no state."""
     where = "optimizer_state_dict: state"
     states = _mapping(_mapping(saved, "optimizer_state_dict").get("state"), where)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    complete = set(states) in (set(), set(range(len(parameters))))
-    _must(complete, where, f"of {len(parameters)} parameters, or of none yet", len(states))
+    strange = set(states) - set(range(len(parameters)))
+    _must(not strange, where, f"of the optimizer's {len(parameters)} parameters", sorted(strange, key=str))
     names = {frozenset(_mapping(values, f"{where}[{i}]")) for i, values in states.items()}
     _must(len(names) <= 1, where, "of one kind for all parameters", sorted(map(sorted, names)))
     for i, values in states.items():

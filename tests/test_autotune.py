@@ -135,6 +135,30 @@ def test_a_cache_that_cannot_be_written_is_not_kept(tmp_path: Path) -> None:
     assert Tuner(tmp_path / "file" / "cache.json", clock).best("key", clock.candidates()) == "b"
 
 
+def test_a_user_without_a_home_measures_in_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a container that runs under a number that its system does not know."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.delenv("TKERNELS_CACHE_DIR", raising=False)
+    with caplog.at_level(logging.INFO, "tkernels"):
+        runtime.log_once.cache_clear()
+        assert [autotune._folder(), autotune._folder()] == [None, None]
+    assert [record.getMessage() for record in caplog.records] == [
+        "measured choices are not kept: Could not determine home directory."
+    ]
+    clock = Clock({"a": 1.0, "b": 0.5})
+    tuner = Tuner(None, clock)
+    assert [tuner.best("key", clock.candidates()) for _ in range(2)] == ["b", "b"]
+    assert clock.asked == ["a", "b"]
+    monkeypatch.setenv("TKERNELS_CACHE_DIR", str(tmp_path))
+    assert autotune._folder() == tmp_path
+
+
 def test_nothing_is_timed_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

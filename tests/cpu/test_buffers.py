@@ -197,6 +197,45 @@ def test_memory_held_for_long_is_its_holder_s() -> None:
     assert kept.numel() == 2 * SIZE
 
 
+def deep(pool: buffers.Pool, layers: int, sizes: int) -> None:
+    """A step of training that takes four storages a layer: two are held from its forward pass to its backward one."""
+    saved = []
+    for layer in range(layers):
+        saved += [take(pool, SIZE + 64 * (layer % sizes)) for _ in range(2)]
+    for layer in reversed(range(layers)):
+        gradients = [take(pool, SIZE + 64 * (layer % sizes)) for _ in range(2)]
+        del saved[-2:], gradients
+
+
+@pytest.mark.parametrize("sizes", (1, 4, 1000))
+@pytest.mark.parametrize("layers", (130, 160, 300, 600))
+def test_deep_networks_find_their_memory_again(layers: int, sizes: int, made: list[int]) -> None:
+    """Up to 2,400 requests a step, and maps that are held for as many."""
+    pool = buffers.Pool()
+    for _ in range(14):
+        deep(pool, layers, sizes)
+    made.clear()
+    for _ in range(10):
+        deep(pool, layers, sizes)
+    assert not made
+
+
+def test_long_steps_make_no_memory_for_batches_of_all_sizes() -> None:
+    """What was learnt from a deep network does not hold for 96 sizes of batches in turn, of 20 requests each: 1,920."""
+    pool = buffers.Pool()
+    for _ in range(14):
+        deep(pool, 300, 4)
+    assert pool.patience.requests > buffers.WASTEFUL
+    held = []
+    for i in range(10 * 96):
+        step = [take(pool, (33 + i % 96) * (layer + 1)) for layer in range(20)]
+        del step
+        held.append(pool.held())
+    every = sum(range(33, 129)) * sum(range(1, 21))
+    assert max(held[-96:]) < 0.6 * every  # (what 2 * WASTEFUL of 1,920 requests take)
+    assert pool.patience.requests <= buffers.WASTEFUL
+
+
 @pytest.mark.parametrize("kinds", (1, 2, 3))
 def test_a_long_step_finds_its_memory_again(kinds: int, made: list[int]) -> None:
     """Steps of more requests than free memory is kept for at first; kinds of steps that take turns."""

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,11 +63,74 @@ def test_what_others_can_write_to_is_not_used(part: str, monkeypatch: pytest.Mon
         folder.rmdir()
         folder.symlink_to(tmp_path / "open")
     else:
-        (folder if part == "itself" else chosen).chmod(0o775)
+        (folder if part == "itself" else chosen).chmod(0o777)
     own = cache.folder()
     assert chosen not in own.parents
     assert own.stat().st_mode & 0o777 == 0o700
     assert cache.folder() == own  # one for the process
+
+
+@posix
+def test_a_umask_that_leaves_folders_to_the_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever the group: what is made on the way to our folder is made for the user alone."""
+    monkeypatch.setattr(cache, "_is_private", lambda group: False)
+    before = os.umask(0o002)
+    try:
+        folder = cache.folder()
+    finally:
+        os.umask(before)
+    assert folder.parent == tmp_path / "home/.cache/tkernels"
+    assert {part.stat().st_mode & 0o777 for part in (folder, *folder.parents[:3])} == {0o700}
+
+
+@posix
+@pytest.mark.parametrize(
+    ("name", "members", "safe"),
+    (("me", [], True), ("me", ["me"], True), ("me", ["me", "you"], False), ("staff", [], False)),
+)
+def test_a_folder_of_the_users_private_group(
+    name: str, members: list[str], safe: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """~/.cache as a umask of 002 makes it."""
+    import grp
+    import pwd
+
+    (tmp_path / "home/.cache").mkdir(parents=True)
+    (tmp_path / "home/.cache").chmod(0o775)
+    os.chown(tmp_path / "home/.cache", -1, os.getgid())
+    monkeypatch.setattr(pwd, "getpwuid", lambda user: SimpleNamespace(pw_name="me"))
+    monkeypatch.setattr(grp, "getgrgid", lambda group: SimpleNamespace(gr_name=name, gr_mem=members))
+    assert (tmp_path in cache.folder().parents) == safe
+    assert not cache._is_private(os.getgid() + 1)
+
+
+@posix
+def test_a_group_that_cannot_be_looked_up_is_not_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    import grp
+
+    def unknown(group: int) -> None:
+        raise KeyError(group)
+
+    monkeypatch.setattr(grp, "getgrgid", unknown)
+    assert not cache._is_private(os.getgid())
+
+
+def test_a_user_without_a_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a container that runs under a number that its system does not know."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    folder = cache.folder()
+    assert folder.is_dir()
+    assert cache.folder() == folder
+    (record,) = caplog.records
+    assert "compiled passes are not kept: Could not determine home" in record.getMessage()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert tmp_path / "xdg" in cache.folder().parents
 
 
 @posix
@@ -134,6 +198,25 @@ def test_inductor_is_left_as_it_was(chosen: str | None, monkeypatch: pytest.Monk
         assert {name: getattr(codecache, name, None) for name in before} == before
     assert len(set(found)) == len(found) == len(sets)
     assert all(tmp_path in Path(place).parents for place in found)
+
+
+@pytest.mark.skipif(not compiler.enabled(), reason="TKERNELS_COMPILE=0 or no C++ compiler")
+@pytest.mark.parametrize("lacks", ("_HEADER_DIR", "_precompile_header", "__wrapped__"))
+def test_an_inductor_of_other_names(lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compiled headers then lie where Inductor wants them, and passes are compiled all the same."""
+    from torch._inductor import codecache
+
+    monkeypatch.setenv("TKERNELS_CACHE_DIR", str(tmp_path))
+    if lacks == "__wrapped__":
+        monkeypatch.setattr(codecache, "_precompile_header", lambda: None, raising=False)
+    else:
+        monkeypatch.delattr(codecache, lacks, raising=False)
+    cache._headers.cache_clear()
+    try:
+        with cache.used():
+            assert tmp_path in Path(os.environ[cache.INDUCTORS]).parents
+    finally:
+        cache._headers.cache_clear()
 
 
 def test_the_name_says_what_it_is_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from models import checkpoint, history, plots, train, trainer
+from models import checkpoint, history, parts, plots, train, trainer
 from tests.models import processes
 
 pytestmark = pytest.mark.gate("torch")
@@ -119,6 +119,34 @@ def test_a_flipped_bit_of_the_directory_never_alters_anything(trained: Path, tmp
     _flipped(trained, tmp_path / "bad.pt", places)
 
 
+@pytest.mark.parametrize("attributes", (0o600 << 16, 0o100644 << 16 | 0x20, 0))
+def test_a_file_that_a_tool_zipped_again(trained: Path, tmp_path: Path, attributes: int) -> None:
+    """Python's own zipfile keeps permissions of each part, others say "archive", or add the directories."""
+    path = trained / checkpoint.NAME
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "again.pt", "w") as again:
+        directory = zipfile.ZipInfo("archive/")
+        directory.external_attr = 0o40755 << 16 | checkpoint.DIRECTORY
+        again.writestr(directory, b"")
+        for name in archive.namelist():
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = attributes
+            again.writestr(entry, archive.read(name))
+    assert _same(checkpoint.load(tmp_path / "again.pt"), checkpoint.load(path))
+
+
+def test_a_file_without_checksums(trained: Path, tmp_path: Path) -> None:
+    """Nobody can tell whether that is whole, nor is it said to be damaged."""
+    state = checkpoint.load(trained / checkpoint.NAME)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "none.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with pytest.raises(checkpoint.CheckpointError, match="written without checksums") as caught:
+        checkpoint.load(tmp_path / "none.pt")
+    assert "damaged" not in str(caught.value)
+
+
 def test_a_flipped_name_of_a_weight_costs_an_epoch(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = out / checkpoint.NAME
     content = path.read_bytes()
@@ -186,7 +214,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "weights NaN": (_nan_weight, f"has weights that are not finite ({WEIGHT}): the run had diverged"),
     "optimizer empty": (_set("optimizer_state_dict", to={}), "optimizer_state_dict: state must be a dictionary"),
     "optimizer None": (_set("optimizer_state_dict", to=None), "optimizer_state_dict must be a dictionary"),
-    "optimizer half": (_drop("optimizer_state_dict", "state", 3), "must be of 6 parameters, or of none yet, got 5"),
+    "optimizer more": (_set("optimizer_state_dict", "state", 6, to={}), "of the optimizer's 6 parameters, got [6]"),
+    "optimizer names": (_set("optimizer_state_dict", "state", "x", to={}), "the optimizer's 6 parameters, got ['x']"),
     "optimizer text": (_set("optimizer_state_dict", "state", 0, "exp_avg", to="x"), "state[0]: exp_avg must be"),
     "optimizer key": (_drop("optimizer_state_dict", "state", 0, "exp_avg"), "must be of one kind"),
     "optimizer shape": (
@@ -212,6 +241,22 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "no batch": (_drop("batch"), "cannot be gone on from: it lacks batch"),
     "no epoch": (_drop("epoch"), "is no checkpoint of this program: it lacks epoch"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ("Adam", "AdamW", "SGD"))
+@pytest.mark.parametrize("frozen", (True, False))
+def test_a_parameter_without_a_gradient_has_no_state(name: str, frozen: bool) -> None:
+    """A layer that is frozen, or that the loss does not depend on."""
+    parameters = [torch.nn.Parameter(torch.ones(3, i + 1)) for i in range(3)]
+    parameters[1].requires_grad_(not frozen)
+    options = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {})}
+    optimizer = getattr(torch.optim, name)(parameters, **options)
+    parts.check_optimizer(optimizer.state_dict(), optimizer)
+    (parameters[0].sum() + parameters[2].sum()).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert sorted(state["state"]) == [0, 2]
+    parts.check_optimizer(state, optimizer)
 
 
 @pytest.mark.parametrize("name", CHANGES)

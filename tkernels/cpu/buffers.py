@@ -21,7 +21,11 @@ from torch import Tensor
 # smaller ones come from the allocator's heap without faults
 SMALLEST = 1 << 20
 # Requests after which the pool forgets a storage that none of them took: at least, and at most.
-SHORTEST, LONGEST = 32, 512
+SHORTEST, LONGEST = 32, 4096
+# At most where more is held than GENEROUS times what was in use at once: as by batches of many sizes, not by a step.
+WASTEFUL, GENEROUS = 512, 3
+# how often, at least, it is seen how much is in use: at several moments of a step of more than WASTEFUL requests
+LOOK = 128
 # so many storages forgotten tell whether that was too early
 JUDGED = 16
 
@@ -76,11 +80,12 @@ _SCALE = Scale()
 
 
 class _Round:
-    """What was forgotten within LONGEST requests: how much of each size, of all, and how much was asked for again."""
+    """What was forgotten within a round: how much of each size, of all, and how much was asked for again; and the most
+    bytes that were in use at once."""
 
     def __init__(self) -> None:
         self.sizes: dict[int, int] = {}
-        self.forgotten = self.regretted = 0
+        self.forgotten = self.regretted = self.used = 0
 
     def early(self) -> bool:
         return 2 * self.regretted >= self.forgotten
@@ -88,14 +93,22 @@ class _Round:
 
 class Patience:
     """For how many requests a storage is kept that none of them takes: twice as many once most of what was forgotten is
-    asked for again, half as many once most is not."""
+    asked for again, half as many once most is not. A round has as many requests as that may become."""
 
     def __init__(self) -> None:
-        self.requests = SHORTEST
-        self._begin(0)
+        self.requests, self.most = SHORTEST, LONGEST
+        self._start, self._last, self._this = 0, _Round(), _Round()
 
     def _begin(self, now: int) -> None:
+        used = max(self._last.used, self._this.used)
         self._start, self._last, self._this = now, _Round(), _Round()
+        self._last.used = used
+
+    def saw(self, used: int, held: int) -> None:
+        """Bytes in use at a moment, and those of all storages."""
+        self._this.used = max(self._this.used, used)
+        self.most = LONGEST if held <= GENEROUS * max(self._last.used, self._this.used) else WASTEFUL
+        self.requests = min(self.requests, self.most)
 
     def forgot(self, nbytes: int, count: int) -> None:
         """So many free storages of that size."""
@@ -111,13 +124,13 @@ class Patience:
                 judged.sizes[nbytes] = count - 1
                 judged.regretted += 1
                 if judged.regretted >= JUDGED and judged.early():
-                    self.requests = min(2 * self.requests, LONGEST)
+                    self.requests = min(2 * self.requests, self.most)
                     self._begin(now)
                 return
 
     def look_back(self, now: int) -> None:
         """At request ``now``, on what had a whole round to be asked for again."""
-        if now - self._start >= LONGEST:
+        if now - self._start >= self.most:
             if self._last.forgotten >= JUDGED and not self._last.early():
                 self.requests = max(self.requests // 2, SHORTEST)
             self._start, self._last, self._this = now, self._this, _Round()
@@ -138,8 +151,8 @@ class Pool:
         What was moved to shared memory is not used again: another process may hold it.
         """
         self._requests += 1
-        if self._requests % self.patience.requests == 0:
-            self._forget()
+        if self._requests % min(self.patience.requests, LOOK) == 0:
+            self._look()
         tensor = _new(dtype)
         for buffer in self._lent.get(nbytes, ()):
             if (
@@ -167,11 +180,22 @@ class Pool:
         """Forget every buffer; those in use live on with whoever uses them."""
         self._lent.clear()
 
+    def _look(self) -> None:
+        """See how much is in use, which one moment of a step does not tell, and forget what it is time for."""
+        used = held = 0
+        for nbytes, lent in list(self._lent.items()):
+            held += nbytes * len(lent)
+            used += nbytes * sum(_tensors(b.address) != _SCALE.nobody for b in lent)
+        self.patience.saw(used, held)
+        if self._requests % self.patience.requests == 0:
+            self._forget()
+
     def _forget(self) -> None:
         """Free storages that the last requests did not take; those that somebody has held for very long, too, which go
         back to the system from there."""
         self.patience.look_back(self._requests)
-        young, oldest = self._requests - self.patience.requests, self._requests - LONGEST
+        patience = self.patience.requests
+        young, oldest = self._requests - patience, self._requests - max(WASTEFUL, 2 * patience)
         for nbytes, lent in list(self._lent.items()):
             free = [b for b in lent if b.last <= young and _tensors(b.address) == _SCALE.nobody]
             kept = [b for b in lent if b.last > oldest and b not in free]

@@ -32,7 +32,10 @@ INDUCTORS = "TORCHINDUCTOR_CACHE_DIR"
 
 def folder() -> Path:
     """This machine's and this version's, made if need be. Instruction sets have folders of their own in it."""
-    wanted = _chosen() / "-".join(("cpu", torch.__version__, *_digests()))
+    try:
+        wanted = _chosen() / "-".join(("cpu", torch.__version__, *_digests()))
+    except RuntimeError as error:  # no HOME, and a user whom the system does not know
+        return _own(f"compiled passes are not kept: {error}")
     problem = _unsafe(wanted)
     if problem is None:
         return wanted
@@ -74,7 +77,9 @@ def _digests() -> tuple[str, str]:
 def _unsafe(path: Path) -> str | None:
     """Why nothing may be run that lies in ``path``, which is made if need be."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for part in reversed((path, *path.parents)):
+            if not part.is_dir():
+                part.mkdir(mode=0o700, exist_ok=True)  # (parents=True would leave the levels above to the umask)
         path = path.resolve()
         if not os.access(path, os.W_OK | os.X_OK):
             return f"{path} is not writable"
@@ -85,14 +90,31 @@ def _unsafe(path: Path) -> str | None:
         for part in (path, *path.parents):
             found = part.stat()
             # (in a sticky folder nobody can replace what is another's)
-            others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (
-                part != path and found.st_mode & stat.S_ISVTX
-            )
-            if others or found.st_uid not in (0, os.getuid()):
+            sticky = part != path and found.st_mode & stat.S_ISVTX
+            if (_others_may_write(found) and not sticky) or found.st_uid not in (0, os.getuid()):
                 return f"others may write to {part}"
     except (OSError, RuntimeError) as error:
         return str(error)
     return None
+
+
+def _others_may_write(found: os.stat_result) -> bool:
+    if found.st_mode & stat.S_IWOTH:
+        return True
+    return bool(found.st_mode & stat.S_IWGRP) and not _is_private(found.st_gid)
+
+
+def _is_private(group: int) -> bool:
+    """Whether that is the group that systems with a umask of 002 give each user: of the user's name, with nobody else
+    in it."""
+    try:
+        import grp
+        import pwd
+
+        user, found = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(group)
+    except (ImportError, KeyError, OSError):
+        return False
+    return group == os.getgid() and found.gr_name == user and set(found.gr_mem) <= {user}
 
 
 @functools.cache
@@ -123,7 +145,8 @@ def used() -> Iterator[None]:
         os.environ[INDUCTORS] = str(place)  # which the look for instruction sets writes to as well
         place = place / "-".join(str(pick_vec_isa()).split())
         os.environ[INDUCTORS] = str(place)
-        with mock.patch.multiple(codecache, **_headers(place / "headers")):
+        headers = _headers(place / "headers")
+        with mock.patch.multiple(codecache, **headers) if headers else contextlib.nullcontext():
             yield
     finally:
         if before is None:
@@ -134,11 +157,14 @@ def used() -> Iterator[None]:
 
 @functools.cache
 def _headers(place: Path) -> dict[str, Any]:
-    """What Inductor's compiled headers go by, which lie elsewhere, also for those who chose a folder; for ``place``."""
+    """What Inductor's compiled headers go by, which lie elsewhere, also for those who chose a folder; for ``place``.
+
+    Nothing where this version of Inductor has other names for it.
+    """
     from torch._inductor import codecache
 
     names = ("_HEADER_DIR", "_HEADER_LOCK_DIR", "_precompile_header")
-    if not all(hasattr(codecache, name) for name in names):
+    make = getattr(getattr(codecache, names[-1], None), "__wrapped__", None)
+    if make is None or not all(hasattr(codecache, name) for name in names):
         return {}
-    make = codecache._precompile_header.__wrapped__
     return dict(zip(names, (str(place), str(place / "locks"), functools.cache(make))))

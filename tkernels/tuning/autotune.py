@@ -86,12 +86,12 @@ def neighbours(config: Config, rows: str = "BLOCK_M", least: int = 16) -> list[C
 
 
 class Tuner:
-    """Choices by key, in memory and in a file. ``clock``: times a call."""
+    """Choices by key, in memory and in a file, if there is a path to one. ``clock``: times a call."""
 
-    def __init__(self, path: Path, clock: Clock) -> None:
+    def __init__(self, path: Path | None, clock: Clock) -> None:
         self._path, self._clock = path, clock
         self._lock = threading.RLock()
-        self._known = _read(path)
+        self._known = _read(path) if path else {}
 
     def best(self, key: str, candidates: dict[str, Callable[[], object]]) -> str:
         """The name of the fastest candidate, measured where it is not known. The first wins ties, and what cannot run.
@@ -121,6 +121,8 @@ class Tuner:
     def _write(self) -> None:
         """Replace the file at once, with what other processes found meanwhile. A cache that cannot be written is one
         that is not kept."""
+        if self._path is None:
+            return
         self._known = {**_read(self._path), **self._known}
         text = json.dumps(self._known, indent=1)
         with contextlib.suppress(OSError):
@@ -175,13 +177,24 @@ def _tuner_of(device: int) -> Tuner:
     from triton import __version__ as triton_version
     from triton import testing
 
-    folder = Path(os.environ.get("TKERNELS_CACHE_DIR") or Path.home() / ".cache" / "tkernels")
+    folder = _folder()
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
 
     def clock(call: Callable[[], object]) -> float:
         return float(testing.do_bench(call, warmup=5, rep=20, return_mode="median"))
 
-    return Tuner(folder / f"autotune-{gpu}-triton-{triton_version}-{_source_digest()}.json", clock)
+    name = f"autotune-{gpu}-triton-{triton_version}-{_source_digest()}.json"
+    return Tuner(folder / name if folder else None, clock)
+
+
+def _folder() -> Path | None:
+    """Where the file lies; None, which is logged, where the user has no home and chose no folder."""
+    chosen = os.environ.get("TKERNELS_CACHE_DIR")
+    try:
+        return Path(chosen) if chosen else Path.home() / ".cache" / "tkernels"
+    except RuntimeError as error:  # no HOME, and a user whom the system does not know
+        runtime.log_once(f"measured choices are not kept: {error}")
+        return None
 
 
 def tuner() -> Tuner:
