@@ -403,3 +403,21 @@ def test_a_tile_or_a_reason(target: str) -> None:
                 # a chunk never reaches past either head
                 assert config["CHUNK"] == config["BLOCK_D"] or config["CHUNK"] <= config["BLOCK_V"]
         assert tuning.why_not(0, 16, 2, False, target) is not None
+
+
+@pytest.mark.gate("ttsem", "cuda")
+def test_rows_that_overlap_in_memory(device: str) -> None:
+    """Their gradients have memory of their own: an empty tensor like such rows may not have dense heads."""
+    memory = torch.randn(3, 40)
+    shape = (1, 2, 4, 8)
+    given = [
+        t.to(device).as_strided(shape, strides)
+        for t, strides in zip(memory, ((20, 10, 1, 1), (20, 8, 2, 1), (20, 9, 0, 1)))
+    ]
+    q, k, v = (t.detach().requires_grad_() for t in given)
+    exact = [t.detach().cpu().double().contiguous().requires_grad_() for t in (q, k, v)]
+    dy = torch.randn(shape)
+    found = torch.autograd.grad(scaled_dot_product_attention(q, k, v), (q, k, v), dy.to(device))
+    expected = torch.autograd.grad(torchs(*exact), exact, dy.double())
+    for got, want in zip(found, expected):
+        torch.testing.assert_close(got.cpu().double(), want, atol=1e-5, rtol=1e-4)

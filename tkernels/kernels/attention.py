@@ -244,6 +244,13 @@ def dense_heads(t: Tensor) -> Tensor:
     return t if t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
 
 
+def like_heads(t: Tensor) -> Tensor:
+    """An empty tensor of its shape with dense heads: in its memory order where that has them (that of overlapping rows,
+    as torch makes it, may not)."""
+    like = torch.empty_like(t)
+    return like if like.shape[-1] == 1 or like.stride(-1) == 1 else t.new_empty(t.shape)
+
+
 def unit_of(*tensors: Tensor) -> int:
     """Elements in 16 bytes if all strides and head dimensions are multiples of that, else 1."""
     width = 16 // tensors[0].element_size()

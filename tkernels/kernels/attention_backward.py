@@ -16,6 +16,7 @@ from tkernels.kernels import common
 from tkernels.kernels.attention import (
     add_product,
     chunked_scores,
+    like_heads,
     load_columns,
     load_lse,
     load_rows,
@@ -275,7 +276,7 @@ def launch_dq(
 ) -> Tensor:
     """The gradient of q, in its memory order; ``lse`` and ``delta`` as forward and :func:`launch_delta` give them."""
     (batch, heads, n_q, head), v_head, n_k = q.shape, v.shape[-1], k.shape[-2]
-    dq = torch.empty_like(q)
+    dq = like_heads(q)
     if dq.numel() == 0 or n_k == 0 or v_head == 0:
         return dq.zero_()
     precision = runtime.dot_precision(q.dtype, "matmul")
@@ -319,8 +320,8 @@ def launch_dkv(
     """The gradients of k and v that are needed, in their memory order."""
     (batch, heads, n_q, head), v_head = q.shape, v.shape[-1]
     kv_heads, n_k = k.shape[1:3]
-    dk = torch.empty_like(k) if needs_k else None
-    dv = torch.empty_like(v) if needs_v else None
+    dk = like_heads(k) if needs_k else None
+    dv = like_heads(v) if needs_v else None
     if 0 in (batch, heads, n_q, head, n_k, v_head):
         return (None if dk is None else dk.zero_()), (None if dv is None else dv.zero_())
     precision = runtime.dot_precision(q.dtype, "matmul")
