@@ -153,6 +153,11 @@ MEANT = (
         lambda case, kind, text: "only the batch or the channels of input may be empty" in text,
     ),
     Meant(
+        "second gradients of an empty batch are 0 or none",
+        lambda case, kind, text: case.backward == "double" and any(0 in t.shape for t in case.tensors.values())
+        and ("requires_grad of gradient" in kind or kind.endswith("None")),
+    ),
+    Meant(
         "a window of no size is refused for an empty batch too: torch fails over it by another error",
         lambda case, kind, text: "kernel sizes must be at least 1" in text,
     ),
