@@ -251,8 +251,10 @@ class Comparison:
     def _terms(self, name: str) -> float:
         """Attention's gradients of query and key and the loss's of logits are differences of what may be equal: the
         size of its terms."""
-        if self.case.options.get("module") == "MultiheadAttention":
-            return 1.0 if name.startswith("gradient") else 0.0  # its draws are about that large
+        if self.case.options.get("module") in ("MultiheadAttention", "CrossEntropyLoss"):
+            return 1.0 if name.startswith("gradient") else 0.0  # their draws are about that large
+        if name.endswith("running_mean afterwards"):
+            return 0.1  # the mean of values of about 1, by a tenth
         operator = {"attention": "scaled_dot_product_attention"}.get(self.case.operator, self.case.operator)
         if (operator, name.split()[-1]) not in CANCELLING or not name.startswith("gradient"):
             return 0.0
