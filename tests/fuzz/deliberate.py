@@ -113,6 +113,14 @@ MEANT = (
         and case.operator in ("conv2d", "conv_stage", "module") and _odd(case),
     ),
     Meant(
+        "what torch.compile meets as it traces it tells by a subclass of the error",
+        lambda case, kind, text: kind == "class of error in forward" and "ours TorchRuntimeError" in text,
+    ),
+    Meant(
+        "a bias that would make the result larger than its rows and features is refused",
+        lambda case, kind, text: _kernels(case) and "bias must have shape [out_features] or broadcast" in text,
+    ),
+    Meant(
         "a negative scale: torch's own composition takes its root",
         lambda case, kind, text: case.operator == "attention" and (case.options.get("scale") or 0) < 0
         and "NaN in 0 places" in text,
