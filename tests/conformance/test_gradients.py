@@ -128,3 +128,14 @@ def test_a_hessian_of_kernels_is_refused(function: Function, device: str, triton
             hessian(function.ours)
     elif function.passes != "SiluBackward0":
         torch.testing.assert_close(hessian(function.ours), hessian(function.theirs), atol=1e-3, rtol=1e-3)
+
+
+def test_stored_with_the_opposite_sign(function: Function, device: str) -> None:
+    """As autograd may hand on what went through complex numbers."""
+    leaves = function.leaves(device)
+    y = forward(function, leaves)
+    row = rows_of(y)[0]
+    negated = torch._neg_view(-row)  # type: ignore[attr-defined]
+    expected = torch.autograd.grad(y, leaves, row, retain_graph=True)
+    found = torch.autograd.grad(y, leaves, negated)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import tkernels.functional as TF
 import tkernels.nn as tnn
 from tests.cpu.profiles import events
-from tkernels.cpu import compiler, norm
+from tkernels.cpu import chain, compiler, norm
 from tkernels.ops import activation as activations
 from tkernels.ops import conv_stage_cpu
 
@@ -238,3 +238,51 @@ def test_gradients_to_be_differentiated_may_be_written_to() -> None:
     g *= 2
     g.square().sum().backward()
     assert x.grad is not None
+
+
+def negated(t: Tensor) -> Tensor:
+    """``t`` as memory of the opposite sign, as the imaginary part of a conjugate is."""
+    view: Tensor = torch._neg_view(-t)  # type: ignore[attr-defined]
+    assert view.is_neg()
+    assert view.stride() == t.stride()
+    return view
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_batch_norm_of_negated_views(which: int) -> None:
+    x, weight, bias = (t.detach() for t in batch(""))
+    given: list[Tensor] = [x, weight, bias]
+    given[which] = negated(given[which])
+    y = ours(given[0], torch.zeros(32), torch.ones(32), *given[1:])
+    torch.testing.assert_close(y, torchs(x, torch.zeros(32), torch.ones(32), weight, bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_stage_of_negated_views(training: bool) -> None:
+    x = torch.randn(16, 8, 64, 64)
+    weight, bias, bn_weight, bn_bias = torch.randn(16, 8, 3, 3), torch.randn(16), torch.rand(16), torch.randn(16)
+    plain = [x, weight, bias, bn_weight, bn_bias]
+    for which in range(5):
+        mean, var = torch.zeros(16), torch.ones(16)
+        given = [negated(t) if i == which else t for i, t in enumerate(plain)]
+        with torch.no_grad():
+            y = TF.conv_stage(given[0], [TF.ConvBNLayer(*given[1:], mean, var)], None, 0.0, training)
+            z = F.conv2d(x, weight, bias)
+            expected = F.relu(F.batch_norm(z, torch.zeros(16), torch.ones(16), bn_weight, bn_bias, training))
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", range(4))
+def test_chain_of_negated_views(which: int, training: bool) -> None:
+    x = torch.randn(8, 16, 24, 24).contiguous(memory_format=CL)
+    plain = [x, torch.rand(16) + 0.5, torch.randn(16), torch.randn_like(x)]
+    made = chain.plan(
+        chain.Chain(tuple(x.shape), True, None, None, chain.Norm(training, 0.1, 1e-5), True, "relu", x.dtype, False)
+    )
+    assert not isinstance(made, str)
+    given = [negated(t) if i == which else t for i, t in enumerate(plain)]
+    with torch.no_grad():
+        y = made(given[0], None, None, torch.zeros(16), torch.ones(16), given[1], given[2], given[3])
+    normed = F.batch_norm(x, torch.zeros(16), torch.ones(16), plain[1], plain[2], training)
+    torch.testing.assert_close(y, F.relu(normed + plain[3]), rtol=1e-4, atol=1e-4)

@@ -253,8 +253,8 @@ class Comparison:
         size of its terms."""
         if self.case.options.get("module") in ("MultiheadAttention", "CrossEntropyLoss"):
             return 1.0 if name.startswith("gradient") else 0.0  # their draws are about that large
-        if name.endswith("running_mean afterwards"):
-            return 0.1  # the mean of values of about 1, by a tenth
+        if name.endswith(" afterwards"):
+            return self._spread(name.removesuffix(" afterwards"))
         operator = {"attention": "scaled_dot_product_attention"}.get(self.case.operator, self.case.operator)
         if (operator, name.split()[-1]) not in CANCELLING or not name.startswith("gradient"):
             return 0.0
@@ -264,6 +264,13 @@ class Comparison:
         incoming = cotangent(self.case, y, self.again).double()
         call = Call(operator, kwargs={**self.case.options, **tensors})
         return scales.of(call, incoming, y.detach().double()).get(name.split()[-1], 0.0)
+
+    def _spread(self, mean: str) -> float:
+        """The standard deviation of what a running mean is the mean of: means far below it cancel."""
+        head, _, last = mean.rpartition(".")
+        names = {"running_mean": "running_var", **{f"m{i}": f"v{i}" for i in range(9)}}
+        var = self.theirs.arguments.get(".".join((*head.split(".") * bool(head), names.get(last, ""))))
+        return 0.0 if var is None or var.numel() == 0 else var.double().nan_to_num(0, 0, 0).abs().max().item() ** 0.5
 
     def _torch_stands_by(self, t: Tensor, get: Any) -> bool:
         """Whether torch gives the same once more: some of its own calls read what nobody wrote."""

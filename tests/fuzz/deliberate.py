@@ -121,9 +121,14 @@ MEANT = (
         lambda case, kind, text: _kernels(case) and "bias must have shape [out_features] or broadcast" in text,
     ),
     Meant(
-        "a negative scale: torch's own composition takes its root",
-        lambda case, kind, text: case.operator == "attention" and (case.options.get("scale") or 0) < 0
-        and "NaN in 0 places" in text,
+        "torch's own composition takes the root of the scale: NaN of a negative one, elsewhere for 0 times infinity",
+        lambda case, kind, text: case.operator == "attention" and case.options.get("scale") is not None
+        and "NaN in" in text and (case.options["scale"] < 0 or (case.options["scale"] == 0 and _odd(case))),
+    ),
+    Meant(
+        "dtypes that do not go together are refused for an empty batch too",
+        lambda case, kind, text: "expected all tensors to have the same dtype" in text
+        and any(0 in t.shape for t in case.tensors.values()),
     ),
     Meant(
         "a bias of no dimensions has the dtype of the others",

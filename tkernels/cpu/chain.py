@@ -93,7 +93,7 @@ def _training(chain: Chain, given: Norm) -> Run:
         bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
     ) -> Tensor:  # fmt: skip
         vectors = running_mean, running_var, bn_weight, bn_bias
-        if not _as_planned(x, vectors):
+        if not _as_planned(x, vectors, residual):
             return composed(x, weight, bias, *vectors, residual)
         raw = x if convolve is None else convolve(x, weight, bias)
         if raw.numel() == raw.shape[1]:
@@ -118,7 +118,7 @@ def _inference(chain: Chain) -> Run | str:
         bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
     ) -> Tensor:  # fmt: skip
         vectors = running_mean, running_var, bn_weight, bn_bias
-        if not _as_planned(x, vectors) or not _is_nhwc(x):
+        if not _as_planned(x, vectors, residual) or not _is_nhwc(x):
             return composed(x, weight, bias, *vectors, residual)
         raw = x if convolve is None else convolve(x, weight, bias)
         return raw if finish is None else finish(raw, vectors, eps, residual)
@@ -126,9 +126,14 @@ def _inference(chain: Chain) -> Run | str:
     return run
 
 
-def _as_planned(x: Tensor, vectors: tuple[Tensor | None, ...]) -> bool:
+def _as_planned(x: Tensor, vectors: tuple[Tensor | None, ...], residual: Tensor | None) -> bool:
     """Whether passes can take a call: what a graph's guards leave open."""
-    return x.numel() > 0 and compiler.plain_eager() and all(t is None or t.is_contiguous() for t in vectors)
+    return (
+        x.numel() > 0
+        and compiler.plain_eager()
+        and all(t is None or t.is_contiguous() for t in vectors)
+        and not any(t is not None and t.is_neg() for t in (x, residual, *vectors))
+    )
 
 
 def _is_nhwc(x: Tensor) -> bool:

@@ -96,7 +96,7 @@ def enabled(dtype: torch.dtype) -> bool:
 
 def _bits(weight: Tensor) -> Tensor | None:
     """A weight's memory as whole numbers [K, n]; None where it is not in one piece."""
-    if not weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+    if weight.is_neg() or not (weight.is_contiguous(memory_format=torch.channels_last) or weight.is_contiguous()):
         return None
     rows = weight.shape[0]
     bits = weight.detach().as_strided((rows, weight.numel() // rows), (weight.numel() // rows, 1))

@@ -28,6 +28,7 @@ def once_differentiable(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *args: Any) -> Gradients:
+        args = _as_stored(args)
         if not _are_plain(args):
             return _of_kernels(wrapper, ctx, args)
         if not torch.is_grad_enabled():  # enabled is what create_graph=True does
@@ -65,6 +66,7 @@ def by_kernels(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *args: Any) -> Gradients:
+        args = _as_stored(args)
         return backward(ctx, *args) if _are_plain(args) else _of_kernels(wrapper, ctx, args)
 
     return wrapper
@@ -79,6 +81,7 @@ def composed_where_differentiated(composed: Backward) -> Callable[[Backward], Ba
     def decorator(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *args: Any) -> Gradients:
+            args = _as_stored(args)
             if getattr(ctx, "composed", False):
                 return composed(ctx, *args)
             plain = _are_plain(args)
@@ -191,6 +194,12 @@ def _restored(t: Tensor, kind: tuple[Any, ...]) -> Tensor:
         raise RuntimeError(f"a tensor that was saved for backward as {was} came back from its hooks as {now}")
     once = t.as_strided([min(n, 1) if s == 0 else n for n, s in zip(shape, strides)], t.stride())
     return torch.empty_strided(once.shape, strides, dtype=dtype, device=t.device).copy_(once).expand(shape)
+
+
+def _as_stored(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same without what is stored with the opposite sign, as the imaginary part of a conjugate is: kernels and
+    passes read memory."""
+    return tuple([g.resolve_neg() if g is not None and g.is_neg() else g for g in gradients])
 
 
 def _are_plain(gradients: tuple[Any, ...]) -> bool:

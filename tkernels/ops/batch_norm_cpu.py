@@ -68,6 +68,7 @@ def _vector_as_expected(t: Any, channels: int) -> bool:
         and t.device.type == "cpu"
         and t.shape == (channels,)
         and t.is_contiguous()
+        and not t.is_neg()
     )
 
 

@@ -48,7 +48,8 @@ def takes(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], pool
     tensors = [x, *(t for layer in layers for t in layer[:6] if t is not None)]
     allowed = (torch.float32, dtype)
     return (
-        all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype in allowed for t in tensors) and compiler.plain_eager()
+        all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype in allowed and not t.is_neg() for t in tensors)
+        and compiler.plain_eager()
     )
 
 
