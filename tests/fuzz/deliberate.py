@@ -121,19 +121,18 @@ MEANT = (
         lambda case, kind, text: _kernels(case) and "bias must have shape [out_features] or broadcast" in text,
     ),
     Meant(
+        "dropout's factors are compared as the kernels have them, in float32",
+        lambda case, kind, text: _kernels(case) and "float64" in repr(case.tensors) and "torch's 0.00e+00" in text
+        and 0 < (case.options.get("dropout_p") or 0) < 1,
+    ),
+    Meant(
         "torch's own composition takes the root of the scale: NaN of a negative one, elsewhere for 0 times infinity",
         lambda case, kind, text: case.operator == "attention" and case.options.get("scale") is not None
         and "NaN in" in text and (case.options["scale"] < 0 or (case.options["scale"] == 0 and _odd(case))),
     ),
     Meant(
-        "dtypes that do not go together are refused for an empty batch too",
-        lambda case, kind, text: "expected all tensors to have the same dtype" in text
-        and any(0 in t.shape for t in case.tensors.values()),
-    ),
-    Meant(
-        "a bias of no dimensions has the dtype of the others",
-        lambda case, kind, text: _kernels(case) and case.operator == "linear" and "the same dtype" in text
-        and case.tensors["bias"].shape == (),
+        "a bias of another dtype is refused, also for empty batches and layouts where torch adds it to a product",
+        lambda case, kind, text: _kernels(case) and "expected all tensors to have the same dtype" in text,
     ),
     Meant(
         "an option out of range is refused for an empty batch too; no keys give the shape that broadcasting says",
