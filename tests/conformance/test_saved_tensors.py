@@ -77,7 +77,7 @@ def _memory_is_poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
-    torch.use_deterministic_algorithms(before[0])
+    torch.use_deterministic_algorithms(before[0], warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
 
 

@@ -189,8 +189,12 @@ def test_which_product_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_measured_once() -> None:
     linear._is_measured_ahead.cache_clear()
     torch.use_deterministic_algorithms(False)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        answers = {linear.onednn_is_ahead(torch.get_num_threads()) for _ in range(3)}
+    try:
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            answers = {linear.onednn_is_ahead(torch.get_num_threads()) for _ in range(3)}
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # as all of these tests run
+    assert not linear.onednn_is_ahead(torch.get_num_threads())
     assert len(answers) == 1
     names = [event.name for event in found.events()]
     assert names.count(ONEDNN) == names.count("aten::linear") == linear.TURNS
