@@ -16,19 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from models import checkpoint, history, parts, plots, train, trainer
+from models import checkpoint, history, parts, train, trainer
 from tests.models import processes
 
-pytestmark = pytest.mark.gate("torch")
+pytestmark = [pytest.mark.gate("torch"), pytest.mark.usefixtures("no_pictures")]
 
 ARGUMENTS = shlex.split("--device cpu --data synthetic --batch-size 400")
 Change = Callable[[dict[str, Any]], object]
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_curves", "draw_confusion"):
-        monkeypatch.setattr(plots, name, lambda *args: None)
 
 
 def _run(out: Path, *arguments: str) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from models import checkpoint, lock, plots, train
+from models import checkpoint, lock, train
 from tests.models import processes
 
-pytestmark = pytest.mark.gate("torch")
+pytestmark = [pytest.mark.gate("torch"), pytest.mark.usefixtures("no_pictures")]
 
 
 def _nothing(text: str) -> None:
@@ -124,12 +124,6 @@ def test_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 ARGUMENTS = ["--device", "cpu", "--data", "synthetic", "--epochs", "1"]
 STALE = (".checkpoint.pt.123.tmp", ".checkpoint.pt.99999.old")
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_curves", "draw_confusion"):
-        monkeypatch.setattr(plots, name, lambda *args: None)
 
 
 def _run(out: Path, *arguments: str) -> int:

@@ -13,22 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from models import checkpoint, plots, train, trainer
+from models import checkpoint, train, trainer
 from tests.models import processes
 
-pytestmark = pytest.mark.gate("torch")
+pytestmark = [pytest.mark.gate("torch"), pytest.mark.usefixtures("no_pictures")]
 
 # every kind of state: dropout, augmentation, momentum, a learning rate that changes, parts of steps, a scaled loss
 ARGUMENTS = shlex.split(
     "--device cpu --data digits --width 4 --image-size 8 --batch-size 96 --epochs 4 --flip --rotate 10 "
     "--optimizer sgd --warmup 0.3 --accumulate 2 --amp fp16"
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_curves", "draw_confusion"):
-        monkeypatch.setattr(plots, name, lambda *args: None)
 
 
 def _run(out: Path, *arguments: str) -> int:

@@ -78,7 +78,7 @@ class Pass:
             return run(*tensors)
         except Exception as error:
             # (where a plain call fails it may have written something: that is not to be done twice)
-            if run == self._function or (all(_plain(t) for t in tensors) and not isinstance(error, AssertionError)):
+            if run == self._function or (all(is_plain(t) for t in tensors) and not isinstance(error, AssertionError)):
                 raise
             self._report(f"takes no such tensors: {_line(error)}")
             return self._function(*tensors)
@@ -96,7 +96,7 @@ class Pass:
     def _compile(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         """The pass for such tensors: compiled; as it is where that fails, this time or for good."""
         global _announced, _broken
-        if _broken or not all(_plain(t) for t in tensors):
+        if _broken or not all(is_plain(t) for t in tensors):
             return self._function
         with _compiling() as able:
             if key in _compiled:  # by another thread meanwhile
@@ -125,7 +125,7 @@ class Pass:
             return _compiled[key]
 
 
-def _plain(t: Tensor) -> bool:
+def is_plain(t: Tensor) -> bool:
     """Whether that is a tensor with memory of its own on a CPU."""
     return (
         type(t) in (Tensor, torch.nn.Parameter)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from tkernels.cpu import buffers, compiler, norm
+from tkernels.cpu import buffers, compiler, norm, packed
 from tkernels.cpu.chain import DTYPES, NOT_COMPILED
 from tkernels.cpu.compiler import Pass
 from tkernels.ops import activation as activations
@@ -62,11 +62,7 @@ def _product(shape: tuple[int, ...], features: int, dtype: torch.dtype, differen
 
 def _by_onednn(rows: int, features: int, columns: int) -> bool:
     worth_it = rows >= ROWS and min(features, columns) >= FEATURES
-    return worth_it and _enabled() and onednn_is_ahead(torch.get_num_threads())
-
-
-def _enabled() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return worth_it and packed.enabled(torch.float32) and onednn_is_ahead(torch.get_num_threads())
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -85,11 +81,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether these are float32 in a CPU's memory, as they are."""
     return not torch.is_autocast_enabled("cpu") and all(
-        t is None
-        or (type(t) in PLAIN and t.dtype is torch.float32 and t.device.type == "cpu" and not t.is_cuda
-            and t.layout is torch.strided and not t.is_neg())
+        t is None or (compiler.is_plain(t) and t.dtype is torch.float32 and not (t.is_cuda or t.is_neg()))
         for t in tensors
-    )  # fmt: skip
+    )
 
 
 def onednn_is_ahead(threads: int) -> bool:
