@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import tkernels.nn as tnn
-from models import checkpoint, data, distributed, plots, train
+from models import checkpoint, data, distributed, train
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from models.history import History
 from tests.models import processes
 
-pytestmark = pytest.mark.gate("torch")
+pytestmark = [pytest.mark.gate("torch"), pytest.mark.usefixtures("no_pictures")]
 
 ROOT = Path(__file__).parents[2]
 BATCH = 6
@@ -33,12 +33,6 @@ SMALL: dict[str, Any] = {"num_classes": 5, "width": 4, "image_size": 8, "dropout
 def _inherited() -> None:
     """Children inherit what is imported."""
     data.load("digits", Path(), 0)
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("draw_curves", "draw_confusion"):
-        monkeypatch.setattr(plots, name, lambda *args: None)
 
 
 def _stepped(network: type[nn.Module], model_of: Any, rank: int, size: int) -> dict[str, Tensor]:
