@@ -32,7 +32,7 @@ import pytest
 import torch
 
 import tkernels
-from tests.gates import interpreter, optional, ttsem
+from tests.gates import interpreter, optional, process, ttsem
 from tests.gates import launches as launch_counts
 from tkernels import replay
 
@@ -136,15 +136,18 @@ def triton_runs() -> bool:
 @pytest.fixture(autouse=True)
 def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test starts from the same seed, IEEE float32 products and the strict backend of its gate, and no operator
-    repeats what it did in a test before, which may have put another choice in its way."""
+    repeats what it did in a test before, which may have put another choice in its way. It leaves the process as it
+    found it."""
     replay.forget()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # whatever a command under test has set
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     unchecked = _ttsem_state.races_unchecked if _ttsem_state is not None else 0
+    found = process.state()
     with tkernels.backend("triton" if GATE in ("ttsem", "interp", "cuda") else "auto"):
         yield
+    assert process.state() == found, "the test leaves the process changed for those behind it"
     if _ttsem_state is not None and not request.node.get_closest_marker("races_unchecked"):
         assert _ttsem_state.races_unchecked == unchecked, "a launch was too large for the race check: shrink the test"
 

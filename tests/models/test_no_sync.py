@@ -63,13 +63,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], 
             for name in ASKING_METHODS:
                 patch.setattr(Tensor, name, raising(name))
             patch.setattr(torch.cuda, "synchronize", raising("synchronize"))
-            before = torch.get_default_device()
-            torch.set_default_device("meta")
-            try:
-                with Watch():
-                    body()
-            finally:
-                torch.set_default_device(before)
+            with torch.device("meta"), Watch():
+                body()
 
     as_on_a_gpu(monkeypatch)
     with host.stubbed_driver(lambda *made: launches.append(made)):
