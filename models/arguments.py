@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import tkernels
 from models import data, recipes
-from tkernels import runtime
+from tkernels.core import mode as runtime
 
 PROGRAM = "python -m models.train"
 MODELS = ("fused", "plain", "attention")

@@ -14,7 +14,7 @@ import torch
 
 from models import arguments, distributed, recipes
 from models.arguments import PROGRAM, Parser
-from tkernels import runtime
+from tkernels.core import mode as runtime
 
 __all__ = ["PROGRAM", "Options", "parse"]
 

@@ -27,7 +27,7 @@ from models.engine import EpochResult
 from models.interrupt import Stopped
 from models.loader import Feed, TrainLoader, ValLoader
 from models.trainer import Loaders, Trainer, TrainingError
-from tkernels import runtime
+from tkernels.core import mode as runtime
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
 from perf import hopper, sass
-from tkernels import targets
+from tkernels.core import targets
 
 # Its default changes between releases of Triton; the facts must not.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

@@ -34,8 +34,8 @@ import tkernels
 from models.cifar_cnn import CNNClassifier
 from perf import aot, traffic
 from perf.options import Refused
-from tkernels import launch, replay, targets
-from tkernels.kernels import conv_stage
+from tkernels.core import launch, replay, targets
+from tkernels.ops.conv_stage import kernels as conv_stage
 
 # the first steps compile and record
 WARM_UP = 5
@@ -124,7 +124,7 @@ def _forget_compiled() -> None:
     launch.forget()
     replay.forget()
     for name, module in list(sys.modules.items()):
-        if name.startswith("tkernels.kernels"):
+        if name.startswith("tkernels.ops."):
             for kernel in vars(module).values():
                 if isinstance(kernel, JITFunction):
                     kernel.device_caches.clear()

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from perf import options, providers
-from tkernels import runtime, targets
+from tkernels.core import mode as runtime
+from tkernels.core import targets
 
 # bytes read and written by the copies that a CPU's bandwidth is measured with
 SMALLEST_COPY, LARGEST_COPY = 1 << 18, 1 << 26

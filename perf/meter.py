@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import tkernels.nn as tnn
 from perf import aot
-from tkernels.targets import Target
+from tkernels.core.targets import Target
 
 OTHER = "(other)"
 _ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from perf import shapes
 from perf.options import Refused, one_of
 from perf.shapes import Shape, Shapes
-from tkernels import runtime
+from tkernels.core import mode as runtime
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = ("nhwc", "nchw")

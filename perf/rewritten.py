@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import tkernels
-from tkernels import targets
+from tkernels.core import targets
+from tkernels.core.targets import Target
 from tkernels.fusion import FusionReport
 from tkernels.fusion.backend import Backend
 from tkernels.fusion.in_place import entry
-from tkernels.targets import Target
 
 
 class _Captured(Exception):

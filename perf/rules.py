@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from perf import aot, ttir
-from tkernels import targets
-from tkernels.targets import Target
+from tkernels.core import targets
+from tkernels.core.targets import Target
 
 # Accumulators a thread where an epilogue follows the product.
 MOST_ACCUMULATORS = 64

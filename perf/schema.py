@@ -84,12 +84,14 @@ COLUMNS = (
         "roofline_pct", "number", "least time at the peak rates (by bytes or by flops, the larger) / ms_p50, in percent"
     ),
     Column(
-        "peak_tflops", "number", "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a product"
+        "peak_tflops",
+        "number",
+        "the peak meant: a GPU's from core/targets.py, a CPU's as measured by a product",
     ),
     Column(
         "peak_gbps",
         "number",
-        "the peak meant: a GPU's from tkernels/targets.py, a CPU's as measured by a copy of about as many bytes",
+        "the peak meant: a GPU's from core/targets.py, a CPU's as measured by a copy of about as many bytes",
     ),
     Column("speedup_vs_torch", "number", "ms_p50 of provider torch / ms_p50, measured in turns with it on a CPU"),
     Column(

@@ -24,8 +24,8 @@ import perf.cases
 from perf import aot, options, rules, schema, ttir
 from perf.options import Refused
 from perf.schema import Column
-from tkernels import targets
-from tkernels.targets import Target
+from tkernels.core import targets
+from tkernels.core.targets import Target
 
 COLUMNS = (
     Column("operator", "text", "the file of perf/cases"),

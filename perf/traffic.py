@@ -22,7 +22,7 @@ from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from perf import aot, inductor, meter, operator_traffic, operators, options, providers, schema, shapes
 from perf.options import Refused
 from perf.schema import Column
-from tkernels import targets
+from tkernels.core import targets
 
 COLUMNS = (
     *schema.COUNTED_FOR,

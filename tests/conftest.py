@@ -34,7 +34,7 @@ import torch
 import tkernels
 from tests.gates import interpreter, optional, process, ttsem
 from tests.gates import launches as launch_counts
-from tkernels import replay
+from tkernels.core import replay
 
 _stack = contextlib.ExitStack()
 _ttsem_state: Any = None

@@ -16,7 +16,7 @@ import triton.language as tl
 
 import perf.cases
 from perf import aot, rules
-from tkernels import targets
+from tkernels.core import targets
 
 pytestmark = pytest.mark.gate("aot")
 

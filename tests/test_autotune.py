@@ -15,10 +15,12 @@ import tkernels
 from perf import host
 from perf.cases.conv import LAYERS, window3x3
 from perf.cases.networks import geometry, layers
-from tkernels import runtime, targets
-from tkernels.ops import conv as conv_ops
-from tkernels.tuning import Config, autotune, routing
-from tkernels.tuning.autotune import Tuner
+from tkernels.core import autotune, targets
+from tkernels.core import mode as runtime
+from tkernels.core.autotune import Tuner
+from tkernels.core.config import Config
+from tkernels.ops.conv import op as conv_ops
+from tkernels.ops.conv import routing
 
 pytestmark = pytest.mark.gate("torch")
 

@@ -17,9 +17,9 @@ from triton.runtime.jit import JITFunction
 
 from perf import host, traffic
 from tests.gates.launches import counting_driver_calls
-from tkernels import launch, replay
+from tkernels.core import launch, replay
 from tkernels.functional import linear
-from tkernels.kernels import conv_stage
+from tkernels.ops.conv_stage import kernels as conv_stage
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -137,7 +137,7 @@ from types import SimpleNamespace
 import torch
 from tests import conftest
 from triton.runtime.jit import JITFunction
-from tkernels import launch
+from tkernels.core import launch
 conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace()))
 with launch.fast(True):
     print(launch.is_fast([]), torch.are_deterministic_algorithms_enabled())

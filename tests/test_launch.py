@@ -15,8 +15,9 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from perf import host, traffic
-from tkernels import launch
-from tkernels.kernels import conv_stage, linear
+from tkernels.core import launch
+from tkernels.ops.conv_stage import kernels as conv_stage
+from tkernels.ops.linear import kernels as linear
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -156,7 +157,7 @@ def test_pointers_are_named_as_the_shortcut_expects(made: list[host.Made], trito
 
 def kernel_of(call: host.Made) -> JITFunction:
     name = str(call[4]).split()[0]
-    modules = [module for key, module in sys.modules.items() if key.startswith("tkernels.kernels.")]
+    modules = [module for key, module in sys.modules.items() if key.startswith("tkernels.ops.")]
     return next(vars(module)[name] for module in modules if name in vars(module))
 
 
@@ -165,6 +166,6 @@ def test_it_is_the_default(given: str | None, expected: str) -> None:
     """In a process that nobody has told otherwise."""
     environment = {name: value for name, value in os.environ.items() if name != "TKERNELS_FAST_LAUNCH"}
     environment |= {} if given is None else {"TKERNELS_FAST_LAUNCH": given}
-    command = [sys.executable, "-c", "from tkernels import launch; print(launch._fast)"]
+    command = [sys.executable, "-c", "from tkernels.core import launch; print(launch._fast)"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from tests.tolerance import assert_close
-from tkernels.tuning import Config
+from tkernels.core.config import Config
 
 pytestmark = pytest.mark.gate("ttsem")
 
@@ -183,14 +183,14 @@ def test_half_accumulator_misses_the_tolerance(device: str) -> None:
 
 @pytest.fixture
 def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``edited("attention", (before, after), ...)``: the module tkernels.kernels.attention with its source changed."""
+    """``edited("attention.kernels", (before, after), ...)``: that module of tkernels.ops with its source changed."""
 
     def edit(name: str, *changes: tuple[str, str]) -> Any:
-        source = Path(importlib.import_module(f"tkernels.kernels.{name}").__file__ or "").read_text()
+        source = Path(importlib.import_module(f"tkernels.ops.{name}").__file__ or "").read_text()
         for before, after in changes:
-            assert source.count(before) == 1, f"{name}.py holds {before!r} {source.count(before)} times"
+            assert source.count(before) == 1, f"{name} holds {before!r} {source.count(before)} times"
             source = source.replace(before, after)
-        path = tmp_path / f"edited_{name}.py"
+        path = tmp_path / f"edited_{name.replace('.', '_')}.py"
         path.write_text(source)
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None
@@ -226,20 +226,20 @@ def _attention(device: str, forward: Any, backward: Any) -> None:
 
 
 def test_sound_attention_passes(device: str, edited: Callable[..., Any]) -> None:
-    _attention(device, edited("attention"), edited("attention_backward"))
+    _attention(device, edited("attention.kernels"), edited("attention.kernels_backward"))
 
 
 @pytest.mark.parametrize(
     "module, before, after",
     (
-        ("attention", "        acc *= rescale[:, None]\n", ""),
-        ("attention", "row_sum * rescale + ", "row_sum + "),
-        ("attention", "offs_n <= offs_m", "offs_n < offs_m"),
-        ("attention", "tl.minimum(n_k, (tile + 1) * BLOCK_M)", "tl.minimum(n_k, tile * BLOCK_M)"),
-        ("attention", "tl.minimum(whole, tile * BLOCK_M //", "tl.minimum(whole, (tile + 1) * BLOCK_M //"),
-        ("attention_backward", "first_tile = tile * BLOCK_N // BLOCK_M", "first_tile = tile * BLOCK_N // BLOCK_M + 1"),
-        ("attention_backward", "ds = weights * (dw - delta[:, None])", "ds = weights * dw"),
-        ("attention_backward", "(dq * scale)", "dq"),
+        ("kernels", "        acc *= rescale[:, None]\n", ""),
+        ("kernels", "row_sum * rescale + ", "row_sum + "),
+        ("kernels", "offs_n <= offs_m", "offs_n < offs_m"),
+        ("kernels", "tl.minimum(n_k, (tile + 1) * BLOCK_M)", "tl.minimum(n_k, tile * BLOCK_M)"),
+        ("kernels", "tl.minimum(whole, tile * BLOCK_M //", "tl.minimum(whole, (tile + 1) * BLOCK_M //"),
+        ("kernels_backward", "first_tile = tile * BLOCK_N // BLOCK_M", "first_tile = tile * BLOCK_N // BLOCK_M + 1"),
+        ("kernels_backward", "ds = weights * (dw - delta[:, None])", "ds = weights * dw"),
+        ("kernels_backward", "(dq * scale)", "dq"),
     ),
     ids=("accumulator not rescaled", "sum not rescaled", "causal off by one", "last tile missed", "tile thought whole",
          "first queries missed", "no delta", "no scale"),
@@ -247,8 +247,8 @@ def test_sound_attention_passes(device: str, edited: Callable[..., Any]) -> None
 def test_bugs_in_attention(
     device: str, faults: type[Exception], edited: Callable[..., Any], module: str, before: str, after: str
 ) -> None:
-    names = "attention", "attention_backward"
-    modules = {name: edited(name, *[(before, after)] * (name == module)) for name in names}
+    names = "kernels", "kernels_backward"
+    modules = {name: edited(f"attention.{name}", *[(before, after)] * (name == module)) for name in names}
     with pytest.raises((AssertionError, faults), match=FOUND):
         _attention(device, *modules.values())
 
@@ -262,7 +262,7 @@ def _matmul(device: str, module: Any) -> None:
     assert_close(out, a.float().double() @ b.float().double(), 40)
 
 
-FROM_LINEAR = "from tkernels.kernels.linear import"
+FROM_LINEAR = "from tkernels.ops.linear.kernels import"
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ FROM_LINEAR = "from tkernels.kernels.linear import"
 def test_bugs_in_matmul(
     device: str, faults: type[Exception], edited: Callable[..., Any], changes: tuple[tuple[str, str], ...]
 ) -> None:
-    edited("linear", *changes)
-    module = edited("matmul", (FROM_LINEAR, "from edited_linear import"))
+    edited("linear.kernels", *changes)
+    module = edited("matmul.kernels", (FROM_LINEAR, "from edited_linear_kernels import"))
     if not changes:
         _matmul(device, module)
         return

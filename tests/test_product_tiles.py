@@ -18,9 +18,9 @@ import torch
 from perf import aot, rules
 from perf.cases import attention, matmul
 from perf.cases.linear import tf32
-from tkernels import targets
-from tkernels.tuning import Config
-from tkernels.tuning import attention as tuning
+from tkernels.core import targets
+from tkernels.core.config import Config
+from tkernels.ops.attention import config as tuning
 
 pytestmark = pytest.mark.gate("aot")
 

@@ -17,9 +17,9 @@ from models.cifar_cnn import FusedCNNClassifier
 from perf import host, traffic
 from tests.test_launch import sorted_out
 from tests.watch import AtenWatch
-from tkernels import launch, replay, runtime, targets
+from tkernels.core import autotune, launch, replay, targets
+from tkernels.core import mode as runtime
 from tkernels.functional import cross_entropy, linear
-from tkernels.tuning import autotune
 
 CALLS = 4  # the first is remembered, the second recorded, the others replayed
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import tkernels
-from tkernels import runtime, targets
+from tkernels.core import mode as runtime
+from tkernels.core import targets
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -142,7 +143,7 @@ def test_float32_products_follow_torchs_switches(library: str, op: str) -> None:
 
 def test_torchs_defaults_are_ieee_products_and_tf32_convolutions() -> None:
     code = (
-        "import torch; from tkernels import runtime; "
+        "import torch; from tkernels.core import mode as runtime; "
         "print(runtime.dot_precision(torch.float32, 'conv'), runtime.dot_precision(torch.float32, 'matmul'))"
     )
     assert run_python(code).stdout.split() == ["tf32", "ieee"]
@@ -181,7 +182,7 @@ import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch, tkernels
 from models.cifar_cnn import FusedCNNClassifier
-assert not tkernels.runtime.HAS_TRITON
+assert not tkernels.core.mode.HAS_TRITON
 torch.manual_seed(0)
 model = FusedCNNClassifier(num_classes=3, width=4, image_size=8)
 criterion = tkernels.nn.CrossEntropyLoss()

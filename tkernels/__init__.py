@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 from tkernels import functional, library, nn
-from tkernels.runtime import backend, get_backend
+from tkernels.core.mode import backend, get_backend
 
 # Dynamo, which fusion rests on, cannot be imported where there is no folder for temporary files: the rest works there
 with contextlib.suppress(FileNotFoundError):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import tkernels
 import tkernels.functional as F
-from tkernels import runtime, targets
-from tkernels.tuning import autotune
+from tkernels.core import autotune, targets
+from tkernels.core import mode as runtime
 
 
 def environment() -> Iterator[tuple[str, str]]:

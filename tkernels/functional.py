@@ -1,12 +1,12 @@
 """Floor 3: the public functions, with names and arguments as in torch.nn.functional."""
 
-from tkernels.ops.attention import scaled_dot_product_attention
-from tkernels.ops.batch_norm import batch_norm
-from tkernels.ops.conv import conv2d
-from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
-from tkernels.ops.cross_entropy import cross_entropy
-from tkernels.ops.linear import linear, linear_relu
-from tkernels.ops.matmul import matmul
+from tkernels.ops.attention.op import scaled_dot_product_attention
+from tkernels.ops.batch_norm.op import batch_norm
+from tkernels.ops.conv.op import conv2d
+from tkernels.ops.conv_stage.op import ConvBNLayer, MaxPool, conv_stage
+from tkernels.ops.cross_entropy.op import cross_entropy
+from tkernels.ops.linear.op import linear, linear_relu
+from tkernels.ops.matmul.op import matmul
 
 __all__ = [
     "ConvBNLayer",

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from perf.aot import Case
 from perf.cases.linear import tf32
-from tkernels.kernels import attention, attention_backward
-from tkernels.tuning import attention as tuning
+from tkernels.ops.attention import config as tuning
+from tkernels.ops.attention import kernels as attention
+from tkernels.ops.attention import kernels_backward as attention_backward
 
 # name, batch, heads, heads of keys, queries, keys, head, options
 SHAPES = (

@@ -7,8 +7,8 @@ import functools
 import torch
 
 from perf.aot import Case
-from tkernels.kernels import batch_norm as kernels
-from tkernels.tuning import batch_norm as tuning
+from tkernels.ops.batch_norm import config as tuning
+from tkernels.ops.batch_norm import kernels
 
 BATCH = 256
 # (channels, rows and columns)

@@ -8,19 +8,17 @@ import torch
 
 from perf.aot import Case
 from perf.cases.conv import BATCH, LAYERS, image, window3x3
-from tkernels import runtime
-from tkernels.kernels import (
-    conv,
-    conv_backward,
-    conv_stage,
-    conv_stage_backward,
-    conv_stage_pointwise,
-    conv_stage_weights,
-)
-from tkernels.kernels.batch_norm import Norm
-from tkernels.tuning import conv_stage as tuning
-from tkernels.tuning.conv import Geometry
-from tkernels.tuning.conv_stage import Pooling, no_pooling
+from tkernels.core import mode as runtime
+from tkernels.ops.batch_norm.kernels import Norm
+from tkernels.ops.conv import kernels as conv
+from tkernels.ops.conv import kernels_backward as conv_backward
+from tkernels.ops.conv.config import Geometry
+from tkernels.ops.conv_stage import config as tuning
+from tkernels.ops.conv_stage import kernels as conv_stage
+from tkernels.ops.conv_stage import kernels_backward as conv_stage_backward
+from tkernels.ops.conv_stage import kernels_pointwise as conv_stage_pointwise
+from tkernels.ops.conv_stage import kernels_weights as conv_stage_weights
+from tkernels.ops.conv_stage.config import Pooling, no_pooling
 
 # (channels, rows and columns) of the maps that end a stage
 ENDS = ((32, 32), (64, 16), (128, 8))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from perf import aot
-from tkernels.kernels import cross_entropy as kernels
+from tkernels.ops.cross_entropy import kernels
 
 
 class Shape(NamedTuple):

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from perf.aot import Case
-from tkernels.kernels import linear
+from tkernels.ops.linear import kernels as linear
 
 BATCH = 256
 # (in features, out features, activation, dropout)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perf.aot import Case
 from perf.cases.linear import tf32
-from tkernels.kernels import matmul
+from tkernels.ops.matmul import kernels as matmul
 
 # name, shape of a, shape of b, which of them is transposed
 PRODUCTS = (

@@ -18,7 +18,8 @@ from perf.gpu.session import Item, Run
 from perf.measure import Subject
 from perf.operators import Tensors
 from perf.providers import Provider
-from tkernels import launch, runtime
+from tkernels.core import launch
+from tkernels.core import mode as runtime
 
 # Against float64 a result is wrong beyond these times PyTorch's error and roundings, in relative norm and at the
 # maximum, and less exact beyond the project's own bounds (tests/numerics.py), errors below one rounding counted as one.

@@ -14,7 +14,7 @@ import torch
 from perf import machine, measure, schema
 from perf.gpu.session import Item, Run
 from perf.measure import Timing
-from tkernels import targets
+from tkernels.core import targets
 
 # of nvidia-smi's long report what decides how fast a GPU is
 SECTIONS = ("CLOCK", "POWER", "TEMPERATURE", "PERFORMANCE", "ECC", "MEMORY")

@@ -12,7 +12,7 @@ from perf import traffic
 from perf.gpu import training
 from perf.gpu.session import Item, Run
 from perf.gpu.training import Rival, Task
-from tkernels import launch
+from tkernels.core import launch
 
 BATCHES, DRY_BATCHES = (256, 1024, 64), (4,)
 # who is ready at once, and who compiles for a minute or more, at the first batch and then at the others

@@ -30,8 +30,8 @@ from perf.gpu.checks import Checked
 from perf.gpu.problems import Case
 from perf.gpu.session import Item, Run
 from perf.rewritten import Rewritten
-from tkernels import targets
-from tkernels.targets import Target
+from tkernels.core import targets
+from tkernels.core.targets import Target
 
 # kernels that a dry run compiles: enough to walk the way
 DRY_KERNELS = 6

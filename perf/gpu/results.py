@@ -11,7 +11,7 @@ import pandas as pd
 from perf import schema
 from perf.compare import CHECKS, TIMINGS
 from perf.schema import Column
-from tkernels.targets import Target
+from tkernels.core.targets import Target
 
 PROFILE = "profile.csv"
 CHECK_COLUMNS = (

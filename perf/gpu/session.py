@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tkernels.targets import Target
+from tkernels.core.targets import Target
 
 # exit status of a process whose GPU no longer answers
 BROKEN_GPU = 70

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from tkernels import targets
-from tkernels.tuning import Config, attention
-from tkernels.tuning.batch_norm import Matrix
-from tkernels.tuning.conv import Geometry
-from tkernels.tuning.conv_stage import Pooling
+from tkernels.core import targets
+from tkernels.core.config import Config
+from tkernels.ops.attention import config as attention
+from tkernels.ops.batch_norm.config import Matrix
+from tkernels.ops.conv.config import Geometry
+from tkernels.ops.conv_stage.config import Pooling
 
 GATE = os.environ.get("TK_GATE", "torch")
 MODULES = ("linear", "matmul", "attention", "conv", "conv_stage", "batch_norm", "cross_entropy")
@@ -88,7 +89,7 @@ POOL: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """A configuration some target gets from ``chooser`` of tkernels.tuning.``module``.
+    """A configuration some target gets from ``chooser`` of tkernels.ops.``module``.config.
 
     ``dtype``: one it was chosen for, float32 where the chooser does not ask. ``witness``: the first arguments that led
     to it.
@@ -173,7 +174,7 @@ def enumerate_configs() -> list[Chosen]:
     """
     found: dict[tuple[Any, ...], list[Chosen]] = {}
     for name in MODULES:
-        module = importlib.import_module(f"tkernels.tuning.{name}")
+        module = importlib.import_module(f"tkernels.ops.{name}.config")
         for chooser, function in choosers(module).items():
             for target in targets_here():
                 with targets.pretend(target):

@@ -18,7 +18,7 @@ import tkernels
 from tests import tolerance
 from tests.conformance import scales
 from tests.conformance.calls import Call, Outcome, of_torch, run
-from tkernels.ops import activation as activations
+from tkernels.core import activation as activations
 
 Cotangent = Callable[[Tensor], Tensor]
 GATE = os.environ.get("TK_GATE", "torch")

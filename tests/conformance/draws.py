@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.conformance.calls import Call
 from tests.conformance.layouts import LAYOUTS, expanded, laid_out
-from tkernels.ops import activation as activations
+from tkernels.core import activation as activations
 
 # The derivatives of the others jump away from 0, where the rounding of a 16-bit input decides which side it is on.
 SMOOTH = tuple(name for name in activations.ACTIVATIONS if name not in ("relu6", "hardswish"))

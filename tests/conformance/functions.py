@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tkernels.functional as TF
+from tkernels.core.activation import apply
+from tkernels.cpu import batch_norm as batch_norm_cpu
+from tkernels.cpu import conv_stage as conv_stage_cpu
 from tkernels.cpu import convolution, norm
+from tkernels.cpu import cross_entropy as cross_entropy_cpu
 from tkernels.cpu import linear as cpu_linear
-from tkernels.ops import batch_norm_cpu, conv_stage_cpu, cross_entropy_cpu
-from tkernels.ops import sync_batch_norm as sync_ops
-from tkernels.ops.activation import apply
+from tkernels.ops.batch_norm import sync as sync_ops
 
 CL = torch.channels_last
 

@@ -164,7 +164,7 @@ def test_configuration(batch: list[Chosen], device: str, launches: list[str], mo
         "linear": _linear, "matmul": _matmul, "attention": _attention, "conv": _conv, "batch_norm": _batch_norm,
         "cross_entropy": _cross_entropy,
     }  # fmt: skip
-    tuning = importlib.import_module(f"tkernels.tuning.{batch[0].module}")
+    tuning = importlib.import_module(f"tkernels.ops.{batch[0].module}.config")
     call = make[batch[0].module](batch)
     asked = set()
 

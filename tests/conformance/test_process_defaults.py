@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 import tkernels
 import tkernels.functional as TF
-from tkernels import replay
+from tkernels.core import replay
+from tkernels.cpu import batch_norm as batch_norm_cpu
 from tkernels.cpu import buffers, compiler, passes
-from tkernels.ops import batch_norm_cpu, conv_stage_cpu, cross_entropy_cpu
+from tkernels.cpu import conv_stage as conv_stage_cpu
+from tkernels.cpu import cross_entropy as cross_entropy_cpu
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 CL = torch.channels_last

@@ -106,7 +106,7 @@ def test_linear_dropout(case: draws.Case, p: float, training: bool, device: str)
     got = torch.autograd.grad(dropped, leaves, incoming, allow_unused=True)
     exact = {n: replica(t, "cpu", torch.float64) for n, t in case.call.tensors().items()}
     y = torch.nn.functional.linear(exact["input"], exact["weight"], exact.get("bias"))
-    y = tkernels.ops.activation.apply(y, arguments["activation"])
+    y = tkernels.core.activation.apply(y, arguments["activation"])
     expected = torch.autograd.grad(y, [t for t in exact.values() if t.requires_grad], incoming.cpu() * factor.cpu())
     scale = max(t.abs().max().item() for t in exact.values() if t.numel()) * incoming.abs().max().item() * 4
     for mine, reference in zip(got, expected):

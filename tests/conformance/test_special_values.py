@@ -18,8 +18,8 @@ from torch import Tensor
 
 import tkernels.functional as ours
 from tests.conftest import GATE
+from tkernels.core import activation as activations
 from tkernels.functional import ConvBNLayer, conv_stage
-from tkernels.ops import activation as activations
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 

@@ -15,7 +15,7 @@ from tests.conformance.chosen import Chosen
 from tests.conformance.test_configs import ALL_CHOSEN
 from tests.ops.stages import close, doubled, layers_for, reference
 from tkernels.functional import MaxPool, conv_stage
-from tkernels.tuning import conv_stage as tuning
+from tkernels.ops.conv_stage import config as tuning
 
 pytestmark = [pytest.mark.gate("ttsem", "cuda"), pytest.mark.extended("ttsem")]
 STAGE = [c for c in ALL_CHOSEN if c.module == "conv_stage"]

@@ -15,9 +15,9 @@ from torch._inductor import config as inductor
 from torch._inductor.graph import GraphLowering
 
 from tests.cpu.profiles import events
+from tkernels.core import activation as activations
 from tkernels.cpu import buffers, chain, compiler, convolution, norm, packed
 from tkernels.cpu.chain import Chain, Conv, Norm
-from tkernels.ops import activation as activations
 
 pytestmark = [
     pytest.mark.gate("torch"),

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 import tkernels
 from tests.cpu.profiles import events
 from tests.fusion.pairs import ran
+from tkernels.core import activation as activations
 from tkernels.cpu import buffers, compiler, linear
-from tkernels.ops import activation as activations
 
 pytestmark = [
     pytest.mark.gate("torch"),

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import tkernels.functional as TF
 import tkernels.nn as tnn
 from tests.cpu.profiles import events
+from tkernels.core import activation as activations
 from tkernels.cpu import chain, compiler, norm
-from tkernels.ops import activation as activations
-from tkernels.ops import conv_stage_cpu
+from tkernels.cpu import conv_stage as conv_stage_cpu
 
 pytestmark = [
     pytest.mark.gate("torch"),

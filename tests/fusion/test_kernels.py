@@ -15,7 +15,7 @@ from perf import meter
 from perf.rewritten import Rewritten
 from tests.conftest import GATE
 from tests.tolerance import assert_close
-from tkernels import targets
+from tkernels.core import targets
 from tkernels.fusion.backend import count_up
 
 pytestmark = pytest.mark.gate("ttsem", "cuda")

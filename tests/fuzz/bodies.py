@@ -23,11 +23,11 @@ THRESHOLDS: tuple[tuple[str, str, Any], ...] = (
     ("tkernels.cpu.linear", "FEATURES", 1),
     ("tkernels.cpu.linear", "onednn_is_ahead", lambda threads: True),
     ("tkernels.cpu.buffers", "SMALLEST", 1),
-    ("tkernels.ops.batch_norm_cpu", "WORTH_IT", 1),
-    ("tkernels.ops.cross_entropy_cpu", "WORTH_IT", 1),
-    ("tkernels.ops.cross_entropy_cpu", "SHORT_WORTH_IT", 1),
-    ("tkernels.ops.conv_stage_cpu", "WORTH_IT", 1),
-    ("tkernels.ops.activation", "IN_PLACE", 1),
+    ("tkernels.cpu.batch_norm", "WORTH_IT", 1),
+    ("tkernels.cpu.cross_entropy", "WORTH_IT", 1),
+    ("tkernels.cpu.cross_entropy", "SHORT_WORTH_IT", 1),
+    ("tkernels.cpu.conv_stage", "WORTH_IT", 1),
+    ("tkernels.core.activation", "IN_PLACE", 1),
 )
 # names of what ran since the start: kernels launched, passes, oneDNN's products
 RAN: collections.Counter[str] = collections.Counter()

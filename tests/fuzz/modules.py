@@ -18,9 +18,9 @@ import tkernels
 from perf.rewritten import Rewritten
 from tests.fuzz.bodies import RAN, replaced
 from tests.fuzz.operators import OPERATORS, Operator, Side, Tensors
+from tkernels.core import activation as activations
 from tkernels.functional import MaxPool
 from tkernels.fusion import in_place
-from tkernels.ops import activation as activations
 
 Options = dict[str, Any]
 

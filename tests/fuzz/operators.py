@@ -14,8 +14,8 @@ from torch import Tensor
 
 import tkernels
 from tests.conformance.compare import torchs as composed
+from tkernels.core import activation as activations
 from tkernels.functional import ConvBNLayer, MaxPool
-from tkernels.ops import activation as activations
 
 Tensors = dict[str, Tensor]
 LAYER = dict(zip("wbghmvn", ConvBNLayer._fields))

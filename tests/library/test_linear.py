@@ -12,7 +12,7 @@ import tkernels
 import tkernels.functional as F
 import tkernels.nn as tnn
 from tests.library.common import check_autocast_in_compile, check_dropout_in_compile, compare_compiled, operators
-from tkernels.ops import activation as activations
+from tkernels.core import activation as activations
 
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
 

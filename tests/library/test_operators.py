@@ -13,8 +13,8 @@ import tkernels.functional as F
 import tkernels.nn as tnn
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from tests.library.common import compare_compiled, operators
+from tkernels.core import activation as activations
 from tkernels.nn.conv_stage import layer_of
-from tkernels.ops import activation as activations
 
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
 ops = torch.ops.tkernels

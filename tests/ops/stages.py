@@ -11,8 +11,8 @@ from torch import Tensor
 
 import tkernels
 from tests.tolerance import assert_close
+from tkernels.core import activation as activations
 from tkernels.functional import ConvBNLayer, MaxPool, conv_stage
-from tkernels.ops import activation as activations
 
 CL = torch.channels_last
 FIELDS = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")

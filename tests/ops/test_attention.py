@@ -16,10 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention as torchs
 import tkernels
 from tests import tolerance
 from tests.conftest import GATE
-from tkernels import runtime, targets
+from tkernels.core import autotune, targets
+from tkernels.core import mode as runtime
 from tkernels.functional import scaled_dot_product_attention
-from tkernels.tuning import attention as tuning
-from tkernels.tuning import autotune
+from tkernels.ops.attention import config as tuning
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 
@@ -212,8 +212,8 @@ def test_dropout(dtype: torch.dtype, causal: bool, p: float, device: str, triton
 
 @pytest.mark.gate("ttsem", "cuda")
 def test_mask_does_not_depend_on_tiles(device: str) -> None:
-    from tkernels.kernels import attention as kernels
-    from tkernels.tuning import Config
+    from tkernels.core.config import Config
+    from tkernels.ops.attention import kernels
 
     q, k = (torch.zeros(1, 2, n, 16, device=device) for n in (33, 39))
     v = torch.eye(39, device=device).expand(1, 2, 39, 39)
@@ -236,8 +236,9 @@ def test_mask_does_not_depend_on_tiles(device: str) -> None:
 )
 def test_small_tiles(dtype: torch.dtype, chunk: int, device: str) -> None:
     """Several programs, more keys than a tile, features at once and in chunks, everything at a time."""
-    from tkernels.kernels import attention, attention_backward
-    from tkernels.tuning import Config
+    from tkernels.core.config import Config
+    from tkernels.ops.attention import kernels as attention
+    from tkernels.ops.attention import kernels_backward as attention_backward
 
     if dtype != F32 and GATE == "cuda" and torch.cuda.get_device_capability()[0] == 9:
         pytest.skip("16 rows for 4 warps: an H200 gave wrong values and an illegal access, see test_rows_on_hopper")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tkernels.ops.autograd import once_differentiable
+from tkernels.core.autograd import once_differentiable
 
 pytestmark = pytest.mark.gate("torch", "cuda")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import tkernels
 from tests import tolerance
+from tkernels.core import activation as activations
 from tkernels.functional import batch_norm
-from tkernels.ops import activation as activations
-from tkernels.ops.batch_norm import counted_batch_norm
+from tkernels.ops.batch_norm.op import counted_batch_norm
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 
@@ -492,9 +492,9 @@ def test_small_tiles_interpreted(
 
 def check_small_tiles(case: Case, blocks: dict[str, int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel in tiny tiles: many programs, several tiles each, many partials a merge, ragged ends."""
-    from tkernels.kernels import batch_norm as kernels
-    from tkernels.tuning import Config
-    from tkernels.tuning import batch_norm as tuning
+    from tkernels.core.config import Config
+    from tkernels.ops.batch_norm import config as tuning
+    from tkernels.ops.batch_norm import kernels
 
     made = operands(case)
     want = evaluate(case, made.like(F64, "cpu"), reference=True)
@@ -541,8 +541,8 @@ def test_batches_share_specialisations(channels_last: bool) -> None:
 
 @pytest.mark.gate("aot")
 def test_merges_stay_short_and_gpus_full() -> None:
-    from tkernels import targets
-    from tkernels.tuning import batch_norm as tuning
+    from tkernels.core import targets
+    from tkernels.ops.batch_norm import config as tuning
 
     for shape, channels_last in (
         ((10_000_000, 1), False), ((256, 64, 32, 32), True), ((2, 4096), False), ((4, 3, 1000, 1000), False),

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import tkernels
 from tests.tolerance import assert_close
+from tkernels.core import activation as activations
 from tkernels.functional import conv2d
-from tkernels.ops import activation as activations
-from tkernels.ops.conv import geometry
+from tkernels.ops.conv.op import geometry
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 

@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.tolerance import assert_close
-from tkernels.ops.conv import geometry
-from tkernels.tuning import Config
-from tkernels.tuning.conv import Geometry
+from tkernels.core.config import Config
+from tkernels.ops.conv.config import Geometry
+from tkernels.ops.conv.op import geometry
 
 pytestmark = pytest.mark.gate("ttsem", "cuda")
 
-conv = pytest.importorskip("tkernels.kernels.conv")
-conv_backward = pytest.importorskip("tkernels.kernels.conv_backward")
-conv_depthwise = pytest.importorskip("tkernels.kernels.conv_depthwise")
-pointwise = pytest.importorskip("tkernels.kernels.conv_stage_pointwise")
-batch_norm = pytest.importorskip("tkernels.kernels.batch_norm")
+conv = pytest.importorskip("tkernels.ops.conv.kernels")
+conv_backward = pytest.importorskip("tkernels.ops.conv.kernels_backward")
+conv_depthwise = pytest.importorskip("tkernels.ops.conv.kernels_depthwise")
+pointwise = pytest.importorskip("tkernels.ops.conv_stage.kernels_pointwise")
+batch_norm = pytest.importorskip("tkernels.ops.batch_norm.kernels")
 
 CL = torch.channels_last
 PRODUCT = Config.of(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)

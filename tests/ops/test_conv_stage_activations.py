@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.ops.stages import CASES, CL, FIELDS, activated, close, compare, doubled, layers_for, reference
 from tests.tolerance import assert_close
-from tkernels import replay
+from tkernels.core import activation as activations
+from tkernels.core import replay
 from tkernels.functional import ConvBNLayer, conv_stage
-from tkernels.ops import activation as activations
-from tkernels.ops import conv_stage_triton
+from tkernels.ops.conv_stage import triton_body as conv_stage_triton
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 

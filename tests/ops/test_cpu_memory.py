@@ -13,8 +13,8 @@ from torch import Tensor
 
 import tkernels.functional as TF
 from tests.tolerance import assert_close
+from tkernels.core import activation
 from tkernels.cpu import linear
-from tkernels.ops import activation
 
 pytestmark = pytest.mark.gate("torch")
 

@@ -14,8 +14,9 @@ from torch import Tensor
 import tkernels.functional as TF
 from tests.ops.test_conv_stage_cpu import take
 from tests.tolerance import assert_close
+from tkernels.cpu import batch_norm as batch_norm_cpu
 from tkernels.cpu import buffers, compiler, linear
-from tkernels.ops import batch_norm_cpu, cross_entropy_cpu
+from tkernels.cpu import cross_entropy as cross_entropy_cpu
 
 pytestmark = [
     pytest.mark.gate("torch"),

@@ -268,8 +268,8 @@ def by_hand(
     classes: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the gradient of the logits by kernels launched in tiles so small that there are many."""
-    from tkernels.kernels import cross_entropy as kernels
-    from tkernels.tuning import Config
+    from tkernels.core.config import Config
+    from tkernels.ops.cross_entropy import kernels
 
     config = Config.of(num_warps=1, num_stages=1, BLOCK_ROWS=rows, BLOCK_C=classes)
     saved = kernels.launch_forward(
@@ -325,8 +325,8 @@ def test_few_long_rows_are_split_by_the_chooser(device: str, launches: list[str]
 @pytest.mark.gate("ttsem", "cuda")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_sum_takes_as_many_rounds_as_needed(reduction: str, device: str, launches: list[str]) -> None:
-    from tkernels.kernels import cross_entropy as kernels
-    from tkernels.tuning import Config
+    from tkernels.core.config import Config
+    from tkernels.ops.cross_entropy import kernels
 
     pairs = torch.rand(2, 37).to(device)
     loss, count = pairs.new_empty(()), pairs.new_empty(()) if reduction == "mean" else None
@@ -470,7 +470,7 @@ def test_two_runs_give_the_same_bits(device: str) -> None:
 def test_logits_are_read_where_they_lie(device: str, triton_runs: bool) -> None:
     if not triton_runs:
         pytest.skip("PyTorch chooses for itself")
-    from tkernels.kernels.class_layout import readable
+    from tkernels.ops.cross_entropy.layout import readable
 
     batch = torch.randn(2, 3, 4, 5).to(device)
     layouts = (
@@ -583,7 +583,7 @@ def test_module(device: str, triton_runs: bool, launches: list[str]) -> None:
 @pytest.mark.parametrize("shape", [(10,), (1000,), (5, 16, 16)])
 def test_batches_share_their_compiled_kernels(shape: tuple[int, ...]) -> None:
     from perf import aot
-    from tkernels.kernels import cross_entropy as kernels
+    from tkernels.ops.cross_entropy import kernels
 
     def keys(batch: int) -> set[str]:
         with aot.recording("sm_90") as launches:

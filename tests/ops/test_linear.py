@@ -12,9 +12,9 @@ from torch import Tensor
 
 import tkernels
 from tests import tolerance
+from tkernels.core import activation as activations
 from tkernels.functional import linear, linear_relu
 from tkernels.nn import Linear, LinearReLU
-from tkernels.ops import activation as activations
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from tests import tolerance
 from tests.conftest import GATE
-from tkernels import runtime, targets
-from tkernels.ops import activation as activations
-from tkernels.tuning import Config
-from tkernels.tuning import linear as tuning
+from tkernels.core import activation as activations
+from tkernels.core import mode as runtime
+from tkernels.core import targets
+from tkernels.core.config import Config
+from tkernels.ops.linear import config as tuning
 
 if not runtime.HAS_TRITON:
     pytest.skip("needs triton", allow_module_level=True)
 
-from tkernels.kernels import linear as kernels
+from tkernels.ops.linear import kernels
 
 pytestmark = pytest.mark.gate("ttsem", "cuda")
 

@@ -219,8 +219,8 @@ def test_other_dtypes_are_pytorchs(dtype: torch.dtype, device: str, launches: li
 @pytest.mark.gate("ttsem", "cuda")
 def test_small_tiles(device: str) -> None:
     """Several programs on each axis, partial tiles, splits, in every combination of layouts."""
-    from tkernels.kernels import matmul as kernels
-    from tkernels.tuning import Config
+    from tkernels.core.config import Config
+    from tkernels.ops.matmul import kernels
 
     config = Config.of(num_warps=4, num_stages=2, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)
     for (la, lb), dtype in zip(itertools.product(("contiguous", "transposed"), repeat=2), (F32, BF16, F16, BF16)):

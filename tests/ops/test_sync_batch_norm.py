@@ -19,7 +19,7 @@ import tkernels
 import tkernels.nn as tnn
 from tests.models import processes
 from tests.tolerance import assert_close
-from tkernels.ops import sync_batch_norm as ops
+from tkernels.ops.batch_norm import sync as ops
 
 CHANNELS = 6
 # values of the processes; the last two cases: one process has none, one has a single value a channel

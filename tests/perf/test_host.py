@@ -9,7 +9,7 @@ import torch
 
 from perf import host, traffic
 from tests.perf.command import refused, run
-from tkernels import launch
+from tkernels.core import launch
 
 pytestmark = pytest.mark.gate("torch")
 

@@ -23,7 +23,7 @@ from perf.gpu.results import Results
 from perf.gpu.session import Block, Request, Run
 from perf.gpu.supervisor import Supervisor
 from tests.perf import command
-from tkernels import targets
+from tkernels.core import targets
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -123,7 +123,7 @@ def test_a_network_is_recorded_where_the_run_sends_it(monkeypatch: pytest.Monkey
 
     def build(name: str) -> Any:
         def call(mode: Any) -> None:
-            backends[name] = tkernels.runtime.get_backend()
+            backends[name] = tkernels.get_backend()
 
         return call
 
@@ -161,7 +161,7 @@ import triton
 from perf import aot
 from perf.gpu import precompile, problems
 from perf.gpu.session import Item
-from tkernels import targets
+from tkernels.core import targets
 
 TARGET = targets.TARGETS["sm_90"]
 

@@ -10,7 +10,7 @@ import pytest
 from perf import aot, rules, static, ttir
 from perf.cases import conv, linear
 from tests.perf.command import refused, run
-from tkernels.targets import TARGETS
+from tkernels.core.targets import TARGETS
 
 pytestmark = pytest.mark.gate("aot")
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tkernels.core import activation as activations
 from tkernels.cpu import compiler, convolution, norm, packed
-from tkernels.ops import activation as activations
 
 # input, weight, bias, running mean and variance, batch norm's weight and bias, residual
 Run = Callable[

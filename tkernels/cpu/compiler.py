@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.overrides import _pop_mode, _push_mode
 
+from tkernels.core.mode import flag
 from tkernels.cpu import cache
-from tkernels.runtime import flag
 
 log = logging.getLogger("tkernels")
 # Inductor vectorises by the sizes that it sees: a first call of few channels would make slow code for all after it.

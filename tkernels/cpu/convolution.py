@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tkernels.core.autograd import composed_where_differentiated, gradients_of, save, saved
 from tkernels.cpu import buffers
 from tkernels.cpu.compiler import Pass
-from tkernels.ops.autograd import composed_where_differentiated, gradients_of, save, saved
 
 CL = torch.channels_last
 MOST_PIXELS = 1 << 14

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from tkernels.core import activation as activations
+from tkernels.core.autograd import composed_where_differentiated, gradients_of, save, saved
 from tkernels.cpu import buffers, compiler, norm, packed
 from tkernels.cpu.chain import DTYPES, NOT_COMPILED
 from tkernels.cpu.compiler import Pass
-from tkernels.ops import activation as activations
-from tkernels.ops.autograd import composed_where_differentiated, gradients_of, save, saved
 
 Run = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 

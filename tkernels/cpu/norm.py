@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tkernels.core import activation as activations
+from tkernels.core.autograd import composed_where_differentiated, gradients_of, save, saved
 from tkernels.cpu import buffers, passes
 from tkernels.cpu.compiler import Pass
-from tkernels.ops import activation as activations
-from tkernels.ops.autograd import composed_where_differentiated, gradients_of, save, saved
 
 # Rows in a group: sums are taken group by group first, which stays in a core's caches and keeps float32 sums short.
 # (Measured: within 5% of the best from 32 on, unless too few groups are left; below 16 their own sums cost.)

@@ -12,15 +12,16 @@ from torch import Tensor, fx
 
 import tkernels.cpu.chain as cpu
 import tkernels.cpu.linear as cpu_linear
-from tkernels import runtime, targets
+from tkernels.core import mode as runtime
+from tkernels.core import targets
 from tkernels.fusion.chains import Chain, disturbed, incomplete
 from tkernels.fusion.steps import Step, value
-from tkernels.ops.batch_norm import batch_norm
-from tkernels.ops.conv import conv2d, described, pair
-from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
-from tkernels.ops.cross_entropy import cross_entropy
-from tkernels.ops.linear import linear
-from tkernels.tuning import routing
+from tkernels.ops.batch_norm.op import batch_norm
+from tkernels.ops.conv import routing
+from tkernels.ops.conv.op import conv2d, described, pair
+from tkernels.ops.conv_stage.op import ConvBNLayer, MaxPool, conv_stage
+from tkernels.ops.cross_entropy.op import cross_entropy
+from tkernels.ops.linear.op import linear
 
 
 class Call(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from tkernels.ops.activation import LEAKY_SLOPE
+from tkernels.core.activation import LEAKY_SLOPE
 
 _aten_nn: Any = torch._C._nn
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

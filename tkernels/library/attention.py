@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tkernels import runtime
+from tkernels.core import autograd
+from tkernels.core import mode as runtime
 from tkernels.library import common
-from tkernels.ops import attention as ops
-from tkernels.ops import autograd
-from tkernels.tuning import attention as tuning
+from tkernels.ops.attention import config as tuning
+from tkernels.ops.attention import op as ops
 
 if runtime.HAS_TRITON:
-    from tkernels.kernels import attention as kernels
+    from tkernels.ops.attention import kernels
 
 __all__ = ["attention", "attention_backward"]
 

@@ -1,5 +1,5 @@
 """torch.ops.tkernels.batch_norm and batch_norm_backward. Functional: the caller moves the running
-statistics (tkernels.ops.batch_norm.track), in arithmetic a compiler fuses into one small kernel."""
+statistics (tkernels.ops.batch_norm.op.track), in arithmetic a compiler fuses into one small kernel."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tkernels import runtime
+from tkernels.core import activation as activations
+from tkernels.core import autograd
+from tkernels.core import mode as runtime
 from tkernels.library import common
-from tkernels.ops import activation as activations
-from tkernels.ops import autograd
-from tkernels.ops import batch_norm as ops
-from tkernels.tuning import batch_norm as tuning
+from tkernels.ops.batch_norm import config as tuning
+from tkernels.ops.batch_norm import op as ops
 
 if runtime.HAS_TRITON:
-    from tkernels.kernels import batch_norm as kernels
+    from tkernels.ops.batch_norm import kernels
 
 __all__ = ["batch_norm", "batch_norm_backward"]
 

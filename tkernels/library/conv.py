@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from tkernels import runtime
+from tkernels.core import activation as activations
+from tkernels.core import autograd
+from tkernels.core import mode as runtime
 from tkernels.library import common
-from tkernels.ops import activation as activations
-from tkernels.ops import autograd
-from tkernels.ops import conv as ops
-from tkernels.tuning.conv import Geometry
+from tkernels.ops.conv import op as ops
+from tkernels.ops.conv.config import Geometry
 
 __all__ = ["conv2d", "conv2d_backward"]
 

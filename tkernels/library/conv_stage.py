@@ -1,5 +1,5 @@
 """torch.ops.tkernels.conv_stage and conv_stage_backward. Functional: the caller moves the running statistics
-(tkernels.ops.batch_norm.track) by the batch's, which the operator returns."""
+(tkernels.ops.batch_norm.op.track) by the batch's, which the operator returns."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from tkernels import runtime
+from tkernels.core import activation as activation_ops
+from tkernels.core import autograd
+from tkernels.core import mode as runtime
 from tkernels.library import common
 from tkernels.library.batch_norm import torch_statistics
-from tkernels.ops import activation as activation_ops
-from tkernels.ops import autograd
-from tkernels.ops import conv as conv_ops
-from tkernels.ops import conv_stage as ops
-from tkernels.ops import conv_stage_triton as triton
-from tkernels.ops.conv_stage_call import ConvBNLayer, Plan, channels_last
-from tkernels.tuning.conv import Geometry
+from tkernels.ops.conv import op as conv_ops
+from tkernels.ops.conv.config import Geometry
+from tkernels.ops.conv_stage import op as ops
+from tkernels.ops.conv_stage import triton_body as triton
+from tkernels.ops.conv_stage.call import ConvBNLayer, Plan, channels_last
 
 __all__ = ["conv_stage", "conv_stage_backward"]
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tkernels import runtime
+from tkernels.core import autograd
+from tkernels.core import mode as runtime
 from tkernels.library import common
-from tkernels.ops import autograd
-from tkernels.ops import cross_entropy as ops
+from tkernels.ops.cross_entropy import op as ops
 
 if runtime.HAS_TRITON:
-    from tkernels.kernels import class_layout
-    from tkernels.kernels import cross_entropy as kernels
+    from tkernels.ops.cross_entropy import kernels
+    from tkernels.ops.cross_entropy import layout as class_layout
 
 __all__ = ["cross_entropy", "cross_entropy_backward"]
 

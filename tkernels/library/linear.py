@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tkernels import runtime
+from tkernels.core import activation as activations
+from tkernels.core import autograd
+from tkernels.core import mode as runtime
 from tkernels.library import common
-from tkernels.ops import activation as activations
-from tkernels.ops import autograd
 
 if runtime.HAS_TRITON:
-    from tkernels.kernels import linear as kernels
+    from tkernels.ops.linear import kernels
 
 __all__ = ["linear", "linear_backward"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tkernels import runtime
+from tkernels.core import autograd
+from tkernels.core import mode as runtime
 from tkernels.library import common
-from tkernels.ops import autograd
-from tkernels.ops import matmul as ops
+from tkernels.ops.matmul import op as ops
 
 __all__ = ["matmul"]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tkernels.ops import activation as activations
-from tkernels.ops import batch_norm as ops
+from tkernels.core import activation as activations
+from tkernels.ops.batch_norm import op as ops
 
 if TYPE_CHECKING:
     _Base = torch.nn.modules.batchnorm._BatchNorm

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tkernels.ops import activation as activations
-from tkernels.ops.conv import conv2d
+from tkernels.core import activation as activations
+from tkernels.ops.conv.op import conv2d
 
 __all__ = ["Conv2d"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from tkernels.ops import checks
-from tkernels.ops.conv_stage import ConvBNLayer, MaxPool, conv_stage
+from tkernels.core import checks
+from tkernels.ops.conv_stage.op import ConvBNLayer, MaxPool, conv_stage
 
 __all__ = ["ConvBNReLU2d", "ConvStage"]
 

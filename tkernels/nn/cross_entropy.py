@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tkernels.ops.cross_entropy import cross_entropy
+from tkernels.ops.cross_entropy.op import cross_entropy
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

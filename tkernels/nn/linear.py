@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tkernels.ops import activation as activations
-from tkernels.ops import checks
-from tkernels.ops.linear import linear
+from tkernels.core import activation as activations
+from tkernels.core import checks
+from tkernels.ops.linear.op import linear
 
 
 class Linear(torch.nn.Linear):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tkernels import runtime
-from tkernels.ops.multihead_attention import Parameters, multi_head_attention
+from tkernels.core import mode as runtime
+from tkernels.ops.attention.multihead import Parameters, multi_head_attention
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tkernels.nn.batch_norm import _FusedBatchNorm
-from tkernels.ops.sync_batch_norm import sync_batch_norm
+from tkernels.ops.batch_norm.sync import sync_batch_norm
 
 __all__ = ["SyncBatchNorm"]
 

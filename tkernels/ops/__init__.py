@@ -1,1 +1,1 @@
-"""Floor 2: operators. Checks, autocast, the autograd function and the PyTorch body, one file an operator."""
+"""Operators, a folder each: op.py (checks, autograd, PyTorch body), kernels*.py (device code, launches), config.py."""

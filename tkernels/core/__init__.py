@@ -1,0 +1,1 @@
+"""What all operators rest on. No module here imports an operator."""

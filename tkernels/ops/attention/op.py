@@ -1,0 +1,273 @@
+"""Scaled dot-product attention: checks, autocast, autograd, and the PyTorch body."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from tkernels.core import autograd, checks
+from tkernels.core import mode as runtime
+from tkernels.ops.attention import config as tuning
+
+if runtime.HAS_TRITON:
+    from tkernels.ops.attention import kernels
+    from tkernels.ops.attention import kernels_backward as backward_kernels
+
+__all__ = ["scaled_dot_product_attention"]
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``dropout(softmax(query @ key^T * scale + attn_mask)) @ value`` as torch has it, without a matrix of queries by
+    keys.
+
+    query: (\\*, H, L, E); key: (\\*, H, S, E); value: (\\*, H, S, V), with leading dimensions that broadcast, or with
+    ``enable_gqa`` fewer heads, each of which serves as many of query's; result: (\\*, H, L, V) in query's or the
+    autocast dtype. attn_mask broadcasts to (\\*, H, L, S): boolean (True takes part) or added to the scores.
+    ``is_causal``: row i sees keys 0 to i. scale: 1 / sqrt(E) by default. A row that sees no key gives 0. Dropout is
+    applied whenever ``dropout_p`` is above 0.
+
+    Left to PyTorch on any device (the logger 'tkernels' says so once): heads wider than 256, or than 128 in float32 or
+    on AMD's RDNA; an attn_mask that requires grad, whose gradient is a matrix of queries by keys itself. Where Triton
+    runs, gradients can't be differentiated again.
+
+    Raises TypeError for an argument of another type, IndexError for an attn_mask of one dimension, RuntimeError for
+    shapes, dtypes or devices that do not go together, a ``dropout_p`` outside [0, 1], or a mask beside ``is_causal``.
+    """
+    if runtime.leaves_to_torch(query) or not _takes_triton(query, key, value, attn_mask):
+        return _torch_body(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    scale = None if scale is None else checks.number("scale", scale)
+    _check_options(attn_mask, dropout_p, is_causal)
+    _check_shapes(query, key, value, attn_mask, enable_gqa)
+    cast = runtime.autocast_dtype(query)
+    if cast is not None:
+        query, key, value, attn_mask = runtime.cast_for_autocast(cast, query, key, value, attn_mask)  # type: ignore[assignment]
+    _check_kinds(query, key, value, attn_mask)
+    reason = why_not(query, value, attn_mask, dropout_p)
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        reason = "attn_mask requires a gradient, which is a matrix of queries by keys"
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            runtime.log_once(f"scaled_dot_product_attention runs on PyTorch: {reason}")
+        return _torch_body(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return _triton_body(query, key, value, attn_mask, float(dropout_p), bool(is_causal), scale, enable_gqa)
+
+
+def why_not(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> str | None:
+    """Why heads of this size are left to PyTorch, or None where they are not."""
+    # (index and if make constants of what a trace has as symbols)
+    head, v_head = operator.index(query.shape[-1]), operator.index(value.shape[-1])
+    extras = True if attn_mask is not None or dropout_p > 0 else False  # noqa: SIM210
+    return _why_not(head, v_head, query.element_size(), extras)
+
+
+def _why_not(head: int, v_head: int, itemsize: int, extras: bool) -> str | None:
+    return tuning.why_not(head, v_head, itemsize, extras, tuning.target_name())
+
+
+# A trace has no business with facts of GPUs: what torch.compiler.assume_constant_result does, without importing Dynamo
+_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_options(attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> None:
+    """Raise RuntimeError for options torch refuses."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    if is_causal and attn_mask is not None:
+        raise RuntimeError("attn_mask must be None where is_causal is set, got both")
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, gqa: bool) -> None:
+    """Raise RuntimeError or IndexError for the shapes torch refuses."""
+
+    def refuse(rule: str) -> NoReturn:
+        given = f"got query {checks.shape(query)}, key {checks.shape(key)} and value {checks.shape(value)}"
+        raise RuntimeError(f"{rule}, {given}") from None
+
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        refuse("query, key and value must have at least two dimensions")
+    if query.shape[-1] != key.shape[-1]:
+        refuse("query and key must have heads of one size")
+    if key.shape[-2] != value.shape[-2]:
+        refuse("key and value must be of one length")
+    if gqa:
+        if min(query.dim(), key.dim(), value.dim()) < 3:
+            refuse("with enable_gqa query, key and value must have at least three dimensions")
+        heads = query.shape[-3]
+        if any(t.shape[-3] == 0 or heads % t.shape[-3] for t in (key, value)):
+            refuse("with enable_gqa the heads of key and value must divide those of query")
+    try:
+        lead = _lead(query, key, value, gqa)
+    except RuntimeError:
+        refuse("the leading dimensions of query, key and value must broadcast")
+    if attn_mask is None:
+        return
+    if attn_mask.dim() < 2:
+        raise IndexError(f"attn_mask must have at least two dimensions, got {checks.shape(attn_mask)}")
+    scores = (*lead, query.shape[-2], key.shape[-2])
+    sizes = zip(reversed(attn_mask.shape), reversed(scores))
+    if attn_mask.dim() > len(scores) or any(size not in (1, target) for size, target in sizes):
+        raise RuntimeError(f"attn_mask must broadcast to {list(scores)}, got {checks.shape(attn_mask)}")
+
+
+def _lead(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> torch.Size:
+    """The leading dimensions of the result, heads among them."""
+    if not gqa:
+        return torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
+    return torch.Size((*torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value))), query.shape[-3]))
+
+
+def _check_kinds(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    """Raise RuntimeError for devices or dtypes that do not go together."""
+    checks.same_device(query=query, key=key, value=value, attn_mask=attn_mask)
+    checks.same_dtype(query=query, key=key, value=value)
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(f"attn_mask must be bool, float32 or of query's dtype {query.dtype}, got {attn_mask.dtype}")
+
+
+def _takes_triton(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
+    """The backend decision; integers, complex numbers, sparse and nested tensors are PyTorch's."""
+    checks.tensor(query=query, key=key, value=value)
+    checks.optional_tensor(attn_mask=attn_mask)
+    for t in (query, key, value):
+        if not (t.is_floating_point() and t.layout is torch.strided) or t.is_nested:
+            return False
+    return runtime.use_triton(query, key, value, attn_mask)
+
+
+def _torch_body(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    gqa: bool,
+) -> Tensor:
+    try:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=gqa
+        )
+    except checks.REFUSALS as error:
+
+        def check() -> None:
+            checks.tensor(query=query, key=key, value=value)
+            checks.optional_tensor(attn_mask=attn_mask)
+            if scale is not None:
+                checks.number("scale", scale)
+            _check_options(attn_mask, dropout_p, is_causal)
+            _check_shapes(query, key, value, attn_mask, gqa)
+            if runtime.autocast_dtype(query) is None:
+                _check_kinds(query, key, value, attn_mask)
+
+        checks.explain(error, check)
+
+
+def _triton_body(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    p: float,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+) -> Tensor:
+    lead = _lead(query, key, value, gqa)
+    q = _four_dimensions(query.expand(*lead, *query.shape[-2:]))
+    k, v = (_four_dimensions(_broadcast_heads(t, lead, gqa)) for t in (key, value))
+    if k.shape[1] != v.shape[1]:  # a number of heads for each: no kernel for that
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    if mask is not None and len(lead) > 2:
+        mask = _four_dimensions(mask.expand(*lead, *mask.shape[-2:]))
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    seed = runtime.dropout_seed(q) if p > 0 else None
+    if runtime.traced():
+        o = torch.ops.tkernels.attention(q, k, v, mask, p, causal, scale, seed)[0]
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        o = _Attention.apply(q, k, v, mask, p, causal, scale, seed)
+    else:
+        q, k, v = (kernels.dense_heads(t) for t in (q, k, v))
+        o, _ = kernels.launch_forward(q, k, v, mask, p, causal, scale, seed, save_lse=False)
+    return o if len(lead) == 2 else o.reshape(*lead, *o.shape[-2:])
+
+
+def _broadcast_heads(t: Tensor, lead: torch.Size, gqa: bool) -> Tensor:
+    """key or value with the leading dimensions of the result; its own heads, where they are shared by groups."""
+    return t.expand(*lead[:-1], -1, -1, -1) if gqa else t.expand(*lead, -1, -1)
+
+
+def _four_dimensions(t: Tensor) -> Tensor:
+    """[batch, heads, rows, columns] of a tensor with any number of leading dimensions."""
+    if t.dim() > 4:
+        return t.flatten(0, -4)
+    return t if t.dim() == 4 else t[(None,) * (4 - t.dim())]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        p: float,
+        causal: bool,
+        scale: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        q, k, v = (kernels.dense_heads(t) for t in (q, k, v))
+        o, lse = kernels.launch_forward(q, k, v, mask, p, causal, scale, seed)
+        ctx.options = p, causal, scale
+        autograd.save(ctx, q, k, v, mask, o, lse, seed)
+        return o
+
+    @staticmethod
+    @autograd.once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, o, lse, seed = autograd.saved(ctx)
+        p, causal, scale = ctx.options
+        found = backward(do, q, k, v, mask, o, lse, p, causal, scale, seed, ctx.needs_input_grad[:3])
+        return *found, None, None, None, None, None
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    p: float,
+    causal: bool,
+    scale: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k and v by kernels, each where ``needs`` says so."""
+    needs_q, needs_k, needs_v = needs
+    do = kernels.dense_heads(do)
+    dq = dk = dv = None
+    delta = backward_kernels.launch_delta(o, do) if needs_q or needs_k else lse
+    given = q, k, v, do, lse, delta, mask, p, causal, scale, seed
+    if needs_q:
+        dq = backward_kernels.launch_dq(*given)
+    if needs_k or needs_v:
+        dk, dv = backward_kernels.launch_dkv(*given, needs_k, needs_v)
+    return dq, dk, dv

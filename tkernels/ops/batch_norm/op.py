@@ -1,0 +1,530 @@
+"""Batch norm with residual and activation: checks, the autograd function, the PyTorch body."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tkernels.core import activation as activations
+from tkernels.core import autograd, checks
+from tkernels.core import mode as runtime
+from tkernels.cpu import batch_norm as batch_norm_cpu
+from tkernels.ops.batch_norm import config as tuning
+
+if runtime.HAS_TRITON:
+    from tkernels.ops.batch_norm import kernels
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation((input - mean) / sqrt(var + eps) * weight + bias + residual), as torch.nn.functional.batch_norm.
+
+    ``input``: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); the other tensors (C), ``residual`` as the input.
+    ``training`` takes mean and (biased) variance from the batch and moves the running statistics, where given, by
+    ``momentum`` towards the mean and the unbiased variance; else the running statistics normalise.
+
+    Dtypes: all one, or float32 parameters and statistics with a float16 or bfloat16 input, which sets the output's.
+    Under autocast the input's dtype stays and the residual is cast to it. Empty input is left to PyTorch.
+
+    Raises ValueError for one value per channel in training, a bad eps, half of the running statistics or an unknown
+    activation; RuntimeError for shapes, dtypes and devices that do not fit; TypeError for what is no tensor or number.
+    """
+    if momentum is None:
+        raise TypeError("momentum must be a number, got None (a module with momentum=None keeps a cumulative average)")
+    return counted_batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, None
+    )
+
+
+def counted_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """batch_norm for modules: also adds one to ``num_batches_tracked`` (int64, shape ()), where given.
+
+    ``momentum`` None: running statistics are the average over all batches counted so far.
+    """
+    if activation not in activations.ACTIVATIONS:
+        activations.check(activation)
+    if residual is not None:
+        residual = _checked_residual(input, residual)
+    if runtime.leaves_to_torch(input) or not _takes_triton(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual
+    ):
+        return _torch_batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
+            num_batches_tracked,
+        )  # fmt: skip
+    momentum = None if momentum is None else checks.number("momentum", momentum)
+    eps = checks.number("eps", eps)
+    if runtime.traced():
+        return _registered(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
+            num_batches_tracked,
+        )  # fmt: skip
+    y: Tensor = _BatchNorm.apply(
+        input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+        activation,
+    )  # fmt: skip
+    return y
+
+
+def _takes_triton(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+) -> bool:
+    """The backend decision; empty input is PyTorch's. Raises for a bad call before any kernel runs."""
+    if isinstance(input, Tensor) and input.numel() == 0:
+        return False
+    if not _plainly_right(input, running_mean, running_var, weight, bias, training, momentum, eps):
+        _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return runtime.use_triton(input, weight, bias, running_mean, running_var, residual)
+
+
+def _registered(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """The call as torch.ops.tkernels.batch_norm, which is functional: running statistics are moved here."""
+    given = (None, None) if training else (running_mean, running_var)
+    y, stats = torch.ops.tkernels.batch_norm(input, residual, weight, bias, *given, eps, activation)
+    if training:
+        values = input.numel() // input.shape[1]
+        track(stats, values, eps, running_mean, running_var, momentum, num_batches_tracked)
+    result: Tensor = y
+    return result
+
+
+def _plainly_right(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> bool:
+    """Whether a call is of the everyday kind, which needs no further checks: every vector there, of one dtype."""
+    if not (isinstance(input, Tensor) and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)):
+        return False
+    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor) and input.ndim > 1 and input.shape[0] > 1):
+        return False
+    shape, dtype, device = input.shape[1:2], input.dtype, input.device
+    wide = running_mean.dtype
+    return (
+        (dtype == wide or (wide == torch.float32 and dtype in (torch.float16, torch.bfloat16)))
+        and input.is_floating_point()
+        and running_mean.shape == running_var.shape == weight.shape == bias.shape == shape
+        and running_var.dtype == weight.dtype == bias.dtype == wide
+        and running_mean.device == running_var.device == weight.device == bias.device == device
+        and not (running_mean.requires_grad or running_var.requires_grad)
+        and (momentum is None or type(momentum) is float)
+        and type(eps) is float
+        and eps > 0.0
+        and type(training) is bool
+    )
+
+
+def _check(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    vectors = {name: t for name, t in given.items() if t is not None}
+    checks.tensor(**vectors)
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be a bool, got {type(training).__name__}")
+    if training and input.ndim and input.shape[0] == 1 and all(size == 1 for size in input.shape[2:]):
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    if training and input.ndim == 0:
+        raise IndexError(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
+    _check_eps(eps, training)
+    # an empty vector counts as a batch of no channels, as in torch
+    if input.ndim < 2 and not (input.ndim == 1 and input.numel() == 0):
+        # torch fails on whichever it meets first: the missing axis, or a vector of the wrong length
+        error = RuntimeError if vectors or not training else IndexError
+        raise error(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
+    if momentum is not None:
+        checks.number("momentum", momentum)
+    if (running_mean is None) != (running_var is None) and training:
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if not training and (running_mean is None or running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise RuntimeError(f"{missing} must be given in evaluation (training=False), got None")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"input must have a floating-point dtype, got {input.dtype}")
+    _check_vectors(input, vectors)
+
+
+def _check_eps(eps: float, training: bool) -> None:
+    eps = checks.number("eps", eps)
+    if (eps <= 0.0) if training else (eps < 0.0):
+        raise ValueError(f"eps must be positive in training and not negative in evaluation, got {eps}")
+
+
+def _check_vectors(input: Tensor, vectors: dict[str, Tensor]) -> None:
+    """Parameters and statistics: C values each, on the input's device, of dtypes that torch accepts together."""
+    channels, dtype = input.shape[1] if input.ndim > 1 else 0, input.dtype
+    for name, t in vectors.items():
+        if t.numel() != channels:
+            raise RuntimeError(f"{name} must have one value per channel of input {checks.shape(input)} ({channels}), "
+                               f"got shape {checks.shape(t)}")  # fmt: skip
+        if t.device != input.device:
+            checks.same_device(input=input, **vectors)
+        if t.dtype != dtype:
+            wide = dtype in (torch.float16, torch.bfloat16)
+            if not wide or any(other.dtype != torch.float32 for other in vectors.values()):
+                listed = ", ".join(f"{key} {other.dtype}" for key, other in vectors.items())
+                allowed = f"{dtype} or, all of them, torch.float32" if wide else f"{dtype}"
+                raise RuntimeError(f"parameters and statistics of a {dtype} input must be {allowed}, got {listed}")
+    for name in ("running_mean", "running_var"):
+        t_or_none = vectors.get(name)
+        if t_or_none is None:
+            continue
+        if t_or_none.ndim != 1:
+            raise RuntimeError(f"{name} must have shape [{channels}], got {checks.shape(t_or_none)}")
+        if t_or_none.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name} must not require a gradient: batch norm has none for it")
+
+
+def _checked_residual(input: Tensor, residual: Tensor) -> Tensor:
+    checks.tensor(input=input, residual=residual)
+    if residual.shape != input.shape:
+        raise RuntimeError(f"residual must have the input's shape {checks.shape(input)}, got {checks.shape(residual)}")
+    checks.same_device(input=input, residual=residual)
+    if residual.dtype != input.dtype:
+        if runtime.autocast_dtype(input) is None or not residual.is_floating_point():
+            checks.same_dtype(input=input, residual=residual)
+        residual = residual.to(input.dtype)
+    return residual
+
+
+def _torch_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """The PyTorch body: torch's own batch norm, differentiated by torch; residual and ReLU in place of its output.
+
+    With ReLU, large maps on a CPU go through batch_norm_cpu. What torch refuses is refused in our words.
+    """
+    vectors = running_mean, running_var, weight, bias
+    if (
+        activation == "relu"
+        and training is True
+        and batch_norm_cpu.takes(input, vectors, momentum, eps, num_batches_tracked, residual)
+    ):
+        return batch_norm_cpu.batch_norm_relu(input, *vectors, momentum, eps, num_batches_tracked)
+    try:
+        if eps <= 0.0:  # torch before 2.14 takes any
+            if input.numel() == 0:
+                _check_eps(eps, training)
+            else:
+                _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        y = _torch_normalize(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
+        )  # fmt: skip
+    except checks.REFUSALS as error:
+        arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
+        checks.explain(error, functools.partial(_check, *arguments))
+    if residual is not None:
+        # (in a vmap the residual may be many and y one)
+        y = y + residual if runtime.transformed() else y.add_(residual)
+    return activations.apply_to_own(y, activation, y.dim())
+
+
+def _torch_normalize(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    # torch's CPU backward takes vectors to be dense; running statistics it moves must be the caller's own
+    weight, bias = dense(weight), dense(bias)
+    if not training:
+        running_mean, running_var = dense(running_mean), dense(running_var)
+    counter = num_batches_tracked if training else None
+    if momentum is None:
+        if counter is not None:
+            if (counter.is_cuda or runtime.traced() or runtime.transformed()) and running_mean is not None:
+                return _average_on_device(input, running_mean, running_var, weight, bias, eps, counter)
+            momentum = 1.0 / (float(counter) + 1.0)
+        else:
+            momentum = 0.0  # torch's modules stand still where there is nothing to average by
+    if type(input) is Tensor and input.dim() > 1 and not runtime.jit_traced() and input.shape[0] > 1:
+        # what torch.nn.functional.batch_norm comes to once it has looked at each size of the input
+        cudnn = input.is_cuda and torch.backends.cudnn.enabled
+        y = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn)
+    else:
+        y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if counter is not None:
+        counter.add_(1)
+    return y
+
+
+def _average_on_device(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    counter: Tensor,
+) -> Tensor:
+    """torch's batch norm in training with a cumulative average that does not wait for the device's counter."""
+    batch = [(running, torch.zeros_like(running)) for running in (running_mean, running_var) if running is not None]
+    mean, var = (fresh for _, fresh in batch)
+    y = torch.nn.functional.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+    counter.add_(1)
+    # an empty batch has no statistics, and torch then leaves the running ones
+    if input.numel() > 0:
+        for running, fresh in batch:
+            running.lerp_(fresh, counter.to(running.dtype).reciprocal())
+    return y
+
+
+def track(
+    stats: Tensor,
+    values: int,
+    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Move the running statistics, where given, to the batch's; add one to the counter. ``values``: a channel's."""
+    with torch.no_grad():
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if running_mean is None or running_var is None:
+            return
+        mean, invstd = stats[:2].double() + stats[2:].double()
+        unbiased = (invstd.square().reciprocal() - eps).clamp(min=0.0) * (values / (values - 1))
+        factor: Any = momentum
+        if momentum is None:
+            factor = 0.0 if num_batches_tracked is None else num_batches_tracked.double().reciprocal()
+        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+            before = running.double()
+            running.copy_(before + (batch - before) * factor)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout torch gives batch norm's output: channels_last where the strides say so, else contiguous."""
+    if x.is_contiguous() or x.ndim not in (4, 5):
+        return torch.contiguous_format
+    smallest = 0
+    for axis in (1, *range(x.ndim - 1, 1, -1), 0):
+        size, stride = x.shape[axis], x.stride(axis)
+        if stride < smallest or (axis == 1 and stride == 0) or (axis == 0 and smallest == x.stride(1)):
+            return torch.contiguous_format
+        smallest = stride * max(size, 1)
+    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    return t if t is None or not isinstance(t, Tensor) or t.is_contiguous() else t.contiguous()
+
+
+def triton_statistics(
+    x: Tensor,
+    m: tuning.Matrix,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The batch's statistics [4, C] of dense ``x``; moves running statistics and counter in place."""
+    partials = kernels.launch_statistics(x, m, num_batches_tracked)
+    return merge_statistics(partials, m, running_mean, running_var, momentum, num_batches_tracked, eps)
+
+
+def merge_statistics(
+    partials: Any,
+    m: tuning.Matrix,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """triton_statistics from a kernels.Partials, whose producer counted the batch."""
+    mean, var = dense(running_mean), dense(running_var)
+    stats = kernels.launch_finalize_statistics(partials, m, eps, mean, var, momentum, num_batches_tracked)
+    for running, moved in ((running_mean, mean), (running_var, var)):
+        if running is not None and moved is not None and running is not moved:
+            running.copy_(moved)
+    # kernels write behind autograd's back: a graph that saved the old values must notice
+    written = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
+    if written:
+        torch.autograd.graph.increment_version(written)
+    return stats
+
+
+def triton_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    saved: Tensor | None,
+    saved_is: str | None,
+    norm: Any,
+    m: tuning.Matrix,
+    activation: str | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (input, residual, weight, bias), each where ``needs`` says so. ``dy`` is laid out as ``x``.
+
+    ``norm``: a kernels.Norm. ``x``: None where nothing depends on it. ``saved``: what the activation's gradient needs
+    beside x (see _BatchNorm), named by ``saved_is``.
+    """
+    needs_input, needs_residual, needs_weight, needs_bias = needs
+    if x is None:
+        x = dy  # never read: only its shape and layout count
+    from_batch = norm.var is None
+    write_dz = needs_residual and activation is not None
+    dweight = dbias = coefficients = dz = None
+    if needs_weight or needs_bias or (needs_input and from_batch):
+        partials, dz = kernels.launch_gradient_sums(dy, x, m, norm, activation, saved, saved_is, write_dz)
+        dweight, dbias, coefficients = kernels.launch_finalize_gradients(
+            partials, m, norm, needs_weight, needs_bias, needs_input and from_batch
+        )
+    dx = None
+    if dz is not None:
+        if needs_input:
+            dx, _ = kernels.launch_input_gradient(dz, x, m, norm, coefficients)
+    elif needs_input or write_dz:
+        dx, dz = kernels.launch_input_gradient(
+            dy, x, m, norm, coefficients, activation, saved, saved_is, needs_input, write_dz
+        )
+    return dx, (dy if dz is None else dz) if needs_residual else None, dweight, dbias
+
+
+def kept_for_backward(
+    y: Tensor, residual: Tensor | None, activation: str | None, from_batch: bool, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, str | None, bool]:
+    """(what the activation's gradient needs beside the input, what that is, whether the input is needed); see
+    _BatchNorm."""
+    needs_input, _, needs_weight, needs_bias = needs
+    saved, saved_is = None, None
+    needs_sums = needs_weight or needs_bias or (from_batch and needs_input)
+    if activation in activations.FROM_OUTPUT and (residual is not None or not needs_sums):
+        saved, saved_is = y, "output"
+    elif activation is not None and residual is not None:
+        saved, saved_is = residual, "residual"
+    return saved, saved_is, needs_sums or (activation is not None and saved_is != "output")
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Batch norm on Triton.
+
+    Saved are the input and C-sized vectors: with batch statistics x is needed for dx anyway, so the activation's
+    input is computed again from it, which also reads less than a saved output. A residual hides that input: where
+    the output tells the derivative it is read instead (the next layer keeps it alive), else the residual is.
+    With given statistics and frozen parameters the output alone does, and x is not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        activation: str | None,
+    ) -> Tensor:
+        layout = memory_format(input)
+        x = input.contiguous(memory_format=layout)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=layout)
+        m = tuning.matrix(x.shape, layout != torch.contiguous_format)
+        weight, bias = dense(weight), dense(bias)
+        if training:
+            stats = triton_statistics(x, m, running_mean, running_var, momentum, num_batches_tracked, eps)
+            norm = kernels.Norm(stats, None, weight, bias, eps)
+        else:
+            norm = kernels.Norm(cast(Tensor, dense(running_mean)), dense(running_var), weight, bias, eps)
+        y = kernels.launch_normalize(x, m, norm, activation, residual)
+
+        needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        if not (needs_input or needs_residual or needs_weight or needs_bias):
+            return y
+        saved, saved_is, needs_x = kept_for_backward(y, residual, activation, training, ctx.needs_input_grad[:4])
+        autograd.save(ctx, x if needs_x else None, saved, norm.mean, norm.var, weight, bias)
+        ctx.layout, ctx.matrix, ctx.eps, ctx.activation, ctx.saved_is = layout, m, eps, activation, saved_is
+        return y
+
+    @staticmethod
+    @autograd.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, saved, mean, var, weight, bias = autograd.saved(ctx)
+        norm = kernels.Norm(mean, var, weight, bias, ctx.eps)
+        dx, dresidual, dweight, dbias = triton_backward(
+            dy.contiguous(memory_format=ctx.layout), x, saved, ctx.saved_is, norm, ctx.matrix, ctx.activation,
+            ctx.needs_input_grad[:4],
+        )  # fmt: skip
+        return dx, dresidual, dweight, dbias, None, None, None, None, None, None, None

@@ -1,0 +1,272 @@
+"""What a 2-D convolution is (Geometry) and the launch configurations of its kernels."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from tkernels.core import targets
+from tkernels.core.config import Config, block, cdiv, next_power_of_two
+
+# Below this many channels a group, one step of the reduction would not fill the tensor cores' 16 lanes:
+# taps and channels are flattened into one axis instead.
+FLATTEN_BELOW = 16
+MAX_ACCUMULATORS = 64  # float32 accumulators a thread
+MIN_STEPS = 8  # pixel steps that make a split of the weight gradient worth its workspace
+
+
+class Geometry(NamedTuple):
+    """A 2-D convolution without its batch. ``pad_h``, ``pad_w``: rows above and columns to the left; what is below
+    and to the right follows from the output's size."""
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    height: int
+    width: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    out_h: int
+    out_w: int
+
+    @property
+    def group_in(self) -> int:
+        """Input channels of a group."""
+        return self.in_channels // self.groups
+
+    @property
+    def group_out(self) -> int:
+        """Output channels of a group."""
+        return self.out_channels // self.groups
+
+    @property
+    def taps(self) -> int:
+        return self.kernel_h * self.kernel_w
+
+    @property
+    def reduction(self) -> int:
+        """Products summed into one output."""
+        return self.taps * self.group_in
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every group has one input channel, so that there is nothing for a matrix product to share."""
+        return self.group_in == 1 and self.groups > 1
+
+    @property
+    def flattened(self) -> bool:
+        """Whether taps and channels form one reduction axis."""
+        return self.group_in < FLATTEN_BELOW
+
+    @property
+    def halo(self) -> bool:
+        """Whether any tap of any output falls outside the input."""
+        reach_h = (self.out_h - 1) * self.stride_h - self.pad_h + (self.kernel_h - 1) * self.dilation_h
+        reach_w = (self.out_w - 1) * self.stride_w - self.pad_w + (self.kernel_w - 1) * self.dilation_w
+        return self.pad_h > 0 or self.pad_w > 0 or reach_h >= self.height or reach_w >= self.width
+
+    @property
+    def phases(self) -> tuple[int, int]:
+        """How many residues of rows and of columns modulo the stride the input has."""
+        return min(self.stride_h, self.height), min(self.stride_w, self.width)
+
+    @property
+    def row_pitch(self) -> int:
+        """Elements from one output channel to the next in a packed weight; padded so that rows start aligned."""
+        return cdiv(self.reduction, 16) * 16 if self.flattened else self.reduction
+
+
+def unit(channels: int) -> int:
+    """The factor taken out of a channel count before a kernel sees it, so that it knows the count to be a multiple
+    of 8 (or 4) where it is: Triton itself finds out multiples of 16 only."""
+    return 1 if channels % 16 == 0 else math.gcd(channels, 8)
+
+
+def reduction_block(length: int, dtype: torch.dtype, precision: str, target: targets.Target) -> int:
+    """The step along a product's reduction axis. Long steps are for targets whose tensor cores read shared memory;
+    elsewhere they hold too many operand registers."""
+    if dtype == torch.float32 and precision == "ieee":
+        return 16
+    return block(length, 16, 64 if reads_shared(target) and dtype != torch.float32 else 32)
+
+
+def reads_shared(target: targets.Target) -> bool:
+    """Whether the tensor cores take operands from shared memory (four warps at a time): sm_90 and sm_100."""
+    return isinstance(target.arch, int) and 90 <= target.arch < 120
+
+
+def stages(step_bytes: int, target: targets.Target, wanted: int = 4) -> int:
+    """Pipeline stages that fit: at most 2 on AMD, and two programs a multiprocessor on NVIDIA."""
+    budget = target.shared_memory if not target.is_nvidia else min(target.shared_memory, target.shared_memory_mp // 2)
+    return max(1, min(wanted, target.max_stages, (budget - 2048) // step_bytes))
+
+
+def wide_warps(block_m: int, block_n: int, block_k: int, warps: int, dtype: torch.dtype, target: targets.Target) -> int:
+    """At most ``warps``, and so few that a thread loads 16 bytes at once of the smaller operand's tile."""
+    enough = min(block_m, block_n) * block_k * dtype.itemsize // 16
+    fewest = 4 if reads_shared(target) else 1
+    while warps > fewest and warps * target.warp_size > enough:
+        if block_m * block_n > MAX_ACCUMULATORS * target.warp_size * warps // 2:
+            break
+        warps //= 2
+    return warps
+
+
+def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, precision: str) -> tuple[int, int, int]:
+    """(block of rows, block of columns, warps) of a product tile with at most MAX_ACCUMULATORS a thread.
+
+    ``rows_long``: the rows are pixels, of images of ``rows`` each; small images make few tiles, so tiles get smaller.
+    """
+    if dtype == torch.float32 and precision == "ieee":
+        return (64 if rows_long else block(rows, 16, 64)), block(cols, 16, 64), 8
+    if cols >= 256 and (rows_long or rows >= 256):
+        return 128, 128, 8
+    block_n = block(cols, 16, 64)
+    if rows_long:
+        return (64 if rows <= 64 else 128), block_n, 4
+    # of 128 and 64 rows the one that wastes less; 64 must win by a tenth to pay for loading the columns twice
+    waste = {size: cdiv(rows, size) * size for size in (64, 128)}
+    tall = 128 if waste[128] <= 1.1 * waste[64] else 64
+    return block(rows, 16, tall), block_n, 4
+
+
+@functools.lru_cache(maxsize=4096)
+def _pixels_product(
+    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target, maps: int = 1,
+    gradient: bool = False,
+) -> Config:  # fmt: skip
+    block_m, block_n, warps = product_tile(True, pixels, cols, dtype, precision)
+    block_k = reduction_block(length, dtype, precision, target)
+    if target.warp_size == 32 and not target.is_nvidia:
+        warps = 8  # gfx1100 spills the epilogue of 64 accumulators a thread
+    warps = wide_warps(block_m, block_n, block_k, warps, dtype, target)
+    # ptxas spills a few registers of small tiles below a limit it sets itself
+    maxnreg = 128 if block_m * block_n <= 4096 and block_m == 64 and dtype != torch.float32 else None
+    if target.name == "sm_120" and block_m == 128 and warps == 4:
+        maxnreg = 255  # there of large ones too, at 96 and 128; limits between spill more
+    if maps > 1 and target.name in ("sm_80", "sm_86", "sm_89") and warps == 4:
+        maxnreg = maxnreg or 192  # and there at 168, where the gradient is computed on the way to the product
+    if gradient and precision == "ieee" and target.name == "sm_90" and block_m * block_n == 2048:
+        maxnreg = maxnreg or 128  # and there two at 96, which Triton 3.6's ptxas aims at
+    return Config.of(warps, stages((maps * block_m + block_n) * block_k * dtype.itemsize, target), maxnreg,
+                     BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _flat_product(cols: int, reduction: int, dtype: torch.dtype, precision: str, target: targets.Target) -> Config:
+    # gathered element by element: a tall tile or a long step would hold too many addresses and masks
+    block_k = reduction_block(min(reduction, 32), dtype, precision, target)
+    warps = 8 if precision == "ieee" and dtype == torch.float32 else 4
+    return Config.of(warps, min(cdiv(reduction, block_k), 2), BLOCK_M=64 if target.is_nvidia else 32,
+                     BLOCK_N=block(cols, 16, 64), BLOCK_K=block_k)  # fmt: skip
+
+
+def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+    """Tiles of the forward product: BLOCK_M pixels, BLOCK_N output channels, BLOCK_K of the reduction."""
+    if g.flattened:
+        return _flat_product(g.group_out, g.reduction, dtype, precision, targets.current())
+    return _pixels_product(g.out_h * g.out_w, g.group_out, g.group_in, dtype, precision, targets.current())
+
+
+def dgrad(g: Geometry, dtype: torch.dtype, precision: str, masked: bool = False) -> Config:
+    """Tiles of the input gradient: BLOCK_M input pixels, BLOCK_N input channels, BLOCK_K output channels. ``masked``:
+    the gradient is multiplied by an activation's derivative as it is loaded, from a second map."""
+    phase = cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
+    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, targets.current(), 1 + masked, True)
+
+
+@functools.lru_cache(maxsize=4096)
+def _wgrad(
+    reduction: int, group_out: int, dtype: torch.dtype, precision: str, target: targets.Target, flat: bool, masked: bool
+) -> Config:
+    rows, cols = max(reduction, group_out), min(reduction, group_out)
+    block_m, block_n, warps = product_tile(False, rows, cols, dtype, precision)
+    block_p = reduction_block(64, dtype, precision, target)
+    warps = wide_warps(block_m, block_n, block_p, warps, dtype, target)
+    if flat and target.name == "sm_90" and block_m >= 64:
+        warps = 8  # 4 spill the addresses and masks of an image that is gathered element by element
+    second_map = (block_m if group_out > reduction else block_n) if masked else 0
+    # left alone ptxas aims at 128 registers for some of these and spills two
+    maxnreg = 168 if target.name == "sm_100" and block_m * block_n == 16384 and dtype != torch.float32 else None
+    return Config.of(warps, stages((block_m + block_n + second_map) * block_p * dtype.itemsize, target), maxnreg,
+                     BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=block_p)  # fmt: skip
+
+
+def wgrad(g: Geometry, dtype: torch.dtype, precision: str, masked: bool = False) -> Config:
+    """Tiles of the weight gradient: BLOCK_M and BLOCK_N of its longer and its shorter side, BLOCK_P pixels a step.
+    ``masked``: as for dgrad."""
+    return _wgrad(g.reduction, g.group_out, dtype, precision, targets.current(), g.flattened, masked)
+
+
+def wgrad_sides(g: Geometry) -> tuple[int, int, bool]:
+    """Rows and columns of the sums of one group's weight gradient, and whether output channels are the rows: the
+    longer side is. A depthwise gradient is one table of taps and channels."""
+    if g.depthwise:
+        return g.taps, g.out_channels, False
+    out_on_rows = g.group_out > g.reduction
+    return (g.group_out, g.reduction, True) if out_on_rows else (g.reduction, g.group_out, False)
+
+
+def splits(pixels: int, tiles: int, block_p: int, workspace_bytes: int) -> int:
+    """Into how many runs of pixels a weight gradient is cut: two programs a multiprocessor, at least MIN_STEPS
+    steps a run, at most 32 MiB of workspace (``workspace_bytes`` a split)."""
+    wanted = cdiv(2 * targets.current().multiprocessors, max(tiles, 1))
+    affordable = max(1, (32 << 20) // max(workspace_bytes, 1))
+    return max(1, min(wanted, affordable, cdiv(pixels, block_p * MIN_STEPS), 65535))
+
+
+def runs(pixels: int, tiles: int, block_p: int, workspace_bytes: int, wanted: int | None = None) -> tuple[int, int]:
+    """(pixels a run, runs) of a weight gradient: whole steps, and no more runs than ``wanted`` or splits says."""
+    count = wanted or splits(pixels, tiles, block_p, workspace_bytes)
+    run = max(cdiv(cdiv(pixels, count), block_p), 1) * block_p
+    return run, max(cdiv(pixels, run), 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def merge(elements: int) -> Config:
+    """Blocks of the second pass over a split weight gradient: BLOCK elements, BLOCK_S splits at a time."""
+    size = block(elements // 256, 32, 256)
+    return Config.of(4, 1, BLOCK=size, BLOCK_S=4096 // size)
+
+
+@functools.lru_cache(maxsize=4096)
+def pack(columns: int) -> Config:
+    """Blocks of the weight packing kernel: BLOCK_R rows, BLOCK_C columns."""
+    size = block(columns, 16, 256)
+    return Config.of(4, 1, BLOCK_R=max(1, 1024 // size), BLOCK_C=size)
+
+
+@functools.lru_cache(maxsize=4096)
+def mask(channels: int) -> Config:
+    """Blocks of the pass that applies an activation's derivative: BLOCK_P pixels, BLOCK_C channels."""
+    size = block(channels, 8, 64)
+    return Config.of(4, 1, BLOCK_P=2048 // size, BLOCK_C=size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _depthwise(channels: int, target: targets.Target) -> Config:
+    size = block(channels, 8, 64)
+    # 128 threads, so that each loads 16 bytes
+    return Config.of(128 // target.warp_size, 1, BLOCK_P=1024 // size, BLOCK_C=size)
+
+
+def depthwise(channels: int) -> Config:
+    """Blocks of the depthwise forward and input gradient: BLOCK_P pixels, BLOCK_C channels."""
+    return _depthwise(channels, targets.current())
+
+
+@functools.lru_cache(maxsize=4096)
+def depthwise_wgrad(g: Geometry) -> Config:
+    """Blocks of the depthwise weight gradient: BLOCK_T taps, BLOCK_P pixels a step, BLOCK_C channels."""
+    taps = min(next_power_of_two(g.taps), 16)
+    size = block(g.out_channels, 8, 64)
+    return Config.of(4, 1, BLOCK_T=taps, BLOCK_P=max(1, 4096 // (taps * size)), BLOCK_C=size)

@@ -1,0 +1,285 @@
+"""2-D convolution on Triton: the forward product as an implicit GEMM, and what all its kernels share.
+
+Inside, everything is NHWC: activations are [N, H, W, C], weights [C_out, kernel_h, kernel_w, C_in / groups] (packed).
+The product has a row for each output pixel, a column for each output channel of a group, and reduces over taps and
+input channels. Outputs may be stored in either memory format.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tkernels.core import autotune
+from tkernels.core import device as common
+from tkernels.core import mode as runtime
+from tkernels.core.config import Config, cdiv
+from tkernels.core.launch import launch
+from tkernels.ops.conv import config as tuning
+from tkernels.ops.conv.config import Geometry
+
+
+@triton.jit
+def locate_pixels(first, image_pixels, width, BLOCK: tl.constexpr):
+    """Where pixels first .. first + BLOCK - 1 of a batch lie: image (int64), pixel in the image, row, column."""
+    image = first // image_pixels
+    inside = (first - image * image_pixels).to(tl.int32) + tl.arange(0, BLOCK)
+    image += (inside // image_pixels).to(tl.int64)
+    inside = inside % image_pixels
+    return image, inside, inside // width, inside % width
+
+
+@triton.jit
+def pixel_offsets(image, inside, first, image_pixels, channels, offs_c, NCHW: tl.constexpr, BLOCK: tl.constexpr):
+    """Element offsets [BLOCK, channels] of consecutive pixels in a tensor of either memory format."""
+    if NCHW:
+        return (image * image_pixels * channels + inside)[:, None] + offs_c.to(tl.int64)[None, :] * image_pixels
+    return (first + tl.arange(0, BLOCK))[:, None] * channels + offs_c[None, :]
+
+
+@triton.jit
+def row_pitch(reduction, PADDED: tl.constexpr):
+    """Elements from one output channel to the next in a packed weight (Geometry.row_pitch)."""
+    if PADDED:
+        return (reduction + 15) // 16 * 16
+    return reduction
+
+
+@triton.jit
+def forward_product(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask_n, height, width, group_in, channels,
+                    group_out, PADDED: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+                    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+                    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, HALO: tl.constexpr,
+                    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_K: tl.constexpr):  # fmt: skip
+    """Float32 tile [BLOCK_M output pixels, BLOCK_N output channels]: one loop over taps and blocks of channels."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    origin = image * height * width
+    top = row * STRIDE_H - PAD_H
+    left = col * STRIDE_W - PAD_W
+    w_rows = (group * group_out + offs_n).to(tl.int64) * row_pitch(KERNEL_H * KERNEL_W * group_in, PADDED)
+    steps = tl.cdiv(group_in, BLOCK_K)
+    tl.assume(steps > 0)  # no channels at all are PyTorch's: ops/conv.py
+    for step in range(KERNEL_H * KERNEL_W * steps):
+        tap = step // steps
+        offs_k = (step - tap * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < group_in
+        y = top + tap // KERNEL_W * DILATION_H
+        x = left + tap % KERNEL_W * DILATION_W
+        inside = in_range
+        if HALO:
+            inside = in_range & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        # the pixel is clamped, not the finished offset: that would hide its alignment from the compiler
+        pixel = tl.where(inside, origin + y * width + x, 0)
+        a = tl.load(x_ptr + pixel[:, None] * channels + (group * group_in + offs_k)[None, :],
+                    mask=inside[:, None] & mask_k[None, :], other=0.0)  # fmt: skip
+        b = tl.load(w_ptr + w_rows[None, :] + (tap * group_in + offs_k)[:, None],
+                    mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # fmt: skip
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def forward_product_flat(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask_n, height, width, group_in,
+                         group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, PADDED: tl.constexpr,
+                         KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
+                         STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+                         DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PRECISION: tl.constexpr,
+                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """As forward_product for few channels a group: taps and channels are one axis of the reduction, and the image is
+    read through its strides in its own dtype, so that it need be neither transposed nor cast. An image that is cast on
+    the way is a computed operand, and the right one (kernels/linear.py's input gradient says why)."""
+    CAST: tl.constexpr = x_ptr.dtype.element_ty != w_ptr.dtype.element_ty
+    N_AXIS: tl.constexpr = 0 if CAST else 1  # of the weight's tile
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if CAST else (BLOCK_M, BLOCK_N), dtype=tl.float32)
+    reduction = KERNEL_H * KERNEL_W * group_in
+    origin = tl.where(in_range, image, 0) * x_stride_n
+    top = row * STRIDE_H - PAD_H
+    left = col * STRIDE_W - PAD_W
+    w_rows = (group * group_out + offs_n).to(tl.int64) * row_pitch(reduction, PADDED)
+    if w_ptr.dtype.element_ty != tl.float32 or PRECISION != "ieee":  # no wgmma, and ptxas spills on sm_80
+        tl.assume(reduction > 0)
+    for first in range(0, reduction, BLOCK_K):
+        offs_k = first + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < reduction
+        tap = offs_k // group_in
+        channel = group * group_in + offs_k % group_in
+        y = top[:, None] + (tap // KERNEL_W * DILATION_H)[None, :]
+        x = left[:, None] + (tap % KERNEL_W * DILATION_W)[None, :]
+        inside = in_range[:, None] & mask_k[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        spot = tl.where(inside, y.to(tl.int64) * x_stride_h + x.to(tl.int64) * x_stride_w, 0)
+        a = tl.load(
+            x_ptr + (origin[:, None] + spot) + (channel.to(tl.int64) * x_stride_c)[None, :], mask=inside, other=0.0
+        )
+        w_offsets = tl.expand_dims(w_rows, 1 - N_AXIS) + tl.expand_dims(offs_k, N_AXIS)
+        w_mask = tl.expand_dims(mask_n, 1 - N_AXIS) & tl.expand_dims(mask_k, N_AXIS)
+        w = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
+        if CAST:
+            acc = tl.dot(w, tl.trans(a.to(w.dtype)), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    return tl.trans(acc) if CAST else acc
+
+
+# One program: a [BLOCK_M output pixels, BLOCK_N channels of one group] tile of y = activation(conv(x, w) + bias) and,
+# where z_ptr is given, of the activation's input. Grid: (pixel tiles x channel tiles,), grouped for L2.
+@triton.jit(do_not_specialize=["pixels", "tiles_m", "height", "width", "out_w", "x_stride_n"])
+def conv_forward_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, z_ptr, pixels, tiles_m, height, width, out_w, out_pixels,
+                        groups, group_in, group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
+                        IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, FLAT: tl.constexpr, KERNEL_H: tl.constexpr,
+                        KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
+                        PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, HALO: tl.constexpr,
+                        NCHW: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    group_in *= IN_UNIT
+    group_out *= OUT_UNIT
+    tiles_n = tl.cdiv(group_out, BLOCK_N)
+    pid_m, pid_n = common.grouped_tile(tl.program_id(0), tiles_m, groups * tiles_n)
+    group = pid_n // tiles_n
+    first = pid_m.to(tl.int64) * BLOCK_M
+    image, inside, row, col = locate_pixels(first, out_pixels, out_w, BLOCK_M)
+    in_range = first + tl.arange(0, BLOCK_M) < pixels
+    offs_n = (pid_n - group * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < group_out
+    if FLAT:
+        acc = forward_product_flat(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask_n, height, width,
+                                   group_in, group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT,
+                                   KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
+                                   PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    else:
+        acc = forward_product(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask_n, height, width, group_in,
+                              groups * group_in, group_out, FLAT, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H,
+                              PAD_W, DILATION_H, DILATION_W, HALO, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    channel = group * group_out + offs_n
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    offsets = pixel_offsets(image, inside, first, out_pixels, groups * group_out, channel, NCHW, BLOCK_M)
+    mask = in_range[:, None] & mask_n[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + offsets, acc.to(z_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offsets, common.activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pack_tile(pid_r, pid_c, w_ptr, packed_ptr, rows, columns, pitch, inner, group_rows, w_stride_o, w_stride_i,
+              w_stride_h, w_stride_w, KERNEL_W: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_R: tl.constexpr,
+              BLOCK_C: tl.constexpr):  # fmt: skip
+    """A [BLOCK_R, BLOCK_C] tile of the packed weight. Rows are output channels, columns (tap, input channel);
+    TRANSPOSED: rows are input channels of all groups, columns (tap, output channel of the group)."""
+    offs_r = pid_r.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap = offs_c // inner
+    within = offs_c % inner
+    spot = tap // KERNEL_W * w_stride_h + tap % KERNEL_W * w_stride_w
+    if TRANSPOSED:
+        out_channel = (offs_r // group_rows * inner)[:, None] + within[None, :]
+        offsets = out_channel * w_stride_o + (offs_r % group_rows * w_stride_i)[:, None] + spot[None, :]
+    else:
+        offsets = (offs_r * w_stride_o)[:, None] + (within.to(tl.int64) * w_stride_i + spot)[None, :]
+    mask_r = offs_r < rows
+    # columns past the last one pad the row with zeros
+    w = tl.load(w_ptr + offsets, mask=mask_r[:, None] & (offs_c < columns)[None, :], other=0.0)
+    tl.store(packed_ptr + offs_r[:, None] * pitch + offs_c[None, :], w.to(packed_ptr.dtype.element_ty),
+             mask=mask_r[:, None] & (offs_c < pitch)[None, :])  # fmt: skip
+
+
+# One program: pack_tile of a weight. Grid: (row tiles, column tiles).
+@triton.jit
+def conv_pack_kernel(w_ptr, packed_ptr, rows, columns, pitch, inner, group_rows, w_stride_o, w_stride_i, w_stride_h,
+                     w_stride_w, KERNEL_W: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_R: tl.constexpr,
+                     BLOCK_C: tl.constexpr):  # fmt: skip
+    pack_tile(tl.program_id(0), tl.program_id(1), w_ptr, packed_ptr, rows, columns, pitch, inner, group_rows,
+              w_stride_o, w_stride_i, w_stride_h, w_stride_w, KERNEL_W, TRANSPOSED, BLOCK_R, BLOCK_C)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def window(g: Geometry) -> dict[str, Any]:
+    """The compile-time arguments that describe the kernel's window."""
+    return {
+        "KERNEL_H": g.kernel_h, "KERNEL_W": g.kernel_w, "STRIDE_H": g.stride_h, "STRIDE_W": g.stride_w,
+        "PAD_H": g.pad_h, "PAD_W": g.pad_w, "DILATION_H": g.dilation_h, "DILATION_W": g.dilation_w,
+    }  # fmt: skip
+
+
+def channel_units(g: Geometry) -> tuple[int, int, int, int]:
+    """(input channels, output channels) of a group, each with its unit taken out, and the units."""
+    in_unit, out_unit = tuning.unit(g.group_in), tuning.unit(g.group_out)
+    return g.group_in // in_unit, g.group_out // out_unit, in_unit, out_unit
+
+
+def is_nhwc(x: Tensor) -> bool:
+    """Whether the elements lie densely in NHWC order."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def empty_pixels(x: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """An uninitialised tensor of logical shape (N, C, H, W) in one of the two memory formats. It is a view of nothing:
+    autograd lets nobody write to a view that comes out of a Function."""
+    _, c, h, w = shape
+    if channels_last:
+        return x.new_empty_strided(shape, (h * w * c, 1, w * c, c), dtype=dtype)
+    return x.new_empty(shape, dtype=dtype)
+
+
+def packs(weight: Tensor, g: Geometry, dtype: torch.dtype) -> bool:
+    """Whether launch_pack (not transposed) has anything to do: the weight does not lie as the product reads it."""
+    return weight.dtype != dtype or g.row_pitch != g.reduction or not is_nhwc(weight)
+
+
+def launch_pack(weight: Tensor, g: Geometry, dtype: torch.dtype, transposed: bool = False,
+                config: Config | None = None) -> Tensor:  # fmt: skip
+    """The weight as [C_out, (tap, C_in / groups)] in ``dtype``, rows g.row_pitch apart; ``transposed``: as
+    [C_in, (tap, C_out / groups)]. The weight itself where it already lies so."""
+    if transposed:
+        rows, inner, group_rows = g.in_channels, g.group_out, g.group_in
+        columns = pitch = g.taps * inner
+    else:
+        rows, inner, group_rows = g.out_channels, g.group_in, g.group_out
+        columns, pitch = g.reduction, g.row_pitch
+        if not packs(weight, g, dtype):
+            return weight
+    packed = weight.new_empty((rows, pitch), dtype=dtype)
+    config = config or tuning.pack(columns)
+    grid = (cdiv(rows, config["BLOCK_R"]), cdiv(pitch, config["BLOCK_C"]))
+    launch(conv_pack_kernel, grid, weight, packed, rows, columns, pitch, inner, group_rows, *weight.stride(),
+                           KERNEL_W=g.kernel_w, TRANSPOSED=transposed, **config.options())  # fmt: skip
+    return packed
+
+
+def launch_forward(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, activation: str | None = None,
+                   keep_input: bool = False, channels_last: bool = True,
+                   config: Config | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """y = activation(conv(x, w) + bias), and the activation's input if ``keep_input``.
+
+    ``x``: [N, C, H, W], NHWC in memory and in the dtype of ``packed`` unless g.flattened (then any). ``packed``: from
+    launch_pack; its dtype is the output's. ``channels_last``: the output's memory format.
+    """
+    n = x.shape[0]
+    shape = (n, g.out_channels, g.out_h, g.out_w)
+    y = empty_pixels(x, shape, packed.dtype, channels_last)
+    z = empty_pixels(x, shape, packed.dtype, channels_last) if keep_input else None
+    if y.numel() == 0:
+        return y, z
+    precision = runtime.dot_precision(packed.dtype, "conv")
+    config = config or autotune.pick(
+        "conv2d forward", n, (g, packed.dtype, precision, activation, channels_last),
+        tuning.forward(g, packed.dtype, precision),
+        lambda c: launch_forward(x, packed, bias, g, activation, keep_input, channels_last, c),
+    )  # fmt: skip
+    group_in, group_out, in_unit, out_unit = channel_units(g)
+    out_pixels = g.out_h * g.out_w
+    tiles_m = cdiv(n * out_pixels, config["BLOCK_M"])
+    grid = (tiles_m * g.groups * cdiv(g.group_out, config["BLOCK_N"]),)
+    strides = x.stride() if g.flattened else (0, 0, 0, 0)
+    launch(
+        conv_forward_kernel, grid,
+        x, packed, bias, y, z, n * out_pixels, tiles_m, g.height, g.width, g.out_w, out_pixels, g.groups,
+        group_in, group_out, *strides, IN_UNIT=in_unit, OUT_UNIT=out_unit, FLAT=g.flattened, HALO=g.halo,
+        NCHW=not channels_last, ACTIVATION=activation, PRECISION=precision, **window(g), **config.options(),
+    )  # fmt: skip
+    return y, z

@@ -1,0 +1,412 @@
+"""2-D convolution with a fused activation: checks, autocast, autograd, and the PyTorch body."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tkernels.core import activation as activations
+from tkernels.core import autograd, autotune, checks
+from tkernels.core import mode as runtime
+from tkernels.ops.conv import routing
+from tkernels.ops.conv.config import Geometry
+
+if runtime.HAS_TRITON:
+    from tkernels.ops.conv import kernels
+    from tkernels.ops.conv import kernels_backward as conv_backward
+    from tkernels.ops.conv import kernels_depthwise as conv_depthwise
+
+__all__ = ["conv2d"]
+
+IntOrPair = int | Sequence[int]
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    activation: str | None = None,
+) -> Tensor:
+    """``activation(conv2d(input, weight) + bias)`` in one kernel, as torch.nn.functional.conv2d.
+
+    input: (N, C_in, H, W) or (C_in, H, W); weight: (C_out, C_in / groups, kernel_h, kernel_w); bias: (C_out).
+    Result: (N, C_out, H_out, W_out) or without N, in the input's dtype or the autocast dtype; channels_last where the
+    input or the weight is. stride, padding, dilation: an int or a pair; padding also 'same' or 'valid'.
+    activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf), 'silu', 'relu6' or 'hardswish'.
+    Padding is of zeros that take part: times an infinite weight or gradient they are NaN, as in a map padded by hand.
+
+    Raises TypeError for an argument of the wrong type, ValueError for an unknown activation, RuntimeError for values,
+    shapes, dtypes or devices that do not go together.
+    """
+    if activation not in activations.ACTIVATIONS:
+        activations.check(activation)
+    if runtime.leaves_to_torch(input) or not _takes_triton(input, weight, bias):
+        return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
+    g, autocast = _checked(input, weight, bias, stride, padding, dilation, groups)
+    if runtime.traced():
+        if input.dim() == 3:
+            return _registered(input.unsqueeze(0), weight, bias, padding, g, activation, autocast).squeeze(0)
+        return _registered(input, weight, bias, padding, g, activation, autocast)
+    if runtime.get_backend() == "auto" and torch_is_faster(input, weight, bias, g, activation, autocast):
+        return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
+    if input.dim() == 3:
+        return _triton_body(input.unsqueeze(0), weight, bias, g, activation, autocast).squeeze(0)
+    return _triton_body(input, weight, bias, g, activation, autocast)
+
+
+def _registered(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, g: Geometry, activation: str | None,
+    autocast: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """The call as torch.ops.tkernels.conv2d, whose padding is a number a side."""
+    pad = g.pad_h, g.pad_w
+    if padding == "same":
+        both = g.dilation_h * (g.kernel_h - 1), g.dilation_w * (g.kernel_w - 1)
+        below, right = both[0] - 2 * pad[0], both[1] - 2 * pad[1]  # the odd one, where there is one
+        if below or right:
+            x = F.pad(x, (0, right, 0, below))
+    dtype = autocast or x.dtype
+    y: Tensor = torch.ops.tkernels.conv2d(
+        x.to(dtype), weight, bias, (g.stride_h, g.stride_w), pad, (g.dilation_h, g.dilation_w), g.groups, activation,
+        dtype,
+    )[0]  # fmt: skip
+    return y
+
+
+def _checked(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
+    groups: int,
+) -> tuple[Geometry, torch.dtype | None]:
+    """What the call describes, and autocast's dtype. Raises what torch raises."""
+    if not isinstance(padding, str):
+        padding = pair("padding", padding)
+    g = (described if runtime.traced() else geometry)(
+        tuple(input.shape), tuple(weight.shape), pair("stride", stride), padding, pair("dilation", dilation),
+        checks.integer("groups", groups),
+    )  # fmt: skip
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != g.out_channels):
+        raise RuntimeError(
+            f"bias must have shape [{g.out_channels}], one element for each output channel of weight "
+            f"{checks.shape(weight)}, got {checks.shape(bias)}"
+        )
+    autocast = runtime.autocast_dtype(input)
+    checks.matching_kinds(input, weight, bias, autocast)
+    return g, autocast
+
+
+def _torch_body(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    activation: str | None,
+) -> Tensor:
+    """PyTorch's own call, with its autograd and autocast. What it refuses is refused in our words."""
+    try:
+        z = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    except checks.REFUSALS as error:
+        arguments = input, weight, bias, stride, padding, dilation, groups
+        checks.explain(error, functools.partial(_check_all, *arguments))
+    return activations.apply_to_own(z, activation, 4)
+
+
+def _check_all(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> None:
+    checks.tensor(input=input, weight=weight)
+    checks.optional_tensor(bias=bias)
+    _checked(input, weight, bias, stride, padding, dilation, groups)
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """An int or a sequence of one or two as a pair. Raises TypeError for other types, RuntimeError for lengths."""
+    if isinstance(value, (tuple, list)):
+        items = tuple(checks.integer(f"each element of {name}", v) for v in value)
+        if len(items) not in (1, 2):
+            raise RuntimeError(f"{name} must be an int or a pair of ints, got {value}")
+        return items[0], items[-1]
+    number = checks.integer(f"{name} (or each of its two elements)", value)
+    return number, number
+
+
+def described(
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+) -> Geometry:
+    """The convolution these arguments describe. Raises RuntimeError where torch refuses it."""
+    _check_shapes(input_shape, weight_shape, groups)
+    if min(stride) <= 0:
+        raise RuntimeError(f"non-positive stride is not supported, got stride={stride}")
+    if min(dilation) <= 0:
+        raise RuntimeError(f"dilation should be greater than zero, got dilation={dilation}")
+    if max(*stride, *dilation, *(padding if isinstance(padding, tuple) else ())) >= 2**31:
+        # as cuDNN: kernels hold them in 32 bits
+        raise RuntimeError(f"stride, padding and dilation must be below 2**31, got {stride}, {padding}, {dilation}")
+    channels, height, width = input_shape[-3:]
+    kernel_h, kernel_w = weight_shape[2:]
+    reach = dilation[0] * (kernel_h - 1), dilation[1] * (kernel_w - 1)
+    before, both = _padding(padding, stride, reach)
+    padded = height + both[0], width + both[1]
+    if padded[0] <= reach[0] or padded[1] <= reach[1]:
+        raise RuntimeError(
+            f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: ({reach[0] + 1} x "
+            f"{reach[1] + 1}). Kernel size can't be greater than actual input size: input is {list(input_shape)}, "
+            f"weight {list(weight_shape)}, padding={padding}, dilation={dilation}"
+        )
+    if height == 0 or width == 0:
+        raise RuntimeError(f"only the batch or the channels of input may be empty, got input {list(input_shape)}")
+    out_h = (padded[0] - reach[0] - 1) // stride[0] + 1
+    out_w = (padded[1] - reach[1] - 1) // stride[1] + 1
+    return Geometry(channels, weight_shape[0], groups, height, width, kernel_h, kernel_w, *stride, *before, *dilation,
+                    out_h, out_w)  # fmt: skip
+
+
+geometry = functools.lru_cache(maxsize=4096)(described)
+
+
+def _check_shapes(input_shape: tuple[int, ...], weight_shape: tuple[int, ...], groups: int) -> None:
+    shapes = f"input {list(input_shape)} and weight {list(weight_shape)}"
+    if len(input_shape) not in (3, 4):
+        raise RuntimeError(f"expected 3D (unbatched) or 4D (batched) input to conv2d, got {shapes}")
+    if len(weight_shape) != 4:
+        raise RuntimeError(f"weight must have 4 dimensions (C_out, C_in / groups, kernel_h, kernel_w), got {shapes}")
+    if groups <= 0:
+        raise RuntimeError(f"non-positive groups is not supported, got groups={groups}")
+    out_channels, group_in, kernel_h, kernel_w = weight_shape
+    if kernel_h == 0 or kernel_w == 0:
+        raise RuntimeError(f"kernel sizes must be at least 1, got {shapes}")
+    if out_channels < groups or out_channels % groups:
+        raise RuntimeError(
+            f"dimension 0 of weight must be a positive multiple of groups={groups}, got {out_channels}: {shapes}"
+        )
+    if input_shape[-3] != group_in * groups:
+        raise RuntimeError(
+            f"given groups={groups} and weight {list(weight_shape)}, expected input {list(input_shape)} to have "
+            f"{group_in * groups} channels, but got {input_shape[-3]} channels instead"
+        )
+
+
+def _padding(
+    padding: tuple[int, int] | str, stride: tuple[int, int], reach: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows above and columns to the left, and both sides together. 'same' puts the odd one below and to the right."""
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    if padding == "same":
+        if max(stride) > 1:
+            raise RuntimeError(f"padding='same' is not supported for strided convolutions, got stride={stride}")
+        return (reach[0] // 2, reach[1] // 2), reach
+    if isinstance(padding, str):
+        raise RuntimeError(f"padding must be an int, a pair of ints, 'same' or 'valid', got {padding!r}")
+    if min(padding) < 0:
+        raise RuntimeError(f"negative padding is not supported, got padding={padding}")
+    return padding, (2 * padding[0], 2 * padding[1])
+
+
+def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """The backend decision; integers, complex numbers, sparse tensors and zero channels are PyTorch's."""
+    checks.tensor(input=input, weight=weight)
+    checks.optional_tensor(bias=bias)
+    for t in (input, weight, bias):
+        if t is not None and not (t.is_floating_point() and t.layout is torch.strided):
+            return False
+    channels = input.shape[-3] if input.dim() > 2 else 1
+    return channels > 0 and runtime.use_triton(input, weight, bias)
+
+
+def torch_is_faster(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, activation: str | None, autocast: torch.dtype | None
+) -> bool:
+    """Whether backend 'auto' leaves this convolution to PyTorch: by estimate, or as measured where autotuning is on."""
+    dtype = autocast or x.dtype
+    images = x.shape[0] if x.dim() == 4 else 1
+    precision = runtime.dot_precision(dtype, "conv")
+    if not autotune.enabled:
+        return routing.compute_bound(g, images, dtype, precision, activation is not None)
+    if x.dim() == 3:
+        x = x.unsqueeze(0)
+    # an odd total of 'same' padding is PyTorch's to work out: only what it takes as numbers is compared
+    pad = (g.pad_h, g.pad_w)
+
+    def theirs() -> Tensor:
+        y = F.conv2d(x, weight, bias, (g.stride_h, g.stride_w), pad,
+                                       (g.dilation_h, g.dilation_w), g.groups)  # fmt: skip
+        return activations.apply(y, activation)
+
+    with torch.no_grad():
+        return autotune.torch_is_faster(
+            "conv2d", images, (g, dtype, precision, activation, suggests_channels_last(x)),
+            lambda: _triton_body(x, weight, bias, g, activation, autocast), theirs,
+        )  # fmt: skip
+
+
+def _triton_body(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, activation: str | None, autocast: torch.dtype | None
+) -> Tensor:
+    """One convolution on Triton. Parameters keep their dtype under autocast: kernels cast them as they read them, and
+    write their gradients in it."""
+    dtype = autocast or x.dtype
+    differentiates = torch.is_grad_enabled()
+    if x.dtype != dtype and not (g.flattened and not g.depthwise and not (differentiates and x.requires_grad)):
+        x = x.to(dtype)
+    if differentiates and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Conv2d.apply(x, weight, bias, g, dtype, activation)
+    return forward(x, weight, bias, g, dtype, activation, False)[0]
+
+
+def suggests_channels_last(t: Tensor) -> bool:
+    """Whether the strides of a 4-D tensor make torch choose channels_last for the result."""
+    (n, c, h, w), (stride_n, stride_c, stride_h, stride_w) = t.shape, t.stride()
+    if stride_c == 0:
+        return False
+    least = 0
+    for size, stride in ((c, stride_c), (w, stride_w), (h, stride_h)):
+        if size == 0 or stride < least:
+            return False
+        least = stride * size if size > 1 else stride
+    return n > 0 and stride_n >= least and least != stride_c
+
+
+def as_nhwc(t: Tensor) -> Tensor:
+    """The tensor densely in NHWC order; itself where it is."""
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: Geometry,
+    dtype: torch.dtype,
+    activation: str | None,
+    keep_input: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, the activation's input if ``keep_input``, the packed weight unless depthwise)."""
+    channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
+    if bias is not None:
+        bias = bias.contiguous()
+    if g.depthwise:
+        return *conv_depthwise.launch_forward(as_nhwc(x), weight, bias, g, activation, keep_input, channels_last), None
+    packed = kernels.launch_pack(weight, g, dtype)
+    if not g.flattened:
+        x = as_nhwc(x)
+    return *kernels.launch_forward(x, packed, bias, g, activation, keep_input, channels_last), packed
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: Tensor | None,
+    saved: Tensor | None,
+    g: Geometry,
+    activation: str | None,
+    channels_last: bool,
+    needs_input: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input (in the memory format ``channels_last`` says, if ``needs_input``), weight and bias.
+
+    ``x``, ``bias``: None where the weight's, the bias's gradient is not needed. ``packed``: the weight as forward
+    packed it, if it did. ``saved``: what the activation's gradient needs.
+    """
+    dz, saved = _masked(dy, saved, g, activation, needs_input)
+    fused = activation if saved is not None else None
+    dx = dw = db = None
+    if needs_input:
+        if g.depthwise:
+            dx = conv_depthwise.launch_dgrad(dz, weight, g, dz.dtype, channels_last)
+        else:
+            # tf32 products on tensor cores want both operands contiguous along the reduction
+            transposed = runtime.dot_precision(dz.dtype, "conv") == "tf32"
+            if transposed or packed is None:
+                packed = kernels.launch_pack(weight, g, dz.dtype, transposed)
+            dx = conv_backward.launch_dgrad(dz, packed, g, dz.dtype, channels_last, transposed, saved, fused)
+    if x is not None or bias is not None:
+        workspace = _weight_sums(x, dz, saved, g, fused, bias is not None)
+        dw, db = conv_backward.launch_merge(workspace, g, weight if x is not None else None, bias)
+    return dx, dw, db
+
+
+def _weight_sums(
+    x: Tensor | None, dz: Tensor, saved: Tensor | None, g: Geometry, activation: str | None, needs_bias: bool
+) -> Tensor:
+    """The workspace of the weight's gradient (where ``x`` is given) and the bias's."""
+    if x is None:
+        return conv_backward.launch_wgrad(dz, dz, g, False, needs_bias, saved, activation)
+    if g.depthwise:
+        return conv_depthwise.launch_wgrad(as_nhwc(x), dz, g, needs_bias)
+    return conv_backward.launch_wgrad(x if g.flattened else as_nhwc(x), dz, g, True, needs_bias, saved, activation)
+
+
+def _masked(
+    dy: Tensor, saved: Tensor | None, g: Geometry, activation: str | None, needs_input: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dy in NHWC, and ``saved`` if the activation's derivative is left to the gradient kernels.
+
+    They apply it in their prologue where each reads dy once. The input gradient of a larger window reads every element
+    once a tap: there one pass beforehand moves fewer bytes, and it changes the layout too where that is needed.
+    """
+    if activation is None or saved is None:
+        return as_nhwc(dy), None
+    read_once = not g.depthwise and not (needs_input and g.taps > 1)
+    if read_once and kernels.is_nhwc(dy) and kernels.is_nhwc(saved):
+        return dy, saved
+    return conv_backward.launch_mask(dy, saved, activation, not kernels.is_nhwc(saved)), None
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: Geometry,
+        dtype: torch.dtype,
+        activation: str | None,
+    ) -> Tensor:
+        y, z, packed = forward(x, weight, bias, g, dtype, activation, activations.needs_input(activation))
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # the weight itself is saved beside its packed form so that autograd notices if it is changed in place
+        autograd.save(
+            ctx,
+            x if needs_weight else None,
+            weight,
+            bias if needs_bias else None,
+            packed if needs_input and packed is not weight else None,
+            None if activation is None else z if z is not None else y,
+        )
+        ctx.g, ctx.activation = g, activation
+        ctx.channels_last = suggests_channels_last(x)
+        return y
+
+    @staticmethod
+    @autograd.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, packed, saved = autograd.saved(ctx)
+        gradients = backward(
+            dy, x, weight, bias, packed, saved, ctx.g, ctx.activation, ctx.channels_last, ctx.needs_input_grad[0]
+        )
+        return *gradients, None, None, None

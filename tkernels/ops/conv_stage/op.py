@@ -1,0 +1,253 @@
+"""A conv stage, n x (conv -> batch norm -> activation), max pooling, Dropout2d: checks, choice of a body, PyTorch's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tkernels.core import activation as activations
+from tkernels.core import checks, replay
+from tkernels.core import mode as runtime
+from tkernels.cpu import conv_stage as conv_stage_cpu
+from tkernels.ops.batch_norm import op as bn_ops
+from tkernels.ops.conv import op as conv_ops
+from tkernels.ops.conv.config import Geometry
+from tkernels.ops.conv_stage import config as tuning
+from tkernels.ops.conv_stage import triton_body as conv_stage_triton
+from tkernels.ops.conv_stage.call import TENSORS, ConvBNLayer, MaxPool, Plan, channels_last
+from tkernels.ops.conv_stage.config import Pooling
+
+__all__ = ["ConvBNLayer", "MaxPool", "conv_stage"]
+
+
+def conv_stage(
+    input: Tensor,
+    layers: Sequence[ConvBNLayer],
+    pool: int | Sequence[int] | MaxPool | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """n x (conv2d -> batch_norm -> activation), then max pooling and Dropout2d, as one autograd function.
+
+    input: (N, C, H, W); layers: at least one :class:`ConvBNLayer`, each taking what the one before gives; pool: a
+    window's size (int or pair, which is its stride too) or a :class:`MaxPool`; dropout_p: the probability that
+    training drops a whole channel; residual: of the result's shape and dtype, added between the last layer's batch norm
+    and its activation, in a stage without pool and dropout. Result: (N, C_out, H_out, W_out) in the input's dtype or
+    the autocast dtype, of the last layer's channels; channels_last where the input or a weight is. In training the
+    batch's statistics normalise and move the running ones.
+
+    Raises ValueError for an empty sequence, an input that is not 4-D, one value per channel in training, an unknown
+    activation, a residual beside pool or dropout, or a probability outside [0, 1]; TypeError for arguments of the wrong
+    type; RuntimeError for values, shapes, dtypes or devices that do not go together.
+    """
+    kind = None if runtime.leaves_to_torch(input) else _kind(input, layers, pool, dropout_p, training, residual)
+    known = _checked.get(kind)
+    if known is not None:
+        return conv_stage_triton.run(input, layers, known, residual)
+    checks.tensor(input=input)
+    if runtime.jit_traced():  # sizes are none there
+        runtime.use_triton(input)
+        return _torch_body(input, layers, pool, float(dropout_p) if training else 0.0, training, residual)
+    checks.probability("dropout_p", dropout_p)
+    if input.dim() != 4:
+        raise ValueError(f"input must be 4-D (N, C, H, W), got shape {checks.shape(input)}")
+    geometries = _geometries(input, layers)
+    pooling = _pooling(geometries[-1], pool)
+    autocast = runtime.autocast_dtype(input)
+    for i, (layer, g) in enumerate(zip(layers, geometries)):
+        _check_layer(i, layer, input, g, training, autocast)
+    if residual is not None:
+        if pool is not None or dropout_p > 0:
+            raise ValueError(f"residual goes with neither pool nor dropout, got pool={pool} and dropout_p={dropout_p}")
+        residual = _checked_residual(input, residual, geometries[-1], autocast)
+    p = float(dropout_p) if training else 0.0
+    tensors = [t for layer in layers for t in layer[:6] if t is not None]
+    plan = Plan(
+        geometries, pooling, autocast or input.dtype, p, training, tuple(layer.activation for layer in layers),
+        of_a_kind=kind is not None,
+    )  # fmt: skip
+    if input.numel() == 0 or not runtime.use_triton(input, *tensors, residual):
+        y = _cpu_body(input, layers, plan) if residual is None else None
+        return y if y is not None else _torch_body(input, layers, pool, p, training, residual)
+    if runtime.traced():
+        return _registered(input, layers, plan, residual)
+    _checked.add(kind, plan)
+    return conv_stage_triton.run(input, layers, plan, residual)
+
+
+# plans, by kinds of calls
+_checked = replay.Checked()
+
+
+def _kind(
+    input: Tensor, layers: Sequence[ConvBNLayer], pool: Any, dropout_p: float, training: bool, residual: Tensor | None
+) -> Hashable | None:
+    try:
+        tensors = conv_stage_triton.tensors(input, layers, residual)
+        others = tuple([layer[TENSORS:] for layer in layers])
+    except TypeError:  # layers that are none
+        return None
+    return replay.call_kind(tensors, others, pool, dropout_p, training)
+
+
+def _geometries(input: Tensor, layers: Sequence[ConvBNLayer]) -> tuple[Geometry, ...]:
+    """The convolutions, one after the other. Raises TypeError, ValueError or RuntimeError where torch refuses one."""
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, ConvBNLayer) for layer in layers):
+        raise TypeError(f"layers must be a sequence of ConvBNLayer, got {type(layers).__name__}")
+    if not layers:
+        raise ValueError("layers must hold at least one ConvBNLayer, got none")
+    found: list[Geometry] = []
+    shape = tuple(input.shape)
+    geometry = conv_ops.described if runtime.traced() else conv_ops.geometry
+    for layer in layers:
+        checks.tensor(weight=layer.weight)
+        padding = layer.padding if isinstance(layer.padding, str) else conv_ops.pair("padding", layer.padding)
+        g = geometry(
+            shape, tuple(layer.weight.shape), conv_ops.pair("stride", layer.stride), padding,
+            conv_ops.pair("dilation", layer.dilation), layer.groups,
+        )  # fmt: skip
+        found.append(g)
+        shape = (shape[0], g.out_channels, g.out_h, g.out_w)
+    return tuple(found)
+
+
+def _pooling(g: Geometry, pool: int | Sequence[int] | MaxPool | None) -> Pooling:
+    """The pooling after convolution ``g``. Raises RuntimeError where torch refuses it."""
+    if pool is None:
+        return tuning.no_pooling(g.out_h, g.out_w)
+    if not isinstance(pool, MaxPool):
+        pool = MaxPool(pool)
+    kernel = conv_ops.pair("pool", pool.kernel_size)
+    stride = kernel if pool.stride is None else conv_ops.pair("the pool's stride", pool.stride)
+    pooling = described_pooling if runtime.traced() else _checked_pooling
+    return pooling(g.out_h, g.out_w, kernel, stride, conv_ops.pair("the pool's padding", pool.padding))
+
+
+def described_pooling(
+    height: int, width: int, kernel: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int]
+) -> Pooling:
+    if min(kernel) <= 0 or min(stride) <= 0:
+        raise RuntimeError(f"the pool's size and stride must be positive, got {kernel} and {stride}")
+    if min(pad) < 0 or 2 * pad[0] > kernel[0] or 2 * pad[1] > kernel[1]:
+        raise RuntimeError(f"the pool's padding must be at most half of its size {kernel}, got {pad}")
+    out_h = (height + 2 * pad[0] - kernel[0]) // stride[0] + 1
+    out_w = (width + 2 * pad[1] - kernel[1]) // stride[1] + 1
+    if out_h <= 0 or out_w <= 0:
+        raise RuntimeError(f"a pool of {kernel} with padding {pad} does not fit into a map of {height} x {width}")
+    return Pooling(height, width, *kernel, *stride, *pad, out_h, out_w)
+
+
+_checked_pooling = functools.lru_cache(maxsize=1024)(described_pooling)
+
+
+def _check_layer(
+    i: int, layer: ConvBNLayer, input: Tensor, g: Geometry, training: bool, autocast: torch.dtype | None
+) -> None:
+    """Raise what torch's conv2d and batch_norm raise for a layer's tensors."""
+    activations.check(layer.activation)
+    channels, weight = g.out_channels, layer.weight
+    names = ("bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+    vectors = {name: t for name, t in zip(names, layer[1:6]) if t is not None}
+    for name, t in vectors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} of layer {i} must be a Tensor or None, got {type(t).__name__}")
+        if t.dim() != 1 or t.shape[0] != channels:
+            raise RuntimeError(f"{name} of layer {i} must have shape [{channels}], got {checks.shape(t)}")
+    if any(t.device != input.device for t in (weight, *vectors.values())):
+        checks.same_device(input=input, weight=weight, **vectors)
+    conv_dtypes = {t.dtype for t in (weight, layer.bias) if t is not None}
+    if autocast is None and conv_dtypes != {input.dtype}:
+        checks.same_dtype(input=input, weight=weight, bias=layer.bias)
+    if (layer.running_mean is None) != (layer.running_var is None):
+        raise ValueError(f"running_mean and running_var of layer {i} must both be given or both be None")
+    if layer.measures(training) and input.shape[0] * g.out_h * g.out_w == 1:
+        size = (input.shape[0], channels, g.out_h, g.out_w)
+        raise ValueError(f"Expected more than 1 value per channel when training, got layer {i}'s size {size}")
+    if layer.eps <= 0.0:
+        raise ValueError(f"eps of layer {i} must be positive, got {layer.eps}")
+
+
+def _checked_residual(input: Tensor, residual: Tensor, g: Geometry, autocast: torch.dtype | None) -> Tensor:
+    """The residual in the dtype of the maps. Raises where it does not fit the last layer's."""
+    checks.tensor(residual=residual)
+    shape = (input.shape[0], g.out_channels, g.out_h, g.out_w)
+    if tuple(residual.shape) != shape:
+        raise RuntimeError(f"residual must have the result's shape {list(shape)}, got {checks.shape(residual)}")
+    checks.same_device(input=input, residual=residual)
+    if autocast is None or not residual.is_floating_point():
+        checks.same_dtype(input=input, residual=residual)
+    return residual.to(autocast or input.dtype)
+
+
+def _cpu_body(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor | None:
+    """The fast way on a CPU; None where it is not taken."""
+    if not conv_stage_cpu.takes(x, layers, plan.geometries, plan.pool, plan.dtype):
+        return None
+    nhwc = channels_last(x, [layer.weight for layer in layers], plan.geometries)
+    if all(layer.measures(plan.training) for layer in layers):
+        return conv_stage_cpu.train(x, layers, plan, nhwc)
+    own = (t for layer in layers for t in layer[:4])
+    given = not any(layer.measures(plan.training) for layer in layers) and plan.p == 0
+    if given and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *own))):
+        return conv_stage_cpu.evaluate(x, layers, plan, nhwc)
+    return None
+
+
+def _torch_body(
+    x: Tensor, layers: Sequence[ConvBNLayer], pool: int | Sequence[int] | MaxPool | None, p: float, training: bool,
+    residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The same in torch's own calls, differentiated and cast by torch; Dropout2d draws as torch.nn's would."""
+    for i, layer in enumerate(layers):
+        padding = cast(Any, layer.padding)
+        x = torch.nn.functional.conv2d(
+            x, layer.weight, layer.bias, cast(Any, layer.stride), padding, cast(Any, layer.dilation), layer.groups
+        )
+        x = bn_ops.counted_batch_norm(
+            x, layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, layer.measures(training),
+            layer.momentum, layer.eps, layer.activation, residual if i == len(layers) - 1 else None,
+            layer.num_batches_tracked if layer.counts(training) else None,
+        )  # fmt: skip
+    if pool is not None:
+        size, stride, padding = pool if isinstance(pool, MaxPool) else (pool, None, 0)
+        x = torch.nn.functional.max_pool2d(x, cast(Any, size), cast(Any, stride), cast(Any, padding))
+    return torch.nn.functional.dropout2d(x, p) if p > 0 else x
+
+
+def _registered(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, residual: Tensor | None) -> Tensor:
+    """The call as torch.ops.tkernels.conv_stage, which is functional: running statistics are moved here."""
+    measured = [layer.measures(plan.training) for layer in layers]
+    vectors: list[Tensor | None] = []
+    windows: list[int] = []
+    for layer, from_batch in zip(layers, measured):
+        given = (None, None) if from_batch else (layer.running_mean, layer.running_var)
+        vectors += [layer.bias, layer.bn_weight, layer.bn_bias, *given]
+        padding: Any = layer.padding
+        if isinstance(padding, str):
+            padding = -1 if padding == "same" else 0
+        for value in (layer.stride, padding, layer.dilation):
+            windows += conv_ops.pair("window", value)
+        windows.append(layer.groups)
+    weights = [layer.weight for layer in layers]
+    differentiates = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *weights, *vectors, residual)
+    )  # fmt: skip
+    window = plan.pool
+    pool = [window.kernel_h, window.kernel_w, window.stride_h, window.stride_w, window.pad_h, window.pad_w]
+    seed = runtime.dropout_seed(x) if plan.p > 0 else None
+    y, *stats = torch.ops.tkernels.conv_stage(
+        x, weights, [x.new_empty(0) if t is None else t for t in vectors], windows,
+        [float(layer.eps) for layer in layers], [activations.ACTIVATIONS.index(name) for name in plan.activations],
+        residual, pool, plan.p, seed, plan.dtype, differentiates or any(measured),
+    )[: 1 + len(layers)]  # fmt: skip
+    for layer, found, g in zip(layers, stats, plan.geometries):
+        if layer.counts(plan.training):
+            bn_ops.track(found, x.shape[0] * g.out_h * g.out_w, layer.eps, layer.running_mean, layer.running_var,
+                         layer.momentum, layer.num_batches_tracked)  # fmt: skip
+    result: Tensor = y
+    return result

@@ -1,0 +1,296 @@
+"""Cross entropy between logits and class indices or probabilities: checks, autograd, and the PyTorch body."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tkernels.core import autograd, checks, replay
+from tkernels.core import mode as runtime
+from tkernels.cpu import cross_entropy as cross_entropy_cpu
+
+if runtime.HAS_TRITON:
+    from tkernels.ops.cross_entropy import kernels
+    from tkernels.ops.cross_entropy import layout as class_layout
+
+__all__ = ["cross_entropy"]
+
+REDUCTIONS = ("none", "mean", "sum")
+_NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}  # ATen's
+_aten: Any = torch._C._nn.cross_entropy_loss
+NoneType = type(None)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+) -> Tensor:
+    """Cross entropy between logits and targets, by the formulas of torch.nn.CrossEntropyLoss.
+
+    input: (C), (N, C) or (N, C, d1, ...); target: class indices (int64 or uint8) of shape (), (N) or (N, d1, ...), or
+    probabilities (floating) of the input's shape; weight: (C), of the input's dtype for indices. The result has the
+    shape () or, for reduction 'none', that of class indices; it is computed in float32 and given in the input's dtype
+    (float32 under autocast; for probabilities promoted with target and weight). Rows whose index is ``ignore_index``
+    count neither in the sum nor in the mean. size_average and reduce are torch's old way to name a reduction.
+    Empty input, and a weight that asks for a gradient beside probabilities, are left to PyTorch.
+
+    Raises TypeError for arguments that are no tensors or numbers, ValueError for an unknown reduction or batch sizes
+    that differ, RuntimeError for other shapes, dtypes or devices that do not go together, a ``label_smoothing`` above
+    1, or a non-negative ``ignore_index`` beside probabilities, and on the CPU IndexError for an index out of range; on
+    a GPU such an index makes the loss NaN.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    if runtime.leaves_to_torch(input):
+        return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
+    kind = None
+    if weight is None:  # what a weight may be depends on more than its kind
+        kind = replay.call_kind((input, target), ignore_index, reduction, label_smoothing)
+        options = _checked.get(kind)
+        if options is not None:
+            return _run(kind, input, target, None, *options)
+    if not _takes_triton(input, target, weight):
+        return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
+    if reduction == "elementwise_mean":  # torch's old name for it, with torch's warning
+        torch.nn._reduction.get_enum(reduction)
+        reduction = "mean"
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    label_smoothing = checks.number("label_smoothing", label_smoothing)
+    _check(input, target, weight, ignore_index, reduction, label_smoothing)
+    smoothing = label_smoothing if label_smoothing > 0 else 0.0  # negative or NaN is none, as in torch
+    options = ignore_index, reduction, smoothing, _loss_dtype(input, target, weight)
+    if runtime.traced():
+        loss: Tensor = torch.ops.tkernels.cross_entropy(input, target, weight, *options)[0]
+        return loss
+    _checked.add(kind, options)
+    return _run(kind, input, target, weight, *options)
+
+
+# what _run takes, by kinds of calls
+_checked = replay.Checked()
+
+
+def _takes_triton(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """The backend decision. Empty input, and class weights that are learned, are PyTorch's."""
+    _check_tensors(input, target, weight)
+    if not input.is_floating_point() or input.numel() == 0 or input.dim() == 0:
+        return False
+    for t in (input, target, weight):
+        if t is not None and (t.layout is not torch.strided or t.is_complex()):
+            return False
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled() and target.is_floating_point():
+        return False
+    return runtime.use_triton(input, target, weight)
+
+
+def _check_tensors(input: Any, target: Any, weight: Any) -> None:
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and isinstance(weight, (Tensor, NoneType))):
+        checks.tensor(input=input, target=target)
+        checks.optional_tensor(weight=weight)
+
+
+def _torch_body(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    """PyTorch's own call, with its autograd and autocast, but for large logits on a CPU. What it refuses is refused in
+    our words."""
+    if reduction in REDUCTIONS and cross_entropy_cpu.takes(input, target, weight, ignore_index, label_smoothing):
+        try:
+            return cross_entropy_cpu.cross_entropy(input, target, ignore_index, reduction, label_smoothing)
+        except RuntimeError:
+            _check_range(input, target, ignore_index)
+            raise
+    try:
+        if type(input) is type(target) is Tensor and reduction in _NUMBERS:
+            # what torch.nn.functional.cross_entropy comes to
+            return _aten(input, target, weight, _NUMBERS[reduction], ignore_index, label_smoothing)
+        return torch.nn.functional.cross_entropy(
+            input, target, weight, None, ignore_index, None, reduction, label_smoothing
+        )
+    except checks.REFUSALS as error:
+        arguments = input, target, weight, ignore_index, reduction, label_smoothing
+        checks.explain(error, functools.partial(_check_all, *arguments))
+
+
+def _check_all(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> None:
+    _check_tensors(input, target, weight)
+    _check(input, target, weight, ignore_index, reduction, label_smoothing)
+    _check_range(input, target, ignore_index)
+
+
+def _check(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> None:
+    """Raise for what torch refuses, but for the range of class indices, which takes a look at the values."""
+    if reduction not in REDUCTIONS:
+        checks.one_of("reduction", reduction, REDUCTIONS)
+    ignore_index = checks.integer("ignore_index", ignore_index)
+    label_smoothing = checks.number("label_smoothing", label_smoothing)
+    if (weight is not None and weight.device != input.device) or target.device != input.device:
+        checks.same_device(input=input, target=target, weight=weight)
+    if target.shape == input.shape:
+        _check_probabilities(input, target, ignore_index)
+    else:
+        _check_indices(input, target, label_smoothing)
+    if weight is not None:
+        _check_weight(input, target, weight)
+        if target.dtype is torch.uint8 and reduction == "mean" and label_smoothing > 0:
+            raise RuntimeError("target must have dtype int64 beside weight, label_smoothing and the mean, got uint8")
+    if label_smoothing > 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+
+
+def _given(input: Tensor, target: Tensor) -> str:
+    return f"got input {checks.shape(input)} and target {checks.shape(target)}"
+
+
+def _check_probabilities(input: Tensor, target: Tensor, ignore_index: int) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            f"target of the input's shape {checks.shape(input)} holds class probabilities and must have a "
+            f"floating-point dtype, got {target.dtype} and shape {checks.shape(target)}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError(f"ignore_index must be negative where target holds class probabilities, got {ignore_index}")
+
+
+def _check_indices(input: Tensor, target: Tensor, label_smoothing: float) -> None:
+    if input.dim() == 1:
+        if target.dim() > 1:
+            raise RuntimeError(f"target must have shape [] or [1] for 1-D input, {_given(input, target)}")
+        if target.numel() != 1 and not target.is_floating_point():
+            raise ValueError(f"target must have shape [] or [1] for 1-D input, {_given(input, target)}")
+        if target.dim() == 1 and label_smoothing > 0:
+            raise RuntimeError(f"target must have shape [] for 1-D input and label_smoothing, {_given(input, target)}")
+    elif target.dim() == 0 or target.shape[0] != input.shape[0]:
+        raise ValueError(f"target must have the input's batch size {input.shape[0]}, {_given(input, target)}")
+    elif target.shape[1:] != input.shape[2:]:
+        allowed = [*input.shape[:1], *input.shape[2:]]
+        raise RuntimeError(
+            f"target must have shape {allowed} for class indices or {checks.shape(input)} for class probabilities, "
+            f"{_given(input, target)}"
+        )
+    if target.dtype is not torch.int64 and (target.dtype is not torch.uint8 or input.dim() > 2):
+        raise RuntimeError(
+            f"target must have dtype int64 for class indices (or uint8 where input has one or two dimensions), "
+            f"got {target.dtype} for input {checks.shape(input)}"
+        )
+
+
+def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
+    n_classes = input.shape[1] if input.dim() > 1 else input.shape[0]
+    if weight.dim() != 1 or weight.shape[0] != n_classes:
+        raise RuntimeError(
+            f"weight must have shape [{n_classes}], one value a class, "
+            f"got weight {checks.shape(weight)} and input {checks.shape(input)}"
+        )
+    if target.is_floating_point():
+        return
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("weight must not require grad where target holds class indices: it has no gradient")
+    if weight.dtype != input.dtype and runtime.autocast_dtype(input) is None:
+        raise RuntimeError(f"weight must have the input's dtype {input.dtype}, got {weight.dtype}")
+
+
+def _check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
+    """Raise IndexError for a class index out of range; it reads the values, so only where an error is known."""
+    if target.is_floating_point():
+        return
+    n_classes = input.shape[1] if input.dim() > 1 else input.shape[0]
+    index = target.to(torch.int64)
+    wrong = index[(index != ignore_index) & ((index < 0) | (index >= n_classes))]
+    if wrong.numel():
+        raise IndexError(
+            f"target must hold classes from 0 to {n_classes - 1} or ignore_index = {ignore_index}, "
+            f"got {int(wrong[0])} for input {checks.shape(input)}"
+        )
+
+
+def _run(kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    """The kernels, differentiable where that is asked for. ``kind``: of a call, where it is known."""
+    if (input.requires_grad or target.requires_grad) and torch.is_grad_enabled():
+        return cast(Tensor, _CrossEntropy.apply(kind, input, target, weight, *options))
+    return cast(Tensor, _forward.of_kind(kind, (input, target, weight), *options)[0])
+
+
+def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    dtype = torch.float32 if runtime.autocast_dtype(input) is not None else input.dtype
+    if target.is_floating_point():
+        if target.dtype != dtype:
+            dtype = torch.promote_types(dtype, target.dtype)
+        if weight is not None and weight.dtype != dtype:
+            dtype = torch.promote_types(dtype, weight.dtype)
+    return dtype
+
+
+def forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]]:
+    """The loss, and what the gradients are made of: logits, target, weight, row statistics, total weight."""
+    x = class_layout.readable(input)
+    target = class_layout.readable(target) if target.is_floating_point() else target.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    loss, stats, count = kernels.launch_forward(
+        x, target, weight, ignore_index, reduction, label_smoothing, loss_dtype
+    )  # fmt: skip
+    return loss, (x, target, weight, stats, count)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+    ) -> Tensor:
+        loss, *kept = _forward.of_kind(kind, (input, target, weight), *options)
+        autograd.save(ctx, *kept)
+        ctx.options = options[:3]
+        return cast(Tensor, loss)
+
+    @staticmethod
+    @autograd.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _backward((grad, *autograd.saved(ctx)), *ctx.options, ctx.needs_input_grad[1:3])
+        return None, *gradients, None, None, None, None, None
+
+
+@replay.replayed
+def _forward(
+    tensors: tuple[Tensor | None, ...], ignore_index: int, reduction: str, smoothing: float, loss_dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """The loss, and what the gradients are made of."""
+    input, target, weight = cast(Any, tensors)
+    loss, saved = forward(input, target, weight, ignore_index, reduction, smoothing, loss_dtype)
+    return loss, *saved
+
+
+@replay.replayed
+def _backward(
+    tensors: tuple[Tensor | None, ...], ignore_index: int, reduction: str, smoothing: float, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of logits and of probabilities, where ``needs`` says so."""
+    grad, x, target, weight, stats, count = cast(Any, tensors)
+    dx = dp = None
+    if needs[0]:
+        dx = kernels.launch_backward(grad, x, target, weight, stats, count, ignore_index, reduction, smoothing)
+    if needs[1]:
+        dp = kernels.launch_target_backward(grad, x, target, weight, stats, count, reduction, smoothing)
+    return dx, dp

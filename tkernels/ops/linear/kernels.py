@@ -1,0 +1,486 @@
+"""Linear layer on Triton: activation(x @ w^T + b) with dropout, and its gradients.
+
+The forward product and the input gradient are one tile loop each over their reduction axis; the weight gradient
+reduces over the batch and computes the bias gradient on the way. The gradient of the pre-activation, dz, is formed
+tile by tile from dy in the prologue of both gradient products and never written.
+
+Where a product has too few tiles to fill the GPU, programs share a tile's reduction: each writes a float32 partial
+tile, and a second kernel adds the partials in a fixed order, so that results do not vary from run to run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tkernels.core import autotune
+from tkernels.core import device as common
+from tkernels.core import mode as runtime
+from tkernels.core.config import Config, cdiv
+from tkernels.core.launch import launch
+from tkernels.ops.linear import config as tuning
+
+STEPS_A_CHAIN = tl.constexpr(4)
+
+
+@triton.jit
+def tile_of_program(pid, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tile coordinates (pid_m, pid_n) of a program, in the order of common.grouped_tile."""
+    return common.grouped_tile(pid, tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N))
+
+
+@triton.jit
+def load_tile(ptr, rows, cols, row_stride, col_stride, n_rows, n_cols):
+    """A [rows, cols] tile of a matrix, 0 outside it. ``rows`` and ``cols``: indices; strides: in elements."""
+    offsets = rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
+    return tl.load(ptr + offsets, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0)
+
+
+@triton.jit
+def product_tile(a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k, b_stride_k, b_stride_n, first_step,
+                 end_step, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_K: tl.constexpr):  # fmt: skip
+    """Float32 tile [BLOCK_M, BLOCK_N] of a[M, K] @ b[K, N], over the steps of BLOCK_K in [first_step, end_step): one at
+    the least."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if PRECISION == "ieee" and a_ptr.dtype.element_ty == tl.float32:
+        # float32 products round in every term of one long chain; short chains summed on their own halve the error
+        for chain in range(first_step, end_step, STEPS_A_CHAIN):
+            last = tl.minimum(chain + STEPS_A_CHAIN, end_step)
+            acc += product_steps(tl.zeros_like(acc), a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k,
+                                 b_stride_k, b_stride_n, chain, last, PRECISION, BLOCK_K)  # fmt: skip
+        return acc
+    tl.assume(first_step < end_step)  # or ptxas runs wgmma one at a time, for the sake of a loop without steps
+    return product_steps(acc, a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k, b_stride_k, b_stride_n,
+                         first_step, end_step, PRECISION, BLOCK_K)  # fmt: skip
+
+
+@triton.jit
+def product_steps(acc, a_ptr, b_ptr, offs_m, offs_n, M, N, K, a_stride_m, a_stride_k, b_stride_k, b_stride_n,
+                  first_step, end_step, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """``acc`` plus the products of the steps in [first_step, end_step)."""
+    for step in range(first_step, end_step):
+        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        a = load_tile(a_ptr, offs_m, offs_k, a_stride_m, a_stride_k, M, K)
+        b = load_tile(b_ptr, offs_k, offs_n, b_stride_k, b_stride_n, K, N)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def store_partial(partials_ptr, tile, offs_m, offs_n, M, N):
+    """Write a float32 tile to this split's slice of partials[splits, M, N]; the split is the second grid axis."""
+    offsets = (tl.program_id(1).to(tl.int64) * M + offs_m.to(tl.int64))[:, None] * N + offs_n[None, :]
+    tl.store(partials_ptr + offsets, tile, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def finish_tile(acc, b_ptr, y_ptr, z_ptr, seed_ptr, offs_m, first_n, M, N, b_stride, p, ACTIVATION: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """The epilogue: bias, activation, dropout; writes y and, where z_ptr is given, the pre-activation."""
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    rows = offs_m.to(tl.int64)
+    offsets = rows[:, None] * N + offs_n[None, :]
+    if b_ptr is not None:
+        acc += tl.load(b_ptr + offs_n * b_stride, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + offsets, acc.to(z_ptr.dtype.element_ty), mask=mask)
+    acc = common.activate(acc, ACTIVATION)
+    if seed_ptr is not None:
+        acc *= common.keep_scale(tl.load(seed_ptr), rows, first_n, N, p, BLOCK_M, BLOCK_N)
+    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradient_tile(dy_ptr, saved_ptr, seed, rows, first_col, M, N, dy_stride, p, ACTIVATION: tl.constexpr,
+                  SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """The prologue of both gradient products: a [BLOCK_M, BLOCK_N] tile of dz, in the dtype of dy if nothing is fused
+    and in float32 otherwise. ``saved``: y or z, contiguous. SCALED: y alone tells which elements dropout kept."""
+    cols = first_col + tl.arange(0, BLOCK_N)
+    dz = load_tile(dy_ptr, rows, cols, dy_stride, 1, M, N)
+    if ACTIVATION is not None:
+        saved = load_tile(saved_ptr, rows, cols, N, 1, M, N)
+        dz = common.activation_gradient(dz.to(tl.float32), saved.to(tl.float32), ACTIVATION)
+    if seed is not None:
+        dz = dz.to(tl.float32) * common.keep_scale(seed, rows.to(tl.int64), first_col, N, p, BLOCK_M, BLOCK_N)
+    if SCALED:
+        dz *= tl.where(p < 1.0, 1.0 / (1.0 - p), 0.0)
+    return dz
+
+
+# One program: a [BLOCK_M, BLOCK_N] tile of y, over its split of K. Grid: (tiles of y, splits).
+# Without splits (PARTIALS false) it ends with the epilogue; else it writes its partial tile.
+@triton.jit(do_not_specialize=["M", "steps"])
+def linear_forward_kernel(x_ptr, w_ptr, b_ptr, y_ptr, z_ptr, seed_ptr, partials_ptr, M, N, K, x_stride, w_stride,
+                          b_stride, p, steps, UNIT: tl.constexpr, W_TRANSPOSED: tl.constexpr,
+                          ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+                          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    K *= UNIT
+    x_stride *= UNIT
+    w_stride *= UNIT
+    pid_m, pid_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_step = tl.program_id(1) * steps
+    end_step = tl.minimum(first_step + steps, tl.cdiv(K, BLOCK_K))
+    if W_TRANSPOSED:
+        acc = product_tile(x_ptr, w_ptr, offs_m, offs_n, M, N, K, x_stride, 1, w_stride, 1, first_step, end_step,
+                           PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    else:
+        acc = product_tile(x_ptr, w_ptr, offs_m, offs_n, M, N, K, x_stride, 1, 1, w_stride, first_step, end_step,
+                           PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    if partials_ptr is not None:
+        store_partial(partials_ptr, acc, offs_m, offs_n, M, N)
+    else:
+        finish_tile(acc, b_ptr, y_ptr, z_ptr, seed_ptr, offs_m, pid_n * BLOCK_N, M, N, b_stride, p, ACTIVATION,
+                    BLOCK_M, BLOCK_N)  # fmt: skip
+
+
+# One program: a [BLOCK_M, BLOCK_K] tile of dx = dz @ w, over its split of N. Grid: (tiles of dx, splits).
+# The product is dx^T = w^T @ dz^T, for dz is computed: wgmma reads a computed left operand from registers, which the
+# next step may overwrite while it does (Triton 3.5 and 3.6, ptxas before 13.3); a right one lies in shared memory.
+@triton.jit(do_not_specialize=["M", "steps"])
+def linear_dgrad_kernel(dy_ptr, saved_ptr, seed_ptr, w_ptr, dx_ptr, partials_ptr, M, N, K, dy_stride, w_stride, p,
+                        steps, UNIT: tl.constexpr, W_TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr,
+                        SCALED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    N *= UNIT
+    K *= UNIT
+    dy_stride *= UNIT
+    w_stride *= UNIT
+    pid_m, pid_k = tile_of_program(tl.program_id(0), M, K, BLOCK_M, BLOCK_K)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_step = tl.program_id(1) * steps
+    end_step = tl.minimum(first_step + steps, tl.cdiv(N, BLOCK_N))
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
+    if W_TRANSPOSED:
+        w_stride_n, w_stride_k = 1, w_stride
+    else:
+        w_stride_n, w_stride_k = w_stride, 1
+    # without tensor cores the transposed tile only costs registers
+    LEFT: tl.constexpr = PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_K) if LEFT else (BLOCK_K, BLOCK_M), dtype=tl.float32)
+    tl.assume(first_step < end_step)
+    for step in range(first_step, end_step):
+        offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        dz = gradient_tile(dy_ptr, saved_ptr, seed, offs_m, step * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,
+                           BLOCK_M, BLOCK_N).to(w_ptr.dtype.element_ty)  # fmt: skip
+        if LEFT:
+            w = load_tile(w_ptr, offs_n, offs_k, w_stride_n, w_stride_k, N, K)
+            acc = tl.dot(dz, w, acc, input_precision=PRECISION)
+        else:
+            wt = load_tile(w_ptr, offs_k, offs_n, w_stride_k, w_stride_n, K, N)
+            acc = tl.dot(wt, tl.trans(dz), acc, input_precision=PRECISION)
+    if not LEFT:
+        acc = tl.trans(acc)
+    if partials_ptr is not None:
+        store_partial(partials_ptr, acc, offs_m, offs_k, M, K)
+    else:
+        offsets = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
+        tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_k < K)[None, :])
+
+
+# One program: a [BLOCK_K, BLOCK_N] tile of dw^T = x^T @ dz, over its split of the batch; the programs of the first
+# tiles along K also sum dz over the batch into db. Grid: (tiles of dw, splits). WITH_WEIGHT false: db only.
+# K, usually the longer side, lies on the product's M axis, and dz keeps the order in which it is loaded.
+@triton.jit(do_not_specialize=["M", "steps"])
+def linear_wgrad_kernel(dy_ptr, saved_ptr, seed_ptr, x_ptr, dw_ptr, db_ptr, M, N, K, dy_stride, x_stride, p, steps,
+                        UNIT: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, WITH_WEIGHT: tl.constexpr,
+                        PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                        BLOCK_K: tl.constexpr):  # fmt: skip
+    N *= UNIT
+    K *= UNIT
+    dy_stride *= UNIT
+    x_stride *= UNIT
+    # without x there is no K, but still one tile
+    pid_k, pid_n = tile_of_program(tl.program_id(0), tl.maximum(K, 1), N, BLOCK_K, BLOCK_N)
+    split = tl.program_id(1).to(tl.int64)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_step = tl.program_id(1) * steps
+    end_step = tl.minimum(first_step + steps, tl.cdiv(M, BLOCK_M))
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
+    acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    tl.assume(first_step < end_step)
+    for step in range(first_step, end_step):
+        offs_m = step * BLOCK_M + tl.arange(0, BLOCK_M)
+        dz = gradient_tile(dy_ptr, saved_ptr, seed, offs_m, pid_n * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,
+                           BLOCK_M, BLOCK_N)  # fmt: skip
+        if db_ptr is not None:
+            db += dz.to(tl.float32)
+        if WITH_WEIGHT:
+            xt = load_tile(x_ptr, offs_k, offs_m, 1, x_stride, K, M)
+            acc = tl.dot(xt, dz.to(xt.dtype), acc, input_precision=PRECISION)
+    if WITH_WEIGHT:
+        offsets = (split * N + offs_n)[None, :] * K + offs_k[:, None]
+        tl.store(dw_ptr + offsets, acc.to(dw_ptr.dtype.element_ty), mask=(offs_k < K)[:, None] & (offs_n < N)[None, :])
+    if db_ptr is not None:
+        if pid_k == 0:
+            sums = tl.sum(db, axis=0).to(db_ptr.dtype.element_ty)
+            tl.store(db_ptr + split * N + offs_n, sums, mask=offs_n < N)
+
+
+# One program: a [BLOCK_M, BLOCK_N] tile of y, from the sum of partials[splits, M, N]. Grid: (tiles of y,).
+@triton.jit(do_not_specialize=["M", "splits"])
+def linear_finish_kernel(partials_ptr, b_ptr, y_ptr, z_ptr, seed_ptr, M, N, b_stride, p, splits,
+                         ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    pid_m, pid_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for split in range(splits):
+        acc += load_tile(partials_ptr + tl.cast(split, tl.int64) * M * N, offs_m, offs_n, N, 1, M, N)
+    finish_tile(acc, b_ptr, y_ptr, z_ptr, seed_ptr, offs_m, pid_n * BLOCK_N, M, N, b_stride, p, ACTIVATION, BLOCK_M,
+                BLOCK_N)  # fmt: skip
+
+
+def row_stride(t: Tensor) -> int | None:
+    """The distance between rows of ``t`` [..., C] seen as a matrix, or None where it is none: the last dimension must
+    be dense and the others must fold into one."""
+    columns = t.shape[-1]
+    if columns > 1 and t.stride(-1) != 1:
+        return None
+    if t.dim() == 2:
+        return t.stride(0) if t.shape[0] > 1 else columns
+    if t.is_contiguous():
+        return columns
+    stride, expected = None, 0
+    for size, step in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1])):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = step
+        elif step != expected:
+            return None
+        expected = step * size
+    return columns if stride is None else stride
+
+
+def dense_rows(t: Tensor) -> Tensor:
+    """``t`` where its rows load as they are, else a contiguous copy."""
+    return t if row_stride(t) is not None else t.contiguous()
+
+
+def dense_weight(w: Tensor) -> Tensor:
+    """``w`` [N, K] where one of its dimensions is dense, else a contiguous copy."""
+    return w if _weight_stride(w) is not None else w.contiguous()
+
+
+def _weight_stride(w: Tensor) -> tuple[int, bool] | None:
+    """(stride of the dimension that is not dense, whether that is the second), or None where neither is dense."""
+    (n, k), (stride_n, stride_k) = w.shape, w.stride()
+    if k == 1 or stride_k == 1:
+        return (stride_n if n > 1 else k), False
+    if n == 1 or stride_n == 1:
+        return stride_k, True
+    return None
+
+
+def _unit(t: Tensor, *sizes: int) -> int:
+    """Elements in 16 bytes if all sizes are multiples of that, else 1. Triton knows an argument to be a multiple of
+    16 or of nothing; sizes of 24 or 40 reach the kernel divided by this and keep their wide loads."""
+    width = 16 // t.element_size()
+    return width if all(size % width == 0 for size in sizes) else 1
+
+
+def _rows(t: Tensor) -> int:
+    return t.shape[0] if t.dim() == 2 else math.prod(t.shape[:-1])
+
+
+def _stride(t: Tensor) -> int:
+    stride = row_stride(t)
+    if stride is None:
+        raise ValueError(f"rows of shape {list(t.shape)} and strides {t.stride()} do not fold into a matrix")
+    return stride
+
+
+def split(reduction: int, block: int, splits: int) -> tuple[int, int]:
+    """Steps of ``block`` each split takes and the number of splits that have any."""
+    total = cdiv(reduction, block)
+    steps = max(cdiv(total, max(splits, 1)), 1)
+    return steps, max(cdiv(total, steps), 1)
+
+
+def launch_forward(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    activation: str | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    save_z: bool = False,
+    config: Config | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(y [..., N], the pre-activation z or None) for x [..., K] with dense rows, dense w [N, K], and b of N elements
+    or one. ``seed``: dropout's, None for none. ``splits``: 0 for one program a tile, else programs that share one."""
+    n, k = w.shape
+    m = _rows(x)
+    y = x.new_empty((*x.shape[:-1], n))
+    z = torch.empty_like(y) if save_z else None
+    if y.numel() == 0:
+        return y, z
+    if k == 0:  # an empty sum: a product with one column of zeros, for the epilogue's sake
+        return launch_forward(x.new_zeros((*x.shape[:-1], 1)), w.new_zeros((n, 1)), b, activation, p, seed, save_z)
+    precision = runtime.dot_precision(x.dtype, "matmul")
+    config = config or autotune.pick(
+        "linear forward", m, (n, k, x.dtype, precision, activation, seed is not None, save_z),
+        tuning.forward(n, k, x.element_size(), precision, seed is not None, tuning.target_name()),
+        lambda c: launch_forward(x, w, b, activation, p, seed, save_z, c, splits),
+    )  # fmt: skip
+    tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
+    if splits is None:
+        splits = tuning.forward_splits(tiles, k, tuning.target_name())
+    steps, parts = split(k, config["BLOCK_K"], splits)
+    partials = x.new_empty((parts, m, n), dtype=torch.float32) if splits else None
+    x_stride, (w_stride, w_transposed) = _stride(x), _checked_weight_stride(w)
+    unit = _unit(x, k, x_stride, w_stride)
+    b_stride = 0 if b is None or b.numel() == 1 else b.stride(0)
+    launch(
+        linear_forward_kernel, (tiles, parts),
+        x, w, b, y, z, seed, partials, m, n, k // unit, x_stride // unit, w_stride // unit, b_stride, p, steps,
+        UNIT=unit, W_TRANSPOSED=w_transposed, ACTIVATION=activation, PRECISION=precision, **config.options(),
+    )  # fmt: skip
+    if partials is not None:
+        finish(partials, b, b_stride, y, z, activation, p, seed)
+    return y, z
+
+
+def launch_dgrad(
+    dy: Tensor,
+    w: Tensor,
+    saved: Tensor | None = None,
+    activation: str | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    config: Config | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """dx [..., K] from dy [..., N] with dense rows, dense w [N, K] and what forward saved, z or y
+    (activation.needs_input), contiguous. ``p`` without a ``seed``: y tells what dropout kept ('relu')."""
+    n, k = w.shape
+    m = _rows(dy)
+    dx = dy.new_empty((*dy.shape[:-1], k))
+    if dx.numel() == 0 or n == 0:
+        return dx.zero_()
+    precision = runtime.dot_precision(dy.dtype, "matmul")
+    config = config or autotune.pick(
+        "linear dgrad", m, (n, k, dy.dtype, precision, activation, seed is not None),
+        tuning.dgrad(n, k, dy.element_size(), precision, tuning.target_name()),
+        lambda c: launch_dgrad(dy, w, saved, activation, p, seed, c, splits),
+    )  # fmt: skip
+    tiles = cdiv(m, config["BLOCK_M"]) * cdiv(k, config["BLOCK_K"])
+    if splits is None:
+        splits = tuning.forward_splits(tiles, n, tuning.target_name())
+    steps, parts = split(n, config["BLOCK_N"], splits)
+    partials = dy.new_empty((parts, m, k), dtype=torch.float32) if splits else None
+    dy_stride, (w_stride, w_transposed) = _stride(dy), _checked_weight_stride(w)
+    unit = _unit(dy, n, k, dy_stride, w_stride)
+    launch(
+        linear_dgrad_kernel, (tiles, parts),
+        dy, saved, seed, w, dx, partials, m, n // unit, k // unit, dy_stride // unit, w_stride // unit, p, steps,
+        UNIT=unit, W_TRANSPOSED=w_transposed, ACTIVATION=activation, SCALED=p > 0 and seed is None,
+        PRECISION=precision, **config.options(),
+    )  # fmt: skip
+    if partials is not None:
+        finish(partials, None, 0, dx)
+    return dx
+
+
+def launch_wgrad(
+    dy: Tensor,
+    x: Tensor | None,
+    saved: Tensor | None = None,
+    activation: str | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    with_bias: bool = False,
+    config: Config | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dw [N, K], db [N]) from dy [..., N] and x [..., K], both with dense rows; other arguments as launch_dgrad's.
+    Without ``x`` only db is computed, without ``with_bias`` only dw; what is not computed is None."""
+    n, m = dy.shape[-1], _rows(dy)
+    k = 0 if x is None else x.shape[-1]
+    dw = None if x is None else dy.new_empty((n, k))
+    db = dy.new_empty(n) if with_bias else None
+    if m == 0 or n == 0 or (k == 0 and not with_bias):
+        return (None if dw is None else dw.zero_()), (None if db is None else db.zero_())
+    precision = runtime.dot_precision(dy.dtype, "matmul")
+    config = config or autotune.pick(
+        "linear wgrad", m, (n, k, dy.dtype, precision, activation, seed is not None, with_bias),
+        tuning.wgrad(n, k, dy.element_size(), precision, tuning.target_name()),
+        lambda c: launch_wgrad(dy, x, saved, activation, p, seed, with_bias, c, splits),
+        rows="",  # BLOCK_M is a step of the reduction here
+    )  # fmt: skip
+    tiles = max(cdiv(k, config["BLOCK_K"]), 1) * cdiv(n, config["BLOCK_N"])
+    if splits is None:
+        splits = tuning.wgrad_splits(tiles, m, config["BLOCK_M"], tuning.target_name())
+    steps, parts = split(m, config["BLOCK_M"], splits)
+    dy_stride, x_stride = _stride(dy), 0 if x is None else _stride(x)
+    unit = _unit(dy, n, k, dy_stride, x_stride)
+    out_w, out_b = dw, db
+    if splits:
+        # one row a split: its length does not depend on the batch
+        out_w = None if dw is None else dy.new_empty((parts, 1, n * k), dtype=torch.float32)
+        out_b = None if db is None else dy.new_empty((parts, 1, n), dtype=torch.float32)
+    launch(
+        linear_wgrad_kernel, (tiles, parts),
+        dy, saved, seed, x, out_w, out_b, m, n // unit, k // unit, dy_stride // unit, x_stride // unit, p, steps,
+        UNIT=unit, ACTIVATION=activation, SCALED=p > 0 and seed is None, WITH_WEIGHT=k > 0, PRECISION=precision,
+        **config.options(),
+    )  # fmt: skip
+    if splits:
+        if k > 0:
+            finish(out_w, None, 0, dw, config=tuning.finish_row(n * k, tuning.target_name()))
+        if db is not None:
+            finish(out_b, None, 0, db, config=tuning.finish_row(n, tuning.target_name()))
+    return dw, db
+
+
+def finish(
+    partials: Tensor,
+    b: Tensor | None,
+    b_stride: int,
+    y: Tensor,
+    z: Tensor | None = None,
+    activation: str | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    config: Config | None = None,
+) -> None:
+    """Sum partials [splits, M, N] into y, through the epilogue."""
+    splits, m, n = partials.shape
+    config = config or tuning.finish(n, tuning.target_name())
+    tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
+    launch(
+        linear_finish_kernel,
+        (tiles,),
+        partials,
+        b,
+        y,
+        z,
+        seed,
+        m,
+        n,
+        b_stride,
+        p,
+        splits,
+        ACTIVATION=activation,
+        **config.options(),
+    )
+
+
+def _checked_weight_stride(w: Tensor) -> tuple[int, bool]:
+    found = _weight_stride(w)
+    if found is None:
+        raise ValueError(f"neither dimension of the weight {list(w.shape)} is dense: strides {w.stride()}")
+    return found
