@@ -166,6 +166,17 @@ def test_no_bias(device: str) -> None:
     check(draw(device, (1, 3, 4, 4)), draw(device, (2, 3, 3, 3)), None, "silu", {"padding": 1})
 
 
+@pytest.mark.parametrize("channels, groups", ((1, 1), (3, 1), (2, 2)))
+def test_a_large_bias_is_added_once(device: str, channels: int, groups: int) -> None:
+    """Not what the sum starts at: each of its terms would be rounded as a number of the bias's size."""
+    x, w = draw(device, (3, channels, 7, 5)), draw(device, (4, channels // groups, 3, 3))
+    bias = draw(device, (4,)) * 1e4
+    y = conv2d(x, w, bias, groups=groups)
+    exact = F.conv2d(x.cpu().double(), w.cpu().double(), bias.cpu().double(), groups=groups)
+    once = (exact.float() - exact).norm()
+    assert (y.detach().cpu() - exact).norm() < 1.25 * once
+
+
 FORMATS = {
     "contiguous": lambda t: t.contiguous(),
     "channels_last": lambda t: t.contiguous(memory_format=CL),

@@ -311,6 +311,18 @@ def test_statistics_stay_right_at_a_large_mean(device: str) -> None:
     assert (y.cpu().double() - z).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("channels", (1, 3))
+def test_statistics_stay_right_beside_a_large_bias(channels: int, device: str) -> None:
+    """The map is a sum rounded once as a number of the bias's size, and its variance that of such a map."""
+    x, w, bias = torch.randn(3, channels, 7, 5), torch.randn(4, channels, 3, 3), 1e4 * torch.randn(4)
+    mean, var = torch.zeros(4).to(device), torch.ones(4).to(device)
+    layer = ConvBNLayer(w.to(device), bias.to(device), running_mean=mean, running_var=var, momentum=1.0)
+    conv_stage(x.to(device), [layer], training=True)
+    exact = F.conv2d(x.double(), w.double(), bias.double()).transpose(0, 1).flatten(1)
+    once = (exact.float().double().var(1) - exact.var(1)).norm()
+    assert (var.cpu() - exact.var(1)).norm() < 1.25 * once
+
+
 BAD: dict[str, tuple[type[Exception], Callable[[Tensor, ConvBNLayer], Any]]] = {
     "no tensor": (TypeError, lambda x, a: conv_stage([1.0], [a])),  # type: ignore[arg-type]
     "unbatched": (ValueError, lambda x, a: conv_stage(x[0], [a])),

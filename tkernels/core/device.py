@@ -55,6 +55,13 @@ def activation_gradient(dy, saved, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def add_bias(acc, bias):
+    """``acc`` [rows, columns] + ``bias`` [columns], as an fma: of a sum with one tl.dot Triton makes a product that
+    starts at the bias, and each of its terms is rounded as coarsely as a large bias is."""
+    return tl.fma(acc, 1.0, bias[None, :])
+
+
+@triton.jit
 def keep_scale(seed, row, col, n_cols, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout factors of a tile, shape [BLOCK_M, BLOCK_N]: 0 with probability p, else 1 / (1 - p).
 
