@@ -191,12 +191,19 @@ def test_queries_that_see_nothing(kind: str, need_weights: bool, device: str) ->
     x, mask = torch.randn(N, L, E), torch.zeros(L, L, dtype=torch.bool)
     mask[1] = True
     mask = mask if kind == "boolean" else torch.zeros(L, L).masked_fill(mask, -torch.inf)
-    out, weights = mine.to(device)(*[x.to(device)] * 3, need_weights=need_weights, attn_mask=mask.to(device))
+    at = x.to(device).requires_grad_()
+    x.requires_grad_()
+    out, weights = mine.to(device)(at, at, at, need_weights=need_weights, attn_mask=mask.to(device))
     out_torch, weights_torch = theirs(x, x, x, need_weights=need_weights, attn_mask=mask)
     assert bool(out_torch[:, 1].isnan().all()) == need_weights
     tolerance.assert_close(out, out_torch.detach().double(), 4 * E)
     if weights is not None:
         tolerance.assert_close(weights, weights_torch.detach().double(), 4 * E)
+    # each projection of its own: what is NaN in one need not be in another
+    projections = [(at, *mine.parameters()), (x, *theirs.parameters())]
+    got, expected = (torch.autograd.grad(y[:, 1].sum(), leaves) for y, leaves in zip((out, out_torch), projections))
+    for g, e in zip(got, expected):
+        assert torch.equal(g.isnan().cpu(), e.isnan())
 
 
 def test_a_float32_mask_beside_a_bf16_module(device: str) -> None:

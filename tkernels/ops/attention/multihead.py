@@ -148,10 +148,9 @@ def _attention_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """Attention with its weights [N, H, L, S]; a row that sees no key is NaN, as torch's is here."""
     scores = matmul(q * q.shape[-1] ** -0.5, k.mT)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask.to(scores.dtype)
+    if mask is not None:
+        # added, boolean ones too: the gradient of a row of NaN is NaN, which masked_fill would stop
+        scores = scores + _added(~mask if mask.dtype == torch.bool else mask, scores.dtype).to(scores.dtype)
     weights = torch.nn.functional.dropout(torch.softmax(scores, -1), dropout_p)
     return matmul(weights, v), weights
 
