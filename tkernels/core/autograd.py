@@ -243,7 +243,9 @@ def _one_by_one(backward: Backward, ctx: Any, args: tuple[Any, ...]) -> Gradient
     with plain:
         rows = [backward(ctx, *(w[i] if m else w for w, m in zip(whole, many))) for i in range(count)]
         columns = [None if c[0] is None else torch.stack(c) for c in zip(*rows)]
-    return tuple(None if c is None else add_batch_dim(c) for c in columns)
+    # (no view of a user's own class can be made within vmap)
+    with _C.DisableTorchFunctionSubclass():
+        return tuple(None if c is None else add_batch_dim(c) for c in columns)
 
 
 def _unwrapped(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable[[Tensor], Tensor]]:
