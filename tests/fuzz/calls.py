@@ -21,14 +21,14 @@ def linear(d: Draw) -> Case:
     if d.kernels and len(lead) > 1:
         lead = tuple(min(n, 5) for n in lead)
     dtype = d.dtype()
-    others = [dtype if d.some(0.95) else d.other(dtype) for _ in range(2)]
-    if d.some(0.03):
+    others = [d.other(dtype) if d.wrong(0.05) else dtype for _ in range(2)]
+    if d.wrong(0.03):
         dtype = d.one(STRANGE)
         others = [dtype, dtype]
-    weight = (n, k) if d.some(0.93) else d.one([(k,), (n, k + 1), (n,), (1, n, k), ()])
+    weight = d.one([(k,), (n, k + 1), (n,), (1, n, k), ()]) if d.wrong(0.07) else (n, k)
     tensors = {"input": d.tensor((*lead, k), dtype), "weight": d.tensor(weight, others[0])}
     if d.some(0.7):
-        bias = (n,) if d.some(0.87) else d.one([(), (1,), (*lead, n), (n + 1,), (1, n)])
+        bias = d.one([(), (1,), (*lead, n), (n + 1,), (1, n)]) if d.wrong(0.13) else (n,)
         tensors["bias"] = d.tensor(bias, others[1])
     if d.some(0.1):
         return Case("linear", d.body, tensors, {"relu": True})
@@ -45,6 +45,12 @@ def _pair(d: Draw, low: int, high: int) -> int | tuple[int, int] | list[int]:
     return (first, second) if d.some(0.85) else [first, second]
 
 
+def _even(stride: Any, kernel: tuple[int, int]) -> Any:
+    """One stride for both axes of a 1 x 1 window: torch's own weight gradient of bfloat16 images that lie channels_last
+    writes past the end of its memory for two (2.11, 2.14)."""
+    return stride[0] if kernel == (1, 1) and isinstance(stride, (tuple, list)) and len(stride) == 2 else stride
+
+
 def conv2d(d: Draw) -> Case:
     dtype, groups = d.dtype(), d.one((1, 1, 1, 2, 3, 4))
     if d.big:
@@ -58,35 +64,36 @@ def conv2d(d: Draw) -> Case:
         if d.some(0.1):
             groups, k = c or 1, (c or 1) * d.rng.randint(1, 2)
     kernel = d.one((1, 1, 2, 3, 3, 5)), d.one((1, 1, 2, 3, 3, 5))
-    other = dtype if d.some(0.95) else d.other(dtype)
-    if d.some(0.02):
+    other = d.other(dtype) if d.wrong(0.05) else dtype
+    if d.wrong(0.02):
         dtype = other = d.one(STRANGE)
     if w == 1 and (not d.kernels or dtype == "bfloat16"):
         # torch's own weight gradients read what nobody wrote, and some of these calls crash (2.11, 2.14)
         w = 2
-    image = (n, c, h, w) if d.some(0.9) else d.one([(c, h, w), (h, w), (n, c, h, w, 1), (n, c + 1, h, w)])
+    image = d.one([(c, h, w), (h, w), (n, c, h, w, 1), (n, c + 1, h, w)]) if d.wrong(0.1) else (n, c, h, w)
     inside = c // groups
     weight = (k, inside, *kernel)
-    if d.some(0.03):
+    if d.wrong(0.03):
         weight = d.one([(k, inside, kernel[0]), (k, inside + 1, *kernel), (k, inside, 0, kernel[1])])
     tensors = {
         "input": d.tensor(image, dtype, images=True),
         "weight": d.tensor(weight, other, images=True),
     }
     if d.some(0.6):
-        tensors["bias"] = d.tensor((k if d.some(0.96) else k + 1,), other if d.some(0.97) else d.other(other))
+        tensors["bias"] = d.tensor((k + 1 if d.wrong(0.04) else k,), d.other(other) if d.wrong(0.03) else other)
     options: dict[str, Any] = {
-        "stride": _pair(d, 1, 3) if d.some(0.96) else d.one([0, -1, (1, 2, 3), 1.5, None]),
+        "stride": d.one([0, -1, (1, 2, 3), 1.5, None]) if d.wrong(0.04) else _pair(d, 1, 3),
         "padding": d.one(
             (0, 1, _pair(d, 0, 3), "valid", (kernel[0] // 2, kernel[1] // 2), (kernel[0] // 2, kernel[1] // 2))
         ),
-        "dilation": d.one((1, 1, _pair(d, 1, 3))) if d.some(0.97) else d.one([0, -1, 100]),
+        "dilation": d.one([0, -1, 100]) if d.wrong(0.03) else d.one((1, 1, _pair(d, 1, 3))),
         "groups": groups,
         "activation": d.activation(),
     }
+    options["stride"] = _even(options["stride"], kernel)
     if options["stride"] in (1, (1, 1)) and d.some(0.3):
         options["padding"] = "same"
-    elif d.some(0.04):
+    elif d.wrong(0.04):
         options["padding"] = d.one([-1, "full", (1,), 40, "same"])
     return Case("conv2d", d.body, tensors, options)
 
@@ -104,27 +111,27 @@ def batch_norm(d: Draw) -> Case:
             shape = (d.one((8, 16, 64)), *shape[1:])
     c = shape[1] if len(shape) > 1 else 3
     wide = dtype if dtype not in ("bfloat16", "float16") or (d.some(0.3) and not d.everyday) else "float32"
-    if d.some(0.03):
+    if d.wrong(0.03):
         wide = d.other(dtype)
-    if d.some(0.015):
+    if d.wrong(0.015):
         dtype = d.one(STRANGE)
     training = d.some(0.75)
-    n = c if d.some(0.98) else c + 1
+    n = c + 1 if d.wrong(0.02) else c
     tensors = {"input": d.tensor(shape, dtype, images=True)}
     for name in ("weight", "bias"):
         if d.some(0.75):
-            other = wide if d.some(0.98) else d.other(wide)
+            other = d.other(wide) if d.wrong(0.02) else wide
             # (x times an infinite weight less the mean times it: torch on a GPU subtracts first, on a CPU last)
             tensors[name] = d.tensor((n,), other, plain=True, special=0.0 if d.kernels else 0.1)
     if d.some(0.7) or not training:
         tensors["running_mean"] = _statistic(d, n, wide, "normal", training)
         tensors["running_var"] = _statistic(d, n, wide, "positive", training)
-        if d.some(0.04):
+        if d.wrong(0.04):
             del tensors["running_var"]
     options: dict[str, Any] = {
         "training": training,
         "momentum": d.one((0.1, 0.1, 0.9, 0.0, 1.0, 1)) if not d.everyday else 0.1,
-        "eps": d.one((1e-5, 1e-5, 1e-3, 1e-12)) if d.some(0.97) else d.one((0.0, -1.0, 1)),
+        "eps": d.one((0.0, -1.0, 1)) if d.wrong(0.03) else d.one((1e-5, 1e-5, 1e-3, 1e-12)),
         "activation": d.activation(),
     }
     if d.some(0.2):
@@ -148,9 +155,9 @@ def cross_entropy(d: Draw) -> Case:
         n, c = d.size(), d.one((1, 2, 3, 5, 7, 10, 15, 16, 17, 100) * 3 + (0,))
         extra = tuple(d.one((1, 2, 3, 5)) for _ in range(d.one((0, 0, 0, 0, 1, 2))))
     ignore = d.one((-100, -100, 0, 1, 5, -1, 255))
-    smoothing: Any = d.one((0.0, 0.0, 0.1, 1.0, 0.5)) if d.some(0.97) else d.one((-0.1, 1.5, 0, 1, float("nan")))
+    smoothing: Any = d.one((-0.1, 1.5, 0, 1, float("nan"))) if d.wrong(0.03) else d.one((0.0, 0.0, 0.1, 1.0, 0.5))
     options: dict[str, Any] = {
-        "reduction": d.one(("mean", "mean", "sum", "none")) if d.some(0.98) else "avg",
+        "reduction": "avg" if d.wrong(0.02) else d.one(("mean", "mean", "sum", "none")),
         "label_smoothing": smoothing,
     }
     one_row = d.some(0.07) and not d.big
@@ -158,25 +165,25 @@ def cross_entropy(d: Draw) -> Case:
     tensors = {"input": d.tensor(shape, dtype, grad=0.75)}
     if d.some(0.2):
         values = f"softmax {0 if one_row else 1}" if d.some(0.7) and c else "normal"
-        tensors["target"] = d.tensor(shape, dtype if d.some(0.85) else d.dtype(), grad=0.3, values=values)
+        tensors["target"] = d.tensor(shape, d.dtype() if d.wrong(0.15) else dtype, grad=0.3, values=values)
     else:
         tensors["target"] = _target(d, () if one_row else (n, *extra), c, ignore)
     if ignore != -100 and (not tensors["target"].values.startswith(("softmax", "normal")) or d.some(0.1)):
         options["ignore_index"] = ignore
     if d.some(0.2):
-        length = c if d.some(0.95) else c + 1
+        length = c + 1 if d.wrong(0.05) else c
         values = "positive" if d.some(0.7) else "normal"
-        tensors["weight"] = d.tensor((length,), dtype if d.some(0.92) else d.dtype(), grad=0.05, values=values)
+        tensors["weight"] = d.tensor((length,), d.dtype() if d.wrong(0.08) else dtype, grad=0.05, values=values)
     return Case("cross_entropy", d.body, tensors, options)
 
 
 def _target(d: Draw, shape: tuple[int, ...], classes: int, ignore: int) -> T:
     share = d.one((0, 0, 0.2, 0.2, 1.0))
-    dtype = "int64" if d.some(0.94) else d.one(("int32", "uint8", "int16", "float32"))
-    if ignore not in range(-128, 128) and dtype != "int64":
+    dtype = d.one(("int32", "uint8", "int16", "float32")) if d.wrong(0.06) else "int64"
+    if ignore not in (range(256) if dtype == "uint8" else range(-128, 128)) and dtype != "int64":
         share = 0
     special: tuple[tuple[int, float], ...] = ()
-    if d.some(0.03) and not d.kernels and dtype == "int64":
+    if not d.kernels and dtype == "int64" and d.wrong(0.03):
         # (a GPU's loss is NaN for it, and the executor's torch raises)
         special = ((d.rng.randrange(1 << 16), d.one((classes, classes + 5, -2, -100, 2**31, -(2**62)))),)
     layout = d.one(("contiguous", "contiguous", "stepped", "turned", "offset"))
@@ -192,7 +199,7 @@ def conv_stage(d: Draw) -> Case:
         n, c = d.one((1, 1, 2, 3) if d.kernels else (1, 1, 2, 3, 8, 33, 0)), d.one((1, 2, 3, 8))
         h, w = (d.one((1, 2, 4, 6, 7, 8) if d.kernels else (1, 2, 4, 6, 8, 9, 12, 16)) for _ in range(2))
     w = max(w, 2)  # torch's own convolution of one column crashes by some strides and dilations (2.11, 2.14)
-    tensors = {"input": d.tensor((n, c, h, w), dtype, images=True)}
+    tensors = {"input": d.tensor((n, c, h, w), dtype, images=True, values=d.uneven())}
     wide = dtype if d.some(0.87) or n == 0 else "float32"
     layers: list[dict[str, Any]] = []
     for i in range(d.one((1, 1, 2, 2, 3))):
@@ -211,7 +218,7 @@ def _layer(d: Draw, tensors: dict[str, T], layers: list[dict[str, Any]], i: int,
     groups = c if d.some(0.1) else groups
     k = groups * d.one((4, 8, 16) if d.big else (1, 2, 4, 5, 8))
     kernel = d.one((1, 3, 3, 3, 2, 5)), d.one((1, 3, 3, 3, 2))
-    tensors[f"w{i}"] = d.tensor((k, c // groups, *kernel), dtype, grad=0.7, special=0.02)
+    tensors[f"w{i}"] = d.tensor((k, c // groups, *kernel), dtype, grad=0.7, special=0.02, values=d.uneven())
     vectors = dtype if dtype == "float64" or d.some(0.2) else "float32"
     for letter, kind, share, values in zip("bgh", (dtype, vectors, vectors), (0.4, 0.8, 0.8), (None, None, None)):
         if d.some(share):
@@ -223,7 +230,7 @@ def _layer(d: Draw, tensors: dict[str, T], layers: list[dict[str, Any]], i: int,
     if d.some(0.5):
         tensors[f"n{i}"] = T((), "int64", f"number {d.one((0, 3))}")
     arguments = {
-        "stride": d.one((1, 1, 1, 1, 1, 2, (1, 2), (2, 1))),
+        "stride": _even(d.one((1, 1, 1, 1, 1, 2, (1, 2), (2, 1))), kernel),
         "padding": d.one([(kernel[0] // 2, kernel[1] // 2)] * 5 + [0, 1, "same", 2, "valid"]),  # type: ignore[list-item]
         "dilation": d.one((1, 1, 1, 1, 1, 2, (1, 2))),
         "groups": groups,
@@ -240,8 +247,8 @@ def _layer(d: Draw, tensors: dict[str, T], layers: list[dict[str, Any]], i: int,
 
 def matmul(d: Draw) -> Case:
     dtype = d.dtype()
-    other = dtype if d.some(0.96) else d.other(dtype)
-    if d.some(0.04):
+    other = d.other(dtype) if d.wrong(0.04) else dtype
+    if d.wrong(0.04):
         dtype = other = d.one(STRANGE)
     if d.big:
         m, k, n = d.one([(70001, 8, 3), (512, 1031, 257), (1, 65537, 5)])
@@ -251,7 +258,7 @@ def matmul(d: Draw) -> Case:
         batch = tuple(d.one((1, 2, 3, 0)) if d.some(0.3) else 2 for _ in range(d.one((0, 0, 1, 2))))
         a = d.one([(k,), (m, k), (*batch, m, k), (1, m, k)])
         b = d.one([(k,), (k, n), (*batch, k, n), (k, n)])
-        if d.some(0.05):
+        if d.wrong(0.05):
             b = d.one([(), (k + 1, n), (3, 5, k, n)])
     return Case("matmul", d.body, {"a": d.tensor(a, dtype), "b": d.tensor(b, other)})
 
@@ -263,7 +270,7 @@ def attention(d: Draw) -> Case:
     e = d.one((1, 3, 8, 16, 64))
     v = e if d.some(0.7) else d.one((1, 4, 8, 16))
     lead = d.one([(batch, heads), (batch, heads), (heads,), ()])
-    key_lead = lead if d.some(0.9) else d.one([(1, heads), (heads,), (3, heads)])
+    key_lead = d.one([(1, heads), (heads,), (3, heads)]) if d.wrong(0.1) else lead
     options: dict[str, Any] = {}
     if d.some(0.12):
         options["enable_gqa"] = True
@@ -273,17 +280,17 @@ def attention(d: Draw) -> Case:
     if d.some(0.4):
         options["scale"] = d.one((1.0, 0.3, 0.0, -0.5))
     if d.some(0.2):
-        options["dropout_p"] = d.one((0.5, 1.0)) if d.some(0.95) else 1.5
+        options["dropout_p"] = 1.5 if d.wrong(0.05) else d.one((0.5, 1.0))
     tensors = {
         "query": d.tensor((*lead, rows, e), dtype),
-        "key": d.tensor((*key_lead, keys, e), dtype if d.some(0.97) else d.other(dtype)),
+        "key": d.tensor((*key_lead, keys, e), d.other(dtype) if d.wrong(0.03) else dtype),
         "value": d.tensor((*key_lead, keys, v), dtype),
     }
     if d.some(0.4):
         tensors["attn_mask"] = _mask(
             d, d.one([(rows, keys), (1, keys), (*lead, rows, keys), (keys,) if rows and keys else (rows, keys)]), dtype
         )
-        if d.some(0.95):
+        if not d.wrong(0.05):
             options.pop("is_causal", None)
     return Case("attention", d.body, tensors, options)
 

@@ -27,10 +27,18 @@ class Draw:
         self.rng, self.body, self.patched, self.big = rng, body, patched, big
         self.kernels = body == "kernels"
         self.huge = True
+        self.mistaken = False
         self.everyday = rng.random() < 0.45
 
     def some(self, share: float) -> bool:
         return self.rng.random() < share
+
+    def wrong(self, share: float) -> bool:
+        """Whether to make a mistake here: one in a call at most, for which of two is named first is a matter of
+        taste."""
+        made = self.some(share) and not self.mistaken
+        self.mistaken |= made
+        return made
 
     def one(self, values: Sequence[Value]) -> Value:
         return self.rng.choice(values)
@@ -79,6 +87,11 @@ class Draw:
         if k < 0.09:
             return "zeros"
         return f"normal {self.one((100, 10000))}" if k < 0.13 else "normal"
+
+    def uneven(self) -> str:
+        """Values that have a variance: of a constant map rounding alone decides what batch norm makes."""
+        values = self.values()
+        return "normal" if values == "zeros" else values
 
     def special(self, share: float = 0.1) -> tuple[tuple[int, float], ...]:
         if not self.some(share):

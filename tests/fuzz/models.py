@@ -46,7 +46,9 @@ def _linear(d: Draw, name: str) -> Case:
 def _window(d: Draw) -> dict[str, Any]:
     kernel = d.one((1, 2, 3, 3, (1, 3)))
     found: dict[str, Any] = {"kernel_size": kernel}
-    for key, values, share in (("stride", (2, (1, 2)), 0.3), ("padding", (1, 2, (0, 1)), 0.6), ("dilation", (2,), 0.1)):
+    # (torch's own weight gradient of a 1 x 1 window and two strides: calls._even)
+    strides = (2,) if kernel == 1 else (2, (1, 2))
+    for key, values, share in (("stride", strides, 0.3), ("padding", (1, 2, (0, 1)), 0.6), ("dilation", (2,), 0.1)):
         if d.some(share):
             found[key] = d.one(values)
     return found
@@ -67,7 +69,7 @@ def _conv2d(d: Draw, name: str) -> Case:
 
 def _image(d: Draw, c: int, n: int | None = None) -> T:
     h, w = d.one((3, 5, 6, 8, 11)), d.one((3, 4, 6, 9))
-    return d.tensor((d.one((1, 2, 3, 5)) if n is None else n, c, h, w), _dtype(d), images=True)
+    return d.tensor((d.one((1, 2, 3, 5)) if n is None else n, c, h, w), _dtype(d), images=True, values=d.uneven())
 
 
 def _stage(d: Draw, name: str) -> Case:
@@ -163,13 +165,14 @@ def fused(d: Draw) -> Case:
     if not d.kernels and d.some(0.2):
         options["how"] = "compile"
     n = d.one((2, 2, 3, 5))
-    images = d.tensor((n, start, *d.one(((7, 6), (8, 8), (12, 9)))), "float32", images=True, special=0.06, kinds=False)
+    shape = (n, start, *d.one(((7, 6), (8, 8), (12, 9))))
+    dtype = d.one(("bfloat16", "float64") if not d.kernels else ("bfloat16",)) if d.some(0.25) else "float32"
+    images = d.tensor(shape, dtype, images=True, special=0.06, kinds=False, values=d.uneven())
     tensors = {"input": images}
     if "head" in options and not d.kernels and d.some(0.3):
         tensors["target"] = T((n,), "int64", f"index {options['head'][-1]['linear']['out_features']}", seed=d.seed())
-    if d.some(0.25):
-        options["dtype"] = d.one(("bfloat16", "float64")) if not d.kernels else "bfloat16"
-        tensors["input"] = d.tensor(images.shape, options["dtype"], images=True, special=0.06, kinds=False)
+    if dtype != "float32":
+        options["dtype"] = dtype
     return Case("fused", d.body, tensors, options)
 
 
