@@ -6,8 +6,9 @@ the start differs at the end. Their parameters and buffers are arguments named "
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -217,6 +218,24 @@ def _rewritten(module: nn.Module) -> Side:
         return y
 
     return _side(module, call)
+
+
+@contextlib.contextmanager
+def dropping_as(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block torch's dropout of other tensors draws as that of ``dtype`` does on a CPU."""
+
+    def dropped(shape: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
+        def call(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+            if not training or not p or not x.numel():
+                return x
+            drawn = torch.empty(shape(x), dtype=dtype).bernoulli_(1 - p)
+            return x * (drawn.double() / (1 - p)).to(x.dtype)
+
+        return call
+
+    channels = dropped(lambda x: (*x.shape[:2], 1, 1))
+    with replaced(F, "dropout", dropped(lambda x: x.shape)), replaced(F, "dropout2d", channels):
+        yield
 
 
 def _fused_dropout(options: Options) -> float:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tkernels
 from tests.conformance.compare import torchs as composed
@@ -34,13 +35,16 @@ class Side(NamedTuple):
 class Operator(NamedTuple):
     """``ours(options)``, ``theirs(options, factors)``; ``dropout(options)``: the probability that something is dropped.
     ``factors_are``: the shape of what dropout multiplies by, "elements" or "channels", where it is the last thing that
-    happens to the result and torch draws it once.
+    happens to the result and torch draws it once. ``others(options)``: torch's sides by other ways of its own.
+    ``sums``: whether each element of the result is a sum of products, but for the activation.
     """
 
     ours: Callable[[dict[str, Any]], Side]
     theirs: Callable[[dict[str, Any], Tensor | None], Side]
     dropout: Callable[[dict[str, Any]], Any] = lambda options: 0.0
     factors_are: str | None = None
+    others: Callable[[dict[str, Any]], list[Side]] = lambda options: []
+    sums: bool = False
 
 
 def _plain(name: str) -> Operator:
@@ -134,16 +138,33 @@ def _normalized(layer: ConvBNLayer, x: Tensor, training: bool) -> Tensor:
     )  # fmt: skip
 
 
+def _flash(options: dict[str, Any]) -> list[Side]:
+    """torch's flash attention, which it takes by itself for four dense dimensions alone: softmax on the way, and one
+    number a row for backward. No call where it does not go."""
+
+    def call(tensors: Tensors) -> Tensor:
+        four = {n: t.contiguous() for n, t in tensors.items()}
+        for name in ("query", "key", "value"):
+            four[name] = four[name][(None,) * (4 - four[name].dim())]
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            y = F.scaled_dot_product_attention(**four, **options)  # type: ignore[arg-type]
+        return y.reshape(*tensors["query"].shape[:-1], y.shape[-1])
+
+    return [Side(call)]
+
+
 def _in_training(options: dict[str, Any]) -> Any:
     return options.get("dropout_p", 0.0) if options.get("training", False) else 0.0
 
 
 OPERATORS: dict[str, Operator] = {
-    "linear": Operator(_linear_ours, _linear_theirs, _in_training, "elements"),
-    "conv2d": _plain("conv2d"),
+    "linear": Operator(_linear_ours, _linear_theirs, _in_training, "elements", sums=True),
+    "conv2d": _plain("conv2d")._replace(sums=True),
     "batch_norm": _plain("batch_norm"),
     "cross_entropy": _plain("cross_entropy"),
     "conv_stage": Operator(_stage_ours, _stage_theirs, _in_training, "channels"),
-    "matmul": _plain("matmul"),
-    "attention": _plain("scaled_dot_product_attention")._replace(dropout=lambda options: options.get("dropout_p", 0.0)),
+    "matmul": _plain("matmul")._replace(sums=True),
+    "attention": _plain("scaled_dot_product_attention")._replace(
+        dropout=lambda options: options.get("dropout_p", 0.0), others=_flash
+    ),
 }

@@ -47,5 +47,6 @@ def summary(counts: collections.Counter[str], ran: collections.Counter[str], sec
     return (
         f"{body}: {counts['calls']} calls in {seconds:.0f} s ({draws}); {counts['both raised']} both raised, "
         f"{counts['with gradients']} with gradients, {counts['double backward']} twice differentiated, "
-        f"{counts['meant']} meant; {fast or 'NO FAST PATH'}; {counts['failures']} failures"
+        f"{counts['meant']} meant, {counts['by chance']} by chance; {fast or 'NO FAST PATH'}; "
+        f"{counts['failures']} failures"
     )

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tkernels
@@ -22,6 +24,9 @@ from tests.fuzz import bodies, numbers, report, session
 from tests.fuzz.cases import Case
 from tests.fuzz.check import check, differences
 from tests.fuzz.drawing import SHARES, case_of
+from tests.fuzz.draws import Draw
+from tests.fuzz.mistakes import torch_refuses_too
+from tests.fuzz.modules import OPERATORS, dropping_as
 from tests.fuzz.recipes import LAYOUTS, T
 from tests.fuzz.simplify import simplified
 
@@ -199,6 +204,78 @@ def test_numbers() -> None:
     infinite = torch.tensor([float("inf"), 1.0], dtype=torch.float16)
     assert numbers.far(infinite, big, exact_of(big.double()), torch.float16) is None
     assert numbers.far(infinite, big / 4, exact_of(big.double() / 4), torch.float16) is not None
+
+
+def test_nan_and_infinities_are_accounted_for_one_by_one() -> None:
+    """Each as torch has it, or the truth, or another way of torch's, or where parts of a sum pass the range."""
+    nan, inf = float("nan"), float("inf")
+    mine, theirs, truth = torch.tensor([[2.0, nan, 1.0], [inf, nan, 1.0], [2.0, 1.0, 1.0]]).unbind()
+    exact = exact_of(truth.double())
+    assert numbers.far(mine, theirs, exact, torch.float32) is None
+    wrong = torch.tensor([nan, nan, 1.0])
+    assert numbers.far(wrong, theirs, exact, torch.float32) == "NaN in 2 places, torch in 1, of 3"
+    assert numbers.far(wrong, theirs, exact, torch.float32, ways=numbers.Ways(others=lambda: [wrong])) is None
+    sizes = torch.tensor([1e39, 0.0, 0.0], dtype=torch.float64)
+    assert numbers.far(wrong, theirs, exact, torch.float32, ways=numbers.Ways(sizes=lambda: sizes)) is None
+    assert numbers.far(wrong, theirs, exact, torch.float32, ways=numbers.Ways(sizes=lambda: sizes / 10)) is not None
+
+
+def test_errors_of_one_distribution() -> None:
+    ours, theirs = torch.randn(2, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).exp()
+    rows = [(a, t, a, t) for a, t in zip(ours.tolist(), theirs.tolist())]
+    assert numbers.by_chance(rows)
+    assert not numbers.by_chance([(3 * a, t, a, t) for a, t, _, _ in rows])
+    assert not numbers.by_chance([(a, t, 3 * a, t) for a, t, _, _ in rows])
+    assert not numbers.by_chance(rows[:5])
+
+
+@pytest.mark.parametrize("always", (False, True))
+def test_an_error_by_chance(always: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call's error over the bound is a failure where other values have it too."""
+    calls = []
+
+    def spoil(y: Tensor) -> Tensor:
+        calls.append(y)
+        return y * (1 + 1e-5) if always or len(calls) == 1 else y
+
+    plant(monkeypatch, "matmul", spoil)
+    told = differences(Case("matmul", "cpu", {"a": T((5, 7)), "b": T((7, 3), seed=1)}))
+    assert [kind for kind, _ in told.differences] == ["output"] * always
+    assert ("by chance" in told.events) is not always
+    assert len(calls) > 10
+
+
+def test_a_call_has_one_mistake() -> None:
+    d = Draw(Random(0), "cpu", False, False)
+    assert [d.wrong(0.0), d.wrong(1.0), d.wrong(1.0)] == [False, True, False]
+
+
+def test_mistakes_of_empty_batches_and_of_later_layers() -> None:
+    """Errors of ours that torch has only for others, or when it gets so far."""
+    empty = Case("conv2d", "cpu", {"input": T((0, 2, 5, 5)), "weight": T((3, 2, 3, 3))}, {"dilation": 0})
+    assert torch_refuses_too(empty, RuntimeError())
+    assert not torch_refuses_too(empty, ValueError())
+    assert not torch_refuses_too(empty.changed(options={}), RuntimeError())
+    layers = [{}, {"padding": "same", "stride": 2}]
+    tensors = {"input": T((2, 1, 2, 2)), "w0": T((1, 1, 3, 3)), "w1": T((1, 1, 3, 3))}
+    assert torch_refuses_too(Case("conv_stage", "cpu", tensors, {"layers": layers}), RuntimeError())
+    assert not torch_refuses_too(Case("conv_stage", "cpu", tensors, {"layers": layers}), TypeError())
+
+
+def test_torchs_other_ways() -> None:
+    """Flash attention of any rank and layout; dropout in float64 as another dtype draws it."""
+    tensors = {
+        name: T((3, 6, 8), layout="transposed", seed=i).make() for i, name in enumerate(("query", "key", "value"))
+    }
+    (side,) = OPERATORS["attention"].others({"is_causal": True})
+    torch.testing.assert_close(side.call(tensors), F.scaled_dot_product_attention(*tensors.values(), is_causal=True))
+    x = torch.randn(4, 5, 3, 3)
+    for dropout in ("dropout", "dropout2d"):
+        torch.manual_seed(1)
+        expected = getattr(F, dropout)(x, 0.25)
+        torch.manual_seed(1)
+        with dropping_as(torch.float32):
+            torch.testing.assert_close(getattr(F, dropout)(x.double(), 0.25), expected.double(), rtol=1e-6, atol=0.0)
 
 
 def arguments(**given: Any) -> argparse.Namespace:
