@@ -10,7 +10,7 @@ import torch
 from perf.aot import Case
 from perf.cases import batch_norm, conv, conv_stage, cross_entropy, linear
 from perf.shapes import NAMED, Shape
-from tkernels.ops.conv.config import Geometry
+from tkernels.core.geometry import Geometry
 from tkernels.ops.conv_stage import config as stage_tuning
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet", "vgg", "mlp", "vocab")

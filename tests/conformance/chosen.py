@@ -15,10 +15,8 @@ import torch
 
 from tkernels.core import targets
 from tkernels.core.config import Config
+from tkernels.core.geometry import Geometry, Matrix, Pooling
 from tkernels.ops.attention import config as attention
-from tkernels.ops.batch_norm.config import Matrix
-from tkernels.ops.conv.config import Geometry
-from tkernels.ops.conv_stage.config import Pooling
 
 GATE = os.environ.get("TK_GATE", "torch")
 MODULES = ("linear", "matmul", "attention", "conv", "conv_stage", "batch_norm", "cross_entropy")

@@ -12,6 +12,8 @@ from torch import Tensor
 import tkernels
 from tests import tolerance
 from tkernels.core import activation as activations
+from tkernels.core.geometry import matrix
+from tkernels.core.records import Norm
 from tkernels.functional import batch_norm
 from tkernels.ops.batch_norm.op import counted_batch_norm
 
@@ -500,7 +502,7 @@ def check_small_tiles(case: Case, blocks: dict[str, int], device: str, monkeypat
     want = evaluate(case, made.like(F64, "cpu"), reference=True)
     o = made.like(None, device)
     x, dy = arrange(o.input, case.layout), arrange(o.dy, case.layout)
-    m = tuning.matrix(x.shape, case.layout == "channels_last")
+    m = matrix(x.shape, case.layout == "channels_last")
     # several tiles a program and several partials a merge, whatever the number of multiprocessors
     monkeypatch.setattr(tuning, "MAX_PARTIALS", 3 * m.spatial)
     config, merge = Config.of(num_warps=1, **blocks), Config.of(num_warps=1, BLOCK_P=2, BLOCK_C=2)
@@ -511,7 +513,7 @@ def check_small_tiles(case: Case, blocks: dict[str, int], device: str, monkeypat
     stats = kernels.launch_finalize_statistics(
         partials, m, 1e-3, o.running_mean, o.running_var, momentum=0.3, config=merge
     )
-    norm = kernels.Norm(stats, None, o.weight, o.bias, 1e-3)
+    norm = Norm(stats, None, o.weight, o.bias, 1e-3)
     got = {"output": kernels.launch_normalize(x, m, norm, "relu", config=config)}
     sums, dz = kernels.launch_gradient_sums(dy, x, m, norm, "relu", write_dz=True, config=config)
     got["dweight"], got["dbias"], coefficients = kernels.launch_finalize_gradients(sums, m, norm, config=merge)
@@ -549,7 +551,7 @@ def test_merges_stay_short_and_gpus_full() -> None:
         ((2048, 2048, 2, 2), False), ((1, 1, 3000, 3000), False), ((8, 4096, 28, 28), True),
     ):  # fmt: skip
         for name in targets.TARGETS:
-            m = tuning.matrix(shape, channels_last)
+            m = matrix(shape, channels_last)
             config = tuning.statistics(m)
             with targets.pretend(name) as target:
                 programs, each = tuning.producers(m, config)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from tkernels.core import autograd
+from tkernels.core.geometry import Geometry, Pooling
+from tkernels.core.records import TENSORS
 from tkernels.cpu import buffers, compiler, packed, passes
-from tkernels.ops.conv.config import Geometry
-from tkernels.ops.conv_stage.call import TENSORS
-from tkernels.ops.conv_stage.config import Pooling
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 DTYPES = (torch.float32, torch.bfloat16)
@@ -183,16 +182,16 @@ def draw(x: Tensor, channels: int, dtype: torch.dtype, p: float) -> Tensor:
 
 
 def forward(
-    x: Tensor, layers: Sequence[Any], plan: Any, channels_last: Sequence[bool]
+    x: Tensor, layers: Sequence[Any], stage: Any, channels_last: Sequence[bool]
 ) -> tuple[Tensor, list[SavedLayer], End]:
     """(y, what backward needs, the stage's end) in training; moves running statistics and counters. Backward needs
     nothing but the arguments where the passes could not go on with what they measured."""
-    a = _nhwc(_cast(x.detach(), plan.dtype))
+    a = _nhwc(_cast(x.detach(), stage.dtype))
     saved: list[SavedLayer] = []
     seen: list[passes.Measured] = []
     last = len(layers) - 1
-    for i, (layer, g) in enumerate(zip(layers, plan.geometries)):
-        w = _cast_weight(layer, plan.dtype)
+    for i, (layer, g) in enumerate(zip(layers, stage.geometries)):
+        w = _cast_weight(layer, stage.dtype)
         raw = _conv(a, w, g)
         channels = g.out_channels
         found = passes.Measured(*passes.statistics(
@@ -200,8 +199,9 @@ def forward(
             passes.number(layer.eps),
         ))  # fmt: skip
         if not passes.is_sound(found.sound):
-            end = _drawn_end(x, plan)
-            return composed(x, [_counting(layer, plan) for layer in layers], plan.geometries, end, plan.dtype), [], end
+            end = _drawn_end(x, stage)
+            layers = [_counting(layer, stage) for layer in layers]
+            return composed(x, layers, stage.geometries, end, stage.dtype), [], end
         bias = passes.vector(layer.bn_bias, channels, 0.0)
         seen.append(found)
         saved.append(SavedLayer(a, w, raw, found.mean, found.scale, found.inverse, bias))
@@ -209,18 +209,18 @@ def forward(
             a = buffers.dense(raw.dtype, *raw.shape)
             passes.normalize(_rows(raw), found.mean, found.scale, bias, _rows(a))
     for layer, found in zip(layers, seen):
-        _move_statistics(_counting(layer, plan), found)
-    end = _drawn_end(x, plan)
+        _move_statistics(_counting(layer, stage), found)
+    end = _drawn_end(x, stage)
     return _layout(_end(saved[-1], end), channels_last[-1]), saved, end
 
 
-def _drawn_end(x: Tensor, plan: Any) -> End:
-    return End(draw(x, plan.geometries[-1].out_channels, plan.dtype, plan.p), plan.pool, plan.plain_end)
+def _drawn_end(x: Tensor, stage: Any) -> End:
+    return End(draw(x, stage.geometries[-1].out_channels, stage.dtype, stage.p), stage.pool, stage.plain_end)
 
 
-def _counting(layer: Any, plan: Any) -> Any:
+def _counting(layer: Any, stage: Any) -> Any:
     """The layer, without what this call may not move."""
-    return layer if layer.counts(plan.training) else _without_statistics(layer)
+    return layer if layer.counts(stage.training) else _without_statistics(layer)
 
 
 def _without_statistics(layer: Any) -> Any:
@@ -358,13 +358,13 @@ class _ConvStageCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Any, layers: Sequence[Any], channels_last: Sequence[bool], x: Tensor, *own: Tensor | None
+        ctx: Any, stage: Any, layers: Sequence[Any], channels_last: Sequence[bool], x: Tensor, *own: Tensor | None
     ) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            y, saved, end = forward(x, layers, plan, channels_last)
+            y, saved, end = forward(x, layers, stage, channels_last)
         # the arguments themselves too: autograd then notices if one is written to, and can differentiate once more
         autograd.save(ctx, x, *own, end.keep, *(t for layer in saved for t in layer))
-        ctx.plan, ctx.channels_last, ctx.composed = plan, channels_last, not saved
+        ctx.stage, ctx.channels_last, ctx.composed = stage, channels_last, not saved
         # (what backward has of a layer comes back with the saved tensors)
         ctx.layers = [layer._replace(**dict.fromkeys(layer._fields[:TENSORS])) for layer in layers]
         return y
@@ -372,28 +372,28 @@ class _ConvStageCPU(torch.autograd.Function):
     @staticmethod
     def backward_composed(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The same in torch's own calls."""
-        plan, count = ctx.plan, 1 + 4 * len(ctx.layers)
+        stage, count = ctx.stage, 1 + 4 * len(ctx.layers)
         *given, keep = ctx.saved_tensors[: count + 1]
-        end = End(keep, plan.pool, plan.plain_end)
+        end = End(keep, stage.pool, stage.plain_end)
 
-        def stage(x: Tensor, *own: Tensor | None) -> Tensor:
-            return composed(x, _with_tensors(ctx.layers, own), plan.geometries, end, plan.dtype)
+        def body(x: Tensor, *own: Tensor | None) -> Tensor:
+            return composed(x, _with_tensors(ctx.layers, own), stage.geometries, end, stage.dtype)
 
         with torch.autocast("cpu", enabled=False):
-            return None, None, None, *autograd.gradients_of(stage, given, ctx.needs_input_grad[3:], dy)
+            return None, None, None, *autograd.gradients_of(body, given, ctx.needs_input_grad[3:], dy)
 
     @staticmethod
     @autograd.composed_where_differentiated(backward_composed)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        plan, count = ctx.plan, len(ctx.layers)
+        stage, count = ctx.stage, len(ctx.layers)
         x, *rest = autograd.saved(ctx)
         layers = _with_tensors(ctx.layers, rest[: 4 * count])
         keep, *kept = rest[4 * count :]
         width = len(SavedLayer._fields)
         saved = [SavedLayer(*kept[i : i + width]) for i in range(0, len(kept), width)]
-        end, needs = End(keep, plan.pool, plan.plain_end), ctx.needs_input_grad[3:]
+        end, needs = End(keep, stage.pool, stage.plain_end), ctx.needs_input_grad[3:]
         with torch.autocast("cpu", enabled=False):
-            gradients = backward(dy.to(plan.dtype), saved, end, layers, plan.geometries, needs, ctx.channels_last)
+            gradients = backward(dy.to(stage.dtype), saved, end, layers, stage.geometries, needs, ctx.channels_last)
         if gradients[0] is not None:
             gradients[0] = gradients[0].to(x.dtype)
         return None, None, None, *gradients
@@ -407,32 +407,32 @@ def _with_tensors(layers: Sequence[Any], own: Sequence[Tensor | None]) -> list[A
     ]
 
 
-def train(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: Sequence[bool]) -> Tensor:
+def train(x: Tensor, layers: Sequence[Any], stage: Any, channels_last: Sequence[bool]) -> Tensor:
     """The stage in training."""
     own = [t for layer in layers for t in layer[:4]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *own)):
-        return _ConvStageCPU.apply(plan, layers, channels_last, x, *own)
+        return _ConvStageCPU.apply(stage, layers, channels_last, x, *own)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        return forward(x, layers, plan, channels_last)[0]
+        return forward(x, layers, stage, channels_last)[0]
 
 
 @torch.no_grad()
-def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: Sequence[bool]) -> Tensor | None:
+def evaluate(x: Tensor, layers: Sequence[Any], stage: Any, channels_last: Sequence[bool]) -> Tensor | None:
     """The stage by running statistics: batch norm in the convolutions' weights, ReLU in their results' memory, and so
     few images at a time that their maps stay in cache. None where a weight and its batch norm have no finite
     product."""
     with torch.autocast("cpu", enabled=False):
-        folded = [_folded(layer, plan.dtype) for layer in layers]
+        folded = [_folded(layer, stage.dtype) for layer in layers]
         if not all(passes.is_sound(sound) for _, _, sound in folded):
             return None
-        x = _cast(x, plan.dtype)
-        largest = max(g.out_h * g.out_w * max(g.out_channels, g.in_channels) for g in plan.geometries)
+        x = _cast(x, stage.dtype)
+        largest = max(g.out_h * g.out_w * max(g.out_channels, g.in_channels) for g in stage.geometries)
         chunk = max(1, CHUNK // (largest * x.element_size()))
-        g, pool = plan.geometries[-1], plan.pool
+        g, pool = stage.geometries[-1], stage.pool
         y = buffers.channels_last(x.dtype, x.shape[0], g.out_channels, pool.out_h, pool.out_w)
         for start in range(0, x.shape[0], chunk):
             a = x[start : start + chunk]
-            for (w, b, _), g in zip(folded, plan.geometries):
+            for (w, b, _), g in zip(folded, stage.geometries):
                 a = mkldnn._convolution_pointwise(
                     a.contiguous(memory_format=torch.channels_last), w, b, (g.pad_h, g.pad_w),
                     (g.stride_h, g.stride_w), (g.dilation_h, g.dilation_w), g.groups, "none", [], "",

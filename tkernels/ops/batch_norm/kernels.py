@@ -8,8 +8,6 @@ kept beside them, so that x - mean stays right where the mean is large against t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,9 +15,10 @@ from torch import Tensor
 
 from tkernels.core import device as common
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Matrix
 from tkernels.core.launch import launch
+from tkernels.core.records import Norm, Partials
 from tkernels.ops.batch_norm import config as tuning
-from tkernels.ops.batch_norm.config import Matrix
 
 # A power of two: sums of values times it round as sums of the values do, and do not overflow.
 SMALL = tl.constexpr(2.0**-24)
@@ -434,24 +433,6 @@ def input_gradient_kernel(dy_ptr, x_ptr, saved_ptr, dx_ptr, dz_ptr, coefficients
             second = tl.load(coefficients_ptr + channels + channel, mask=ok, other=0.0)
             dz = tl.fma(mean - x, second, dz - first)
         tl.store(dx_ptr + offsets, (dz * scale).to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-class Norm(NamedTuple):
-    """What normalises: ``mean`` and ``var`` are running statistics, or ``mean`` is the batch's [4, C] from
-    launch_finalize_statistics and ``var`` None."""
-
-    mean: Tensor
-    var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-
-class Partials(NamedTuple):
-    """What the first stage of a reduction wrote, and how many programs wrote it."""
-
-    data: Tensor
-    producers: int
 
 
 def _like(x: Tensor) -> Tensor:

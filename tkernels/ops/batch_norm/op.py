@@ -11,8 +11,9 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import autograd, checks
 from tkernels.core import mode as runtime
+from tkernels.core.geometry import Matrix, matrix
+from tkernels.core.records import Norm
 from tkernels.cpu import batch_norm as batch_norm_cpu
-from tkernels.ops.batch_norm import config as tuning
 
 if runtime.HAS_TRITON:
     from tkernels.ops.batch_norm import kernels
@@ -387,7 +388,7 @@ def dense(t: Tensor | None) -> Tensor | None:
 
 def triton_statistics(
     x: Tensor,
-    m: tuning.Matrix,
+    m: Matrix,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float | None,
@@ -401,14 +402,14 @@ def triton_statistics(
 
 def merge_statistics(
     partials: Any,
-    m: tuning.Matrix,
+    m: Matrix,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float | None,
     num_batches_tracked: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """triton_statistics from a kernels.Partials, whose producer counted the batch."""
+    """triton_statistics from a Partials, whose producer counted the batch."""
     mean, var = dense(running_mean), dense(running_var)
     stats = kernels.launch_finalize_statistics(partials, m, eps, mean, var, momentum, num_batches_tracked)
     for running, moved in ((running_mean, mean), (running_var, var)):
@@ -427,13 +428,13 @@ def triton_backward(
     saved: Tensor | None,
     saved_is: str | None,
     norm: Any,
-    m: tuning.Matrix,
+    m: Matrix,
     activation: str | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (input, residual, weight, bias), each where ``needs`` says so. ``dy`` is laid out as ``x``.
 
-    ``norm``: a kernels.Norm. ``x``: None where nothing depends on it. ``saved``: what the activation's gradient needs
+    ``norm``: a Norm. ``x``: None where nothing depends on it. ``saved``: what the activation's gradient needs
     beside x (see _BatchNorm), named by ``saved_is``.
     """
     needs_input, needs_residual, needs_weight, needs_bias = needs
@@ -501,13 +502,13 @@ class _BatchNorm(torch.autograd.Function):
         x = input.contiguous(memory_format=layout)
         if residual is not None:
             residual = residual.contiguous(memory_format=layout)
-        m = tuning.matrix(x.shape, layout != torch.contiguous_format)
+        m = matrix(x.shape, layout != torch.contiguous_format)
         weight, bias = dense(weight), dense(bias)
         if training:
             stats = triton_statistics(x, m, running_mean, running_var, momentum, num_batches_tracked, eps)
-            norm = kernels.Norm(stats, None, weight, bias, eps)
+            norm = Norm(stats, None, weight, bias, eps)
         else:
-            norm = kernels.Norm(cast(Tensor, dense(running_mean)), dense(running_var), weight, bias, eps)
+            norm = Norm(cast(Tensor, dense(running_mean)), dense(running_var), weight, bias, eps)
         y = kernels.launch_normalize(x, m, norm, activation, residual)
 
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
@@ -522,7 +523,7 @@ class _BatchNorm(torch.autograd.Function):
     @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, saved, mean, var, weight, bias = autograd.saved(ctx)
-        norm = kernels.Norm(mean, var, weight, bias, ctx.eps)
+        norm = Norm(mean, var, weight, bias, ctx.eps)
         dx, dresidual, dweight, dbias = triton_backward(
             dy.contiguous(memory_format=ctx.layout), x, saved, ctx.saved_is, norm, ctx.matrix, ctx.activation,
             ctx.needs_input_grad[:4],

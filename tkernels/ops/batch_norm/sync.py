@@ -15,7 +15,8 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import autograd
 from tkernels.core import mode as runtime
-from tkernels.ops.batch_norm import config as tuning
+from tkernels.core.geometry import Matrix, matrix
+from tkernels.core.records import Norm
 from tkernels.ops.batch_norm import op as bn_ops
 
 if runtime.HAS_TRITON:
@@ -140,8 +141,8 @@ def _row(mean: Tensor, m2: Tensor, count: int) -> Tensor:
     return torch.cat([mean, m2, mean.new_full((1,), count)])
 
 
-def _matrix(x: Tensor) -> tuning.Matrix:
-    return tuning.matrix(x.shape, not x.is_contiguous())
+def _matrix(x: Tensor) -> Matrix:
+    return matrix(x.shape, not x.is_contiguous())
 
 
 def _track(
@@ -231,7 +232,7 @@ class _TritonNorm(torch.autograd.Function):
         invstd = (statistics.var + eps).rsqrt()
         pairs = torch.stack([statistics.mean, invstd])
         stats = pairs.float()
-        norm = kernels.Norm(torch.cat([stats, (pairs - stats).float()]), None, weight, bias, eps)
+        norm = Norm(torch.cat([stats, (pairs - stats).float()]), None, weight, bias, eps)
         y = kernels.launch_normalize(x, m, norm, activation, residual)
         saved, saved_is = None, None
         if residual is not None and activation is not None:
@@ -246,7 +247,7 @@ class _TritonNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, saved, stats, weight, bias, invstd, count = autograd.saved(ctx)
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        norm = kernels.Norm(stats, None, weight, bias, ctx.eps)
+        norm = Norm(stats, None, weight, bias, ctx.eps)
         dy = dy.contiguous(memory_format=ctx.layout)
         activation, saved_is = ctx.activation, ctx.saved_is
         partials, dz = kernels.launch_gradient_sums(

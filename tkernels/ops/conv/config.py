@@ -1,88 +1,18 @@
-"""What a 2-D convolution is (Geometry) and the launch configurations of its kernels."""
+"""Launch configurations of the convolution's kernels."""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 
 from tkernels.core import targets
 from tkernels.core.config import Config, block, cdiv, next_power_of_two
+from tkernels.core.geometry import Geometry
 
-# Below this many channels a group, one step of the reduction would not fill the tensor cores' 16 lanes:
-# taps and channels are flattened into one axis instead.
-FLATTEN_BELOW = 16
 MAX_ACCUMULATORS = 64  # float32 accumulators a thread
 MIN_STEPS = 8  # pixel steps that make a split of the weight gradient worth its workspace
-
-
-class Geometry(NamedTuple):
-    """A 2-D convolution without its batch. ``pad_h``, ``pad_w``: rows above and columns to the left; what is below
-    and to the right follows from the output's size."""
-
-    in_channels: int
-    out_channels: int
-    groups: int
-    height: int
-    width: int
-    kernel_h: int
-    kernel_w: int
-    stride_h: int
-    stride_w: int
-    pad_h: int
-    pad_w: int
-    dilation_h: int
-    dilation_w: int
-    out_h: int
-    out_w: int
-
-    @property
-    def group_in(self) -> int:
-        """Input channels of a group."""
-        return self.in_channels // self.groups
-
-    @property
-    def group_out(self) -> int:
-        """Output channels of a group."""
-        return self.out_channels // self.groups
-
-    @property
-    def taps(self) -> int:
-        return self.kernel_h * self.kernel_w
-
-    @property
-    def reduction(self) -> int:
-        """Products summed into one output."""
-        return self.taps * self.group_in
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether every group has one input channel, so that there is nothing for a matrix product to share."""
-        return self.group_in == 1 and self.groups > 1
-
-    @property
-    def flattened(self) -> bool:
-        """Whether taps and channels form one reduction axis."""
-        return self.group_in < FLATTEN_BELOW
-
-    @property
-    def halo(self) -> bool:
-        """Whether any tap of any output falls outside the input."""
-        reach_h = (self.out_h - 1) * self.stride_h - self.pad_h + (self.kernel_h - 1) * self.dilation_h
-        reach_w = (self.out_w - 1) * self.stride_w - self.pad_w + (self.kernel_w - 1) * self.dilation_w
-        return self.pad_h > 0 or self.pad_w > 0 or reach_h >= self.height or reach_w >= self.width
-
-    @property
-    def phases(self) -> tuple[int, int]:
-        """How many residues of rows and of columns modulo the stride the input has."""
-        return min(self.stride_h, self.height), min(self.stride_w, self.width)
-
-    @property
-    def row_pitch(self) -> int:
-        """Elements from one output channel to the next in a packed weight; padded so that rows start aligned."""
-        return cdiv(self.reduction, 16) * 16 if self.flattened else self.reduction
 
 
 def unit(channels: int) -> int:

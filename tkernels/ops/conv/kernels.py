@@ -19,9 +19,9 @@ from tkernels.core import autotune
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
 from tkernels.ops.conv import config as tuning
-from tkernels.ops.conv.config import Geometry
 
 
 @triton.jit

@@ -19,10 +19,10 @@ from tkernels.core import autotune
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
 from tkernels.ops.batch_norm.kernels import load_scale
 from tkernels.ops.conv import config as tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import channel_units, empty_pixels, locate_pixels, pixel_offsets, row_pitch, window
 
 

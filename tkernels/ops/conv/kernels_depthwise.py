@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tkernels.core import device as common
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
 from tkernels.ops.conv import config as tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import empty_pixels, locate_pixels, pixel_offsets, window
 from tkernels.ops.conv.kernels_backward import advance_pixels, phase_taps
 

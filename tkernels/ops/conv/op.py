@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from tkernels.core import activation as activations
 from tkernels.core import autograd, autotune, checks
 from tkernels.core import mode as runtime
+from tkernels.core.geometry import Geometry
 from tkernels.ops.conv import routing
-from tkernels.ops.conv.config import Geometry
 
 if runtime.HAS_TRITON:
     from tkernels.ops.conv import kernels

@@ -8,7 +8,7 @@ import functools
 import torch
 
 from tkernels.core import targets
-from tkernels.ops.conv.config import Geometry
+from tkernels.core.geometry import Geometry
 
 # Shares of the peak rate that a large layer reaches in 16 bits, forward, ours and cuDNN's. sm_90: measured on an H100
 # (perf/results: 3x3 layers of ResNet-50 at batch 256, 0.22 to 0.39 and 0.4 to 0.7). The others are estimates.

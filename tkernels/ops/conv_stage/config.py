@@ -1,60 +1,20 @@
-"""What the end of a conv stage is (Pooling) and the launch configurations of its kernels."""
+"""Launch configurations of the conv stage's kernels."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import torch
 
 from tkernels.core import targets
 from tkernels.core.config import Config, block, cdiv, next_power_of_two
+from tkernels.core.geometry import Geometry, Pooling
 from tkernels.ops.conv import config as conv_tuning
-from tkernels.ops.conv.config import Geometry
 
 # A finalise program merges at most this many partial rows; more are folded first.
 MAX_PARTIALS = 512
 UNROLLED_TAPS = 16  # windows of at most this many pixels are unrolled
-
-
-class Pooling(NamedTuple):
-    """Max pooling of a map of height x width; a window of one pixel and stride 1 is no pooling."""
-
-    height: int
-    width: int
-    kernel_h: int
-    kernel_w: int
-    stride_h: int
-    stride_w: int
-    pad_h: int
-    pad_w: int
-    out_h: int
-    out_w: int
-
-    @property
-    def taps(self) -> int:
-        return self.kernel_h * self.kernel_w
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether a pixel may lie in several windows."""
-        return self.kernel_h > self.stride_h or self.kernel_w > self.stride_w
-
-    @property
-    def border(self) -> bool:
-        """Whether any window reaches outside the map."""
-        return self.pad_h > 0 or self.pad_w > 0
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        """Rows and columns of the stride-sized cells, one at each window's corner, that cover the whole map."""
-        return cdiv(self.height + self.pad_h, self.stride_h), cdiv(self.width + self.pad_w, self.stride_w)
-
-
-def no_pooling(height: int, width: int) -> Pooling:
-    """The Pooling that changes nothing."""
-    return Pooling(height, width, 1, 1, 1, 1, 0, 0, height, width)
 
 
 def applies_in_prologue(g: Geometry, dtype: torch.dtype) -> bool:

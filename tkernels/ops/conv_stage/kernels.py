@@ -19,10 +19,11 @@ from tkernels.core import autotune
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.launch import launch
-from tkernels.ops.batch_norm.kernels import SMALL, Norm, Partials, load_scale, squared_deviations, tile_sum
+from tkernels.core.records import Norm, Partials
+from tkernels.ops.batch_norm.kernels import SMALL, load_scale, squared_deviations, tile_sum
 from tkernels.ops.conv import config as conv_tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import (
     channel_units,
     empty_pixels,
@@ -33,7 +34,6 @@ from tkernels.ops.conv.kernels import (
     window,
 )
 from tkernels.ops.conv_stage import config as tuning
-from tkernels.ops.conv_stage.config import Pooling
 
 UNROLLED_TAPS = tl.constexpr(tuning.UNROLLED_TAPS)
 NO_NORM = (None, None, None, None, 0.0)

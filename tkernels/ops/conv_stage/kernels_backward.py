@@ -20,14 +20,14 @@ from tkernels.core import autotune
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.launch import launch
-from tkernels.ops.batch_norm.kernels import Norm, Partials, load_scale
+from tkernels.core.records import Norm, Partials
+from tkernels.ops.batch_norm.kernels import load_scale
 from tkernels.ops.conv import config as conv_tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import channel_units, empty_pixels, is_nhwc, locate_pixels, pixel_offsets, window
 from tkernels.ops.conv.kernels_backward import dgrad_product
 from tkernels.ops.conv_stage import config as tuning
-from tkernels.ops.conv_stage.config import Pooling
 from tkernels.ops.conv_stage.kernels import (
     column_sums,
     fold_sums_kernel,

@@ -16,10 +16,11 @@ from torch import Tensor
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
-from tkernels.ops.batch_norm.kernels import Norm, Partials, load_scale
+from tkernels.core.records import Norm, Partials
+from tkernels.ops.batch_norm.kernels import load_scale
 from tkernels.ops.conv import config as conv_tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import channel_units, empty_pixels
 from tkernels.ops.conv_stage import config as tuning
 from tkernels.ops.conv_stage.kernels import fold_statistics_kernel, launch_fold, tile_statistics

@@ -1,4 +1,4 @@
-"""What a call of a conv stage is made of: its layers' arguments, its pooling, and what all of that comes to."""
+"""What operators hand on as one: arguments that belong together, and what one kernel leaves for the next."""
 
 from __future__ import annotations
 
@@ -9,11 +9,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tkernels.ops.conv import op as conv_ops
-from tkernels.ops.conv.config import Geometry
-from tkernels.ops.conv_stage.config import Pooling
+from tkernels.core.geometry import Geometry, Pooling
 
-__all__ = ["TENSORS", "ConvBNLayer", "MaxPool", "Plan", "channels_last"]
+
+class Norm(NamedTuple):
+    """What normalises: ``mean`` and ``var`` are running statistics, or ``mean`` is the batch's [4, C] from
+    launch_finalize_statistics and ``var`` None."""
+
+    mean: Tensor
+    var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Partials(NamedTuple):
+    """What the first stage of a reduction wrote, and how many programs wrote it."""
+
+    data: Tensor
+    producers: int
+
+
+class WeightSums(NamedTuple):
+    """A layer's workspace from launch_wgrad and what to make of it: gradients like ``weight`` and ``bias`` (None: not
+    wanted), and one like ``unmoved``, a bias that batch statistics take away again: zeros."""
+
+    workspace: Tensor
+    geometry: Geometry
+    weight: Tensor
+    bias: Tensor | None
+    unmoved: Tensor | None
 
 
 # how many of a layer's fields are tensors; they come first
@@ -63,9 +88,9 @@ class MaxPool(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """A call without its tensors: what its shapes and arguments come to. ``of_a_kind``: calls have this very object for
-    a plan if and only if they are alike in all that decisions depend on."""
+class StageCall:
+    """A call of a conv stage without its tensors: what its shapes and arguments come to. ``of_a_kind``: calls have this
+    very object if and only if they are alike in all that decisions depend on."""
 
     geometries: tuple[Geometry, ...]
     pool: Pooling
@@ -79,14 +104,3 @@ class Plan:
     def plain_end(self) -> bool:
         """Whether nothing follows the last activation."""
         return self.pool.taps == 1 and self.pool.stride_h == 1 and self.pool.stride_w == 1 and self.p == 0.0
-
-
-def channels_last(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[bool]:
-    """Of each layer whether torch's own calls in a row would give it a channels_last map. One of a single channel or
-    pixel is contiguous as well, and leaves an activation as that."""
-    found: list[bool] = []
-    last = conv_ops.suggests_channels_last(x)
-    for weight, g in zip(weights, geometries):
-        found.append(last or conv_ops.suggests_channels_last(weight))
-        last = found[-1] and g.out_channels > 1 and not g.out_h == g.out_w == 1
-    return found
