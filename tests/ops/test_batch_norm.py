@@ -12,6 +12,7 @@ from torch import Tensor
 import tkernels
 from tests import tolerance
 from tkernels.core import activation as activations
+from tkernels.core import targets
 from tkernels.core.geometry import matrix
 from tkernels.core.records import Norm
 from tkernels.functional import batch_norm
@@ -506,8 +507,8 @@ def check_small_tiles(case: Case, blocks: dict[str, int], device: str, monkeypat
     # several tiles a program and several partials a merge, whatever the number of multiprocessors
     monkeypatch.setattr(tuning, "MAX_PARTIALS", 3 * m.spatial)
     config, merge = Config.of(num_warps=1, **blocks), Config.of(num_warps=1, BLOCK_P=2, BLOCK_C=2)
-    assert tuning.producers(m, config)[0] > 2
-    assert tuning.producers(m, config)[1] > 1
+    assert tuning.producers(m, config, targets.current())[0] > 2
+    assert tuning.producers(m, config, targets.current())[1] > 1
 
     partials = kernels.launch_statistics(x, m, config=config)
     stats = kernels.launch_finalize_statistics(
@@ -543,18 +544,16 @@ def test_batches_share_specialisations(channels_last: bool) -> None:
 
 @pytest.mark.gate("aot")
 def test_merges_stay_short_and_gpus_full() -> None:
-    from tkernels.core import targets
     from tkernels.ops.batch_norm import config as tuning
 
     for shape, channels_last in (
         ((10_000_000, 1), False), ((256, 64, 32, 32), True), ((2, 4096), False), ((4, 3, 1000, 1000), False),
         ((2048, 2048, 2, 2), False), ((1, 1, 3000, 3000), False), ((8, 4096, 28, 28), True),
     ):  # fmt: skip
-        for name in targets.TARGETS:
+        for target in targets.TARGETS.values():
             m = matrix(shape, channels_last)
             config = tuning.statistics(m)
-            with targets.pretend(name) as target:
-                programs, each = tuning.producers(m, config)
+            programs, each = tuning.producers(m, config, target)
             tiles = tuning.tiles(m, config)
             assert programs * m.spatial <= tuning.MAX_PARTIALS
             assert (programs - 1) * each < tiles <= programs * each

@@ -176,7 +176,9 @@ def _of_pytorch(chain: Chain) -> bool:
     dtype = value(conv.node).dtype
     precision = runtime.dot_precision(dtype, "conv")
     images = x[0] if len(x) == 4 else 1
-    return routing.before_batch_norm(g, images, dtype, precision, value(chain.last.node).requires_grad)
+    return routing.before_batch_norm(
+        g, images, dtype, precision, value(chain.last.node).requires_grad, targets.current()
+    )
 
 
 def _stage(chains: Sequence[Chain]) -> Call:

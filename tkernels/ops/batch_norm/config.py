@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from tkernels.core import targets
 from tkernels.core.config import Config, block, cdiv
 from tkernels.core.geometry import Matrix
+from tkernels.core.targets import Target
 
 # A finalise program merges at most this many partials of a channel, in one pass.
 MAX_PARTIALS = 512
@@ -23,13 +23,13 @@ def tiles(m: Matrix, config: Config) -> int:
     return cdiv(m.rows, config["BLOCK_R"]) * (cdiv(m.width, config["BLOCK_C"]) if m.planes else 1)
 
 
-def producers(m: Matrix, config: Config) -> tuple[int, int]:
+def producers(m: Matrix, config: Config, target: Target) -> tuple[int, int]:
     """(programs that share a group's tiles, tiles of each): enough to fill the GPU, at most what one merge takes.
 
     They depend on the batch and reach kernels as runtime values.
     """
     n = tiles(m, config)
-    wanted = cdiv(targets.current().multiprocessors * PROGRAMS_PER_MULTIPROCESSOR, groups(m, config))
+    wanted = cdiv(target.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR, groups(m, config))
     each = cdiv(n, max(min(wanted, MAX_PARTIALS // m.spatial), 1))
     return cdiv(n, each), each
 

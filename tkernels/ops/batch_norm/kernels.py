@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tkernels.core import device as common
+from tkernels.core import targets
 from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Matrix
 from tkernels.core.launch import launch
@@ -451,7 +452,7 @@ def launch_statistics(
 ) -> Partials:
     """Partial statistics of dense ``x``; adds one to ``num_batches_tracked`` (int64, shape ()) where given."""
     config = config or tuning.statistics(m)
-    producers, each = tuning.producers(m, config)
+    producers, each = tuning.producers(m, config, targets.current())
     partials = x.new_empty(producers * (3 * _line(m) + 1), dtype=torch.float32)
     launch(
         statistics_kernel, (tuning.groups(m, config) * producers,),
@@ -519,7 +520,7 @@ def launch_gradient_sums(
 ) -> tuple[Partials, Tensor | None]:
     """Partial sums for the gradients, and dz if ``write_dz``. ``saved_is``: 'output', 'residual' or None."""
     config = config or tuning.gradient(m)
-    producers, each = tuning.producers(m, config)
+    producers, each = tuning.producers(m, config, targets.current())
     partials = x.new_empty(producers * 4 * _line(m), dtype=torch.float32)
     dz = _like(x) if write_dz else None
     # fusing the products' additions would count what they lose twice

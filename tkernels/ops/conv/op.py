@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, autotune, checks
+from tkernels.core import autograd, autotune, checks, targets
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Geometry
 from tkernels.ops.conv import routing
@@ -243,7 +243,7 @@ def torch_is_faster(
     images = x.shape[0] if x.dim() == 4 else 1
     precision = runtime.dot_precision(dtype, "conv")
     if not autotune.enabled:
-        return routing.compute_bound(g, images, dtype, precision, activation is not None)
+        return routing.compute_bound(g, images, dtype, precision, activation is not None, targets.current())
     if x.dim() == 3:
         x = x.unsqueeze(0)
     # an odd total of 'same' padding is PyTorch's to work out: only what it takes as numbers is compared

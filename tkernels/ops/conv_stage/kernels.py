@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune
+from tkernels.core import autotune, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
@@ -317,7 +317,7 @@ def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, nor
     config = config or autotune.pick(
         "conv_stage forward", n,
         (g, packed.dtype, precision, norm is None, channels_last, activation, residual is not None),
-        tuning.forward(g, packed.dtype, precision, channels_last),
+        tuning.forward(g, packed.dtype, precision, targets.current(), channels_last),
         # nothing is counted while it is timed
         lambda c: launch_conv(x, packed, bias, g, norm, None, channels_last, activation, residual, c),
     )  # fmt: skip
@@ -370,7 +370,7 @@ def launch_end(x: Tensor, pool: Pooling, norm: Norm | None, p: float = 0.0, seed
     y = empty_pixels(x, (n, channels, pool.out_h, pool.out_w), x.dtype, channels_last)
     if norm is None:
         activation = None
-    config = config or tuning.end(channels, pool)
+    config = config or tuning.end(channels, pool, targets.current())
     unit = conv_tuning.unit(channels)
     out_pixels = pool.out_h * pool.out_w
     tiles = cdiv(out_pixels, config["BLOCK_P"])

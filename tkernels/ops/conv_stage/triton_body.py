@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, replay
+from tkernels.core import autograd, replay, targets
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Geometry, Matrix, Pooling, matrix, no_pooling
 from tkernels.core.records import TENSORS, ConvBNLayer, Norm, StageCall, WeightSums
@@ -106,7 +106,9 @@ def _unpooled(x: Tensor) -> Pooling:
 
 def normalizes_in_next(layer: ConvBNLayer, stage: StageCall, i: int) -> bool:
     """Whether layer ``i`` normalises and activates its input itself."""
-    return layer.measures(stage.training) and tuning.applies_in_prologue(stage.geometries[i], stage.dtype)
+    return layer.measures(stage.training) and tuning.applies_in_prologue(
+        stage.geometries[i], stage.dtype, targets.current()
+    )
 
 
 def _pack(layers: Sequence[ConvBNLayer], stage: StageCall) -> list[Any]:
@@ -259,7 +261,7 @@ def backward(
         if of_norm and not (task.below or task.bias or recomputes) and _normalizes_in_wgrad(g, coefficients, d):
             through = (layer.mean, layer.bn_weight, coefficients)
             x: Any = layer.x
-            config = tuning.wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"))
+            config = tuning.wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"), targets.current())
             workspace = conv_backward.launch_wgrad(
                 x, d, g, True, False, layer.raw, config=config, through=through
             )  # fmt: skip
@@ -365,7 +367,7 @@ def _normalizes_in_wgrad(g: Geometry, coefficients: Tensor | None, d: Tensor) ->
     """Whether the weight's gradient alone is left to compute and takes batch norm's into its own loop."""
     if coefficients is None or g.depthwise:
         return False
-    return tuning.normalizes_in_wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"))
+    return tuning.normalizes_in_wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"), targets.current())
 
 
 def _weight_sums(draw: Any, layer: SavedLayer, g: Geometry, task: Wanted) -> Tensor:

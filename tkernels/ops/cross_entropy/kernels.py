@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tkernels.core import targets
 from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.ops.cross_entropy import config as tuning
@@ -429,10 +430,11 @@ def launch_forward(
     probabilities = target.is_floating_point()
     weighed = probabilities or label_smoothing > 0
     layout = layout_of(x, target) if probabilities else layout_of(x)
-    config = config or layout.config()
+    gpu = targets.current()
+    config = config or layout.config(gpu)
     tiles, n_rows, n_classes = layout.tiles(config), layout.n_rows, layout.n_classes
     if splits is None:
-        splits = tuning.splits(tiles, n_classes, config["BLOCK_C"], tuning.target_name())
+        splits = tuning.splits(tiles, n_classes, config["BLOCK_C"], gpu)
     hot, smooth = _factors(label_smoothing, n_classes)
 
     shape = x.shape[:1] + x.shape[2:] if reduction == "none" and x.dim() > 1 else ()
@@ -517,7 +519,7 @@ def launch_backward(
     probabilities = target.is_floating_point()
     dx = like(x)
     layout = layout_of(x, dx, target) if probabilities else layout_of(x, dx)
-    config = config or layout.config()
+    config = config or layout.config(targets.current())
     grad, stride_grad = _row_gradients(grad)
     hot, smooth = _factors(label_smoothing, layout.n_classes)
     grid = (layout.tiles(config), cdiv(layout.n_classes, config["BLOCK_C"]))
@@ -546,7 +548,7 @@ def launch_target_backward(
     """The gradient of target probabilities, in their dtype. Arguments as in launch_backward."""
     dp = like(target)
     layout = layout_of(x, dp)
-    config = config or layout.config()
+    config = config or layout.config(targets.current())
     grad, stride_grad = _row_gradients(grad)
     grid = (layout.tiles(config), cdiv(layout.n_classes, config["BLOCK_C"]))
     launch(
