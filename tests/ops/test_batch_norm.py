@@ -14,7 +14,7 @@ from tests import tolerance
 from tkernels.core import activation as activations
 from tkernels.core import targets
 from tkernels.core.geometry import matrix
-from tkernels.core.records import Norm
+from tkernels.core.records import BatchNorm, Norm
 from tkernels.functional import batch_norm
 from tkernels.ops.batch_norm.op import counted_batch_norm
 
@@ -308,7 +308,7 @@ def test_empty(shape: tuple[int, ...], training: bool, device: str) -> None:
     x = torch.empty(shape).to(device).requires_grad_()
     weight, bias = (torch.ones(3).to(device).requires_grad_() for _ in range(2))
     mean, var, counter = torch.zeros(3).to(device), torch.ones(3).to(device), torch.tensor(4).to(device)
-    y = counted_batch_norm(x, mean, var, weight, bias, training, None, 1e-5, "relu", x.detach(), counter)
+    y = counted_batch_norm(x, BatchNorm(mean, var, weight, bias, training, None, 1e-5, counter), "relu", x.detach())
     y.sum().backward()
     assert y.shape == x.grad.shape == shape
     assert weight.grad.tolist() == bias.grad.tolist() == mean.tolist() == [0.0] * 3
@@ -319,8 +319,9 @@ def test_empty(shape: tuple[int, ...], training: bool, device: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 3, 1, 1, 1)])
 def test_one_value_per_channel(shape: tuple[int, ...], device: str) -> None:
     mean, var, counter = torch.zeros(3).to(device), torch.ones(3).to(device), torch.tensor(0).to(device)
+    bn = BatchNorm(mean, var, None, None, True, 0.1, 1e-5, counter)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        counted_batch_norm(torch.ones(shape).to(device), mean, var, None, None, True, 0.1, 1e-5, None, None, counter)
+        counted_batch_norm(torch.ones(shape).to(device), bn, None, None)
     assert (mean.tolist(), var.tolist(), counter.item()) == ([0.0] * 3, [1.0] * 3, 0)
     assert batch_norm(torch.ones(shape).to(device), mean, var).shape == shape
 

@@ -12,6 +12,28 @@ from torch import Tensor
 from tkernels.core.geometry import Geometry, Pooling
 
 
+class BatchNorm(NamedTuple):
+    """A batch norm as called: vectors (C), and numbers as in torch.nn.functional.batch_norm.
+
+    ``training``: the batch's statistics normalise and move the running ones, where given. ``momentum`` None: those are
+    the average over all batches that ``num_batches_tracked`` (int64, shape ()) counted; training adds one to it.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    momentum: float | None
+    eps: float
+    num_batches_tracked: Tensor | None = None
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Running mean and variance, weight, bias."""
+        return self.running_mean, self.running_var, self.weight, self.bias
+
+
 class Norm(NamedTuple):
     """What normalises: ``mean`` and ``var`` are running statistics, or ``mean`` is the batch's [4, C] from
     launch_finalize_statistics and ``var`` None."""
@@ -77,6 +99,13 @@ class ConvBNLayer(NamedTuple):
     def measures(self, stage_training: bool) -> bool:
         """Whether this batch's statistics normalise it."""
         return self.running_mean is None or self.counts(stage_training)
+
+    def batch_norm(self, stage_training: bool) -> BatchNorm:
+        """The layer's batch norm, without the counter where it does not count."""
+        counter = self.num_batches_tracked if self.counts(stage_training) else None
+        measures = self.measures(stage_training)
+        return BatchNorm(self.running_mean, self.running_var, self.bn_weight, self.bn_bias, measures, self.momentum,
+                         self.eps, counter)  # fmt: skip
 
 
 class MaxPool(NamedTuple):

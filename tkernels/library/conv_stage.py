@@ -18,6 +18,7 @@ from tkernels.core.geometry import Geometry
 from tkernels.core.records import ConvBNLayer, StageCall
 from tkernels.library import common
 from tkernels.library.batch_norm import torch_statistics
+from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
 from tkernels.ops.conv_stage import op as ops
 from tkernels.ops.conv_stage import triton_body as triton
@@ -246,10 +247,8 @@ def _saved(input: Tensor, call: _Call, kept: Sequence[Tensor]) -> list[triton.Sa
     for i, (layer, g) in enumerate(zip(call.layers, call.stage.geometries)):
         x = common.something(maps[2 * i]) if i else triton.conv_input(input, g, call.stage.dtype)
         given = layer.running_mean is not None
-        mean = triton.dense(layer.running_mean) if given else stats[i]
-        var = triton.dense(layer.running_var) if given else None
-        saved.append(triton.SavedLayer(x, layer.weight, layer.bias, None, maps[2 * i + 1], cast(Tensor, mean), var,
-                                       triton.dense(layer.bn_weight), triton.dense(layer.bn_bias)))  # fmt: skip
+        norm = bn_ops.norm_of(layer.batch_norm(False), None if given else stats[i])
+        saved.append(triton.SavedLayer(x, layer.weight, layer.bias, None, maps[2 * i + 1], *norm[:4]))
     return saved
 
 

@@ -206,11 +206,8 @@ def _torch_body(
         x = torch.nn.functional.conv2d(
             x, layer.weight, layer.bias, cast(Any, layer.stride), padding, cast(Any, layer.dilation), layer.groups
         )
-        x = bn_ops.counted_batch_norm(
-            x, layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, layer.measures(training),
-            layer.momentum, layer.eps, layer.activation, residual if i == len(layers) - 1 else None,
-            layer.num_batches_tracked if layer.counts(training) else None,
-        )  # fmt: skip
+        added = residual if i == len(layers) - 1 else None
+        x = bn_ops.counted_batch_norm(x, layer.batch_norm(training), layer.activation, added)
     if pool is not None:
         size, stride, padding = pool if isinstance(pool, MaxPool) else (pool, None, 0)
         x = torch.nn.functional.max_pool2d(x, cast(Any, size), cast(Any, stride), cast(Any, padding))
@@ -245,7 +242,6 @@ def _registered(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, resi
     )[: 1 + len(layers)]  # fmt: skip
     for layer, found, g in zip(layers, stats, stage.geometries):
         if layer.counts(stage.training):
-            bn_ops.track(found, x.shape[0] * g.out_h * g.out_w, layer.eps, layer.running_mean, layer.running_var,
-                         layer.momentum, layer.num_batches_tracked)  # fmt: skip
+            bn_ops.track(found, x.shape[0] * g.out_h * g.out_w, layer.batch_norm(stage.training))
     result: Tensor = y
     return result

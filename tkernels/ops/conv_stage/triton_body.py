@@ -12,7 +12,7 @@ from tkernels.core import activation as activations
 from tkernels.core import autograd, replay, targets
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Geometry, Matrix, Pooling, matrix, no_pooling
-from tkernels.core.records import TENSORS, ConvBNLayer, Norm, StageCall, WeightSums
+from tkernels.core.records import TENSORS, BatchNorm, ConvBNLayer, Norm, Partials, StageCall, WeightSums
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
 from tkernels.ops.conv_stage import config as tuning
@@ -27,7 +27,16 @@ if runtime.HAS_TRITON:
     from tkernels.ops.conv_stage import kernels_pointwise as pointwise
     from tkernels.ops.conv_stage import kernels_weights as weight_kernels
 
-__all__ = ["SavedLayer", "backward", "behind_residual", "conv_input", "dense", "forward", "normalizes_in_next", "run"]
+__all__ = [
+    "SavedLayer",
+    "backward",
+    "behind_residual",
+    "channels_last",
+    "conv_input",
+    "forward",
+    "normalizes_in_next",
+    "run",
+]
 
 
 def channels_last(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[bool]:
@@ -39,6 +48,10 @@ def channels_last(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geo
         found.append(last or conv_ops.suggests_channels_last(weight))
         last = found[-1] and g.out_channels > 1 and not g.out_h == g.out_w == 1
     return found
+
+
+# the norm and the activation that a raw map has yet to go through, None where it is no raw map
+Before = tuple[Norm, str | None] | None
 
 
 class SavedLayer(NamedTuple):
@@ -56,6 +69,19 @@ class SavedLayer(NamedTuple):
     bn_weight: Tensor | None
     bn_bias: Tensor | None
 
+    @property
+    def input(self) -> Tensor:
+        """``x`` of a layer that has it."""
+        return cast(Tensor, self.x)
+
+    @property
+    def output(self) -> Tensor:
+        """``raw``, of a layer whose backward reads it."""
+        return cast(Tensor, self.raw)
+
+    def norm(self, eps: float) -> Norm:
+        return Norm(self.mean, self.var, self.bn_weight, self.bn_bias, eps)
+
 
 def forward(
     x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, keep: bool, seed: Tensor | None, residual: Tensor | None
@@ -65,22 +91,25 @@ def forward(
     saved: list[SavedLayer] = []
     packed = _pack(layers, stage)
     last = len(layers) - 1
-    before: Any = None  # the norm and the activation that x, a raw map, has yet to go through
+    before: Before = None
     for i, (layer, g) in enumerate(zip(layers, stage.geometries)):
         end, activation = i == last, stage.activations[i]
-        given = not layer.measures(stage.training)
+        bn = layer.batch_norm(stage.training)
         if before is None:
             x = conv_input(x, g, stage.dtype)
-        if given and not keep:
+        if not (bn.training or keep):
             in_nhwc = nhwc or not (end and stage.plain_end)
-            x = _folded(x, packed[i], layer, g, in_nhwc, activation, residual if end else None)
+            x = _folded(x, packed[i], layer, bn_ops.norm_of(bn), g, in_nhwc, activation, residual if end else None)
             if end and not stage.plain_end:
                 x = kernels.launch_end(x, stage.pool, None, stage.p, seed, nhwc)
             continue
-        raw, norm = _given(x, packed[i], layer, g) if given else _measured(x, before, packed[i], layer, g, stage)
+        if bn.training:
+            raw, norm = _measured(x, before, packed[i], layer, bn, g)
+        else:
+            raw, norm = _given(x, packed[i], layer, g), bn_ops.norm_of(bn)
         if keep:
-            saved.append(SavedLayer(x if before is None else None, layer.weight, layer.bias, packed[i], raw, norm.mean,
-                                    norm.var, norm.weight, norm.bias))  # fmt: skip
+            read = x if before is None else None
+            saved.append(SavedLayer(read, layer.weight, layer.bias, packed[i], raw, *norm[:4]))
         before = (norm, activation) if not end and normalizes_in_next(layers[i + 1], stage, i + 1) else None
         if before is not None:
             x = raw
@@ -91,7 +120,9 @@ def forward(
     return x, saved
 
 
-def _normalized(raw: Tensor, norm: Any, activation: str | None, residual: Tensor | None, channels_last: bool) -> Tensor:
+def _normalized(
+    raw: Tensor, norm: Norm, activation: str | None, residual: Tensor | None, channels_last: bool
+) -> Tensor:
     """activation(batch_norm(raw) + residual) of an NHWC map, in either layout."""
     if residual is None and not channels_last:
         return kernels.launch_end(raw, _unpooled(raw), norm, channels_last=False, activation=activation)
@@ -111,12 +142,12 @@ def normalizes_in_next(layer: ConvBNLayer, stage: StageCall, i: int) -> bool:
     )
 
 
-def _pack(layers: Sequence[ConvBNLayer], stage: StageCall) -> list[Any]:
-    """The weights as the products read them, None for depthwise layers."""
+def _pack(layers: Sequence[ConvBNLayer], stage: StageCall) -> list[Tensor]:
+    """The weights as the products read them; depthwise layers read them as they are."""
+    packed = [layer.weight for layer in layers]
     chosen = [i for i, g in enumerate(stage.geometries) if not g.depthwise]
-    packed: list[Tensor | None] = [None] * len(layers)
-    weights = [layers[i].weight for i in chosen]
-    for i, t in zip(chosen, weight_kernels.launch_packs(weights, [stage.geometries[i] for i in chosen], stage.dtype)):
+    geometries = [stage.geometries[i] for i in chosen]
+    for i, t in zip(chosen, weight_kernels.launch_packs([packed[i] for i in chosen], geometries, stage.dtype)):
         packed[i] = t
     return packed
 
@@ -132,59 +163,43 @@ def _matrix(raw: Tensor) -> Matrix:
     return matrix(raw.shape, True)
 
 
-def dense(t: Tensor | None) -> Tensor | None:
-    return t if t is None else t.contiguous()
-
-
-def _given_norm(layer: ConvBNLayer) -> Any:
-    """Batch norm by running statistics."""
-    mean, var = dense(layer.running_mean), dense(layer.running_var)
-    return Norm(cast(Tensor, mean), var, dense(layer.bn_weight), dense(layer.bn_bias), layer.eps)
-
-
 def _folded(
-    x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry, channels_last: bool, activation: str | None,
-    residual: Tensor | None,
+    x: Tensor, packed: Tensor, layer: ConvBNLayer, norm: Norm, g: Geometry, channels_last: bool,
+    activation: str | None, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """activation(batch_norm(conv(x)) + residual) by running statistics, in one kernel unless depthwise."""
-    norm, bias = _given_norm(layer), dense(layer.bias)
     if g.depthwise:
-        raw, _ = conv_depthwise.launch_forward(x, layer.weight, bias, g)
-        return _normalized(raw, norm, activation, residual, channels_last)
+        return _normalized(_given(x, packed, layer, g), norm, activation, residual, channels_last)
     if residual is not None:
         residual = conv_ops.as_nhwc(residual) if channels_last else residual.contiguous()
     return kernels.launch_conv(
-        x, packed, bias, g, norm, channels_last=channels_last, activation=activation, residual=residual
-    )[0]
+        x, packed, bn_ops.dense(layer.bias), g, norm, channels_last=channels_last, activation=activation,
+        residual=residual,
+    )[0]  # fmt: skip
 
 
-def _given(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry) -> tuple[Tensor, Any]:
-    """(raw output, Norm) where running statistics normalise and backward will ask for the raw map."""
-    bias = dense(layer.bias)
+def _given(x: Tensor, packed: Tensor, layer: ConvBNLayer, g: Geometry) -> Tensor:
+    """The raw output where its statistics are not asked for."""
+    bias = bn_ops.dense(layer.bias)
     if g.depthwise:
-        return conv_depthwise.launch_forward(x, layer.weight, bias, g)[0], _given_norm(layer)
-    return conv.launch_forward(x, packed, bias, g)[0], _given_norm(layer)
+        return conv_depthwise.launch_forward(x, layer.weight, bias, g)[0]
+    return conv.launch_forward(x, packed, bias, g)[0]
 
 
 def _measured(
-    x: Tensor, before: Any, packed: Any, layer: ConvBNLayer, g: Geometry, stage: StageCall
-) -> tuple[Tensor, Any]:
-    """(raw output, Norm) by the batch's statistics; in training moves the running ones. ``before``: the Norm and the
-    activation that x has yet to go through, or None."""
-    counter = layer.num_batches_tracked if layer.counts(stage.training) else None
-    bias = dense(layer.bias)
-    partials: Any
+    x: Tensor, before: Before, packed: Tensor, layer: ConvBNLayer, bn: BatchNorm, g: Geometry
+) -> tuple[Tensor, Norm]:
+    """(raw output, Norm) by the batch's statistics; in training moves the running ones."""
+    counter, bias = bn.num_batches_tracked, bn_ops.dense(layer.bias)
+    partials: Partials | None
     if g.depthwise:
-        raw, _ = conv_depthwise.launch_forward(x, layer.weight, bias, g)
+        raw = _given(x, packed, layer, g)
         partials = batch_norm.launch_statistics(raw, _matrix(raw), counter)
     elif before is not None:
         raw, partials = pointwise.launch_forward(x, before[0], packed, bias, g, counter, before[1])
     else:
         raw, partials = kernels.launch_conv(x, packed, bias, g, None, counter)
-    stats = bn_ops.merge_statistics(
-        partials, _matrix(raw), layer.running_mean, layer.running_var, layer.momentum, counter, layer.eps
-    )
-    return raw, Norm(stats, None, dense(layer.bn_weight), dense(layer.bn_bias), layer.eps)
+    return raw, bn_ops.norm_of(bn, bn_ops.merge_statistics(cast(Partials, partials), _matrix(raw), bn))
 
 
 class Wanted(NamedTuple):
@@ -234,10 +249,10 @@ def backward(
     gradients: list[Tensor | None] = [None] * len(needs)
     tasks = wanted(needs, saved)
     # layers whose weight's gradient waits for its runs to be merged
-    waiting: list[tuple[int, Any]] = []
+    waiting: list[tuple[int, Tensor]] = []
     # the gradient of a layer's activation, or, if masked, of its batch norm's output
-    d: Any = conv_ops.as_nhwc(dy) if stage.plain_end else dy
-    partials: Any = None
+    d = conv_ops.as_nhwc(dy) if stage.plain_end else dy
+    partials: Partials | None = None
     masked = False
     if behind is not None:
         d, partials = _behind_activation(d, behind, saved[-1], eps[-1], stage.activations[-1], tasks[-1].sums)
@@ -248,7 +263,7 @@ def backward(
         task, layer, g = tasks[i], saved[i], stage.geometries[i]
         if not (task.raw or task.sums):
             break
-        norm = _norm_of(layer, eps[i])
+        norm = layer.norm(eps[i])
         end = _End(stage, seed) if i == len(saved) - 1 and not stage.plain_end else None
         activation = None if masked else stage.activations[i]
         coefficients, gradients[3 + 4 * i], gradients[4 + 4 * i] = _norm_gradients(
@@ -260,10 +275,9 @@ def backward(
         of_norm = activation is None and end is None  # d is the gradient of batch norm's output as it stands
         if of_norm and not (task.below or task.bias or recomputes) and _normalizes_in_wgrad(g, coefficients, d):
             through = (layer.mean, layer.bn_weight, coefficients)
-            x: Any = layer.x
             config = tuning.wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"), targets.current())
             workspace = conv_backward.launch_wgrad(
-                x, d, g, True, False, layer.raw, config=config, through=through
+                layer.input, d, g, True, False, layer.raw, config=config, through=through
             )  # fmt: skip
             waiting.append((i, workspace))
             break
@@ -271,9 +285,10 @@ def backward(
         d, partials, masked = draw, None, False
         if recomputes:
             before = saved[i - 1]
-            raw: Any = before.raw
-            norm = _norm_of(before, eps[i - 1])
-            waiting.append((i, pointwise.launch_wgrad(raw, norm, draw, g, stage.activations[i - 1])))
+            workspace = pointwise.launch_wgrad(
+                before.output, before.norm(eps[i - 1]), draw, g, stage.activations[i - 1]
+            )
+            waiting.append((i, workspace))
         elif task.weight:
             waiting.append((i, _weight_sums(draw, layer, g, task)))
         elif task.bias:
@@ -284,9 +299,7 @@ def backward(
         if i == 0:
             gradients[0] = _input_gradient(draw, layer, g, *input_format)
         elif tasks[i - 1].sums and not g.depthwise:
-            before = saved[i - 1]
-            raw = before.raw
-            norm = _norm_of(before, eps[i - 1])
+            raw, norm = saved[i - 1].output, saved[i - 1].norm(eps[i - 1])
             packed, transposed = _packed(draw, layer, g)
             d, partials = conv_stage_backward.launch_dgrad(
                 draw, packed, g, raw, norm, transposed, stage.activations[i - 1]
@@ -304,23 +317,21 @@ def backward(
     return gradients
 
 
-def _norm_of(layer: SavedLayer, eps: float) -> Any:
-    return Norm(layer.mean, layer.var, layer.bn_weight, layer.bn_bias, eps)
-
-
 def _behind_activation(
-    d: Any, behind: Tensor, layer: SavedLayer, eps: float, activation: str | None, sums: bool
-) -> tuple[Any, Any]:
+    d: Tensor, behind: Tensor, layer: SavedLayer, eps: float, activation: str | None, sums: bool
+) -> tuple[Tensor, Partials | None]:
     """(the gradient of batch norm's output and of the residual, its partial sums if ``sums``)."""
-    norm, m = _norm_of(layer, eps), _matrix(d)
+    norm, m = layer.norm(eps), _matrix(d)
+    partials: Partials | None = None
     raw = d if layer.raw is None else layer.raw  # where it is not kept it is not read
     saved, saved_is = conv_ops.as_nhwc(behind), "residual" if activations.needs_input(activation) else "output"
     if sums:
         partials, dz = batch_norm.launch_gradient_sums(d, raw, m, norm, activation, saved, saved_is, write_dz=True)
-        return dz, partials
-    return batch_norm.launch_input_gradient(
-        d, raw, m, norm, None, activation, saved, saved_is, needs_input=False, write_dz=True
-    )[1], None
+    else:
+        _, dz = batch_norm.launch_input_gradient(
+            d, raw, m, norm, None, activation, saved, saved_is, needs_input=False, write_dz=True
+        )  # fmt: skip
+    return cast(Tensor, dz), partials
 
 
 class _End(NamedTuple):
@@ -331,7 +342,13 @@ class _End(NamedTuple):
 
 
 def _norm_gradients(
-    d: Tensor, layer: SavedLayer, norm: Any, task: Wanted, end: _End | None, partials: Any, activation: str | None
+    d: Tensor,
+    layer: SavedLayer,
+    norm: Norm,
+    task: Wanted,
+    end: _End | None,
+    partials: Partials | None,
+    activation: str | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """batch_norm's coefficients of its input gradient, and the gradients of bn_weight and bn_bias, where wanted.
 
@@ -340,8 +357,7 @@ def _norm_gradients(
     """
     if not task.sums:
         return None, None, None
-    raw: Any = layer.raw
-    m = _matrix(raw)
+    raw, m = layer.output, _matrix(layer.output)
     if end is not None:
         partials = conv_stage_backward.launch_end_sums(d, raw, end.stage.pool, norm, end.stage.p, end.seed, activation)
     elif partials is None:
@@ -353,14 +369,14 @@ def _norm_gradients(
 
 
 def _raw_gradient(
-    d: Tensor, layer: SavedLayer, norm: Any, coefficients: Tensor | None, end: _End | None, activation: str | None
-) -> Any:
+    d: Tensor, layer: SavedLayer, norm: Norm, coefficients: Tensor | None, end: _End | None, activation: str | None
+) -> Tensor:
     """The gradient of the convolution's output; ``d`` as for _norm_gradients."""
-    raw: Any = layer.raw
+    raw = layer.output
     if end is not None:
         pool, p = end.stage.pool, end.stage.p
         return conv_stage_backward.launch_end_gradient(d, raw, pool, norm, coefficients, p, end.seed, activation)
-    return batch_norm.launch_input_gradient(d, raw, _matrix(raw), norm, coefficients, activation)[0]
+    return cast(Tensor, batch_norm.launch_input_gradient(d, raw, _matrix(raw), norm, coefficients, activation)[0])
 
 
 def _normalizes_in_wgrad(g: Geometry, coefficients: Tensor | None, d: Tensor) -> bool:
@@ -370,15 +386,14 @@ def _normalizes_in_wgrad(g: Geometry, coefficients: Tensor | None, d: Tensor) ->
     return tuning.normalizes_in_wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"), targets.current())
 
 
-def _weight_sums(draw: Any, layer: SavedLayer, g: Geometry, task: Wanted) -> Tensor:
+def _weight_sums(draw: Tensor, layer: SavedLayer, g: Geometry, task: Wanted) -> Tensor:
     """The workspace of the gradients of weight and, where it is to be computed, bias."""
-    x: Any = layer.x
     if g.depthwise:
-        return conv_depthwise.launch_wgrad(x, draw, g, task.bias)
-    return conv_backward.launch_wgrad(x, draw, g, True, task.bias)
+        return conv_depthwise.launch_wgrad(layer.input, draw, g, task.bias)
+    return conv_backward.launch_wgrad(layer.input, draw, g, True, task.bias)
 
 
-def _to_merge(workspace: Tensor, layer: SavedLayer, g: Geometry, task: Wanted, needs_bias: bool) -> Any:
+def _to_merge(workspace: Tensor, layer: SavedLayer, g: Geometry, task: Wanted, needs_bias: bool) -> WeightSums:
     unmoved = layer.bias if needs_bias and not task.bias else None
     return WeightSums(workspace, g, layer.weight, layer.bias if task.bias else None, unmoved)
 
@@ -482,7 +497,7 @@ def _backward(
     """The gradients, of dy, dropout's seed and what _forward kept."""
     dy, seed, behind, *kept = tensors
     width = len(SavedLayer._fields)
-    saved = [SavedLayer(*cast(Any, kept[i : i + width])) for i in range(0, len(kept), width)]
+    saved = [SavedLayer._make(kept[i : i + width]) for i in range(0, len(kept), width)]
     return tuple(backward(cast(Tensor, dy), saved, behind, seed, stage, eps, needs, input_format))
 
 
@@ -494,6 +509,7 @@ def run(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, residual: Te
         others = [t for layer in layers for t in layer[:4]]
         others.append(residual)
         if x.requires_grad or any(t is not None and t.requires_grad for t in others):
-            return cast(Tensor, _ConvStage.apply(stage, layers, x, *others))
+            y: Tensor = _ConvStage.apply(stage, layers, x, *others)
+            return y
     seed = runtime.dropout_seed(x) if stage.p > 0 else None
     return cast(Tensor, _replay_forward(x, layers, stage, seed, residual, None)[0])
