@@ -52,6 +52,14 @@ class Partials(NamedTuple):
     producers: int
 
 
+class LossOptions(NamedTuple):
+    """Cross entropy's, as in torch.nn.functional.cross_entropy; ``smoothing``: its ``label_smoothing``."""
+
+    ignore_index: int
+    reduction: str
+    smoothing: float
+
+
 class WeightSums(NamedTuple):
     """A layer's workspace from launch_wgrad and what to make of it: gradients like ``weight`` and ``bias`` (None: not
     wanted), and one like ``unmoved``, a bias that batch statistics take away again: zeros."""
@@ -99,6 +107,10 @@ class ConvBNLayer(NamedTuple):
     def measures(self, stage_training: bool) -> bool:
         """Whether this batch's statistics normalise it."""
         return self.running_mean is None or self.counts(stage_training)
+
+    def without_tensors(self) -> ConvBNLayer:
+        """Its numbers and names alone."""
+        return ConvBNLayer._make((*[None] * TENSORS, *self[TENSORS:]))
 
     def batch_norm(self, stage_training: bool) -> BatchNorm:
         """The layer's batch norm, without the counter where it does not count."""
