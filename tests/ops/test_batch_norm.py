@@ -512,9 +512,8 @@ def check_small_tiles(case: Case, blocks: dict[str, int], device: str, monkeypat
     assert tuning.producers(m, config, targets.current())[1] > 1
 
     partials = kernels.launch_statistics(x, m, config=config)
-    stats = kernels.launch_finalize_statistics(
-        partials, m, 1e-3, o.running_mean, o.running_var, momentum=0.3, config=merge
-    )
+    bn = BatchNorm(o.running_mean, o.running_var, o.weight, o.bias, True, 0.3, 1e-3)
+    stats = kernels.launch_finalize_statistics(partials, m, bn, config=merge)
     norm = Norm(stats, None, o.weight, o.bias, 1e-3)
     got = {"output": kernels.launch_normalize(x, m, norm, "relu", config=config)}
     sums, dz = kernels.launch_gradient_sums(dy, x, m, norm, "relu", write_dz=True, config=config)

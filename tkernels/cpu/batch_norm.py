@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -51,7 +49,7 @@ def _channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def _vector_as_expected(t: Any, channels: int) -> bool:
+def _vector_as_expected(t: Tensor, channels: int) -> bool:
     return (
         type(t) in PLAIN
         and t.dtype is torch.float32

@@ -18,7 +18,7 @@ from tkernels.core import targets
 from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Matrix
 from tkernels.core.launch import launch
-from tkernels.core.records import Norm, Partials
+from tkernels.core.records import BatchNorm, Norm, Partials
 from tkernels.ops.batch_norm import config as tuning
 
 # A power of two: sums of values times it round as sums of the values do, and do not overflow.
@@ -462,27 +462,16 @@ def launch_statistics(
     return Partials(partials, producers)
 
 
-def launch_finalize_statistics(
-    partials: Partials,
-    m: Matrix,
-    eps: float,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    momentum: float | None = 0.0,
-    num_batches_tracked: Tensor | None = None,
-    config: Config | None = None,
-) -> Tensor:
-    """Statistics [4, C] from partials; updates contiguous running statistics in place.
-
-    ``momentum`` None: cumulative average by ``num_batches_tracked``, which already counts this batch.
-    """
+def launch_finalize_statistics(partials: Partials, m: Matrix, bn: BatchNorm, config: Config | None = None) -> Tensor:
+    """Statistics [4, C] from partials; updates contiguous running statistics in place. ``bn.num_batches_tracked``
+    already counts this batch."""
     config = config or tuning.finalize(m)
     stats = partials.data.new_empty((4, m.channels))
-    counter = num_batches_tracked if momentum is None else None
+    counter = bn.num_batches_tracked if bn.momentum is None else None
     launch(
         finalize_statistics_kernel, (cdiv(m.channels, config["BLOCK_C"]),),
-        partials.data, stats, running_mean, running_var, counter, partials.producers, m.values, eps,
-        momentum or 0.0, m.channels, SPATIAL=m.spatial, **config.options(),
+        partials.data, stats, bn.running_mean, bn.running_var, counter, partials.producers, m.values, bn.eps,
+        bn.momentum or 0.0, m.channels, SPATIAL=m.spatial, **config.options(),
     )  # fmt: skip
     return stats
 

@@ -316,9 +316,9 @@ def triton_statistics(x: Tensor, m: Matrix, bn: BatchNorm) -> Tensor:
 def merge_statistics(partials: Partials, m: Matrix, bn: BatchNorm) -> Tensor:
     """triton_statistics from partials whose producer counted the batch."""
     mean, var = dense(bn.running_mean), dense(bn.running_var)
-    stats = kernels.launch_finalize_statistics(
-        partials, m, bn.eps, mean, var, bn.momentum, bn.num_batches_tracked
-    )  # fmt: skip
+    in_place = mean is bn.running_mean and var is bn.running_var
+    given = bn if in_place else bn._replace(running_mean=mean, running_var=var)
+    stats = kernels.launch_finalize_statistics(partials, m, given)
     for running, moved in ((bn.running_mean, mean), (bn.running_var, var)):
         if running is not None and moved is not None and running is not moved:
             running.copy_(moved)

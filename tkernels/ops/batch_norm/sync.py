@@ -113,9 +113,9 @@ def _triton_statistics(x: Tensor) -> Tensor:
     """The same by the kernels of batch_norm."""
     m = _matrix(x)
     # without eps 1 / std and its remainder hold the variance to more than float32
-    mean, invstd, mean_rest, invstd_rest = kernels.launch_finalize_statistics(
-        kernels.launch_statistics(x, m), m, 0.0
-    ).double()
+    alone = BatchNorm(None, None, None, None, training=True, momentum=0.0, eps=0.0)
+    stats = kernels.launch_finalize_statistics(kernels.launch_statistics(x, m), m, alone)
+    mean, invstd, mean_rest, invstd_rest = stats.double()
     var = (invstd + invstd_rest).square().reciprocal()
     # a variance of 0: 1 / std is infinite and its remainder NaN
     return _row(mean + mean_rest, var.where(invstd.isfinite() | invstd.isnan(), 0.0) * m.values, m.values)

@@ -64,7 +64,7 @@ def conv2d(
 
 
 def _registered(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, g: Geometry, activation: str | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: IntOrPair | str, g: Geometry, activation: str | None,
     autocast: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     """The call as torch.ops.tkernels.conv2d, whose padding is a number a side."""
@@ -112,9 +112,9 @@ def _torch_body(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
     groups: int,
     activation: str | None,
 ) -> Tensor:
@@ -128,8 +128,9 @@ def _torch_body(
 
 
 def _check_all(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> None:
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntOrPair, padding: IntOrPair | str,
+    dilation: IntOrPair, groups: int,
+) -> None:  # fmt: skip
     checks.tensor(input=input, weight=weight)
     checks.optional_tensor(bias=bias)
     _checked(input, weight, bias, stride, padding, dilation, groups)

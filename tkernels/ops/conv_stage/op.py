@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from tkernels.ops.conv import op as conv_ops
 from tkernels.ops.conv_stage import triton_body as conv_stage_triton
 
 __all__ = ["ConvBNLayer", "MaxPool", "conv_stage"]
+
+Pool = int | Sequence[int] | MaxPool | None
 
 
 def conv_stage(
@@ -78,13 +79,14 @@ def conv_stage(
     return conv_stage_triton.run(input, layers, stage, residual)
 
 
-# plans, by kinds of calls
+# stage calls, by kinds of calls
 _checked = replay.Checked()
 
 
 def _kind(
-    input: Tensor, layers: Sequence[ConvBNLayer], pool: Any, dropout_p: float, training: bool, residual: Tensor | None
-) -> Hashable | None:
+    input: Tensor, layers: Sequence[ConvBNLayer], pool: Pool, dropout_p: float, training: bool,
+    residual: Tensor | None,
+) -> Hashable | None:  # fmt: skip
     try:
         tensors = conv_stage_triton.tensors(input, layers, residual)
         others = tuple([layer[TENSORS:] for layer in layers])
@@ -114,7 +116,7 @@ def _geometries(input: Tensor, layers: Sequence[ConvBNLayer]) -> tuple[Geometry,
     return tuple(found)
 
 
-def _pooling(g: Geometry, pool: int | Sequence[int] | MaxPool | None) -> Pooling:
+def _pooling(g: Geometry, pool: Pool) -> Pooling:
     """The pooling after convolution ``g``. Raises RuntimeError where torch refuses it."""
     if pool is None:
         return no_pooling(g.out_h, g.out_w)
@@ -184,7 +186,7 @@ def _checked_residual(input: Tensor, residual: Tensor, g: Geometry, autocast: to
 
 def _cpu_body(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall) -> Tensor | None:
     """The fast way on a CPU; None where it is not taken."""
-    if not conv_stage_cpu.takes(x, layers, stage.geometries, stage.pool, stage.dtype):
+    if not conv_stage_cpu.takes(x, layers, stage):
         return None
     nhwc = conv_stage_triton.channels_last(x, [layer.weight for layer in layers], stage.geometries)
     if all(layer.measures(stage.training) for layer in layers):
@@ -197,20 +199,17 @@ def _cpu_body(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall) -> Ten
 
 
 def _torch_body(
-    x: Tensor, layers: Sequence[ConvBNLayer], pool: int | Sequence[int] | MaxPool | None, p: float, training: bool,
+    x: Tensor, layers: Sequence[ConvBNLayer], pool: Pool, p: float, training: bool,
     residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The same in torch's own calls, differentiated and cast by torch; Dropout2d draws as torch.nn's would."""
     for i, layer in enumerate(layers):
-        padding = cast(Any, layer.padding)
-        x = torch.nn.functional.conv2d(
-            x, layer.weight, layer.bias, cast(Any, layer.stride), padding, cast(Any, layer.dilation), layer.groups
-        )
+        window = layer.stride, layer.padding, layer.dilation, layer.groups
+        x = torch.nn.functional.conv2d(x, layer.weight, layer.bias, *window)  # type: ignore[arg-type]
         added = residual if i == len(layers) - 1 else None
         x = bn_ops.counted_batch_norm(x, layer.batch_norm(training), layer.activation, added)
     if pool is not None:
-        size, stride, padding = pool if isinstance(pool, MaxPool) else (pool, None, 0)
-        x = torch.nn.functional.max_pool2d(x, cast(Any, size), cast(Any, stride), cast(Any, padding))
+        x = torch.nn.functional.max_pool2d(x, *(pool if isinstance(pool, MaxPool) else MaxPool(pool)))  # type: ignore[arg-type]
     return torch.nn.functional.dropout2d(x, p) if p > 0 else x
 
 
@@ -222,7 +221,7 @@ def _registered(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, resi
     for layer, from_batch in zip(layers, measured):
         given = (None, None) if from_batch else (layer.running_mean, layer.running_var)
         vectors += [layer.bias, layer.bn_weight, layer.bn_bias, *given]
-        padding: Any = layer.padding
+        padding = layer.padding
         if isinstance(padding, str):
             padding = -1 if padding == "same" else 0
         for value in (layer.stride, padding, layer.dilation):
