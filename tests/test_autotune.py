@@ -222,31 +222,28 @@ def test_without_the_switch_nothing_is_measured(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_only_large_convolutions_go_to_pytorch() -> None:
-    with targets.pretend("sm_90"):
-        for layer in LAYERS:
-            assert not routing.compute_bound(window3x3(*layer), 256, torch.bfloat16, "ieee", True), layer
-        large = [g for g in map(geometry, layers("conv2d")) if g.taps == 9 and g.in_channels >= 256 and g.height >= 14]
-        assert large
-        for g in large:
-            assert routing.compute_bound(g, 256, torch.bfloat16, "ieee", False), g
-            assert not routing.compute_bound(g, 256, torch.float32, "ieee", False), g
-    with targets.pretend("gfx942"):
-        assert not any(routing.compute_bound(g, 64, torch.bfloat16, "ieee", False) for g in large)
+    hopper, bf16 = targets.TARGETS["sm_90"], (torch.bfloat16, "ieee")
+    for layer in LAYERS:
+        assert not routing.compute_bound(window3x3(*layer), 256, *bf16, True, hopper), layer
+    large = [g for g in map(geometry, layers("conv2d")) if g.taps == 9 and g.in_channels >= 256 and g.height >= 14]
+    assert large
+    for g in large:
+        assert routing.compute_bound(g, 256, *bf16, False, hopper), g
+        assert not routing.compute_bound(g, 256, torch.float32, "ieee", False, hopper), g
+        assert not routing.compute_bound(g, 64, *bf16, False, targets.TARGETS["gfx942"]), g
 
 
 def test_convolutions_before_a_batch_norm() -> None:
-    bf16 = torch.bfloat16, "ieee"
-    with targets.pretend("sm_90"):
-        large, small = window3x3(128, 128, 28), window3x3(32, 32, 32)
-        assert routing.before_batch_norm(large, 64, *bf16, True)
-        assert routing.before_batch_norm(large, 64, *bf16, False)
-        assert not routing.before_batch_norm(small, 256, *bf16, True)
-        assert not routing.before_batch_norm(large, 64, torch.float32, "ieee", True)
-        wide = next(g for g in map(geometry, layers("conv2d")) if g.taps == 1 and g.in_channels == 64)
-        assert routing.before_batch_norm(wide, 256, *bf16, True)
-        assert not routing.before_batch_norm(wide, 256, *bf16, False), "a pass over the result is left out"
-    with targets.pretend("gfx942"):
-        assert not routing.before_batch_norm(large, 64, *bf16, True)
+    hopper, bf16 = targets.TARGETS["sm_90"], (torch.bfloat16, "ieee")
+    large, small = window3x3(128, 128, 28), window3x3(32, 32, 32)
+    assert routing.before_batch_norm(large, 64, *bf16, True, hopper)
+    assert routing.before_batch_norm(large, 64, *bf16, False, hopper)
+    assert not routing.before_batch_norm(small, 256, *bf16, True, hopper)
+    assert not routing.before_batch_norm(large, 64, torch.float32, "ieee", True, hopper)
+    wide = next(g for g in map(geometry, layers("conv2d")) if g.taps == 1 and g.in_channels == 64)
+    assert routing.before_batch_norm(wide, 256, *bf16, True, hopper)
+    assert not routing.before_batch_norm(wide, 256, *bf16, False, hopper), "a pass over the result is left out"
+    assert not routing.before_batch_norm(large, 64, *bf16, True, targets.TARGETS["gfx942"])
 
 
 def test_under_triton_no_convolution_goes_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

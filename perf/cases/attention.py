@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perf.aot import Case
 from perf.cases.linear import tf32
+from tkernels.core import targets
 from tkernels.ops.attention import config as tuning
 from tkernels.ops.attention import kernels as attention
 from tkernels.ops.attention import kernels_backward as attention_backward
@@ -62,7 +63,7 @@ def call(name: str, shape: tuple[int, ...], options: str, dtype: torch.dtype) ->
 
 
 def _left_to_torch(head: int, dtype: torch.dtype, extras: bool) -> str | None:
-    return tuning.why_not(head, head, dtype.itemsize, extras, tuning.target_name())
+    return tuning.why_not(head, head, dtype.itemsize, extras, targets.current())
 
 
 def cases() -> list[Case]:

@@ -7,7 +7,8 @@ import functools
 import torch
 
 from perf.aot import Case
-from tkernels.ops.batch_norm import config as tuning
+from tkernels.core.geometry import matrix
+from tkernels.core.records import BatchNorm, Norm
 from tkernels.ops.batch_norm import kernels
 
 BATCH = 256
@@ -28,13 +29,12 @@ def vector(channels: int) -> torch.Tensor:
 def training(channels: int, size: int, dtype: torch.dtype, channels_last: bool, activation: str, add: bool) -> None:
     """Forward and backward with batch statistics: every kernel."""
     x, dy = (image(channels, size, dtype, channels_last) for _ in range(2))
-    m = tuning.matrix(x.shape, channels_last)
+    m = matrix(x.shape, channels_last)
     counter = torch.empty((), device="cuda", dtype=torch.int64)
-    partials = kernels.launch_statistics(x, m, counter)
-    stats = kernels.launch_finalize_statistics(
-        partials, m, 1e-5, vector(channels), vector(channels), momentum=0.1, num_batches_tracked=counter
-    )
-    norm = kernels.Norm(stats, None, vector(channels), vector(channels), 1e-5)
+    mean, var, weight, bias = (vector(channels) for _ in range(4))
+    bn = BatchNorm(mean, var, weight, bias, True, 0.1, 1e-5, counter)
+    stats = kernels.launch_finalize_statistics(kernels.launch_statistics(x, m, counter), m, bn)
+    norm = Norm(stats, None, bn.weight, bn.bias, 1e-5)
     residual = torch.empty_like(x) if add else None
     y = kernels.launch_normalize(x, m, norm, activation, residual)
     saved, saved_is = (y, "output") if add and activation == "relu" else (residual, "residual" if add else None)
@@ -49,8 +49,8 @@ def training(channels: int, size: int, dtype: torch.dtype, channels_last: bool, 
 def evaluation(channels: int, size: int, dtype: torch.dtype, channels_last: bool, activation: str, add: bool) -> None:
     """Forward and input gradient with running statistics."""
     x, dy = (image(channels, size, dtype, channels_last) for _ in range(2))
-    m = tuning.matrix(x.shape, channels_last)
-    norm = kernels.Norm(vector(channels), vector(channels), vector(channels), vector(channels), 1e-5)
+    m = matrix(x.shape, channels_last)
+    norm = Norm(vector(channels), vector(channels), vector(channels), vector(channels), 1e-5)
     y = kernels.launch_normalize(x, m, norm, activation, torch.empty_like(x) if add else None)
     kernels.launch_input_gradient(dy, x, m, norm, None, activation, y, "output", write_dz=add)
 

@@ -7,10 +7,10 @@ import functools
 import torch
 
 from perf.aot import Case
+from tkernels.core.geometry import Geometry
 from tkernels.ops.conv import kernels as conv
 from tkernels.ops.conv import kernels_backward as conv_backward
 from tkernels.ops.conv import kernels_depthwise as conv_depthwise
-from tkernels.ops.conv.config import Geometry
 
 BATCH = 256
 # (input channels, output channels, rows and columns)

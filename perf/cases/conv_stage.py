@@ -9,16 +9,16 @@ import torch
 from perf.aot import Case
 from perf.cases.conv import BATCH, LAYERS, image, window3x3
 from tkernels.core import mode as runtime
-from tkernels.ops.batch_norm.kernels import Norm
+from tkernels.core import targets
+from tkernels.core.geometry import Geometry, Pooling, no_pooling
+from tkernels.core.records import Norm, WeightSums
 from tkernels.ops.conv import kernels as conv
 from tkernels.ops.conv import kernels_backward as conv_backward
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv_stage import config as tuning
 from tkernels.ops.conv_stage import kernels as conv_stage
 from tkernels.ops.conv_stage import kernels_backward as conv_stage_backward
 from tkernels.ops.conv_stage import kernels_pointwise as conv_stage_pointwise
 from tkernels.ops.conv_stage import kernels_weights as conv_stage_weights
-from tkernels.ops.conv_stage.config import Pooling, no_pooling
 
 # (channels, rows and columns) of the maps that end a stage
 ENDS = ((32, 32), (64, 16), (128, 8))
@@ -69,7 +69,7 @@ def wgrad(g: Geometry, dtype: torch.dtype) -> None:
     norm = norm_of_batch(g.out_channels)
     through = (norm.mean, norm.weight, torch.empty(2, g.out_channels, device="cuda"))
     x = image(g.in_channels, g.height, dtype)
-    config = tuning.wgrad(g, dtype, runtime.dot_precision(dtype, "conv"))
+    config = tuning.wgrad(g, dtype, runtime.dot_precision(dtype, "conv"), targets.current())
     conv_backward.launch_wgrad(x, dz, g, True, False, raw, config=config, through=through)
 
 
@@ -89,9 +89,7 @@ def weights(dtype: torch.dtype) -> None:
     own = [torch.empty(g.out_channels, g.group_in, 3, 3, device="cuda") for g in geometries]
     conv_stage_weights.launch_packs(own, geometries, dtype)
     sums = [
-        conv_stage_weights.WeightSums(
-            torch.empty(100, w.numel(), device="cuda"), g, w, None, torch.empty(g.out_channels, device="cuda")
-        )
+        WeightSums(torch.empty(100, w.numel(), device="cuda"), g, w, None, torch.empty(g.out_channels, device="cuda"))
         for w, g in zip(own, geometries)
     ]
     conv_stage_weights.launch_merges(sums)

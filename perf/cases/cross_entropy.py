@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perf import aot
+from tkernels.core.records import LossOptions
 from tkernels.ops.cross_entropy import kernels
 
 
@@ -42,11 +43,12 @@ def run(shape: Shape) -> None:
     target = torch.empty_like(x) if shape.probabilities else torch.empty(rows, dtype=torch.int64, device="cuda")
     weight: Tensor | None = x.new_empty(shape.input[1]) if shape.weighted else None
     reduction, smoothing = shape.reduction, shape.label_smoothing
-    loss, stats, count = kernels.launch_forward(x, target, weight, -100, reduction, smoothing, shape.dtype)
+    options = LossOptions(-100, reduction, smoothing)
+    loss, stats, count = kernels.launch_forward(x, target, weight, options, shape.dtype)
     grad = torch.empty_like(loss)
-    kernels.launch_backward(grad, x, target, weight, stats, count, -100, reduction, smoothing)
+    kernels.launch_backward(grad, x, target, weight, stats, count, options)
     if shape.probabilities:
-        kernels.launch_target_backward(grad, x, target, weight, stats, count, reduction, smoothing)
+        kernels.launch_target_backward(grad, x, target, weight, stats, count, options)
 
 
 def cases() -> list[aot.Case]:

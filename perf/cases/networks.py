@@ -10,7 +10,8 @@ import torch
 from perf.aot import Case
 from perf.cases import batch_norm, conv, conv_stage, cross_entropy, linear
 from perf.shapes import NAMED, Shape
-from tkernels.ops.conv.config import Geometry
+from tkernels.core import targets
+from tkernels.core.geometry import Geometry
 from tkernels.ops.conv_stage import config as stage_tuning
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet", "vgg", "mlp", "vocab")
@@ -51,7 +52,7 @@ def stages() -> None:
         conv_stage.forward(g, DTYPE, False)
         if not g.flattened:
             conv_stage.dgrad(g, DTYPE)
-        if stage_tuning.applies_in_prologue(g, DTYPE):
+        if stage_tuning.applies_in_prologue(g, DTYPE, targets.current()):
             conv_stage.pointwise(g.in_channels, g.out_channels, g.height, DTYPE)
 
 

@@ -15,10 +15,9 @@ import torch
 
 from tkernels.core import targets
 from tkernels.core.config import Config
+from tkernels.core.geometry import Geometry, Matrix, Pooling
+from tkernels.core.targets import Target
 from tkernels.ops.attention import config as attention
-from tkernels.ops.batch_norm.config import Matrix
-from tkernels.ops.conv.config import Geometry
-from tkernels.ops.conv_stage.config import Pooling
 
 GATE = os.environ.get("TK_GATE", "torch")
 MODULES = ("linear", "matmul", "attention", "conv", "conv_stage", "batch_norm", "cross_entropy")
@@ -135,7 +134,7 @@ def _kind(arguments: dict[str, Any]) -> str:
     return ""
 
 
-def _arguments(function: Callable[..., Config], target: str) -> Iterator[dict[str, Any]]:
+def _arguments(function: Callable[..., Config], target: Target) -> Iterator[dict[str, Any]]:
     names = [name for name in inspect.signature(function).parameters if name != "target"]
     missing = [name for name in names if name not in POOL]
     if missing:
@@ -161,10 +160,11 @@ def _left_to_torch(arguments: dict[str, Any]) -> bool:
     return attention.why_not(head, v_head, arguments["itemsize"], arguments["extras"], arguments["target"]) is not None
 
 
-def targets_here() -> tuple[str, ...]:
+def targets_here() -> tuple[Target, ...]:
     """On a GPU, its own: it need not fit the tiles of another, which nobody gives it. Else every target."""
-    own = targets.current().name
-    return (own,) if GATE == "cuda" and torch.cuda.is_available() and own in targets.TARGETS else tuple(targets.TARGETS)
+    own = targets.current()
+    listed = GATE == "cuda" and torch.cuda.is_available() and own.name in targets.TARGETS
+    return (own,) if listed else tuple(targets.TARGETS.values())
 
 
 def enumerate_configs() -> list[Chosen]:
@@ -177,12 +177,11 @@ def enumerate_configs() -> list[Chosen]:
         module = importlib.import_module(f"tkernels.ops.{name}.config")
         for chooser, function in choosers(module).items():
             for target in targets_here():
-                with targets.pretend(target):
-                    for arguments in _arguments(function, target):
-                        half = arguments.get("itemsize") == 2 or arguments.get("dtype") == torch.bfloat16
-                        dtype, kind = torch.bfloat16 if half else torch.float32, _kind(arguments)
-                        config = function(**arguments)
-                        same = found.setdefault((name, chooser, config.blocks, kind), [])
-                        if dtype not in [chosen.dtype for chosen in same]:
-                            same.append(Chosen(name, chooser, config, dtype, kind, arguments))
+                for arguments in _arguments(function, target):
+                    half = arguments.get("itemsize") == 2 or arguments.get("dtype") == torch.bfloat16
+                    dtype, kind = torch.bfloat16 if half else torch.float32, _kind(arguments)
+                    config = function(**arguments)
+                    same = found.setdefault((name, chooser, config.blocks, kind), [])
+                    if dtype not in [chosen.dtype for chosen in same]:
+                        same.append(Chosen(name, chooser, config, dtype, kind, arguments))
     return [same[i % len(same)] for i, same in enumerate(found.values())]

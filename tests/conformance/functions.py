@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tkernels.functional as TF
 from tkernels.core.activation import apply
+from tkernels.core.records import BatchNorm
 from tkernels.cpu import batch_norm as batch_norm_cpu
 from tkernels.cpu import conv_stage as conv_stage_cpu
 from tkernels.cpu import convolution, norm
@@ -68,13 +69,16 @@ def _norm(activation: str | None) -> Callable[..., Tensor]:
     )
 
 
+def _without_running(weight: Tensor, bias: Tensor) -> BatchNorm:
+    return BatchNorm(None, None, weight, bias, True, 0.1, 1e-5)
+
+
 def _pass_norm(activation: str | None) -> Callable[..., Tensor]:
-    kind = norm.Kind(activation, 0.1, 1e-5)
-    return lambda x, weight, bias, residual: norm.batch_norm(kind, x, weight, bias, None, None, residual)
+    return lambda x, weight, bias, residual: norm.batch_norm(x, _without_running(weight, bias), activation, residual)
 
 
 def _sync(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return sync_ops.sync_batch_norm(x, None, None, weight, bias, 0.1, 1e-5, "silu", None, None, None)
+    return sync_ops.sync_batch_norm(x, _without_running(weight, bias), "silu", None, None)
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -276,13 +276,13 @@ def test_small_tiles(dtype: torch.dtype, chunk: int, device: str) -> None:
 def test_rows_on_hopper() -> None:
     """No 16-bit configuration has products of fewer than 64 rows, of which an H200 computed wrong values, nor has one
     that autotuning tries."""
-    with targets.pretend("sm_90"):
-        least = tuning.least_rows(2, "sm_90")
-        for head, extras in itertools.product((16, 32, 64, 128, 256), (False, True)):
-            given = head, head, 2, "ieee", extras, "sm_90"
-            for config in (tuning.forward(*given), tuning.dq(*given)):
-                assert all(each["BLOCK_M"] >= 64 for each in autotune.neighbours(config, least=least))
-            assert tuning.dkv(*given)["BLOCK_N"] >= 64
+    hopper = targets.TARGETS["sm_90"]
+    least = tuning.least_rows(2, hopper)
+    for head, extras in itertools.product((16, 32, 64, 128, 256), (False, True)):
+        given = head, head, 2, "ieee", extras, hopper
+        for config in (tuning.forward(*given), tuning.dq(*given)):
+            assert all(each["BLOCK_M"] >= 64 for each in autotune.neighbours(config, least=least))
+        assert tuning.dkv(*given)["BLOCK_N"] >= 64
 
 
 def test_only_the_gradients_asked_for(device: str, triton_runs: bool, launches: list[str]) -> None:
@@ -390,20 +390,20 @@ def test_backend_of_the_users_choice(device: str, launches: list[str]) -> None:
 @pytest.mark.parametrize("target", sorted(targets.TARGETS))
 def test_a_tile_or_a_reason(target: str) -> None:
     """Every head, dtype and option has configurations on every target, or is left to PyTorch for a reason."""
-    with targets.pretend(target):
-        heads = itertools.product((1, 16, 24, 64, 80, 128, 192, 256), (16, 64, 256))
-        for (head, v_head), itemsize, extras in itertools.product(heads, (2, 4), (False, True)):
-            reason = tuning.why_not(head, v_head, itemsize, extras, target)
-            if reason is not None:
-                assert max(head, v_head) > 128
-                continue
-            for chooser in (tuning.forward, tuning.dq, tuning.dkv):
-                config = chooser(head, v_head, itemsize, "ieee", extras, target)
-                assert config["BLOCK_D"] >= head
-                assert config["BLOCK_V"] >= v_head
-                # a chunk never reaches past either head
-                assert config["CHUNK"] == config["BLOCK_D"] or config["CHUNK"] <= config["BLOCK_V"]
-        assert tuning.why_not(0, 16, 2, False, target) is not None
+    gpu = targets.TARGETS[target]
+    heads = itertools.product((1, 16, 24, 64, 80, 128, 192, 256), (16, 64, 256))
+    for (head, v_head), itemsize, extras in itertools.product(heads, (2, 4), (False, True)):
+        reason = tuning.why_not(head, v_head, itemsize, extras, gpu)
+        if reason is not None:
+            assert max(head, v_head) > 128
+            continue
+        for chooser in (tuning.forward, tuning.dq, tuning.dkv):
+            config = chooser(head, v_head, itemsize, "ieee", extras, gpu)
+            assert config["BLOCK_D"] >= head
+            assert config["BLOCK_V"] >= v_head
+            # a chunk never reaches past either head
+            assert config["CHUNK"] == config["BLOCK_D"] or config["CHUNK"] <= config["BLOCK_V"]
+    assert tuning.why_not(0, 16, 2, False, gpu) is not None
 
 
 @pytest.mark.gate("ttsem", "cuda")

@@ -12,6 +12,9 @@ from torch import Tensor
 import tkernels
 from tests import tolerance
 from tkernels.core import activation as activations
+from tkernels.core import targets
+from tkernels.core.geometry import matrix
+from tkernels.core.records import BatchNorm, Norm
 from tkernels.functional import batch_norm
 from tkernels.ops.batch_norm.op import counted_batch_norm
 
@@ -305,7 +308,7 @@ def test_empty(shape: tuple[int, ...], training: bool, device: str) -> None:
     x = torch.empty(shape).to(device).requires_grad_()
     weight, bias = (torch.ones(3).to(device).requires_grad_() for _ in range(2))
     mean, var, counter = torch.zeros(3).to(device), torch.ones(3).to(device), torch.tensor(4).to(device)
-    y = counted_batch_norm(x, mean, var, weight, bias, training, None, 1e-5, "relu", x.detach(), counter)
+    y = counted_batch_norm(x, BatchNorm(mean, var, weight, bias, training, None, 1e-5, counter), "relu", x.detach())
     y.sum().backward()
     assert y.shape == x.grad.shape == shape
     assert weight.grad.tolist() == bias.grad.tolist() == mean.tolist() == [0.0] * 3
@@ -316,8 +319,9 @@ def test_empty(shape: tuple[int, ...], training: bool, device: str) -> None:
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1), (1, 3, 1, 1, 1)])
 def test_one_value_per_channel(shape: tuple[int, ...], device: str) -> None:
     mean, var, counter = torch.zeros(3).to(device), torch.ones(3).to(device), torch.tensor(0).to(device)
+    bn = BatchNorm(mean, var, None, None, True, 0.1, 1e-5, counter)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        counted_batch_norm(torch.ones(shape).to(device), mean, var, None, None, True, 0.1, 1e-5, None, None, counter)
+        counted_batch_norm(torch.ones(shape).to(device), bn, None, None)
     assert (mean.tolist(), var.tolist(), counter.item()) == ([0.0] * 3, [1.0] * 3, 0)
     assert batch_norm(torch.ones(shape).to(device), mean, var).shape == shape
 
@@ -500,18 +504,17 @@ def check_small_tiles(case: Case, blocks: dict[str, int], device: str, monkeypat
     want = evaluate(case, made.like(F64, "cpu"), reference=True)
     o = made.like(None, device)
     x, dy = arrange(o.input, case.layout), arrange(o.dy, case.layout)
-    m = tuning.matrix(x.shape, case.layout == "channels_last")
+    m = matrix(x.shape, case.layout == "channels_last")
     # several tiles a program and several partials a merge, whatever the number of multiprocessors
     monkeypatch.setattr(tuning, "MAX_PARTIALS", 3 * m.spatial)
     config, merge = Config.of(num_warps=1, **blocks), Config.of(num_warps=1, BLOCK_P=2, BLOCK_C=2)
-    assert tuning.producers(m, config)[0] > 2
-    assert tuning.producers(m, config)[1] > 1
+    assert tuning.producers(m, config, targets.current())[0] > 2
+    assert tuning.producers(m, config, targets.current())[1] > 1
 
     partials = kernels.launch_statistics(x, m, config=config)
-    stats = kernels.launch_finalize_statistics(
-        partials, m, 1e-3, o.running_mean, o.running_var, momentum=0.3, config=merge
-    )
-    norm = kernels.Norm(stats, None, o.weight, o.bias, 1e-3)
+    bn = BatchNorm(o.running_mean, o.running_var, o.weight, o.bias, True, 0.3, 1e-3)
+    stats = kernels.launch_finalize_statistics(partials, m, bn, config=merge)
+    norm = Norm(stats, None, o.weight, o.bias, 1e-3)
     got = {"output": kernels.launch_normalize(x, m, norm, "relu", config=config)}
     sums, dz = kernels.launch_gradient_sums(dy, x, m, norm, "relu", write_dz=True, config=config)
     got["dweight"], got["dbias"], coefficients = kernels.launch_finalize_gradients(sums, m, norm, config=merge)
@@ -541,18 +544,16 @@ def test_batches_share_specialisations(channels_last: bool) -> None:
 
 @pytest.mark.gate("aot")
 def test_merges_stay_short_and_gpus_full() -> None:
-    from tkernels.core import targets
     from tkernels.ops.batch_norm import config as tuning
 
     for shape, channels_last in (
         ((10_000_000, 1), False), ((256, 64, 32, 32), True), ((2, 4096), False), ((4, 3, 1000, 1000), False),
         ((2048, 2048, 2, 2), False), ((1, 1, 3000, 3000), False), ((8, 4096, 28, 28), True),
     ):  # fmt: skip
-        for name in targets.TARGETS:
-            m = tuning.matrix(shape, channels_last)
+        for target in targets.TARGETS.values():
+            m = matrix(shape, channels_last)
             config = tuning.statistics(m)
-            with targets.pretend(name) as target:
-                programs, each = tuning.producers(m, config)
+            programs, each = tuning.producers(m, config, target)
             tiles = tuning.tiles(m, config)
             assert programs * m.spatial <= tuning.MAX_PARTIALS
             assert (programs - 1) * each < tiles <= programs * each

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.tolerance import assert_close
 from tkernels.core.config import Config
-from tkernels.ops.conv.config import Geometry
+from tkernels.core.geometry import Geometry
+from tkernels.core.records import Norm
 from tkernels.ops.conv.op import geometry
 
 pytestmark = pytest.mark.gate("ttsem", "cuda")
@@ -157,7 +158,7 @@ def test_pointwise_products_normalise_what_they_load(
     truth = F.conv2d(a, leaf)
     dy = torch.randn(truth.shape).to(dtype).contiguous(memory_format=CL)
     (dw_truth,) = torch.autograd.grad(truth, leaf, dy.double())
-    norm = batch_norm.Norm(*(t.to(device) for t in (mean, var, scale, shift)), 1e-5)
+    norm = Norm(*(t.to(device) for t in (mean, var, scale, shift)), 1e-5)
     x, w, dy = x.to(device), w.to(device), dy.to(device)
     y, _ = pointwise.launch_forward(x, norm, conv.launch_pack(w, g, dtype), None, g, config=UNEVEN)
     assert_close(y, truth, c_in, name="y")

@@ -399,8 +399,8 @@ def test_the_prologue_is_for_1x1_layers(target: str) -> None:
 
     g = window3x3(64, 64, 16)
     pointwise = g._replace(kernel_h=1, kernel_w=1, pad_h=0, pad_w=0)
-    with targets.pretend(target):
-        assert tuning.applies_in_prologue(pointwise, torch.bfloat16)
-        assert not tuning.applies_in_prologue(g, torch.bfloat16)
-        assert not tuning.applies_in_prologue(pointwise._replace(out_channels=4096), torch.bfloat16)
-        assert not tuning.applies_in_prologue(pointwise._replace(stride_h=2), torch.bfloat16)
+    gpu = targets.TARGETS[target]
+    assert tuning.applies_in_prologue(pointwise, torch.bfloat16, gpu)
+    assert not tuning.applies_in_prologue(g, torch.bfloat16, gpu)
+    assert not tuning.applies_in_prologue(pointwise._replace(out_channels=4096), torch.bfloat16, gpu)
+    assert not tuning.applies_in_prologue(pointwise._replace(stride_h=2), torch.bfloat16, gpu)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tkernels
 from tests import tolerance
+from tkernels.core.records import LossOptions
 from tkernels.functional import cross_entropy
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
@@ -272,14 +273,10 @@ def by_hand(
     from tkernels.ops.cross_entropy import kernels
 
     config = Config.of(num_warps=1, num_stages=1, BLOCK_ROWS=rows, BLOCK_C=classes)
-    saved = kernels.launch_forward(
-        x, target, weight, -100, reduction, label_smoothing, x.dtype, config=config, splits=splits
-    )
+    options = LossOptions(-100, reduction, label_smoothing)
+    saved = kernels.launch_forward(x, target, weight, options, x.dtype, config=config, splits=splits)
     loss, stats, count = saved
-    dx = kernels.launch_backward(
-        grad, x, target, weight, stats, count, -100, reduction, label_smoothing, config=config
-    )  # fmt: skip
-    return loss, dx
+    return loss, kernels.launch_backward(grad, x, target, weight, stats, count, options, config=config)
 
 
 SMALL_TILES = [
@@ -589,8 +586,9 @@ def test_batches_share_their_compiled_kernels(shape: tuple[int, ...]) -> None:
         with aot.recording("sm_90") as launches:
             x = torch.empty(batch, *shape, dtype=BF16, device="cuda")
             target = torch.empty(batch, *shape[1:], dtype=torch.int64, device="cuda")
-            loss, stats, count = kernels.launch_forward(x, target, None, -100, "mean", 0.0, BF16)
-            kernels.launch_backward(loss, x, target, None, stats, count, -100, "mean", 0.0)
+            options = LossOptions(-100, "mean", 0.0)
+            loss, stats, count = kernels.launch_forward(x, target, None, options, BF16)
+            kernels.launch_backward(loss, x, target, None, stats, count, options)
         # one program has no second stage
         return {aot.specialisation(each, "sm_90") for each in launches if each.kernel.__name__ != TOTAL}
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.gate("ttsem", "cuda")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SMALL = Config.of(num_warps=4, num_stages=2, BLOCK_M=16, BLOCK_N=16, BLOCK_K=16)
+SM_90 = targets.TARGETS["sm_90"]
 UNEVEN = Config.of(num_warps=4, num_stages=2, BLOCK_M=32, BLOCK_N=16, BLOCK_K=32)
 # no block like another, and the gradient's products are of transposed tiles
 THIN = Config.of(num_warps=4, num_stages=2, BLOCK_M=16, BLOCK_N=64, BLOCK_K=32)
@@ -133,14 +134,12 @@ def test_every_configuration_runs(device: str) -> None:
             x, w, dy = (torch.randn(s, device=device).to(dtype) for s in ((9, 40), (24, 40), (9, 24)))
             b = torch.randn(24, device=device).to(dtype)
             for drops in (False, True):
-                config = tuning.forward(n, k, itemsize, precision, drops, "sm_90")
+                config = tuning.forward(n, k, itemsize, precision, drops, SM_90)
                 y, _ = kernels.launch_forward(x, w, b, config=config)
                 y64, (dx64, dw64, db64) = reference(x, w, b, dy, None, None)
                 tolerance.assert_close(y, y64, 40)
-            dx = kernels.launch_dgrad(dy, w, config=tuning.dgrad(n, k, itemsize, precision, "sm_90"))
-            dw, db = kernels.launch_wgrad(
-                dy, x, with_bias=True, config=tuning.wgrad(n, k, itemsize, precision, "sm_90")
-            )
+            dx = kernels.launch_dgrad(dy, w, config=tuning.dgrad(n, k, itemsize, precision, SM_90))
+            dw, db = kernels.launch_wgrad(dy, x, with_bias=True, config=tuning.wgrad(n, k, itemsize, precision, SM_90))
             for got, want in ((dx, dx64), (dw, dw64), (db, db64)):
                 tolerance.assert_close(got, want, 24)
 
@@ -178,13 +177,13 @@ def test_batches_share_one_specialisation(k: int, n: int, target: str) -> None:
 @pytest.mark.gate("aot")
 @pytest.mark.parametrize("target", sorted(targets.TARGETS))
 def test_few_tiles_share_their_reduction(target: str) -> None:
-    with targets.pretend(target):
-        # the head's first layer is 16 tiles: more programs than tiles
-        splits = tuning.forward_splits(16, 2048, target)
-        assert splits > 1
-        assert 16 * splits <= 2 * targets.TARGETS[target].multiprocessors
-        assert tuning.forward_splits(10_000, 2048, target) == 0
-        assert tuning.forward_splits(16, 256, target) == 0
-        for rows in (1, 17, 256, 10**6):
-            assert tuning.wgrad_splits(8, rows, 32, target) >= 1
-        assert tuning.wgrad_splits(10_000, 10**6, 32, target) == 0
+    gpu = targets.TARGETS[target]
+    # the head's first layer is 16 tiles: more programs than tiles
+    splits = tuning.forward_splits(16, 2048, gpu)
+    assert splits > 1
+    assert 16 * splits <= 2 * gpu.multiprocessors
+    assert tuning.forward_splits(10_000, 2048, gpu) == 0
+    assert tuning.forward_splits(16, 256, gpu) == 0
+    for rows in (1, 17, 256, 10**6):
+        assert tuning.wgrad_splits(8, rows, 32, gpu) >= 1
+    assert tuning.wgrad_splits(10_000, 10**6, 32, gpu) == 0

@@ -8,14 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from tkernels.core import targets
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One launch configuration: block sizes (constexpr names to powers of two) and Triton's launch options.
 
-    ``maxnreg`` caps registers a thread on NVIDIA and is left out on AMD, which has no such option.
+    ``maxnreg`` caps registers a thread on NVIDIA and is None on AMD, which has no such option (Target.registers).
     """
 
     blocks: tuple[tuple[str, int], ...]
@@ -33,15 +31,14 @@ class Config:
 
     @functools.cached_property
     def _options(self) -> dict[str, int]:
-        return {**self._sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        found = {**self._sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return found if self.maxnreg is None else {**found, "maxnreg": self.maxnreg}
 
     def __getitem__(self, name: str) -> int:
         return self._sizes[name]
 
     def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch, not to be changed: blocks, num_warps, num_stages and, on NVIDIA, maxnreg."""
-        if self.maxnreg is not None and targets.current().is_nvidia:
-            return {**self._options, "maxnreg": self.maxnreg}
+        """Keyword arguments of the launch, not to be changed: blocks, num_warps, num_stages and, if given, maxnreg."""
         return self._options
 
 

@@ -35,9 +35,17 @@ class Target:
     has_tf32: bool
     max_stages: int
 
+    def __hash__(self) -> int:
+        # choosers look answers up by it at each launch; that all else is equal too is seen when they are compared
+        return hash((self.name, self.multiprocessors))
+
     @property
     def is_nvidia(self) -> bool:
         return self.vendor == "nvidia"
+
+    def registers(self, most: int | None) -> int | None:
+        """``most`` registers a thread as Triton's option maxnreg, which there is not on AMD: None."""
+        return most if self.is_nvidia else None
 
 
 def _nvidia(arch: int, mps: int, warps: int, programs: int, smem_kib: int, smem_mp_kib: int, tflops: float,
@@ -93,10 +101,10 @@ def current() -> Target:
     return _of_device(torch.cuda.current_device()) if _has_gpu() else TARGETS["sm_90"]
 
 
-def identity() -> str | int | None:
+def identity() -> Target | int | None:
     """What tells the current target from others, at less cost than the target itself."""
     if _pretended is not None:
-        return _pretended.name
+        return _pretended
     return torch.cuda.current_device() if _has_gpu() else None
 
 

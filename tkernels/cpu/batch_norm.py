@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from tkernels.core.records import BatchNorm
 from tkernels.cpu import compiler, norm
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -21,24 +19,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 WORTH_IT = 1 << 22
 
 
-def takes(
-    x: Tensor,
-    vectors: Sequence[Tensor | None],
-    momentum: Any,
-    eps: Any,
-    counter: Tensor | None,
-    residual: Tensor | None,
-) -> bool:
-    """Whether this call (in training, with ReLU) goes the fast way; one that torch refuses does not.
-
-    ``vectors``: running mean and variance, weight, bias. Nothing depends on what ran before.
-    """
+def takes(x: Tensor, bn: BatchNorm) -> bool:
+    """Whether this call (in training, with ReLU) goes the fast way; one that torch refuses does not. Nothing depends on
+    what ran before."""
     # a trace must not learn of sizes: Dynamo is gone after the first line, fake tensors after the second
     return (
         not is_dynamo_compiling()
         and type(x) in PLAIN
         and x.nbytes >= WORTH_IT
-        and residual is None
         and x.dtype in DTYPES
         and x.device.type == "cpu"
         and not x.is_cuda
@@ -46,12 +34,12 @@ def takes(
         and (x.is_contiguous() if x.dim() == 2 else x.dim() == 4 and _channels_last(x))
         and x.numel() > x.shape[1]  # torch refuses one value a channel
         and not (x.is_neg() or x.is_inference())
-        and all(t is None or _vector_as_expected(t, x.shape[1]) for t in vectors)
-        and (vectors[0] is None) == (vectors[1] is None)
-        and not any(t is not None and t.requires_grad for t in vectors[:2])
-        and (type(momentum) is float or (momentum is None and counter is not None))
-        and type(eps) is float
-        and eps > 0.0
+        and all(t is None or _vector_as_expected(t, x.shape[1]) for t in bn.vectors)
+        and (bn.running_mean is None) == (bn.running_var is None)
+        and not any(t is not None and t.requires_grad for t in (bn.running_mean, bn.running_var))
+        and (type(bn.momentum) is float or (bn.momentum is None and bn.num_batches_tracked is not None))
+        and type(bn.eps) is float
+        and bn.eps > 0.0
         and compiler.enabled()
         and compiler.plain_eager()
     )
@@ -61,7 +49,7 @@ def _channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def _vector_as_expected(t: Any, channels: int) -> bool:
+def _vector_as_expected(t: Tensor, channels: int) -> bool:
     return (
         type(t) in PLAIN
         and t.dtype is torch.float32
@@ -72,18 +60,16 @@ def _vector_as_expected(t: Any, channels: int) -> bool:
     )
 
 
-def batch_norm_relu(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    momentum: float | None, eps: float, counter: Tensor | None,
-) -> Tensor:  # fmt: skip
+def batch_norm_relu(x: Tensor, bn: BatchNorm) -> Tensor:
     """relu(batch norm of ``x``) by the batch's statistics, of a call that ``takes`` agreed to.
 
     Moves running statistics and counter.
     """
+    counter = bn.num_batches_tracked
     if counter is not None:
         counter.add_(1)
-    factor = 1.0 / float(counter) if momentum is None and counter is not None else momentum
-    kind = norm.Kind("relu", 0.0 if factor is None else factor, eps)
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        if bn.momentum is None:
+            bn = bn._replace(momentum=1.0 / float(counter))
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bn.weight, bn.bias))
     run = norm.batch_norm if recorded else norm.batch_norm_alone
-    return run(kind, x, weight, bias, running_mean, running_var, None)
+    return run(x, bn, "relu", None)

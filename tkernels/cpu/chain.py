@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tkernels.core import activation as activations
+from tkernels.core.records import BatchNorm
 from tkernels.cpu import compiler, convolution, norm, packed
 
 # input, weight, bias, running mean and variance, batch norm's weight and bias, residual
@@ -84,7 +85,6 @@ def plan(chain: Chain) -> Run | str:
 
 def _training(chain: Chain, given: Norm) -> Run:
     """By the batch's statistics: a convolution, and one pass each way for everything behind it."""
-    kind = norm.Kind(chain.activation, given.momentum, given.eps)
     behind = norm.batch_norm if chain.differentiated else norm.batch_norm_alone
     convolve, composed = _convolution(chain), _composed(chain)
 
@@ -92,20 +92,20 @@ def _training(chain: Chain, given: Norm) -> Run:
         x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
         bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        vectors = running_mean, running_var, bn_weight, bn_bias
-        if not _as_planned(x, vectors, residual):
-            return composed(x, weight, bias, *vectors, residual)
+        bn = BatchNorm(running_mean, running_var, bn_weight, bn_bias, *given)
+        if not _as_planned(x, bn, residual):
+            return composed(x, weight, bias, *bn.vectors, residual)
         raw = x if convolve is None else convolve(x, weight, bias)
         if raw.numel() == raw.shape[1]:
-            F.batch_norm(raw, *vectors, *given)  # which raises: one value for each channel has no variance
-        return behind(kind, raw, bn_weight, bn_bias, running_mean, running_var, residual)
+            F.batch_norm(raw, *bn.vectors, *given)  # which raises: one value for each channel has no variance
+        return behind(raw, bn, chain.activation, residual)
 
     return run
 
 
 def _inference(chain: Chain) -> Run | str:
     """Of what nobody differentiates: the convolution by a weight in oneDNN's order, and one pass over its result."""
-    eps = 0.0 if chain.norm is None else chain.norm.eps
+    given = chain.norm or Norm(False, 0.0, 0.0)
     convolve, composed = _convolution(chain), _composed(chain)
     finish = None
     if chain.norm is None and not isinstance(convolve, packed.Packed):
@@ -117,22 +117,22 @@ def _inference(chain: Chain) -> Run | str:
         x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
         bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        vectors = running_mean, running_var, bn_weight, bn_bias
-        if not _as_planned(x, vectors, residual) or not _is_nhwc(x):
-            return composed(x, weight, bias, *vectors, residual)
+        bn = BatchNorm(running_mean, running_var, bn_weight, bn_bias, *given)
+        if not _as_planned(x, bn, residual) or not _is_nhwc(x):
+            return composed(x, weight, bias, *bn.vectors, residual)
         raw = x if convolve is None else convolve(x, weight, bias)
-        return raw if finish is None else finish(raw, vectors, eps, residual)
+        return raw if finish is None else finish(raw, None if chain.norm is None else bn, residual)
 
     return run
 
 
-def _as_planned(x: Tensor, vectors: tuple[Tensor | None, ...], residual: Tensor | None) -> bool:
+def _as_planned(x: Tensor, bn: BatchNorm, residual: Tensor | None) -> bool:
     """Whether passes can take a call: what a graph's guards leave open."""
     return (
         x.numel() > 0
         and compiler.plain_eager()
-        and all(t is None or t.is_contiguous() for t in vectors)
-        and not any(t is not None and t.is_neg() for t in (x, residual, *vectors))
+        and all(t is None or t.is_contiguous() for t in bn.vectors)
+        and not any(t is not None and t.is_neg() for t in (x, residual, *bn.vectors))
     )
 
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from tkernels.core import autograd
+from tkernels.core.geometry import Geometry, Pooling
+from tkernels.core.records import BatchNorm, ConvBNLayer, StageCall
 from tkernels.cpu import buffers, compiler, packed, passes
-from tkernels.ops.conv.config import Geometry
-from tkernels.ops.conv_stage.call import TENSORS
-from tkernels.ops.conv_stage.config import Pooling
 
 aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
 DTYPES = (torch.float32, torch.bfloat16)
@@ -26,11 +25,12 @@ WORTH_IT = 1 << 18
 CHUNK = 5 << 20
 
 
-def takes(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], pool: Pooling, dtype: torch.dtype) -> bool:
+def takes(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall) -> bool:
     """Whether this call goes the fast way. Nothing here depends on what ran before."""
     # first of all, lest a trace learns of sizes and modes that are none of its business
-    if torch.compiler.is_compiling() or not compiler.enabled() or dtype not in DTYPES or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or not compiler.enabled() or stage.dtype not in DTYPES or x.device.type != "cpu":
         return False
+    geometries, pool, dtype = stage.geometries, stage.pool, stage.dtype
     largest = x.shape[0] * max(g.out_h * g.out_w * g.out_channels for g in geometries)
     if largest < WORTH_IT or pool.pad_h or pool.pad_w or pool.border:
         return False
@@ -131,7 +131,7 @@ def _convolution(x: Tensor, w: Tensor, g: Geometry, pad: tuple[int, int], stride
     out_h = (h + 2 * pad[0] - g.dilation_h * (g.kernel_h - 1) - 1) // stride[0] + 1
     out_w = (width + 2 * pad[1] - g.dilation_w * (g.kernel_w - 1) - 1) // stride[1] + 1
     shape = n, out_h, out_w, w.shape[0]
-    window: Any = (pad, stride, (g.dilation_h, g.dilation_w), g.groups)
+    window = pad, stride, (g.dilation_h, g.dilation_w), g.groups
     nbytes = x.element_size() * torch.Size(shape).numel()
     if nbytes < buffers.SMALLEST:
         return _nhwc(_new_convolution(x, w, window))
@@ -142,7 +142,7 @@ def _convolution(x: Tensor, w: Tensor, g: Geometry, pad: tuple[int, int], stride
     return out
 
 
-def _new_convolution(x: Tensor, w: Tensor, window: Any) -> Tensor:
+def _new_convolution(x: Tensor, w: Tensor, window: tuple[object, ...]) -> Tensor:
     result: Tensor = mkldnn._convolution_pointwise(_map(x), w, None, *window, "none", [], "")
     return result
 
@@ -160,14 +160,15 @@ def _input_gradient(d: Tensor, layer: SavedLayer, g: Geometry) -> Tensor:
     return _nhwc(_conv_backward(d, layer, g, (True, False, False))[0])
 
 
-def _conv_backward(d: Tensor, layer: SavedLayer, g: Geometry, mask: Sequence[bool]) -> Any:
-    return aten.convolution_backward(
+def _conv_backward(d: Tensor, layer: SavedLayer, g: Geometry, mask: Sequence[bool]) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = aten.convolution_backward(
         _map(d), _map(layer.x), layer.w, None, (g.stride_h, g.stride_w), (g.pad_h, g.pad_w),
         (g.dilation_h, g.dilation_w), False, (0, 0), g.groups, mask,
     )  # fmt: skip
+    return found
 
 
-def _cast_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+def _cast_weight(layer: ConvBNLayer, dtype: torch.dtype) -> Tensor:
     return layer.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -183,16 +184,16 @@ def draw(x: Tensor, channels: int, dtype: torch.dtype, p: float) -> Tensor:
 
 
 def forward(
-    x: Tensor, layers: Sequence[Any], plan: Any, channels_last: Sequence[bool]
+    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, channels_last: Sequence[bool]
 ) -> tuple[Tensor, list[SavedLayer], End]:
     """(y, what backward needs, the stage's end) in training; moves running statistics and counters. Backward needs
     nothing but the arguments where the passes could not go on with what they measured."""
-    a = _nhwc(_cast(x.detach(), plan.dtype))
+    a = _nhwc(_cast(x.detach(), stage.dtype))
     saved: list[SavedLayer] = []
     seen: list[passes.Measured] = []
     last = len(layers) - 1
-    for i, (layer, g) in enumerate(zip(layers, plan.geometries)):
-        w = _cast_weight(layer, plan.dtype)
+    for i, (layer, g) in enumerate(zip(layers, stage.geometries)):
+        w = _cast_weight(layer, stage.dtype)
         raw = _conv(a, w, g)
         channels = g.out_channels
         found = passes.Measured(*passes.statistics(
@@ -200,8 +201,8 @@ def forward(
             passes.number(layer.eps),
         ))  # fmt: skip
         if not passes.is_sound(found.sound):
-            end = _drawn_end(x, plan)
-            return composed(x, [_counting(layer, plan) for layer in layers], plan.geometries, end, plan.dtype), [], end
+            end = _drawn_end(x, stage)
+            return composed(x, layers, stage, end), [], end
         bias = passes.vector(layer.bn_bias, channels, 0.0)
         seen.append(found)
         saved.append(SavedLayer(a, w, raw, found.mean, found.scale, found.inverse, bias))
@@ -209,22 +210,13 @@ def forward(
             a = buffers.dense(raw.dtype, *raw.shape)
             passes.normalize(_rows(raw), found.mean, found.scale, bias, _rows(a))
     for layer, found in zip(layers, seen):
-        _move_statistics(_counting(layer, plan), found)
-    end = _drawn_end(x, plan)
+        _move_statistics(layer.batch_norm(stage.training), found)
+    end = _drawn_end(x, stage)
     return _layout(_end(saved[-1], end), channels_last[-1]), saved, end
 
 
-def _drawn_end(x: Tensor, plan: Any) -> End:
-    return End(draw(x, plan.geometries[-1].out_channels, plan.dtype, plan.p), plan.pool, plan.plain_end)
-
-
-def _counting(layer: Any, plan: Any) -> Any:
-    """The layer, without what this call may not move."""
-    return layer if layer.counts(plan.training) else _without_statistics(layer)
-
-
-def _without_statistics(layer: Any) -> Any:
-    return layer._replace(running_mean=None, running_var=None, num_batches_tracked=None)
+def _drawn_end(x: Tensor, stage: StageCall) -> End:
+    return End(draw(x, stage.geometries[-1].out_channels, stage.dtype, stage.p), stage.pool, stage.plain_end)
 
 
 def _layout(y: Tensor, channels_last: bool) -> Tensor:
@@ -243,22 +235,22 @@ def _end(layer: SavedLayer, end: End) -> Tensor:
     return y
 
 
-def _counted(layer: Any) -> float:
-    """Adds one to the layer's counter; how far running statistics move."""
-    counter = layer.num_batches_tracked
+def _counted(bn: BatchNorm) -> float:
+    """Adds one to the counter; how far running statistics move."""
+    counter = bn.num_batches_tracked
     if counter is not None:
         counter.add_(1)
-    if layer.momentum is not None:
-        return float(layer.momentum)
+    if bn.momentum is not None:
+        return float(bn.momentum)
     return 0.0 if counter is None else 1.0 / float(counter)
 
 
-def _move_statistics(layer: Any, found: passes.Measured) -> None:
+def _move_statistics(bn: BatchNorm, found: passes.Measured) -> None:
     """torch's running statistics: of the map with the convolution's bias, with the unbiased variance."""
-    factor = _counted(layer)
-    if layer.running_mean is None:
+    factor = _counted(bn)
+    if bn.running_mean is None or bn.running_var is None:
         return
-    for running, batch in ((layer.running_mean, found.shifted), (layer.running_var, found.unbiased)):
+    for running, batch in ((bn.running_mean, found.shifted), (bn.running_var, found.unbiased)):
         # (.data, as torch's own batch norm moves them without a word to autograd: a graph that another call of it made
         # has saved them, and must stay what it is)
         running.data.lerp_(_as(batch, running), factor)
@@ -269,7 +261,7 @@ def _as(t: Tensor, like: Tensor) -> Tensor:
 
 
 def backward(
-    dy: Tensor, saved: Sequence[SavedLayer], end: End, layers: Sequence[Any], geometries: Sequence[Geometry],
+    dy: Tensor, saved: Sequence[SavedLayer], end: End, layers: Sequence[ConvBNLayer], geometries: Sequence[Geometry],
     needs: Sequence[bool], channels_last: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the input, then of weight, bias, bn_weight and bn_bias of each layer, each where ``needs`` says so
@@ -279,23 +271,23 @@ def backward(
     lowest = 0 if needs[0] else next(i for i in range(len(saved)) if any(needs[1 + 4 * i : 5 + 4 * i]))
     d = _nhwc(dy)
     for i in reversed(range(lowest, len(saved))):
-        layer, g = saved[i], geometries[i]
+        layer, own, g = saved[i], layers[i], geometries[i]
         weight, bias, bn_weight, bn_bias = needs[1 + 4 * i : 5 + 4 * i]
         below = i > lowest or needs[0]
         at_end = i == len(saved) - 1
         sums, place = _end_sums(d, layer, end) if at_end and not end.plain else (_sums(d, layer), None)
-        if bn_weight:
-            gradients[3 + 4 * i] = _as(sums.dweight, layers[i].bn_weight)
-        if bn_bias:
-            gradients[4 + 4 * i] = _as(sums.dbias, layers[i].bn_bias)
-        if bias:
+        if bn_weight and own.bn_weight is not None:
+            gradients[3 + 4 * i] = _as(sums.dweight, own.bn_weight)
+        if bn_bias and own.bn_bias is not None:
+            gradients[4 + 4 * i] = _as(sums.dbias, own.bn_bias)
+        if bias and own.bias is not None:
             # batch norm takes a bias away again
-            gradients[2 + 4 * i] = torch.zeros_like(layers[i].bias)
+            gradients[2 + 4 * i] = torch.zeros_like(own.bias)
         if not (weight or below):
             continue
         d = _raw_gradient(d, layer, end, sums, place, fresh=at_end)
         if weight:
-            found = _as(_conv_backward(d, layer, g, (False, True, False))[1], layers[i].weight)
+            found = _as(_conv_backward(d, layer, g, (False, True, False))[1], own.weight)
             gradients[1 + 4 * i] = _layout(found, channels_last[i])
         if below:
             d = _input_gradient(d, layer, g)
@@ -334,19 +326,20 @@ def _raw_gradient(d: Tensor, layer: SavedLayer, end: End, sums: Sums, place: Ten
     return out
 
 
-def composed(x: Tensor, layers: Sequence[Any], geometries: Sequence[Geometry], end: End, dtype: torch.dtype) -> Tensor:
+def composed(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, end: End) -> Tensor:
     """The stage in torch's own calls, with the dropout that was drawn: what values go through that passes cannot take,
     and a backward that is itself to be differentiated. Moves the running statistics and counters that layers have."""
+    dtype = stage.dtype
     y = x.to(dtype)
-    for layer, g in zip(layers, geometries):
+    for layer, g in zip(layers, stage.geometries):
         conv = torch.nn.functional.conv2d(
             y, layer.weight.to(dtype), None, (g.stride_h, g.stride_w), (g.pad_h, g.pad_w),
             (g.dilation_h, g.dilation_w), g.groups,
         )  # fmt: skip
         if layer.bias is not None:
             conv = conv + layer.bias.to(dtype)[:, None, None]
-        running, affine = (layer.running_mean, layer.running_var), (layer.bn_weight, layer.bn_bias)
-        y = torch.relu(torch.nn.functional.batch_norm(conv, *running, *affine, True, _counted(layer), layer.eps))
+        bn = layer.batch_norm(stage.training)
+        y = torch.relu(torch.nn.functional.batch_norm(conv, *bn.vectors, True, _counted(bn), bn.eps))
     if not end.plain:
         y = torch.nn.functional.max_pool2d(y, (end.pool.kernel_h, end.pool.kernel_w))
         y = y * end.keep[:, :, None, None].to(dtype)
@@ -358,48 +351,49 @@ class _ConvStageCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Any, layers: Sequence[Any], channels_last: Sequence[bool], x: Tensor, *own: Tensor | None
-    ) -> Tensor:
+        ctx: Any, stage: StageCall, layers: Sequence[ConvBNLayer], channels_last: Sequence[bool], x: Tensor,
+        *own: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         with torch.autocast("cpu", enabled=False):
-            y, saved, end = forward(x, layers, plan, channels_last)
+            y, saved, end = forward(x, layers, stage, channels_last)
         # the arguments themselves too: autograd then notices if one is written to, and can differentiate once more
         autograd.save(ctx, x, *own, end.keep, *(t for layer in saved for t in layer))
-        ctx.plan, ctx.channels_last, ctx.composed = plan, channels_last, not saved
+        ctx.stage, ctx.channels_last, ctx.composed = stage, channels_last, not saved
         # (what backward has of a layer comes back with the saved tensors)
-        ctx.layers = [layer._replace(**dict.fromkeys(layer._fields[:TENSORS])) for layer in layers]
+        ctx.layers = [layer.without_tensors() for layer in layers]
         return y
 
     @staticmethod
     def backward_composed(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The same in torch's own calls."""
-        plan, count = ctx.plan, 1 + 4 * len(ctx.layers)
+        stage, count = ctx.stage, 1 + 4 * len(ctx.layers)
         *given, keep = ctx.saved_tensors[: count + 1]
-        end = End(keep, plan.pool, plan.plain_end)
+        end = End(keep, stage.pool, stage.plain_end)
 
-        def stage(x: Tensor, *own: Tensor | None) -> Tensor:
-            return composed(x, _with_tensors(ctx.layers, own), plan.geometries, end, plan.dtype)
+        def body(x: Tensor, *own: Tensor | None) -> Tensor:
+            return composed(x, _with_tensors(ctx.layers, own), stage, end)
 
         with torch.autocast("cpu", enabled=False):
-            return None, None, None, *autograd.gradients_of(stage, given, ctx.needs_input_grad[3:], dy)
+            return None, None, None, *autograd.gradients_of(body, given, ctx.needs_input_grad[3:], dy)
 
     @staticmethod
     @autograd.composed_where_differentiated(backward_composed)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        plan, count = ctx.plan, len(ctx.layers)
+        stage, count = ctx.stage, len(ctx.layers)
         x, *rest = autograd.saved(ctx)
         layers = _with_tensors(ctx.layers, rest[: 4 * count])
         keep, *kept = rest[4 * count :]
         width = len(SavedLayer._fields)
         saved = [SavedLayer(*kept[i : i + width]) for i in range(0, len(kept), width)]
-        end, needs = End(keep, plan.pool, plan.plain_end), ctx.needs_input_grad[3:]
+        end, needs = End(keep, stage.pool, stage.plain_end), ctx.needs_input_grad[3:]
         with torch.autocast("cpu", enabled=False):
-            gradients = backward(dy.to(plan.dtype), saved, end, layers, plan.geometries, needs, ctx.channels_last)
+            gradients = backward(dy.to(stage.dtype), saved, end, layers, stage.geometries, needs, ctx.channels_last)
         if gradients[0] is not None:
             gradients[0] = gradients[0].to(x.dtype)
         return None, None, None, *gradients
 
 
-def _with_tensors(layers: Sequence[Any], own: Sequence[Tensor | None]) -> list[Any]:
+def _with_tensors(layers: Sequence[ConvBNLayer], own: Sequence[Any]) -> list[ConvBNLayer]:
     """The layers with the parameters they were called with, four each."""
     return [
         layer._replace(weight=own[4 * i], bias=own[4 * i + 1], bn_weight=own[4 * i + 2], bn_bias=own[4 * i + 3])
@@ -407,32 +401,34 @@ def _with_tensors(layers: Sequence[Any], own: Sequence[Tensor | None]) -> list[A
     ]
 
 
-def train(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: Sequence[bool]) -> Tensor:
+def train(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, channels_last: Sequence[bool]) -> Tensor:
     """The stage in training."""
     own = [t for layer in layers for t in layer[:4]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *own)):
-        return _ConvStageCPU.apply(plan, layers, channels_last, x, *own)
+        return _ConvStageCPU.apply(stage, layers, channels_last, x, *own)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        return forward(x, layers, plan, channels_last)[0]
+        return forward(x, layers, stage, channels_last)[0]
 
 
 @torch.no_grad()
-def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: Sequence[bool]) -> Tensor | None:
+def evaluate(
+    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, channels_last: Sequence[bool]
+) -> Tensor | None:
     """The stage by running statistics: batch norm in the convolutions' weights, ReLU in their results' memory, and so
     few images at a time that their maps stay in cache. None where a weight and its batch norm have no finite
     product."""
     with torch.autocast("cpu", enabled=False):
-        folded = [_folded(layer, plan.dtype) for layer in layers]
+        folded = [_folded(layer, stage.dtype) for layer in layers]
         if not all(passes.is_sound(sound) for _, _, sound in folded):
             return None
-        x = _cast(x, plan.dtype)
-        largest = max(g.out_h * g.out_w * max(g.out_channels, g.in_channels) for g in plan.geometries)
+        x = _cast(x, stage.dtype)
+        largest = max(g.out_h * g.out_w * max(g.out_channels, g.in_channels) for g in stage.geometries)
         chunk = max(1, CHUNK // (largest * x.element_size()))
-        g, pool = plan.geometries[-1], plan.pool
+        g, pool = stage.geometries[-1], stage.pool
         y = buffers.channels_last(x.dtype, x.shape[0], g.out_channels, pool.out_h, pool.out_w)
         for start in range(0, x.shape[0], chunk):
             a = x[start : start + chunk]
-            for (w, b, _), g in zip(folded, plan.geometries):
+            for (w, b, _), g in zip(folded, stage.geometries):
                 a = mkldnn._convolution_pointwise(
                     a.contiguous(memory_format=torch.channels_last), w, b, (g.pad_h, g.pad_w),
                     (g.stride_h, g.stride_w), (g.dilation_h, g.dilation_w), g.groups, "none", [], "",
@@ -446,7 +442,7 @@ def evaluate(x: Tensor, layers: Sequence[Any], plan: Any, channels_last: Sequenc
         return _layout(y, channels_last[-1])
 
 
-def _folded(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _folded(layer: ConvBNLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Weight and bias of the convolution with batch norm's, and whether they are sound. Made at each call: a kept copy
     would not notice parameters written through ``.data``, as averaging of weights does."""
     weight = _nhwc(layer.weight)

@@ -14,6 +14,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import cross_entropy as cross_entropy_loss
 
 from tkernels.core.autograd import composed_where_differentiated, gradients_of, save, saved
+from tkernels.core.records import LossOptions
 from tkernels.cpu import buffers, compiler, rows
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -27,7 +28,7 @@ SHORT_WORTH_IT = 1 << 15
 VECTOR = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
 
 
-def takes(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float) -> bool:
+def takes(x: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
     """Whether this call goes the fast way; one that torch refuses does not. Nothing depends on what ran before."""
     # a trace must not learn of sizes: Dynamo is gone after the first line, fake tensors after the second
     return (
@@ -48,9 +49,9 @@ def takes(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, s
         and x.layout is torch.strided
         and x.is_contiguous()
         and not (x.is_neg() or x.is_inference())
-        and type(ignore_index) is int
-        and type(smoothing) is float
-        and 0.0 <= smoothing <= 1.0
+        and type(options.ignore_index) is int
+        and type(options.smoothing) is float
+        and 0.0 <= options.smoothing <= 1.0
         and compiler.enabled()
         and compiler.plain_eager()
     )
@@ -60,19 +61,18 @@ def _short(x: Tensor) -> bool:
     return x.shape[1] * x.itemsize < VECTOR
 
 
-def cross_entropy(x: Tensor, target: Tensor, ignore_index: int, reduction: str, smoothing: float) -> Tensor:
+def cross_entropy(x: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     """The loss of a call that ``takes`` agreed to, in float32 under autocast, else in the logits' dtype."""
     dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
     with torch.autocast("cpu", enabled=False):
         if x.requires_grad and torch.is_grad_enabled():
-            return _CrossEntropyCPU.apply(x, target, ignore_index, reduction, smoothing, dtype)
-        return _forward(x, target, ignore_index, reduction, smoothing, dtype)[0]
+            return _CrossEntropyCPU.apply(x, target, options, dtype)
+        return _forward(x, target, options, dtype)[0]
 
 
-def _forward(
-    x: Tensor, target: Tensor, ignore_index: int, reduction: str, smoothing: float, dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
+def _forward(x: Tensor, target: Tensor, options: LossOptions, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """The loss; each row's largest logit, log of the sum, index as int32, share in the loss."""
+    ignore_index, reduction, smoothing = options
     counts = target != ignore_index
     index = torch.where(counts, target, 0)
     picked = x.gather(1, index[:, None]).squeeze(1)  # refuses an index out of range
@@ -101,12 +101,10 @@ class _CrossEntropyCPU(torch.autograd.Function):
     """Saved are the logits and four vectors with a value for each row."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, target: Tensor, ignore_index: int, reduction: str, smoothing: float, dtype: torch.dtype
-    ) -> Tensor:
-        loss, kept = _forward(x, target, ignore_index, reduction, smoothing, dtype)
+    def forward(ctx: Any, x: Tensor, target: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
+        loss, kept = _forward(x, target, options, dtype)
         save(ctx, x, target, *kept)
-        ctx.options = ignore_index, reduction, smoothing
+        ctx.options = options
         return loss
 
     @staticmethod
@@ -121,17 +119,17 @@ class _CrossEntropyCPU(torch.autograd.Function):
 
         with torch.autocast("cpu", enabled=False):
             (dx,) = gradients_of(loss, [x], [True], dy)
-        return dx, None, None, None, None, None
+        return dx, None, None, None
 
     @staticmethod
     @composed_where_differentiated(backward_composed)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, _, top, log_sum, index, share = saved(ctx)
-        smoothing = ctx.options[2]
+        smoothing = ctx.options.smoothing
         with torch.autocast("cpu", enabled=False):
             whole = torch.where(share > 0, share * dy.float(), 0.0)
             dx = buffers.empty(x)
             rows.cross_entropy_gradient(
                 x, top, log_sum, index, whole, whole * (1.0 - smoothing), whole * (smoothing / x.shape[1]), dx
             )
-        return dx, None, None, None, None, None
+        return dx, None, None, None

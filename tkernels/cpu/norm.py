@@ -9,7 +9,7 @@ output where a residual went in.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tkernels.core import activation as activations
 from tkernels.core.autograd import composed_where_differentiated, gradients_of, save, saved
+from tkernels.core.records import BatchNorm
 from tkernels.cpu import buffers, passes
 from tkernels.cpu.compiler import Pass
 
@@ -26,14 +27,6 @@ LARGEST_GROUP, SMALLEST_GROUP = 128, 16
 # Pixels lie side by side in a row that is a multiple of WHOLE bytes, a vector; where nothing is summed, of LONG bytes.
 # (Measured: whole vectors are up to 10 times as fast for 16 channels in bfloat16, 2 to 4 times for 24, 40 and 72.)
 WHOLE, LONG, MOST_LANES = 64, 2048, 64
-
-
-class Kind(NamedTuple):
-    """What a call of :func:`batch_norm` is made of, tensors apart."""
-
-    activation: str | None
-    momentum: float
-    eps: float
 
 
 def _lanes(pixels: int, pixel: int, least: int) -> int:
@@ -155,46 +148,45 @@ def passes_of(activation: str | None, residual: bool) -> Passes:
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-        running_var: Tensor | None, residual: Tensor | None,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, bn: BatchNorm,
+        activation: str | None,
     ) -> Tensor:  # fmt: skip
-        y, vectors = _forward(kind, x, weight, bias, running_mean, running_var, residual)
+        """``weight``, ``bias``: those of ``bn``, which autograd has to be given."""
+        y, vectors = _forward(x, bn, activation, residual)
         ctx.composed = not vectors
         kept = None
-        if residual is not None and kind.activation is not None:
-            kept = y if passes_of(kind.activation, True).by_output else residual
+        if residual is not None and activation is not None:
+            kept = y if passes_of(activation, True).by_output else residual
         # the parameters themselves too: autograd then notices if one is written to
         save(ctx, x, weight, bias, kept, *vectors)
-        ctx.kind, ctx.residual = kind, residual is not None
+        ctx.activation, ctx.eps, ctx.residual = activation, bn.eps, residual is not None
         return y
 
     @staticmethod
     def backward_composed(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         """The same in torch's own calls."""
-        kind: Kind = ctx.kind
+        activation, eps = ctx.activation, ctx.eps
         *given, kept = ctx.saved_tensors[:4]
-        needs = ctx.needs_input_grad[1:4]
+        *needs, needs_residual, _, _ = ctx.needs_input_grad
 
         def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-            z = F.batch_norm(x, None, None, weight, bias, True, 0.0, kind.eps)
+            z = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
             if ctx.residual and residual is None:
                 return z  # the derivative of what follows is in ``d``
-            return activations.apply(z if residual is None else z + residual, kind.activation)
+            return activations.apply(z if residual is None else z + residual, activation)
 
         if not ctx.residual:
-            return None, *gradients_of(normed, given, needs, d), None, None, None
-        if kept is not None and not passes_of(kind.activation, True).by_output:
-            found = gradients_of(normed, (*given, kept), (*needs, ctx.needs_input_grad[6]), d)
-            return None, *found[:3], None, None, found[3]
-        d = activations.gradient(d, kept, kind.activation)
-        return None, *gradients_of(normed, given, needs, d), None, None, d if ctx.needs_input_grad[6] else None
+            return *gradients_of(normed, given, needs, d), None, None, None
+        if kept is not None and not passes_of(activation, True).by_output:
+            return *gradients_of(normed, (*given, kept), (*needs, needs_residual), d), None, None
+        d = activations.gradient(d, kept, activation)
+        return *gradients_of(normed, given, needs, d), d if needs_residual else None, None, None
 
     @staticmethod
     @composed_where_differentiated(backward_composed)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        kind, needs = ctx.kind, ctx.needs_input_grad
         x, _, _, kept, *vectors = saved(ctx)
-        run = passes_of(kind.activation, ctx.residual).backward
+        run = passes_of(ctx.activation, ctx.residual).backward
         # (a gradient in another dtype would compile the passes anew)
         pixels, dy = groups(x), groups(d)
         dx = _like(x)
@@ -204,53 +196,45 @@ class _BatchNorm(torch.autograd.Function):
         else:
             below = _like(x)
             dweight, dbias = run(dy, pixels, *vectors, groups(kept), groups(below), groups(dx))
-        return (
-            None, dx if needs[1] else None, dweight if needs[2] else None, dbias if needs[3] else None, None, None,
-            below if needs[6] else None,
-        )  # fmt: skip
+        found = dx, dweight, dbias, below
+        return *(g if need else None for g, need in zip(found, ctx.needs_input_grad)), None, None
 
 
 def _forward(
-    kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, residual: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    x: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The result; 1 / sqrt(var + eps), and for each lane mean, scale and bias: none of them where it is torch's."""
     channels = x.shape[1]
     # (where there are none, what nobody will read)
-    moved = (passes.unread(channels) if t is None else t for t in (running_mean, running_var))
-    y = _like(x)
+    moved = (passes.unread(channels) if t is None else t for t in (bn.running_mean, bn.running_var))
+    y, momentum = _like(x), bn.momentum or 0.0
     arguments = [
-        groups(x), passes.vector(weight, channels, 1.0), passes.vector(bias, channels, 0.0), *moved,
-        passes.number(kind.momentum), passes.number(kind.eps),
+        groups(x), passes.vector(bn.weight, channels, 1.0), passes.vector(bn.bias, channels, 0.0), *moved,
+        passes.number(momentum), passes.number(bn.eps),
     ]  # fmt: skip
     if residual is not None:
         arguments.append(groups(residual))
-    sound, *vectors = passes_of(kind.activation, residual is not None).forward(*arguments, groups(y))
+    sound, *vectors = passes_of(activation, residual is not None).forward(*arguments, groups(y))
     if passes.is_sound(sound):
         return y, tuple(vectors)
-    z = F.batch_norm(x, running_mean, running_var, weight, bias, True, kind.momentum, kind.eps)
-    return activations.apply(z if residual is None else z + residual, kind.activation), ()
+    z = F.batch_norm(x, *bn.vectors, True, momentum, bn.eps)
+    return activations.apply(z if residual is None else z + residual, activation), ()
 
 
-def batch_norm(
-    kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, residual: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """activation(batch norm of ``x`` + ``residual``), recorded by autograd; moves the running statistics.
+def batch_norm(x: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None) -> Tensor:
+    """activation(batch norm of ``x`` by its own statistics + ``residual``), recorded by autograd; moves the running
+    statistics, the counter not.
 
     ``x`` is channels_last or a matrix, float32 or bfloat16, and not empty; ``residual`` is of its dtype and shape.
     """
-    y: Tensor = _BatchNorm.apply(kind, x, weight, bias, running_mean, running_var, residual)
+    y: Tensor = _BatchNorm.apply(x, bn.weight, bn.bias, residual, bn, activation)
     return y
 
 
 @torch.no_grad()
-def batch_norm_alone(
-    kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, residual: Tensor | None,
-) -> Tensor:  # fmt: skip
+def batch_norm_alone(x: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None) -> Tensor:
     """:func:`batch_norm` that nobody differentiates."""
-    return _forward(kind, x, weight, bias, running_mean, running_var, residual)[0]
+    return _forward(x, bn, activation, residual)[0]
 
 
 class Finish:
@@ -276,16 +260,13 @@ class Finish:
         (x if self.in_place else given.pop(0)).copy_(activations.apply(z, self.activation))
         return ()
 
-    def __call__(self, x: Tensor, vectors: tuple[Tensor | None, ...], eps: float, residual: Tensor | None) -> Tensor:
-        """``vectors``: running mean and variance, weight, bias. The result: dense ``x`` itself where it is in place."""
-        channels = x.shape[1]
+    def __call__(self, x: Tensor, bn: BatchNorm | None, residual: Tensor | None) -> Tensor:
+        """``bn``: where it is ``normed``. The result: dense ``x`` itself where it is in place."""
         arguments = [groups(x, LONG)]
-        if self.normed:
-            mean, var, weight, bias = vectors
-            arguments += [
-                passes.vector(mean, channels, 0.0), passes.vector(var, channels, 1.0),
-                passes.vector(weight, channels, 1.0), passes.vector(bias, channels, 0.0), passes.number(eps),
-            ]  # fmt: skip
+        if bn is not None:
+            defaults = (0.0, 1.0, 1.0, 0.0)
+            arguments += [passes.vector(t, x.shape[1], default) for t, default in zip(bn.vectors, defaults)]
+            arguments.append(passes.number(bn.eps))
         if residual is not None:
             arguments.append(groups(residual, LONG))
         out = x if self.in_place else _like(x)

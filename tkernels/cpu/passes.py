@@ -24,7 +24,7 @@ def normalized(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return (x.float() - mean) * scale + bias
 
 
-def tiled(vector: Tensor, lanes: Any) -> Tensor:
+def tiled(vector: Tensor, lanes: int) -> Tensor:
     """[C] as [lanes, C] in memory: over pixels [..., lanes, C] a loop then runs over lanes and channels as one, without
     the remainder of each pixel's channels, which takes as long as four whole vectors."""
     channels = vector.shape[0]
@@ -55,7 +55,7 @@ def is_sound(measured: Tensor) -> bool:
     return math.isfinite(float(measured))
 
 
-def measured(x: Tensor, shift: Any, weight: Tensor, eps: Tensor) -> Measured:
+def measured(x: Tensor, shift: Tensor | float, weight: Tensor, eps: Tensor) -> Measured:
     """Of x [groups, rows, lanes, C], plus ``shift``. Chan's merge of the groups, each about the mean of its lane in the
     first one."""
     groups, rows, lanes, _ = x.shape
@@ -84,7 +84,7 @@ def _normalize(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, out: Tensor
 
 
 def parameter_gradients(
-    first: Tensor, second: Tensor, inverse: Tensor, count: Any
+    first: Tensor, second: Tensor, inverse: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the sums of the gradient behind ReLU and of its product with x - mean: the gradients of bias and weight, and
     what raw_gradient takes."""

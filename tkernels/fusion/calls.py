@@ -176,7 +176,9 @@ def _of_pytorch(chain: Chain) -> bool:
     dtype = value(conv.node).dtype
     precision = runtime.dot_precision(dtype, "conv")
     images = x[0] if len(x) == 4 else 1
-    return routing.before_batch_norm(g, images, dtype, precision, value(chain.last.node).requires_grad)
+    return routing.before_batch_norm(
+        g, images, dtype, precision, value(chain.last.node).requires_grad, targets.current()
+    )
 
 
 def _stage(chains: Sequence[Chain]) -> Call:
@@ -202,7 +204,10 @@ def _layer(chain: Chain) -> Callable[..., ConvBNLayer]:
     groups, activation = conv.given["groups"], _activation(chain)
     training, momentum, eps = norm.given["training"], norm.given["momentum"], norm.given["eps"]
 
-    def layer(weight: Tensor, bias: Any, mean: Any, var: Any, bn_weight: Any, bn_bias: Any) -> ConvBNLayer:
+    def layer(
+        weight: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+    ) -> ConvBNLayer:  # fmt: skip
         return ConvBNLayer(weight, bias, bn_weight, bn_bias, mean, var, None, stride, padding, dilation, groups,
                            momentum, eps, training, activation)  # fmt: skip
 
@@ -238,7 +243,10 @@ def _norm_call(chain: Chain) -> Call:
     given = chain.first.given
     training, momentum, eps, activation = given["training"], given["momentum"], given["eps"], _activation(chain)
 
-    def norm_activation(x: Tensor, residual: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Tensor:
+    def norm_activation(
+        x: Tensor, residual: Tensor | None, mean: Tensor | None, var: Tensor | None, weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         return batch_norm(x, mean, var, weight, bias, training, momentum, eps, activation, residual)
 
     return Call(norm_activation, (chain.first.input, chain.residual, *_tensors(chain)[2:]), (chain,))

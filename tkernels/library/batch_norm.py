@@ -13,8 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 from tkernels.core import activation as activations
 from tkernels.core import autograd
 from tkernels.core import mode as runtime
+from tkernels.core.geometry import matrix
+from tkernels.core.records import BatchNorm, Norm
 from tkernels.library import common
-from tkernels.ops.batch_norm import config as tuning
 from tkernels.ops.batch_norm import op as ops
 
 if runtime.HAS_TRITON:
@@ -41,15 +42,11 @@ def batch_norm(
     if residual is not None:
         residual = residual.contiguous(memory_format=layout)
     if runtime.use_triton(input, residual, weight, bias, running_mean, running_var):
-        m = tuning.matrix(x.shape, layout != torch.contiguous_format)
-        weight, bias = ops.dense(weight), ops.dense(bias)
-        if running_mean is None:
-            stats = ops.triton_statistics(x, m, None, None, 0.0, None, eps)
-            norm = kernels.Norm(stats, None, weight, bias, eps)
-        else:
-            stats = common.nothing(x)
-            norm = kernels.Norm(cast(Tensor, ops.dense(running_mean)), ops.dense(running_var), weight, bias, eps)
-        return kernels.launch_normalize(x, m, norm, activation, residual), stats
+        m = matrix(x.shape, layout != torch.contiguous_format)
+        bn = BatchNorm(running_mean, running_var, weight, bias, running_mean is None, 0.0, eps)
+        measured = ops.triton_statistics(x, m, bn) if bn.training else None
+        y = kernels.launch_normalize(x, m, ops.norm_of(bn, measured), activation, residual)
+        return y, common.nothing(x) if measured is None else measured
     y = _torch_body(x, residual, weight, bias, running_mean, running_var, eps, activation)
     stats = common.nothing(x) if running_mean is not None else torch_statistics(x, eps)
     return y.contiguous(memory_format=layout), stats
@@ -104,8 +101,8 @@ def batch_norm_backward(
     dy = dy.contiguous(memory_format=layout)
     flags = (needs[0], needs[1] and activation is not None, needs[2], needs[3])
     if runtime.use_triton(dy, input, weight, bias):
-        m = tuning.matrix(dy.shape, channels_last)
-        norm = kernels.Norm(cast(Tensor, ops.dense(mean)), ops.dense(var), ops.dense(weight), ops.dense(bias), eps)
+        m = matrix(dy.shape, channels_last)
+        norm = Norm(ops.dense(mean), ops.dense(var), ops.dense(weight), ops.dense(bias), eps)
         found = ops.triton_backward(dy, input, saved, saved_is, norm, m, activation, flags)
         return cast(Any, common.results(found, dy))
     return cast(Any, common.results(

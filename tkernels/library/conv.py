@@ -12,9 +12,9 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from tkernels.core import activation as activations
 from tkernels.core import autograd
 from tkernels.core import mode as runtime
+from tkernels.core.geometry import Geometry
 from tkernels.library import common
 from tkernels.ops.conv import op as ops
-from tkernels.ops.conv.config import Geometry
 
 __all__ = ["conv2d", "conv2d_backward"]
 

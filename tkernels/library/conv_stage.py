@@ -14,13 +14,14 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from tkernels.core import activation as activation_ops
 from tkernels.core import autograd
 from tkernels.core import mode as runtime
+from tkernels.core.geometry import Geometry
+from tkernels.core.records import ConvBNLayer, StageCall
 from tkernels.library import common
 from tkernels.library.batch_norm import torch_statistics
+from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv_stage import op as ops
 from tkernels.ops.conv_stage import triton_body as triton
-from tkernels.ops.conv_stage.call import ConvBNLayer, Plan, channels_last
 
 __all__ = ["conv_stage", "conv_stage_backward"]
 
@@ -32,7 +33,7 @@ class _Call(NamedTuple):
     """The layers of a call and what its shapes come to."""
 
     layers: list[ConvBNLayer]
-    plan: Plan
+    stage: StageCall
     channels_last: bool
 
 
@@ -57,9 +58,9 @@ def _call(
         shape = shape[0], g.out_channels, g.out_h, g.out_w
     last = geometries[-1]
     pooling = ops.described_pooling(last.out_h, last.out_w, *_pairs(pool))
-    nhwc = channels_last(input, weights, geometries)[-1]
+    nhwc = triton.channels_last(input, weights, geometries)[-1]
     names = tuple(layer.activation for layer in layers)
-    return _Call(layers, Plan(tuple(geometries), pooling, dtype, p, False, names), nhwc)
+    return _Call(layers, StageCall(tuple(geometries), pooling, dtype, p, False, names), nhwc)
 
 
 def _pairs(pool: Sequence[int]) -> list[Any]:
@@ -98,7 +99,7 @@ def conv_stage(
     call = _call(input, weights, vectors, windows, eps, activations, pool, p, dtype)
     if not runtime.use_triton(input, *_tensors(call), residual):
         return _torch_forward(input, call, residual, pool, seed, keep)
-    y, saved = triton.forward(input, call.layers, call.plan, keep, seed, residual)
+    y, saved = triton.forward(input, call.layers, call.stage, keep, seed, residual)
     if not keep:
         return [y, *(common.nothing(y) for _ in weights)]
     none = common.nothing(y)
@@ -111,10 +112,10 @@ def _torch_body(
     x: Tensor, call: _Call, residual: Tensor | None, pool: Sequence[int], seed: Tensor | None
 ) -> tuple[Tensor, list[Any]]:
     """(y, (input, raw output) of each layer)."""
-    plan = call.plan
+    stage = call.stage
     maps = []
-    for i, (layer, g) in enumerate(zip(call.layers, plan.geometries)):
-        raw = _convolved(x, layer, g, plan.dtype)
+    for i, (layer, g) in enumerate(zip(call.layers, stage.geometries)):
+        raw = _convolved(x, layer, g, stage.dtype)
         maps.append((x if i else None, raw))
         given = layer.running_mean is not None
         x = torch.nn.functional.batch_norm(
@@ -126,7 +127,7 @@ def _torch_body(
     if any(size != 1 for size in pool[:4]):
         x = torch.nn.functional.max_pool2d(x, *_pairs(pool))
     if seed is not None:
-        x = x * common.dropout_factors(x.new_empty((*x.shape[:2], 1, 1)), plan.p, seed)
+        x = x * common.dropout_factors(x.new_empty((*x.shape[:2], 1, 1)), stage.p, seed)
     return x, maps
 
 
@@ -158,8 +159,8 @@ def _torch_forward(
 
 def _not_stored(call: _Call) -> list[bool]:
     """Of each layer, whether its input is formed as it is loaded, from the raw output before."""
-    plan = call.plan
-    return [i > 0 and triton.normalizes_in_next(layer, plan, i) and call.layers[i - 1].running_mean is None
+    stage = call.stage
+    return [i > 0 and triton.normalizes_in_next(layer, stage, i) and call.layers[i - 1].running_mean is None
             for i, layer in enumerate(call.layers)]  # fmt: skip
 
 
@@ -170,8 +171,8 @@ def _(
     seed: Tensor | None, dtype: torch.dtype, keep: bool,
 ) -> list[Tensor]:  # fmt: skip
     call = _call(input, weights, vectors, windows, eps, activations, pool, p, dtype)
-    n, end = input.shape[0], call.plan.pool
-    geometries = call.plan.geometries
+    n, end = input.shape[0], call.stage.pool
+    geometries = call.stage.geometries
     y = common.empty((n, geometries[-1].out_channels, end.out_h, end.out_w), input, dtype,
                      common.layout(call.channels_last))  # fmt: skip
     if not keep:
@@ -211,7 +212,7 @@ def conv_stage_backward(
     call = _call(input, weights, vectors, windows, eps, activations, pool, p, dtype)
     if runtime.use_triton(input, *_tensors(call)):
         input_format = input.dtype, conv_ops.suggests_channels_last(input)
-        found = triton.backward(dy, _saved(input, call, kept), behind, seed, call.plan, eps, needs, input_format)
+        found = triton.backward(dy, _saved(input, call, kept), behind, seed, call.stage, eps, needs, input_format)
         return list(common.results(found, dy))
     last = call.layers[-1]
     dz = None
@@ -243,13 +244,11 @@ def _saved(input: Tensor, call: _Call, kept: Sequence[Tensor]) -> list[triton.Sa
     """What triton.forward saved, of the operator's results."""
     stats, maps = kept[: len(call.layers)], kept[len(call.layers) :]
     saved = []
-    for i, (layer, g) in enumerate(zip(call.layers, call.plan.geometries)):
-        x = common.something(maps[2 * i]) if i else triton.conv_input(input, g, call.plan.dtype)
+    for i, (layer, g) in enumerate(zip(call.layers, call.stage.geometries)):
+        x = common.something(maps[2 * i]) if i else triton.conv_input(input, g, call.stage.dtype)
         given = layer.running_mean is not None
-        mean = triton.dense(layer.running_mean) if given else stats[i]
-        var = triton.dense(layer.running_var) if given else None
-        saved.append(triton.SavedLayer(x, layer.weight, layer.bias, None, maps[2 * i + 1], cast(Tensor, mean), var,
-                                       triton.dense(layer.bn_weight), triton.dense(layer.bn_bias)))  # fmt: skip
+        norm = bn_ops.norm_of(layer.batch_norm(False), None if given else stats[i])
+        saved.append(triton.SavedLayer(x, layer.weight, layer.bias, None, maps[2 * i + 1], *norm[:4]))
     return saved
 
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tkernels.core import autograd
 from tkernels.core import mode as runtime
+from tkernels.core.records import LossOptions
 from tkernels.library import common
 from tkernels.ops.cross_entropy import op as ops
 
@@ -48,7 +49,7 @@ def cross_entropy(
     """(loss, rows' statistics, what the mean was divided by). The latter two are what the kernels' backward reads;
     PyTorch's body, which does not, leaves them zero. input: not empty; loss_dtype: float32 under autocast."""
     if runtime.use_triton(input, target, weight):
-        loss, saved = ops.forward(input, target, weight, ignore_index, reduction, smoothing, loss_dtype)
+        loss, saved = ops.forward(input, target, weight, LossOptions(ignore_index, reduction, smoothing), loss_dtype)
         stats, count = saved[3:]
         return loss, stats, common.nothing(stats) if count is None else count
     stats = input.new_zeros(_stats_shape(input, target, smoothing), dtype=torch.float32)
@@ -88,10 +89,11 @@ def cross_entropy_backward(
         x = class_layout.readable(input)
         p = class_layout.readable(target) if target.is_floating_point() else target.contiguous()
         w, divisor = None if weight is None else weight.contiguous(), common.something(count)
+        options = LossOptions(ignore_index, reduction, smoothing)
         if needs_input:
-            dx = kernels.launch_backward(grad, x, p, w, stats, divisor, ignore_index, reduction, smoothing)
+            dx = kernels.launch_backward(grad, x, p, w, stats, divisor, options)
         if needs_target:
-            dp = kernels.launch_target_backward(grad, x, p, w, stats, divisor, reduction, smoothing)
+            dp = kernels.launch_target_backward(grad, x, p, w, stats, divisor, options)
     else:
 
         def body(input: Tensor, target: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
+from tkernels.core.records import BatchNorm
 from tkernels.ops.batch_norm import op as ops
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ def normalized(
     norm._check_input_dim(input)
     tracks = norm.training and norm.track_running_stats
     running = not norm.training or norm.track_running_stats
-    return ops.counted_batch_norm(
-        input,
+    bn = BatchNorm(
         norm.running_mean if running else None,
         norm.running_var if running else None,
         norm.weight,
@@ -32,10 +32,9 @@ def normalized(
         norm.training or (norm.running_mean is None and norm.running_var is None),
         norm.momentum,
         norm.eps,
-        activation,
-        residual,
         norm.num_batches_tracked if tracks else None,
     )
+    return ops.counted_batch_norm(input, bn, activation, residual)
 
 
 class _FusedBatchNorm(_Base):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tkernels.core.records import BatchNorm
 from tkernels.nn.batch_norm import _FusedBatchNorm
 from tkernels.ops.batch_norm.sync import sync_batch_norm
 
@@ -52,19 +53,17 @@ class SyncBatchNorm(_FusedBatchNorm, torch.nn.modules.batchnorm._BatchNorm):
             return super().forward(input, residual)
         self._check_input_dim(input)
         tracks = self.training and self.track_running_stats
-        return sync_batch_norm(
-            input,
+        bn = BatchNorm(
             self.running_mean if tracks else None,
             self.running_var if tracks else None,
             self.weight,
             self.bias,
+            True,
             self.momentum,
             self.eps,
-            self.activation,
-            residual,
             self.num_batches_tracked if tracks else None,
-            self.process_group,
         )
+        return sync_batch_norm(input, bn, self.activation, residual, self.process_group)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:

@@ -8,11 +8,10 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tkernels.core import targets
 from tkernels.core.config import Config, block
-from tkernels.ops.linear.config import target_name
+from tkernels.core.targets import Target
 
-__all__ = ["apart", "delta", "dkv", "dq", "forward", "least_rows", "lse_shape", "target_name", "why_not"]
+__all__ = ["apart", "delta", "dkv", "dq", "forward", "least_rows", "lse_shape", "why_not"]
 
 WIDEST = 256
 
@@ -100,7 +99,7 @@ _FLOAT32_DKV: Float32Table = {
 
 
 @functools.lru_cache(maxsize=1024)
-def why_not(head: int, v_head: int, itemsize: int, extras: bool, target: str) -> str | None:
+def why_not(head: int, v_head: int, itemsize: int, extras: bool, target: Target) -> str | None:
     """Why heads of this size are left to PyTorch, or None where they are not. ``extras``: a mask or dropout."""
     if head == 0:
         return "heads are empty"
@@ -111,7 +110,7 @@ def why_not(head: int, v_head: int, itemsize: int, extras: bool, target: str) ->
         return f"heads of {max(head, v_head)} in float32 do not fit in registers"
     if itemsize == 2 and (max(widest, 64), extras) not in _DKV[_accumulates(target)]:
         options = " with a mask or dropout" if extras else ""
-        return f"heads of {max(head, v_head)}{options} do not fit in {target}'s registers"
+        return f"heads of {max(head, v_head)}{options} do not fit in {target.name}'s registers"
     return None
 
 
@@ -120,53 +119,55 @@ def _blocks(head: int, v_head: int) -> tuple[int, int]:
     return block(head, 16, 1 << 20), block(v_head, 16, 1 << 20)
 
 
-def _accumulates(target: str) -> str:
+def _accumulates(target: Target) -> str:
     """Where a product accumulates: 'mma' in the registers of one warp for 16 rows (sm_80 to sm_89 and sm_120), 'wgmma'
     of four warps for 64 (sm_90), 'tmem' in tensor memory (sm_100), 'cdna' or 'rdna' on AMD."""
-    if target in ("sm_90", "sm_100"):
-        return "wgmma" if target == "sm_90" else "tmem"
-    if target.startswith("sm_"):
+    if target.name in ("sm_90", "sm_100"):
+        return "wgmma" if target.name == "sm_90" else "tmem"
+    if target.is_nvidia:
         return "mma"
-    return "cdna" if targets.current().warp_size == 64 else "rdna"
+    return "cdna" if target.warp_size == 64 else "rdna"
 
 
-def _tile(half: Table, single: Float32Table, head: int, v_head: int, itemsize: int, extras: bool, target: str) -> Tile:
+def _tile(
+    half: Table, single: Float32Table, head: int, v_head: int, itemsize: int, extras: bool, target: Target
+) -> Tile:
     """Of the tables of 16-bit operands and of float32's."""
     where, widest = _accumulates(target), max(_blocks(head, v_head))
     if itemsize == 2:
         key = max(64, widest), extras
-        return half.get(target, {}).get(key) or half[where][key]
+        return half.get(target.name, {}).get(key) or half[where][key]
     return next(single[key] for key in ((where, widest), (where, 0), ("", widest), ("", 0)) if key in single)
 
 
-def _config(head: int, v_head: int, tile: Tile) -> Config:
+def _config(head: int, v_head: int, tile: Tile, target: Target) -> Config:
     block_d, block_v = _blocks(head, v_head)
     chunk = min(tile.chunk, block_d, block_v) if tile.chunk else block_d
-    return Config.of(num_warps=tile.threads // targets.current().warp_size, num_stages=tile.stages,
-                     maxnreg=tile.maxnreg, BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_D=block_d, BLOCK_V=block_v,
-                     CHUNK=chunk)  # fmt: skip
+    return Config.of(num_warps=tile.threads // target.warp_size, num_stages=tile.stages,
+                     maxnreg=target.registers(tile.maxnreg), BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_D=block_d,
+                     BLOCK_V=block_v, CHUNK=chunk)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
-def forward(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> Config:
+def forward(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: Target) -> Config:
     """``extras``: a mask or dropout, which want registers of their own."""
-    return _config(head, v_head, _tile(_FORWARD, _FLOAT32_FORWARD, head, v_head, itemsize, extras, target))
+    return _config(head, v_head, _tile(_FORWARD, _FLOAT32_FORWARD, head, v_head, itemsize, extras, target), target)
 
 
 @functools.lru_cache(maxsize=1024)
-def dq(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> Config:
+def dq(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: Target) -> Config:
     """For the gradient of the queries."""
-    return _config(head, v_head, _tile(_DQ, _FLOAT32_DQ, head, v_head, itemsize, extras, target))
+    return _config(head, v_head, _tile(_DQ, _FLOAT32_DQ, head, v_head, itemsize, extras, target), target)
 
 
 @functools.lru_cache(maxsize=1024)
-def dkv(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> Config:
+def dkv(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: Target) -> Config:
     """For the gradients of keys and values."""
-    return _config(head, v_head, _tile(_DKV, _FLOAT32_DKV, head, v_head, itemsize, extras, target))
+    return _config(head, v_head, _tile(_DKV, _FLOAT32_DKV, head, v_head, itemsize, extras, target), target)
 
 
 @functools.lru_cache(maxsize=1024)
-def apart(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: str) -> bool:
+def apart(head: int, v_head: int, itemsize: int, precision: str, extras: bool, target: Target) -> bool:
     """Whether dk and dv take a launch each; the weights are formed twice then."""
     return _tile(_DKV, _FLOAT32_DKV, head, v_head, itemsize, extras, target).apart
 
@@ -176,7 +177,7 @@ def lse_shape(q_shape: Sequence[int], added: bool) -> tuple[int, ...]:
     return (*q_shape[:2], 2, q_shape[2]) if added else tuple(q_shape[:3])
 
 
-def least_rows(itemsize: int, target: str) -> int:
+def least_rows(itemsize: int, target: Target) -> int:
     """The fewest rows of queries that a tile may have, forward and for dq: of fewer than a wgmma's, chained products in
     bfloat16 gave wrong values and an illegal access on an H200 (triton 3.6)."""
     return 64 if itemsize == 2 and _accumulates(target) == "wgmma" else 16

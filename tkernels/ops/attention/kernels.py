@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune
+from tkernels.core import autotune, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
@@ -314,9 +314,9 @@ def launch_forward(
     config = config or autotune.pick(
         "attention forward", batch * heads,
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0),
-        tuning.forward(head, v_head, q.element_size(), precision, mask is not None or p > 0, tuning.target_name()),
+        tuning.forward(head, v_head, q.element_size(), precision, mask is not None or p > 0, targets.current()),
         lambda c: launch_forward(q, k, v, mask, p, causal, scale, seed, save_lse, c),
-        least=tuning.least_rows(q.element_size(), tuning.target_name()),
+        least=tuning.least_rows(q.element_size(), targets.current()),
     )  # fmt: skip
     unit = unit_of(q, k, v, o)
     mask_bytes, mask_strides = mask_of(mask, q, k)

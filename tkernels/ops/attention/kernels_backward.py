@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune
+from tkernels.core import autotune, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
@@ -284,9 +284,9 @@ def launch_dq(
     config = config or autotune.pick(
         "attention dq", batch * heads,
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0),
-        tuning.dq(head, v_head, q.element_size(), precision, mask is not None or p > 0, tuning.target_name()),
+        tuning.dq(head, v_head, q.element_size(), precision, mask is not None or p > 0, targets.current()),
         lambda c: launch_dq(q, k, v, do, lse, delta, mask, p, causal, scale, seed, c),
-        least=tuning.least_rows(q.element_size(), tuning.target_name()),
+        least=tuning.least_rows(q.element_size(), targets.current()),
     )  # fmt: skip
     unit = unit_of(q, k, v, do, dq)
     mask_bytes, mask_strides = mask_of(mask, q, k)
@@ -328,13 +328,13 @@ def launch_dkv(
     precision = runtime.dot_precision(q.dtype, "matmul")
     if dk is not None and dv is not None and config is None:
         extras = mask is not None or p > 0
-        if tuning.apart(head, v_head, q.element_size(), precision, extras, tuning.target_name()):
+        if tuning.apart(head, v_head, q.element_size(), precision, extras, targets.current()):
             given = q, k, v, do, lse, delta, mask, p, causal, scale, seed
             return launch_dkv(*given, True, False)[0], launch_dkv(*given, False, True)[1]
     config = config or autotune.pick(
         "attention dkv", batch * heads,
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0, needs_k, needs_v),
-        tuning.dkv(head, v_head, q.element_size(), precision, mask is not None or p > 0, tuning.target_name()),
+        tuning.dkv(head, v_head, q.element_size(), precision, mask is not None or p > 0, targets.current()),
         lambda c: launch_dkv(q, k, v, do, lse, delta, mask, p, causal, scale, seed, needs_k, needs_v, c),
     )  # fmt: skip
     unit = unit_of(*(t for t in (q, k, v, do, dk, dv) if t is not None))

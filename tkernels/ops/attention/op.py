@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from tkernels.core import autograd, checks
+from tkernels.core import autograd, checks, targets
 from tkernels.core import mode as runtime
 from tkernels.ops.attention import config as tuning
 
@@ -75,7 +75,7 @@ def why_not(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: f
 
 
 def _why_not(head: int, v_head: int, itemsize: int, extras: bool) -> str | None:
-    return tuning.why_not(head, v_head, itemsize, extras, tuning.target_name())
+    return tuning.why_not(head, v_head, itemsize, extras, targets.current())
 
 
 # A trace has no business with facts of GPUs: what torch.compiler.assume_constant_result does, without importing Dynamo

@@ -1,57 +1,16 @@
-"""How batch norm sees a tensor as a matrix, and the tiles and program counts of its kernels."""
+"""Tiles and program counts of the batch norm kernels."""
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
-from tkernels.core import targets
 from tkernels.core.config import Config, block, cdiv
+from tkernels.core.geometry import Matrix
+from tkernels.core.targets import Target
 
 # A finalise program merges at most this many partials of a channel, in one pass.
 MAX_PARTIALS = 512
-# Contiguous planes up to this size are columns of their own: a tile of one channel would load 16 bytes a row.
-SMALL_PLANE = 8
 PROGRAMS_PER_MULTIPROCESSOR = 4
-
-
-class Matrix(NamedTuple):
-    """A dense tensor as rows of ``width`` elements.
-
-    ``planes`` False: [rows, width] with width = channels * spatial, and column c belongs to channel c // spatial
-    (channels_last and (N, C): spatial is 1, rows are pixels). ``planes`` True: [rows, channels, width], a row an
-    image, width its pixels.
-    """
-
-    rows: int
-    channels: int
-    width: int
-    spatial: int
-    planes: bool
-
-    @property
-    def values(self) -> int:
-        """How many values a channel has."""
-        return self.rows * (self.width if self.planes else self.spatial)
-
-    @property
-    def unit(self) -> int:
-        """The largest power of two up to 16 that divides ``width``; it tells the compiler how wide loads may be."""
-        return math.gcd(self.width, 16)
-
-
-@functools.lru_cache(maxsize=4096)
-def matrix(shape: Sequence[int], channels_last: bool) -> Matrix:
-    """The matrix of a dense tensor of ``shape`` (N, C, ...), contiguous or channels_last."""
-    batch, channels = shape[0], shape[1]
-    spatial = math.prod(shape[2:])
-    if channels_last or spatial == 1:
-        return Matrix(batch * spatial, channels, channels, 1, False)
-    if spatial <= SMALL_PLANE:
-        return Matrix(batch, channels, channels * spatial, spatial, False)
-    return Matrix(batch, channels, spatial, 1, True)
 
 
 def groups(m: Matrix, config: Config) -> int:
@@ -64,13 +23,13 @@ def tiles(m: Matrix, config: Config) -> int:
     return cdiv(m.rows, config["BLOCK_R"]) * (cdiv(m.width, config["BLOCK_C"]) if m.planes else 1)
 
 
-def producers(m: Matrix, config: Config) -> tuple[int, int]:
+def producers(m: Matrix, config: Config, target: Target) -> tuple[int, int]:
     """(programs that share a group's tiles, tiles of each): enough to fill the GPU, at most what one merge takes.
 
     They depend on the batch and reach kernels as runtime values.
     """
     n = tiles(m, config)
-    wanted = cdiv(targets.current().multiprocessors * PROGRAMS_PER_MULTIPROCESSOR, groups(m, config))
+    wanted = cdiv(target.multiprocessors * PROGRAMS_PER_MULTIPROCESSOR, groups(m, config))
     each = cdiv(n, max(min(wanted, MAX_PARTIALS // m.spatial), 1))
     return cdiv(n, each), each
 

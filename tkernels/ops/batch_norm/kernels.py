@@ -8,18 +8,18 @@ kept beside them, so that x - mean stays right where the mean is large against t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tkernels.core import device as common
+from tkernels.core import targets
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Matrix
 from tkernels.core.launch import launch
+from tkernels.core.records import BatchNorm, Norm, Partials
 from tkernels.ops.batch_norm import config as tuning
-from tkernels.ops.batch_norm.config import Matrix
 
 # A power of two: sums of values times it round as sums of the values do, and do not overflow.
 SMALL = tl.constexpr(2.0**-24)
@@ -436,24 +436,6 @@ def input_gradient_kernel(dy_ptr, x_ptr, saved_ptr, dx_ptr, dz_ptr, coefficients
         tl.store(dx_ptr + offsets, (dz * scale).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-class Norm(NamedTuple):
-    """What normalises: ``mean`` and ``var`` are running statistics, or ``mean`` is the batch's [4, C] from
-    launch_finalize_statistics and ``var`` None."""
-
-    mean: Tensor
-    var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-
-class Partials(NamedTuple):
-    """What the first stage of a reduction wrote, and how many programs wrote it."""
-
-    data: Tensor
-    producers: int
-
-
 def _like(x: Tensor) -> Tensor:
     """An empty tensor laid out as dense ``x``, with the strides torch gives (those of axes of size 1 included)."""
     if x.is_contiguous():
@@ -470,7 +452,7 @@ def launch_statistics(
 ) -> Partials:
     """Partial statistics of dense ``x``; adds one to ``num_batches_tracked`` (int64, shape ()) where given."""
     config = config or tuning.statistics(m)
-    producers, each = tuning.producers(m, config)
+    producers, each = tuning.producers(m, config, targets.current())
     partials = x.new_empty(producers * (3 * _line(m) + 1), dtype=torch.float32)
     launch(
         statistics_kernel, (tuning.groups(m, config) * producers,),
@@ -480,27 +462,16 @@ def launch_statistics(
     return Partials(partials, producers)
 
 
-def launch_finalize_statistics(
-    partials: Partials,
-    m: Matrix,
-    eps: float,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    momentum: float | None = 0.0,
-    num_batches_tracked: Tensor | None = None,
-    config: Config | None = None,
-) -> Tensor:
-    """Statistics [4, C] from partials; updates contiguous running statistics in place.
-
-    ``momentum`` None: cumulative average by ``num_batches_tracked``, which already counts this batch.
-    """
+def launch_finalize_statistics(partials: Partials, m: Matrix, bn: BatchNorm, config: Config | None = None) -> Tensor:
+    """Statistics [4, C] from partials; updates contiguous running statistics in place. ``bn.num_batches_tracked``
+    already counts this batch."""
     config = config or tuning.finalize(m)
     stats = partials.data.new_empty((4, m.channels))
-    counter = num_batches_tracked if momentum is None else None
+    counter = bn.num_batches_tracked if bn.momentum is None else None
     launch(
         finalize_statistics_kernel, (cdiv(m.channels, config["BLOCK_C"]),),
-        partials.data, stats, running_mean, running_var, counter, partials.producers, m.values, eps,
-        momentum or 0.0, m.channels, SPATIAL=m.spatial, **config.options(),
+        partials.data, stats, bn.running_mean, bn.running_var, counter, partials.producers, m.values, bn.eps,
+        bn.momentum or 0.0, m.channels, SPATIAL=m.spatial, **config.options(),
     )  # fmt: skip
     return stats
 
@@ -538,7 +509,7 @@ def launch_gradient_sums(
 ) -> tuple[Partials, Tensor | None]:
     """Partial sums for the gradients, and dz if ``write_dz``. ``saved_is``: 'output', 'residual' or None."""
     config = config or tuning.gradient(m)
-    producers, each = tuning.producers(m, config)
+    producers, each = tuning.producers(m, config, targets.current())
     partials = x.new_empty(producers * 4 * _line(m), dtype=torch.float32)
     dz = _like(x) if write_dz else None
     # fusing the products' additions would count what they lose twice

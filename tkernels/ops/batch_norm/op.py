@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import autograd, checks
 from tkernels.core import mode as runtime
+from tkernels.core.geometry import Matrix, matrix
+from tkernels.core.records import BatchNorm, Norm, Partials
 from tkernels.cpu import batch_norm as batch_norm_cpu
-from tkernels.ops.batch_norm import config as tuning
 
 if runtime.HAS_TRITON:
     from tkernels.ops.batch_norm import kernels
@@ -44,106 +45,55 @@ def batch_norm(
     """
     if momentum is None:
         raise TypeError("momentum must be a number, got None (a module with momentum=None keeps a cumulative average)")
-    return counted_batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, None
-    )
+    bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
+    return counted_batch_norm(input, bn, activation, residual)
 
 
-def counted_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
-    """batch_norm for modules: also adds one to ``num_batches_tracked`` (int64, shape ()), where given.
-
-    ``momentum`` None: running statistics are the average over all batches counted so far.
-    """
+def counted_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None) -> Tensor:
+    """batch_norm for modules, which count batches and may average over all of them."""
     if activation not in activations.ACTIVATIONS:
         activations.check(activation)
     if residual is not None:
         residual = _checked_residual(input, residual)
-    if runtime.leaves_to_torch(input) or not _takes_triton(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, residual
-    ):
-        return _torch_batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
-            num_batches_tracked,
-        )  # fmt: skip
-    momentum = None if momentum is None else checks.number("momentum", momentum)
-    eps = checks.number("eps", eps)
+    if runtime.leaves_to_torch(input) or not _takes_triton(input, bn, residual):
+        return _torch_batch_norm(input, bn, activation, residual)
+    bn = _with_floats(bn)
     if runtime.traced():
-        return _registered(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
-            num_batches_tracked,
-        )  # fmt: skip
-    y: Tensor = _BatchNorm.apply(
-        input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-        activation,
-    )  # fmt: skip
+        return _registered(input, bn, activation, residual)
+    y: Tensor = _BatchNorm.apply(input, residual, bn.weight, bn.bias, bn, activation)
     return y
 
 
-def _takes_triton(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-) -> bool:
+def _takes_triton(input: Tensor, bn: BatchNorm, residual: Tensor | None) -> bool:
     """The backend decision; empty input is PyTorch's. Raises for a bad call before any kernel runs."""
     if isinstance(input, Tensor) and input.numel() == 0:
         return False
-    if not _plainly_right(input, running_mean, running_var, weight, bias, training, momentum, eps):
-        _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return runtime.use_triton(input, weight, bias, running_mean, running_var, residual)
+    if not _plainly_right(input, bn):
+        _check(input, bn)
+    return runtime.use_triton(input, *bn.vectors, residual)
 
 
-def _registered(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
+def _with_floats(bn: BatchNorm) -> BatchNorm:
+    """Numbers of other types as Python's."""
+    if type(bn.eps) is float and (bn.momentum is None or type(bn.momentum) is float):
+        return bn
+    momentum = None if bn.momentum is None else checks.number("momentum", bn.momentum)
+    return bn._replace(momentum=momentum, eps=checks.number("eps", bn.eps))
+
+
+def _registered(input: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None) -> Tensor:
     """The call as torch.ops.tkernels.batch_norm, which is functional: running statistics are moved here."""
-    given = (None, None) if training else (running_mean, running_var)
-    y, stats = torch.ops.tkernels.batch_norm(input, residual, weight, bias, *given, eps, activation)
-    if training:
-        values = input.numel() // input.shape[1]
-        track(stats, values, eps, running_mean, running_var, momentum, num_batches_tracked)
+    given = (None, None) if bn.training else (bn.running_mean, bn.running_var)
+    y, stats = torch.ops.tkernels.batch_norm(input, residual, bn.weight, bn.bias, *given, bn.eps, activation)
+    if bn.training:
+        track(stats, input.numel() // input.shape[1], bn)
     result: Tensor = y
     return result
 
 
-def _plainly_right(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> bool:
+def _plainly_right(input: Tensor, bn: BatchNorm) -> bool:
     """Whether a call is of the everyday kind, which needs no further checks: every vector there, of one dtype."""
+    running_mean, running_var, weight, bias = bn.vectors
     if not (isinstance(input, Tensor) and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)):
         return False
     if not (isinstance(weight, Tensor) and isinstance(bias, Tensor) and input.ndim > 1 and input.shape[0] > 1):
@@ -157,46 +107,36 @@ def _plainly_right(
         and running_var.dtype == weight.dtype == bias.dtype == wide
         and running_mean.device == running_var.device == weight.device == bias.device == device
         and not (running_mean.requires_grad or running_var.requires_grad)
-        and (momentum is None or type(momentum) is float)
-        and type(eps) is float
-        and eps > 0.0
-        and type(training) is bool
+        and (bn.momentum is None or type(bn.momentum) is float)
+        and type(bn.eps) is float
+        and bn.eps > 0.0
+        and type(bn.training) is bool
     )
 
 
-def _check(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> None:
+def _check(input: Tensor, bn: BatchNorm) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
-    given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    vectors = {name: t for name, t in given.items() if t is not None}
+    vectors = {name: t for name, t in zip(BatchNorm._fields, bn.vectors) if t is not None}
     checks.tensor(**vectors)
-    if not isinstance(training, bool):
-        raise TypeError(f"training must be a bool, got {type(training).__name__}")
-    if training and input.ndim and input.shape[0] == 1 and all(size == 1 for size in input.shape[2:]):
+    if not isinstance(bn.training, bool):
+        raise TypeError(f"training must be a bool, got {type(bn.training).__name__}")
+    if bn.training and input.ndim and input.shape[0] == 1 and all(size == 1 for size in input.shape[2:]):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    if training and input.ndim == 0:
+    if bn.training and input.ndim == 0:
         raise IndexError(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
-    _check_eps(eps, training)
+    _check_eps(bn.eps, bn.training)
     # an empty vector counts as a batch of no channels, as in torch
     if input.ndim < 2 and not (input.ndim == 1 and input.numel() == 0):
         # torch fails on whichever it meets first: the missing axis, or a vector of the wrong length
-        error = RuntimeError if vectors or not training else IndexError
+        error = RuntimeError if vectors or not bn.training else IndexError
         raise error(f"input must have at least 2 dimensions (N, C, ...), got shape {checks.shape(input)}")
-    if momentum is not None:
-        checks.number("momentum", momentum)
-    if (running_mean is None) != (running_var is None) and training:
+    if bn.momentum is not None:
+        checks.number("momentum", bn.momentum)
+    if (bn.running_mean is None) != (bn.running_var is None) and bn.training:
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if not training and (running_mean is None or running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
+    if not bn.training and (bn.running_mean is None or bn.running_var is None):
+        missing = "running_mean" if bn.running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be given in evaluation (training=False), got None")
     if not input.is_floating_point():
         raise NotImplementedError(f"input must have a floating-point dtype, got {input.dtype}")
@@ -246,77 +186,48 @@ def _checked_residual(input: Tensor, residual: Tensor) -> Tensor:
     return residual
 
 
-def _torch_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
+def _torch_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None) -> Tensor:
     """The PyTorch body: torch's own batch norm, differentiated by torch; residual and ReLU in place of its output.
 
     With ReLU, large maps on a CPU go through batch_norm_cpu. What torch refuses is refused in our words.
     """
-    vectors = running_mean, running_var, weight, bias
-    if (
-        activation == "relu"
-        and training is True
-        and batch_norm_cpu.takes(input, vectors, momentum, eps, num_batches_tracked, residual)
-    ):
-        return batch_norm_cpu.batch_norm_relu(input, *vectors, momentum, eps, num_batches_tracked)
+    if activation == "relu" and bn.training is True and residual is None and batch_norm_cpu.takes(input, bn):
+        return batch_norm_cpu.batch_norm_relu(input, bn)
     try:
-        if eps <= 0.0:  # torch before 2.14 takes any
+        if bn.eps <= 0.0:  # torch before 2.14 takes any
             if input.numel() == 0:
-                _check_eps(eps, training)
+                _check_eps(bn.eps, bn.training)
             else:
-                _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        y = _torch_normalize(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
-        )  # fmt: skip
+                _check(input, bn)
+        y = _torch_normalize(input, bn)
     except checks.REFUSALS as error:
-        arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
-        checks.explain(error, functools.partial(_check, *arguments))
+        checks.explain(error, functools.partial(_check, input, bn))
     if residual is not None:
         # (in a vmap the residual may be many and y one)
         y = y + residual if runtime.transformed() else y.add_(residual)
     return activations.apply_to_own(y, activation, y.dim())
 
 
-def _torch_normalize(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
+def _torch_normalize(input: Tensor, bn: BatchNorm) -> Tensor:
+    running_mean, running_var, training, momentum = bn.running_mean, bn.running_var, bn.training, bn.momentum
     # torch's CPU backward takes vectors to be dense; running statistics it moves must be the caller's own
-    weight, bias = dense(weight), dense(bias)
+    weight, bias = dense(bn.weight), dense(bn.bias)
     if not training:
         running_mean, running_var = dense(running_mean), dense(running_var)
-    counter = num_batches_tracked if training else None
+    counter = bn.num_batches_tracked if training else None
     if momentum is None:
         if counter is not None:
             if (counter.is_cuda or runtime.traced() or runtime.transformed()) and running_mean is not None:
-                return _average_on_device(input, running_mean, running_var, weight, bias, eps, counter)
+                return _average_on_device(input, running_mean, running_var, weight, bias, bn.eps, counter)
             momentum = 1.0 / (float(counter) + 1.0)
         else:
             momentum = 0.0  # torch's modules stand still where there is nothing to average by
     if type(input) is Tensor and input.dim() > 1 and not runtime.jit_traced() and input.shape[0] > 1:
         # what torch.nn.functional.batch_norm comes to once it has looked at each size of the input
         cudnn = input.is_cuda and torch.backends.cudnn.enabled
-        y = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn)
+        y = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, bn.eps, cudnn)
     else:
-        y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        y = torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, bn.eps)
     if counter is not None:
         counter.add_(1)
     return y
@@ -343,29 +254,27 @@ def _average_on_device(
     return y
 
 
-def track(
-    stats: Tensor,
-    values: int,
-    eps: float,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float | None,
-    num_batches_tracked: Tensor | None,
-) -> None:
+def track(stats: Tensor, values: int, bn: BatchNorm) -> None:
     """Move the running statistics, where given, to the batch's; add one to the counter. ``values``: a channel's."""
     with torch.no_grad():
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        if running_mean is None or running_var is None:
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+        if bn.running_mean is None or bn.running_var is None:
             return
         mean, invstd = stats[:2].double() + stats[2:].double()
-        unbiased = (invstd.square().reciprocal() - eps).clamp(min=0.0) * (values / (values - 1))
-        factor: Any = momentum
-        if momentum is None:
-            factor = 0.0 if num_batches_tracked is None else num_batches_tracked.double().reciprocal()
-        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        unbiased = (invstd.square().reciprocal() - bn.eps).clamp(min=0.0) * (values / (values - 1))
+        factor = share_of_batch(bn)
+        for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
             before = running.double()
             running.copy_(before + (batch - before) * factor)
+
+
+def share_of_batch(bn: BatchNorm) -> float | Tensor:
+    """How far running statistics move to this batch's, which is counted already; nothing waits for the device."""
+    if bn.momentum is not None:
+        return bn.momentum
+    # torch's modules stand still where there is nothing to average by
+    return 0.0 if bn.num_batches_tracked is None else bn.num_batches_tracked.double().reciprocal()
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -381,41 +290,40 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
 
 
+@overload
+def dense(t: Tensor) -> Tensor: ...
+@overload
+def dense(t: Tensor | None) -> Tensor | None: ...
 def dense(t: Tensor | None) -> Tensor | None:
+    """The tensor itself where it is contiguous."""
     return t if t is None or not isinstance(t, Tensor) or t.is_contiguous() else t.contiguous()
 
 
-def triton_statistics(
-    x: Tensor,
-    m: tuning.Matrix,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float | None,
-    num_batches_tracked: Tensor | None,
-    eps: float,
-) -> Tensor:
+def norm_of(bn: BatchNorm, stats: Tensor | None = None) -> Norm:
+    """What normalises: the batch's statistics [4, C], or the running ones without."""
+    weight, bias = dense(bn.weight), dense(bn.bias)
+    if stats is not None:
+        return Norm(stats, None, weight, bias, bn.eps)
+    mean = cast(Tensor, bn.running_mean)  # which evaluation does not go without
+    return Norm(dense(mean), dense(bn.running_var), weight, bias, bn.eps)
+
+
+def triton_statistics(x: Tensor, m: Matrix, bn: BatchNorm) -> Tensor:
     """The batch's statistics [4, C] of dense ``x``; moves running statistics and counter in place."""
-    partials = kernels.launch_statistics(x, m, num_batches_tracked)
-    return merge_statistics(partials, m, running_mean, running_var, momentum, num_batches_tracked, eps)
+    return merge_statistics(kernels.launch_statistics(x, m, bn.num_batches_tracked), m, bn)
 
 
-def merge_statistics(
-    partials: Any,
-    m: tuning.Matrix,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float | None,
-    num_batches_tracked: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """triton_statistics from a kernels.Partials, whose producer counted the batch."""
-    mean, var = dense(running_mean), dense(running_var)
-    stats = kernels.launch_finalize_statistics(partials, m, eps, mean, var, momentum, num_batches_tracked)
-    for running, moved in ((running_mean, mean), (running_var, var)):
+def merge_statistics(partials: Partials, m: Matrix, bn: BatchNorm) -> Tensor:
+    """triton_statistics from partials whose producer counted the batch."""
+    mean, var = dense(bn.running_mean), dense(bn.running_var)
+    in_place = mean is bn.running_mean and var is bn.running_var
+    given = bn if in_place else bn._replace(running_mean=mean, running_var=var)
+    stats = kernels.launch_finalize_statistics(partials, m, given)
+    for running, moved in ((bn.running_mean, mean), (bn.running_var, var)):
         if running is not None and moved is not None and running is not moved:
             running.copy_(moved)
     # kernels write behind autograd's back: a graph that saved the old values must notice
-    written = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
+    written = [t for t in (bn.running_mean, bn.running_var, bn.num_batches_tracked) if t is not None]
     if written:
         torch.autograd.graph.increment_version(written)
     return stats
@@ -426,14 +334,14 @@ def triton_backward(
     x: Tensor | None,
     saved: Tensor | None,
     saved_is: str | None,
-    norm: Any,
-    m: tuning.Matrix,
+    norm: Norm,
+    m: Matrix,
     activation: str | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (input, residual, weight, bias), each where ``needs`` says so. ``dy`` is laid out as ``x``.
 
-    ``norm``: a kernels.Norm. ``x``: None where nothing depends on it. ``saved``: what the activation's gradient needs
+    ``norm``: a Norm. ``x``: None where nothing depends on it. ``saved``: what the activation's gradient needs
     beside x (see _BatchNorm), named by ``saved_is``.
     """
     needs_input, needs_residual, needs_weight, needs_bias = needs
@@ -489,42 +397,33 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
+        bn: BatchNorm,
         activation: str | None,
     ) -> Tensor:
+        """``weight``, ``bias``: those of ``bn``, which autograd has to be given."""
         layout = memory_format(input)
         x = input.contiguous(memory_format=layout)
         if residual is not None:
             residual = residual.contiguous(memory_format=layout)
-        m = tuning.matrix(x.shape, layout != torch.contiguous_format)
-        weight, bias = dense(weight), dense(bias)
-        if training:
-            stats = triton_statistics(x, m, running_mean, running_var, momentum, num_batches_tracked, eps)
-            norm = kernels.Norm(stats, None, weight, bias, eps)
-        else:
-            norm = kernels.Norm(cast(Tensor, dense(running_mean)), dense(running_var), weight, bias, eps)
+        m = matrix(x.shape, layout != torch.contiguous_format)
+        norm = norm_of(bn, triton_statistics(x, m, bn) if bn.training else None)
         y = kernels.launch_normalize(x, m, norm, activation, residual)
 
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         if not (needs_input or needs_residual or needs_weight or needs_bias):
             return y
-        saved, saved_is, needs_x = kept_for_backward(y, residual, activation, training, ctx.needs_input_grad[:4])
-        autograd.save(ctx, x if needs_x else None, saved, norm.mean, norm.var, weight, bias)
-        ctx.layout, ctx.matrix, ctx.eps, ctx.activation, ctx.saved_is = layout, m, eps, activation, saved_is
+        saved, saved_is, needs_x = kept_for_backward(y, residual, activation, bn.training, ctx.needs_input_grad[:4])
+        autograd.save(ctx, x if needs_x else None, saved, *norm[:4])
+        ctx.layout, ctx.matrix, ctx.eps, ctx.activation, ctx.saved_is = layout, m, bn.eps, activation, saved_is
         return y
 
     @staticmethod
     @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, saved, mean, var, weight, bias = autograd.saved(ctx)
-        norm = kernels.Norm(mean, var, weight, bias, ctx.eps)
+        norm = Norm(mean, var, weight, bias, ctx.eps)
         dx, dresidual, dweight, dbias = triton_backward(
             dy.contiguous(memory_format=ctx.layout), x, saved, ctx.saved_is, norm, ctx.matrix, ctx.activation,
             ctx.needs_input_grad[:4],
         )  # fmt: skip
-        return dx, dresidual, dweight, dbias, None, None, None, None, None, None, None
+        return dx, dresidual, dweight, dbias, None, None

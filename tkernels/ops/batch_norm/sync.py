@@ -6,7 +6,7 @@ processes, and every process merges them in float64 in the same order: all get t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,11 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import autograd
 from tkernels.core import mode as runtime
-from tkernels.ops.batch_norm import config as tuning
+from tkernels.core.geometry import Matrix, matrix
+from tkernels.core.records import BatchNorm, Norm
 from tkernels.ops.batch_norm import op as bn_ops
+
+Group: TypeAlias = "dist.ProcessGroup | None"
 
 if runtime.HAS_TRITON:
     from tkernels.ops.batch_norm import kernels
@@ -31,17 +34,7 @@ class Statistics(NamedTuple):
 
 
 def sync_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    group: Any,
+    input: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None, group: Group
 ) -> Tensor:
     """batch_norm in training over the inputs of all processes of ``group``, all of which must call it (backward too).
 
@@ -49,43 +42,35 @@ def sync_batch_norm(
     of weight and bias are this process's own, as torch.nn.SyncBatchNorm's. Errors as batch_norm's, but a single value
     per channel is enough where the others have some.
     """
-    _check(input, running_mean, running_var, weight, bias, momentum, eps)
+    _check(input, bn)
     activations.check(activation)
     if residual is not None:
         residual = bn_ops._checked_residual(input, residual)
     layout = bn_ops.memory_format(input)
     x = input.contiguous(memory_format=layout)
-    weight, bias = bn_ops.dense(weight), bn_ops.dense(bias)
-    triton = input.numel() > 0 and runtime.use_triton(input, weight, bias, running_mean, running_var, residual)
+    weight, bias = bn_ops.dense(bn.weight), bn_ops.dense(bn.bias)
+    triton = input.numel() > 0 and runtime.use_triton(input, *bn.vectors, residual)
     with torch.no_grad():
         local = _triton_statistics(x) if triton else _torch_statistics(x)
         statistics = merge(_gathered(local, group))
-        _track(statistics, running_mean, running_var, momentum, num_batches_tracked)
+        _track(statistics, bn)
     if triton:
         if residual is not None:
             residual = residual.contiguous(memory_format=layout)
-        y: Tensor = _TritonNorm.apply(x, residual, weight, bias, statistics, eps, activation, layout, group)
+        y: Tensor = _TritonNorm.apply(x, residual, weight, bias, statistics, bn.eps, activation, layout, group)
         return y
-    y = _TorchNorm.apply(x, weight, bias, statistics, eps, group)
+    y = _TorchNorm.apply(x, weight, bias, statistics, bn.eps, group)
     if residual is not None:
         y = y.add_(residual)
     return torch.relu_(y) if activation == "relu" else activations.apply(y, activation)
 
 
-def _check(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> None:
+def _check(input: Tensor, bn: BatchNorm) -> None:
     """Raise what batch_norm raises in training."""
     # few values are enough here: to the check they are two rows of them
     two = input.expand(2, *input.shape[1:]) if isinstance(input, Tensor) and input.shape[:1] == (1,) else input
-    if not bn_ops._plainly_right(two, running_mean, running_var, weight, bias, True, momentum, eps):
-        bn_ops._check(two, running_mean, running_var, weight, bias, True, momentum, eps)
+    if not bn_ops._plainly_right(two, bn):
+        bn_ops._check(two, bn)
 
 
 def merge(parts: Tensor) -> Statistics:
@@ -104,7 +89,7 @@ def merge(parts: Tensor) -> Statistics:
     return Statistics(centre + offset, squares.clamp(min=0.0) / total, total)
 
 
-def _gathered(row: Tensor, group: Any) -> Tensor:
+def _gathered(row: Tensor, group: Group) -> Tensor:
     """The processes' rows, (processes, len(row))."""
     rows = row.new_empty(dist.get_world_size(group), len(row))
     dist.all_gather(list(rows.unbind(0)), row, group=group)
@@ -128,9 +113,9 @@ def _triton_statistics(x: Tensor) -> Tensor:
     """The same by the kernels of batch_norm."""
     m = _matrix(x)
     # without eps 1 / std and its remainder hold the variance to more than float32
-    mean, invstd, mean_rest, invstd_rest = kernels.launch_finalize_statistics(
-        kernels.launch_statistics(x, m), m, 0.0
-    ).double()
+    alone = BatchNorm(None, None, None, None, training=True, momentum=0.0, eps=0.0)
+    stats = kernels.launch_finalize_statistics(kernels.launch_statistics(x, m), m, alone)
+    mean, invstd, mean_rest, invstd_rest = stats.double()
     var = (invstd + invstd_rest).square().reciprocal()
     # a variance of 0: 1 / std is infinite and its remainder NaN
     return _row(mean + mean_rest, var.where(invstd.isfinite() | invstd.isnan(), 0.0) * m.values, m.values)
@@ -140,34 +125,25 @@ def _row(mean: Tensor, m2: Tensor, count: int) -> Tensor:
     return torch.cat([mean, m2, mean.new_full((1,), count)])
 
 
-def _matrix(x: Tensor) -> tuning.Matrix:
-    return tuning.matrix(x.shape, not x.is_contiguous())
+def _matrix(x: Tensor) -> Matrix:
+    return matrix(x.shape, not x.is_contiguous())
 
 
-def _track(
-    statistics: Statistics,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float | None,
-    num_batches_tracked: Tensor | None,
-) -> None:
+def _track(statistics: Statistics, bn: BatchNorm) -> None:
     """Count the batch and move the running statistics; nothing waits for the device."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if running_mean is None or running_var is None:
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    if bn.running_mean is None or bn.running_var is None:
         return
     mean, var, count = statistics
-    factor: Any = momentum
-    if momentum is None:
-        # torch's modules stand still where there is nothing to average by
-        factor = 0.0 if num_batches_tracked is None else num_batches_tracked.double().reciprocal()
+    factor = bn_ops.share_of_batch(bn)
     # too few values have no statistics, and nobody waits to be told so: what is there stays
-    for running, value, least in ((running_mean, mean, 1), (running_var, var * (count / (count - 1)), 2)):
+    for running, value, least in ((bn.running_mean, mean, 1), (bn.running_var, var * (count / (count - 1)), 2)):
         old = running.double()
         running.copy_(torch.where(count >= least, old * (1 - factor) + value * factor, old))
 
 
-def _merged_sums(dz: Tensor, dz_x: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+def _merged_sums(dz: Tensor, dz_x: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """The sums over all processes, float64, added in the order of the processes."""
     total = _gathered(torch.cat([dz, dz_x]).double(), group).sum(0)
     dz, dz_x = total.split(len(dz))
@@ -179,13 +155,20 @@ class _TorchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Statistics, eps: float, group: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Statistics,
+        eps: float,
+        group: Group,
     ) -> Tensor:
         mean, var, count = statistics
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         # torch's own normalisation by given statistics, all vectors in one dtype as it asks for
-        vectors: Any = [None if t is None else t.to(wide) for t in (weight, bias, mean, var)]
-        y = torch.batch_norm(x, *vectors, False, 0.0, eps, torch.backends.cudnn.enabled)  # type: ignore[call-arg]
+        affine = [None if t is None else t.to(wide) for t in (weight, bias)]
+        given = mean.to(wide), var.to(wide)
+        y = torch.batch_norm(x, affine[0], affine[1], *given, False, 0.0, eps, torch.backends.cudnn.enabled)
         autograd.save(ctx, x, weight, bias, mean, (var + eps).rsqrt(), count)
         ctx.group, ctx.wide = group, wide
         return y
@@ -225,13 +208,13 @@ class _TritonNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-        statistics: Statistics, eps: float, activation: str | None, layout: torch.memory_format, group: Any,
+        statistics: Statistics, eps: float, activation: str | None, layout: torch.memory_format, group: Group,
     ) -> Tensor:  # fmt: skip
         m = _matrix(x)
         invstd = (statistics.var + eps).rsqrt()
         pairs = torch.stack([statistics.mean, invstd])
         stats = pairs.float()
-        norm = kernels.Norm(torch.cat([stats, (pairs - stats).float()]), None, weight, bias, eps)
+        norm = Norm(torch.cat([stats, (pairs - stats).float()]), None, weight, bias, eps)
         y = kernels.launch_normalize(x, m, norm, activation, residual)
         saved, saved_is = None, None
         if residual is not None and activation is not None:
@@ -246,7 +229,7 @@ class _TritonNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, saved, stats, weight, bias, invstd, count = autograd.saved(ctx)
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        norm = kernels.Norm(stats, None, weight, bias, ctx.eps)
+        norm = Norm(stats, None, weight, bias, ctx.eps)
         dy = dy.contiguous(memory_format=ctx.layout)
         activation, saved_is = ctx.activation, ctx.saved_is
         partials, dz = kernels.launch_gradient_sums(

@@ -1,88 +1,18 @@
-"""What a 2-D convolution is (Geometry) and the launch configurations of its kernels."""
+"""Launch configurations of the convolution's kernels."""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 
-from tkernels.core import targets
 from tkernels.core.config import Config, block, cdiv, next_power_of_two
+from tkernels.core.geometry import Geometry
+from tkernels.core.targets import Target
 
-# Below this many channels a group, one step of the reduction would not fill the tensor cores' 16 lanes:
-# taps and channels are flattened into one axis instead.
-FLATTEN_BELOW = 16
 MAX_ACCUMULATORS = 64  # float32 accumulators a thread
 MIN_STEPS = 8  # pixel steps that make a split of the weight gradient worth its workspace
-
-
-class Geometry(NamedTuple):
-    """A 2-D convolution without its batch. ``pad_h``, ``pad_w``: rows above and columns to the left; what is below
-    and to the right follows from the output's size."""
-
-    in_channels: int
-    out_channels: int
-    groups: int
-    height: int
-    width: int
-    kernel_h: int
-    kernel_w: int
-    stride_h: int
-    stride_w: int
-    pad_h: int
-    pad_w: int
-    dilation_h: int
-    dilation_w: int
-    out_h: int
-    out_w: int
-
-    @property
-    def group_in(self) -> int:
-        """Input channels of a group."""
-        return self.in_channels // self.groups
-
-    @property
-    def group_out(self) -> int:
-        """Output channels of a group."""
-        return self.out_channels // self.groups
-
-    @property
-    def taps(self) -> int:
-        return self.kernel_h * self.kernel_w
-
-    @property
-    def reduction(self) -> int:
-        """Products summed into one output."""
-        return self.taps * self.group_in
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether every group has one input channel, so that there is nothing for a matrix product to share."""
-        return self.group_in == 1 and self.groups > 1
-
-    @property
-    def flattened(self) -> bool:
-        """Whether taps and channels form one reduction axis."""
-        return self.group_in < FLATTEN_BELOW
-
-    @property
-    def halo(self) -> bool:
-        """Whether any tap of any output falls outside the input."""
-        reach_h = (self.out_h - 1) * self.stride_h - self.pad_h + (self.kernel_h - 1) * self.dilation_h
-        reach_w = (self.out_w - 1) * self.stride_w - self.pad_w + (self.kernel_w - 1) * self.dilation_w
-        return self.pad_h > 0 or self.pad_w > 0 or reach_h >= self.height or reach_w >= self.width
-
-    @property
-    def phases(self) -> tuple[int, int]:
-        """How many residues of rows and of columns modulo the stride the input has."""
-        return min(self.stride_h, self.height), min(self.stride_w, self.width)
-
-    @property
-    def row_pitch(self) -> int:
-        """Elements from one output channel to the next in a packed weight; padded so that rows start aligned."""
-        return cdiv(self.reduction, 16) * 16 if self.flattened else self.reduction
 
 
 def unit(channels: int) -> int:
@@ -91,7 +21,7 @@ def unit(channels: int) -> int:
     return 1 if channels % 16 == 0 else math.gcd(channels, 8)
 
 
-def reduction_block(length: int, dtype: torch.dtype, precision: str, target: targets.Target) -> int:
+def reduction_block(length: int, dtype: torch.dtype, precision: str, target: Target) -> int:
     """The step along a product's reduction axis. Long steps are for targets whose tensor cores read shared memory;
     elsewhere they hold too many operand registers."""
     if dtype == torch.float32 and precision == "ieee":
@@ -99,18 +29,18 @@ def reduction_block(length: int, dtype: torch.dtype, precision: str, target: tar
     return block(length, 16, 64 if reads_shared(target) and dtype != torch.float32 else 32)
 
 
-def reads_shared(target: targets.Target) -> bool:
+def reads_shared(target: Target) -> bool:
     """Whether the tensor cores take operands from shared memory (four warps at a time): sm_90 and sm_100."""
     return isinstance(target.arch, int) and 90 <= target.arch < 120
 
 
-def stages(step_bytes: int, target: targets.Target, wanted: int = 4) -> int:
+def stages(step_bytes: int, target: Target, wanted: int = 4) -> int:
     """Pipeline stages that fit: at most 2 on AMD, and two programs a multiprocessor on NVIDIA."""
     budget = target.shared_memory if not target.is_nvidia else min(target.shared_memory, target.shared_memory_mp // 2)
     return max(1, min(wanted, target.max_stages, (budget - 2048) // step_bytes))
 
 
-def wide_warps(block_m: int, block_n: int, block_k: int, warps: int, dtype: torch.dtype, target: targets.Target) -> int:
+def wide_warps(block_m: int, block_n: int, block_k: int, warps: int, dtype: torch.dtype, target: Target) -> int:
     """At most ``warps``, and so few that a thread loads 16 bytes at once of the smaller operand's tile."""
     enough = min(block_m, block_n) * block_k * dtype.itemsize // 16
     fewest = 4 if reads_shared(target) else 1
@@ -141,7 +71,7 @@ def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, prec
 
 @functools.lru_cache(maxsize=4096)
 def _pixels_product(
-    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: targets.Target, maps: int = 1,
+    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: Target, maps: int = 1,
     gradient: bool = False,
 ) -> Config:  # fmt: skip
     block_m, block_n, warps = product_tile(True, pixels, cols, dtype, precision)
@@ -157,12 +87,12 @@ def _pixels_product(
         maxnreg = maxnreg or 192  # and there at 168, where the gradient is computed on the way to the product
     if gradient and precision == "ieee" and target.name == "sm_90" and block_m * block_n == 2048:
         maxnreg = maxnreg or 128  # and there two at 96, which Triton 3.6's ptxas aims at
-    return Config.of(warps, stages((maps * block_m + block_n) * block_k * dtype.itemsize, target), maxnreg,
-                     BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)  # fmt: skip
+    n_stages = stages((maps * block_m + block_n) * block_k * dtype.itemsize, target)
+    return Config.of(warps, n_stages, target.registers(maxnreg), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
 
 
 @functools.lru_cache(maxsize=4096)
-def _flat_product(cols: int, reduction: int, dtype: torch.dtype, precision: str, target: targets.Target) -> Config:
+def _flat_product(cols: int, reduction: int, dtype: torch.dtype, precision: str, target: Target) -> Config:
     # gathered element by element: a tall tile or a long step would hold too many addresses and masks
     block_k = reduction_block(min(reduction, 32), dtype, precision, target)
     warps = 8 if precision == "ieee" and dtype == torch.float32 else 4
@@ -170,23 +100,23 @@ def _flat_product(cols: int, reduction: int, dtype: torch.dtype, precision: str,
                      BLOCK_N=block(cols, 16, 64), BLOCK_K=block_k)  # fmt: skip
 
 
-def forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+def forward(g: Geometry, dtype: torch.dtype, precision: str, target: Target) -> Config:
     """Tiles of the forward product: BLOCK_M pixels, BLOCK_N output channels, BLOCK_K of the reduction."""
     if g.flattened:
-        return _flat_product(g.group_out, g.reduction, dtype, precision, targets.current())
-    return _pixels_product(g.out_h * g.out_w, g.group_out, g.group_in, dtype, precision, targets.current())
+        return _flat_product(g.group_out, g.reduction, dtype, precision, target)
+    return _pixels_product(g.out_h * g.out_w, g.group_out, g.group_in, dtype, precision, target)
 
 
-def dgrad(g: Geometry, dtype: torch.dtype, precision: str, masked: bool = False) -> Config:
+def dgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target, masked: bool = False) -> Config:
     """Tiles of the input gradient: BLOCK_M input pixels, BLOCK_N input channels, BLOCK_K output channels. ``masked``:
     the gradient is multiplied by an activation's derivative as it is loaded, from a second map."""
     phase = cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
-    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, targets.current(), 1 + masked, True)
+    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, target, 1 + masked, True)
 
 
 @functools.lru_cache(maxsize=4096)
 def _wgrad(
-    reduction: int, group_out: int, dtype: torch.dtype, precision: str, target: targets.Target, flat: bool, masked: bool
+    reduction: int, group_out: int, dtype: torch.dtype, precision: str, target: Target, flat: bool, masked: bool
 ) -> Config:
     rows, cols = max(reduction, group_out), min(reduction, group_out)
     block_m, block_n, warps = product_tile(False, rows, cols, dtype, precision)
@@ -197,14 +127,14 @@ def _wgrad(
     second_map = (block_m if group_out > reduction else block_n) if masked else 0
     # left alone ptxas aims at 128 registers for some of these and spills two
     maxnreg = 168 if target.name == "sm_100" and block_m * block_n == 16384 and dtype != torch.float32 else None
-    return Config.of(warps, stages((block_m + block_n + second_map) * block_p * dtype.itemsize, target), maxnreg,
-                     BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=block_p)  # fmt: skip
+    n_stages = stages((block_m + block_n + second_map) * block_p * dtype.itemsize, target)
+    return Config.of(warps, n_stages, target.registers(maxnreg), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=block_p)
 
 
-def wgrad(g: Geometry, dtype: torch.dtype, precision: str, masked: bool = False) -> Config:
+def wgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target, masked: bool = False) -> Config:
     """Tiles of the weight gradient: BLOCK_M and BLOCK_N of its longer and its shorter side, BLOCK_P pixels a step.
     ``masked``: as for dgrad."""
-    return _wgrad(g.reduction, g.group_out, dtype, precision, targets.current(), g.flattened, masked)
+    return _wgrad(g.reduction, g.group_out, dtype, precision, target, g.flattened, masked)
 
 
 def wgrad_sides(g: Geometry) -> tuple[int, int, bool]:
@@ -216,17 +146,19 @@ def wgrad_sides(g: Geometry) -> tuple[int, int, bool]:
     return (g.group_out, g.reduction, True) if out_on_rows else (g.reduction, g.group_out, False)
 
 
-def splits(pixels: int, tiles: int, block_p: int, workspace_bytes: int) -> int:
+def splits(pixels: int, tiles: int, block_p: int, workspace_bytes: int, target: Target) -> int:
     """Into how many runs of pixels a weight gradient is cut: two programs a multiprocessor, at least MIN_STEPS
     steps a run, at most 32 MiB of workspace (``workspace_bytes`` a split)."""
-    wanted = cdiv(2 * targets.current().multiprocessors, max(tiles, 1))
+    wanted = cdiv(2 * target.multiprocessors, max(tiles, 1))
     affordable = max(1, (32 << 20) // max(workspace_bytes, 1))
     return max(1, min(wanted, affordable, cdiv(pixels, block_p * MIN_STEPS), 65535))
 
 
-def runs(pixels: int, tiles: int, block_p: int, workspace_bytes: int, wanted: int | None = None) -> tuple[int, int]:
+def runs(
+    pixels: int, tiles: int, block_p: int, workspace_bytes: int, target: Target, wanted: int | None = None
+) -> tuple[int, int]:
     """(pixels a run, runs) of a weight gradient: whole steps, and no more runs than ``wanted`` or splits says."""
-    count = wanted or splits(pixels, tiles, block_p, workspace_bytes)
+    count = wanted or splits(pixels, tiles, block_p, workspace_bytes, target)
     run = max(cdiv(cdiv(pixels, count), block_p), 1) * block_p
     return run, max(cdiv(pixels, run), 1)
 
@@ -253,15 +185,11 @@ def mask(channels: int) -> Config:
 
 
 @functools.lru_cache(maxsize=4096)
-def _depthwise(channels: int, target: targets.Target) -> Config:
+def depthwise(channels: int, target: Target) -> Config:
+    """Blocks of the depthwise forward and input gradient: BLOCK_P pixels, BLOCK_C channels."""
     size = block(channels, 8, 64)
     # 128 threads, so that each loads 16 bytes
     return Config.of(128 // target.warp_size, 1, BLOCK_P=1024 // size, BLOCK_C=size)
-
-
-def depthwise(channels: int) -> Config:
-    """Blocks of the depthwise forward and input gradient: BLOCK_P pixels, BLOCK_C channels."""
-    return _depthwise(channels, targets.current())
 
 
 @functools.lru_cache(maxsize=4096)

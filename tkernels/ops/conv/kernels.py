@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune
+from tkernels.core import autotune, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
 from tkernels.ops.conv import config as tuning
-from tkernels.ops.conv.config import Geometry
 
 
 @triton.jit
@@ -268,7 +268,7 @@ def launch_forward(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, 
     precision = runtime.dot_precision(packed.dtype, "conv")
     config = config or autotune.pick(
         "conv2d forward", n, (g, packed.dtype, precision, activation, channels_last),
-        tuning.forward(g, packed.dtype, precision),
+        tuning.forward(g, packed.dtype, precision, targets.current()),
         lambda c: launch_forward(x, packed, bias, g, activation, keep_input, channels_last, c),
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)

@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune
+from tkernels.core import autotune, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
 from tkernels.ops.batch_norm.kernels import load_scale
 from tkernels.ops.conv import config as tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import channel_units, empty_pixels, locate_pixels, pixel_offsets, row_pitch, window
 
 
@@ -389,7 +389,7 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, dtype: torch.dtype, ch
     precision = runtime.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
         "conv2d dgrad", n, (g, dy.dtype, precision, activation, channels_last),
-        tuning.dgrad(g, dy.dtype, precision, saved is not None),
+        tuning.dgrad(g, dy.dtype, precision, targets.current(), saved is not None),
         lambda c: launch_dgrad(dy, packed, g, dtype, channels_last, transposed, saved, activation, c),
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
@@ -421,7 +421,7 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     precision = runtime.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
         "conv2d wgrad", dy.shape[0], (g, dy.dtype, precision, activation, needs_weight, needs_bias),
-        tuning.wgrad(g, dy.dtype, precision, saved is not None),
+        tuning.wgrad(g, dy.dtype, precision, targets.current(), saved is not None),
         lambda c: launch_wgrad(x, dy, g, needs_weight, needs_bias, saved, activation, c, runs, through),
     )  # fmt: skip
     block_m, block_n, block_p = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_P"]
@@ -434,7 +434,7 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     pixels = dy.shape[0] * g.out_h * g.out_w
     if pixels == 0:  # the kernel takes a run to have some
         return dy.new_zeros((1, size), dtype=torch.float32)
-    run, runs = tuning.runs(pixels, tiles, block_p, size * 4, runs)
+    run, runs = tuning.runs(pixels, tiles, block_p, size * 4, targets.current(), runs)
     workspace = dy.new_empty((runs, size), dtype=torch.float32)
     group_in, group_out, in_unit, out_unit = channel_units(g)
     strides = x.stride() if g.flattened else (0, 0, 0, 0)

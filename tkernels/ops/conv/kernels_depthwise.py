@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tkernels.core import device as common
+from tkernels.core import targets
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
 from tkernels.ops.conv import config as tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import empty_pixels, locate_pixels, pixel_offsets, window
 from tkernels.ops.conv.kernels_backward import advance_pixels, phase_taps
 
@@ -179,7 +180,7 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, 
     z = empty_pixels(x, shape, x.dtype, channels_last) if keep_input else None
     if y.numel() == 0:
         return y, z
-    config = config or tuning.depthwise(g.out_channels)
+    config = config or tuning.depthwise(g.out_channels, targets.current())
     channels, unit, multiplier = _unit(g)
     out_pixels = g.out_h * g.out_w
     pixels = x.shape[0] * out_pixels
@@ -201,7 +202,7 @@ def launch_dgrad(dy: Tensor, weight: Tensor, g: Geometry, dtype: torch.dtype, ch
     dx = empty_pixels(dy, (n, g.in_channels, g.height, g.width), dtype, channels_last)
     if dx.numel() == 0:
         return dx
-    config = config or tuning.depthwise(g.in_channels)
+    config = config or tuning.depthwise(g.in_channels, targets.current())
     channels, unit, multiplier = _unit(g)
     largest = n * cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
     phases_h, phases_w = g.phases
@@ -226,7 +227,7 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_bias: bool = True, co
     tiles = (cdiv(g.taps, config["BLOCK_T"]), cdiv(g.out_channels, config["BLOCK_C"]))
     size = g.out_channels * (g.taps + needs_bias)
     pixels = dy.shape[0] * g.out_h * g.out_w
-    runs = runs or tuning.splits(pixels, tiles[0] * tiles[1], block_p, size * 4)
+    runs = runs or tuning.splits(pixels, tiles[0] * tiles[1], block_p, size * 4, targets.current())
     run = max(cdiv(cdiv(pixels, runs), block_p), 1) * block_p
     runs = max(cdiv(pixels, run), 1)
     workspace = dy.new_empty((runs, size), dtype=torch.float32)

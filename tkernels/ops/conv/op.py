@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, autotune, checks
+from tkernels.core import autograd, autotune, checks, targets
 from tkernels.core import mode as runtime
+from tkernels.core.geometry import Geometry
 from tkernels.ops.conv import routing
-from tkernels.ops.conv.config import Geometry
 
 if runtime.HAS_TRITON:
     from tkernels.ops.conv import kernels
@@ -64,7 +64,7 @@ def conv2d(
 
 
 def _registered(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, g: Geometry, activation: str | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: IntOrPair | str, g: Geometry, activation: str | None,
     autocast: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     """The call as torch.ops.tkernels.conv2d, whose padding is a number a side."""
@@ -112,9 +112,9 @@ def _torch_body(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
     groups: int,
     activation: str | None,
 ) -> Tensor:
@@ -128,8 +128,9 @@ def _torch_body(
 
 
 def _check_all(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> None:
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntOrPair, padding: IntOrPair | str,
+    dilation: IntOrPair, groups: int,
+) -> None:  # fmt: skip
     checks.tensor(input=input, weight=weight)
     checks.optional_tensor(bias=bias)
     _checked(input, weight, bias, stride, padding, dilation, groups)
@@ -243,7 +244,7 @@ def torch_is_faster(
     images = x.shape[0] if x.dim() == 4 else 1
     precision = runtime.dot_precision(dtype, "conv")
     if not autotune.enabled:
-        return routing.compute_bound(g, images, dtype, precision, activation is not None)
+        return routing.compute_bound(g, images, dtype, precision, activation is not None, targets.current())
     if x.dim() == 3:
         x = x.unsqueeze(0)
     # an odd total of 'same' padding is PyTorch's to work out: only what it takes as numbers is compared

@@ -7,8 +7,8 @@ import functools
 
 import torch
 
-from tkernels.core import targets
-from tkernels.ops.conv.config import Geometry
+from tkernels.core.geometry import Geometry
+from tkernels.core.targets import Target
 
 # Shares of the peak rate that a large layer reaches in 16 bits, forward, ours and cuDNN's. sm_90: measured on an H100
 # (perf/results: 3x3 layers of ResNet-50 at batch 256, 0.22 to 0.39 and 0.4 to 0.7). The others are estimates.
@@ -21,16 +21,10 @@ SHORT = 0.03
 OWN_REDUCTION = 288
 
 
-def compute_bound(g: Geometry, images: int, dtype: torch.dtype, precision: str, passes: bool) -> bool:
+@functools.lru_cache(maxsize=4096)
+def compute_bound(g: Geometry, images: int, dtype: torch.dtype, precision: str, passes: bool, target: Target) -> bool:
     """Whether PyTorch's kernels are estimated faster: the larger of arithmetic and traffic for each, PyTorch's with a
     pass of its own for what ours does to the result as it stores it, if ``passes``. Depthwise layers and AMD stay."""
-    return _compute_bound(g, images, dtype, precision, passes, targets.current())
-
-
-@functools.lru_cache(maxsize=4096)
-def _compute_bound(
-    g: Geometry, images: int, dtype: torch.dtype, precision: str, passes: bool, target: targets.Target
-) -> bool:
     if not _cudnn_is_ahead(g, dtype, precision, target):
         return False
     peak = target.tflops / (2 if dtype == torch.float32 else 1)
@@ -44,19 +38,21 @@ def _compute_bound(
     return own > SHORT and theirs < own
 
 
-def before_batch_norm(g: Geometry, images: int, dtype: torch.dtype, precision: str, differentiated: bool) -> bool:
+def before_batch_norm(
+    g: Geometry, images: int, dtype: torch.dtype, precision: str, differentiated: bool, target: Target
+) -> bool:
     """Whether PyTorch computes a convolution that a batch norm follows, and ours is what comes after it.
 
     To train, both gradients count, where cuDNN is further ahead: no group of ResNet-50's layers (batch 256, bfloat16)
     was faster as ours on an H200, with all that its epilogue saves. Otherwise ours leaves out a pass over the result.
     """
     if not differentiated:
-        return compute_bound(g, images, dtype, precision, True)
+        return compute_bound(g, images, dtype, precision, True, target)
     if g.taps == 9 and g.reduction <= OWN_REDUCTION:
         return False
-    return _cudnn_is_ahead(g, dtype, precision, targets.current())
+    return _cudnn_is_ahead(g, dtype, precision, target)
 
 
-def _cudnn_is_ahead(g: Geometry, dtype: torch.dtype, precision: str, target: targets.Target) -> bool:
+def _cudnn_is_ahead(g: Geometry, dtype: torch.dtype, precision: str, target: Target) -> bool:
     """At what tensor cores multiply; in float32 without them the arithmetic is the same."""
     return not g.depthwise and target.is_nvidia and not (precision == "ieee" and dtype == torch.float32)

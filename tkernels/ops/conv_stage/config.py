@@ -1,63 +1,23 @@
-"""What the end of a conv stage is (Pooling) and the launch configurations of its kernels."""
+"""Launch configurations of the conv stage's kernels."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import torch
 
-from tkernels.core import targets
 from tkernels.core.config import Config, block, cdiv, next_power_of_two
+from tkernels.core.geometry import Geometry, Pooling
+from tkernels.core.targets import Target
 from tkernels.ops.conv import config as conv_tuning
-from tkernels.ops.conv.config import Geometry
 
 # A finalise program merges at most this many partial rows; more are folded first.
 MAX_PARTIALS = 512
 UNROLLED_TAPS = 16  # windows of at most this many pixels are unrolled
 
 
-class Pooling(NamedTuple):
-    """Max pooling of a map of height x width; a window of one pixel and stride 1 is no pooling."""
-
-    height: int
-    width: int
-    kernel_h: int
-    kernel_w: int
-    stride_h: int
-    stride_w: int
-    pad_h: int
-    pad_w: int
-    out_h: int
-    out_w: int
-
-    @property
-    def taps(self) -> int:
-        return self.kernel_h * self.kernel_w
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether a pixel may lie in several windows."""
-        return self.kernel_h > self.stride_h or self.kernel_w > self.stride_w
-
-    @property
-    def border(self) -> bool:
-        """Whether any window reaches outside the map."""
-        return self.pad_h > 0 or self.pad_w > 0
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        """Rows and columns of the stride-sized cells, one at each window's corner, that cover the whole map."""
-        return cdiv(self.height + self.pad_h, self.stride_h), cdiv(self.width + self.pad_w, self.stride_w)
-
-
-def no_pooling(height: int, width: int) -> Pooling:
-    """The Pooling that changes nothing."""
-    return Pooling(height, width, 1, 1, 1, 1, 0, 0, height, width)
-
-
-def applies_in_prologue(g: Geometry, dtype: torch.dtype) -> bool:
+def applies_in_prologue(g: Geometry, dtype: torch.dtype, target: Target) -> bool:
     """Whether a convolution should normalise and activate its input as it loads it, so that the activation between it
     and the layer before is never stored: where the estimate says so, which is for 1x1 windows alone.
 
@@ -67,10 +27,10 @@ def applies_in_prologue(g: Geometry, dtype: torch.dtype) -> bool:
     3x3 window that costs more than the bytes are worth, on every card.
     """
     pointwise = g.taps == 1 and g.stride_h == g.stride_w == 1 and not g.halo and g.groups == 1 and not g.flattened
-    return pointwise and prologue_gain(g, dtype, targets.current()) > 1.0
+    return pointwise and prologue_gain(g, dtype, target) > 1.0
 
 
-def prologue_gain(g: Geometry, dtype: torch.dtype, target: targets.Target) -> float:
+def prologue_gain(g: Geometry, dtype: torch.dtype, target: Target) -> float:
     """Time of the pass a prologue would save over the time of the arithmetic it would repeat."""
     bytes_saved = 2 * dtype.itemsize
     repeats = 2 * g.taps * cdiv(g.group_out, 128)
@@ -80,28 +40,28 @@ def prologue_gain(g: Geometry, dtype: torch.dtype, target: targets.Target) -> fl
     return pass_time / repeat_time
 
 
-def wgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+def wgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target) -> Config:
     """Tiles of the weight gradient with batch norm's backward in its prologue: those of the plain one, on at least 4
     warps, which share out the second map's operand."""
-    config = conv_tuning.wgrad(g, dtype, precision)
+    config = conv_tuning.wgrad(g, dtype, precision, target)
     return dataclasses.replace(config, num_warps=max(config.num_warps, 4))
 
 
-def normalizes_in_wgrad(g: Geometry, dtype: torch.dtype, precision: str) -> bool:
+def normalizes_in_wgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target) -> bool:
     """Whether a layer whose input needs no gradient goes through batch norm's backward as its weight gradient loads it,
     instead of in a pass of its own.
 
     The pass reads two maps and writes one, which every tile along the reduction then reads; without it each of those
     reads two. So up to two such tiles the prologue moves fewer bytes: that is the RGB stem, and 1x1 convolutions.
     """
-    config = conv_tuning.wgrad(g, dtype, precision)
+    config = conv_tuning.wgrad(g, dtype, precision, target)
     _rows, _cols, out_on_rows = conv_tuning.wgrad_sides(g)
     tiles = cdiv(g.reduction, config["BLOCK_N" if out_on_rows else "BLOCK_M"])
     return 2 * tiles < 3 + tiles
 
 
 @functools.lru_cache(maxsize=1024)
-def _with_epilogue(config: Config, target: targets.Target) -> Config:
+def _with_epilogue(config: Config, target: Target) -> Config:
     """A product's tiles where an epilogue reduces them: at most 32 accumulators a thread leave it registers enough for
     two programs a multiprocessor (64 of them spill on sm_90 and sm_100)."""
     warps = config.num_warps
@@ -114,12 +74,12 @@ def _with_epilogue(config: Config, target: targets.Target) -> Config:
     return dataclasses.replace(config, num_warps=warps, maxnreg=cap)
 
 
-def forward(g: Geometry, dtype: torch.dtype, precision: str, channels_last: bool = True) -> Config:
+def forward(g: Geometry, dtype: torch.dtype, precision: str, target: Target, channels_last: bool = True) -> Config:
     """Tiles of the convolution with a batch norm epilogue: those of the plain one, on more warps.
 
     An NCHW store holds an offset for every element: half the pixels where a tile would have 8192 of them.
     """
-    config = _with_epilogue(conv_tuning.forward(g, dtype, precision), targets.current())
+    config = _with_epilogue(conv_tuning.forward(g, dtype, precision, target), target)
     return config if channels_last else _half_the_pixels(config, 8192)
 
 
@@ -132,29 +92,29 @@ def _half_the_pixels(config: Config, elements: int) -> Config:
     )
 
 
-def dgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+def dgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target) -> Config:
     """Tiles of the input gradient with a batch norm epilogue: those of the plain one, on more warps."""
-    return _with_epilogue(conv_tuning.dgrad(g, dtype, precision), targets.current())
+    return _with_epilogue(conv_tuning.dgrad(g, dtype, precision, target), target)
 
 
-def pointwise_forward(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+def pointwise_forward(g: Geometry, dtype: torch.dtype, precision: str, target: Target) -> Config:
     """Tiles of a 1x1 convolution with batch norm in prologue and epilogue."""
-    config = _with_prologue(forward(g, dtype, precision), "BLOCK_K", dtype, targets.current())
-    target = targets.current().name
-    if target == "sm_100":  # left alone ptxas aims at 128 registers and spills two
+    config = _with_prologue(forward(g, dtype, precision, target), "BLOCK_K", dtype, target)
+    if target.name == "sm_100":  # left alone ptxas aims at 128 registers and spills two
         return dataclasses.replace(config, maxnreg=168)
-    if target in ("sm_80", "sm_86", "sm_89") and dtype == torch.float32:  # and here too, but not where it is told so
+    # and here too, but not where it is told so
+    if target.name in ("sm_80", "sm_86", "sm_89") and dtype == torch.float32:
         return dataclasses.replace(config, maxnreg=128)
     return config
 
 
-def pointwise_wgrad(g: Geometry, dtype: torch.dtype, precision: str) -> Config:
+def pointwise_wgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target) -> Config:
     """Tiles of its weight gradient, with the same prologue."""
-    return _with_prologue(wgrad(g, dtype, precision), "BLOCK_P", dtype, targets.current())
+    return _with_prologue(wgrad(g, dtype, precision, target), "BLOCK_P", dtype, target)
 
 
 @functools.lru_cache(maxsize=1024)
-def _with_prologue(config: Config, step: str, dtype: torch.dtype, target: targets.Target) -> Config:
+def _with_prologue(config: Config, step: str, dtype: torch.dtype, target: Target) -> Config:
     """Tiles of a product whose operand passes through registers: short steps, which hold half as much of it."""
     shorter = tuple((name, min(size, 32) if name == step else size) for name, size in config.blocks)
     warps = config.num_warps
@@ -174,14 +134,10 @@ def tiles_a_program(tiles: int) -> int:
     return cdiv(tiles, MAX_PARTIALS)
 
 
-def _tile(channels: int, pixels: int, elements: int) -> Config:
+@functools.lru_cache(maxsize=4096)
+def _tile(channels: int, pixels: int, elements: int, warp_size: int) -> Config:
     """Up to ``elements`` of one image: no taller than the image, and few different sizes, which share compiled
     kernels."""
-    return _tile_for(channels, pixels, elements, targets.current().warp_size)
-
-
-@functools.lru_cache(maxsize=4096)
-def _tile_for(channels: int, pixels: int, elements: int, warp_size: int) -> Config:
     block_c = block(channels, 8, 32)
     tallest = elements // block_c
     block_p = tallest if pixels >= tallest else min(next_power_of_two(pixels), tallest // 2)
@@ -190,19 +146,19 @@ def _tile_for(channels: int, pixels: int, elements: int, warp_size: int) -> Conf
     return Config.of(warps, 1, BLOCK_P=block_p, BLOCK_C=block_c)
 
 
-def end(channels: int, pool: Pooling) -> Config:
+def end(channels: int, pool: Pooling, target: Target) -> Config:
     """Blocks of the pass that normalises, activates and pools: BLOCK_P output pixels, BLOCK_C channels."""
-    return _tile(channels, pool.out_h * pool.out_w, 4096 if pool.taps == 1 else 2048)
+    return _tile(channels, pool.out_h * pool.out_w, 4096 if pool.taps == 1 else 2048, target.warp_size)
 
 
-def end_sums(channels: int, pool: Pooling) -> Config:
+def end_sums(channels: int, pool: Pooling, target: Target) -> Config:
     """Blocks of the pass that sums the gradient: BLOCK_P windows a step, BLOCK_C channels."""
-    return _tile(channels, pool.out_h * pool.out_w, 2048)
+    return _tile(channels, pool.out_h * pool.out_w, 2048, target.warp_size)
 
 
-def end_gradient(channels: int, pool: Pooling) -> Config:
+def end_gradient(channels: int, pool: Pooling, target: Target) -> Config:
     """Blocks of the pass that makes the raw output's gradient: BLOCK_P cells (pixels where windows overlap)."""
     if pool.overlaps:
-        return _tile(channels, pool.height * pool.width, 1024)
+        return _tile(channels, pool.height * pool.width, 1024, target.warp_size)
     cells_h, cells_w = pool.cells
-    return _tile(channels, cells_h * cells_w, 2048 if pool.taps == 1 else 1024)
+    return _tile(channels, cells_h * cells_w, 2048 if pool.taps == 1 else 1024, target.warp_size)

@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune
+from tkernels.core import autotune, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.launch import launch
-from tkernels.ops.batch_norm.kernels import SMALL, Norm, Partials, load_scale, squared_deviations, tile_sum
+from tkernels.core.records import Norm, Partials
+from tkernels.ops.batch_norm.kernels import SMALL, load_scale, squared_deviations, tile_sum
 from tkernels.ops.conv import config as conv_tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import (
     channel_units,
     empty_pixels,
@@ -33,7 +34,6 @@ from tkernels.ops.conv.kernels import (
     window,
 )
 from tkernels.ops.conv_stage import config as tuning
-from tkernels.ops.conv_stage.config import Pooling
 
 UNROLLED_TAPS = tl.constexpr(tuning.UNROLLED_TAPS)
 NO_NORM = (None, None, None, None, 0.0)
@@ -317,7 +317,7 @@ def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, nor
     config = config or autotune.pick(
         "conv_stage forward", n,
         (g, packed.dtype, precision, norm is None, channels_last, activation, residual is not None),
-        tuning.forward(g, packed.dtype, precision, channels_last),
+        tuning.forward(g, packed.dtype, precision, targets.current(), channels_last),
         # nothing is counted while it is timed
         lambda c: launch_conv(x, packed, bias, g, norm, None, channels_last, activation, residual, c),
     )  # fmt: skip
@@ -370,7 +370,7 @@ def launch_end(x: Tensor, pool: Pooling, norm: Norm | None, p: float = 0.0, seed
     y = empty_pixels(x, (n, channels, pool.out_h, pool.out_w), x.dtype, channels_last)
     if norm is None:
         activation = None
-    config = config or tuning.end(channels, pool)
+    config = config or tuning.end(channels, pool, targets.current())
     unit = conv_tuning.unit(channels)
     out_pixels = pool.out_h * pool.out_w
     tiles = cdiv(out_pixels, config["BLOCK_P"])

@@ -16,18 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune
+from tkernels.core import autotune, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.launch import launch
-from tkernels.ops.batch_norm.kernels import Norm, Partials, load_scale
+from tkernels.core.records import Norm, Partials
+from tkernels.ops.batch_norm.kernels import load_scale
 from tkernels.ops.conv import config as conv_tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import channel_units, empty_pixels, is_nhwc, locate_pixels, pixel_offsets, window
 from tkernels.ops.conv.kernels_backward import dgrad_product
 from tkernels.ops.conv_stage import config as tuning
-from tkernels.ops.conv_stage.config import Pooling
 from tkernels.ops.conv_stage.kernels import (
     column_sums,
     fold_sums_kernel,
@@ -278,7 +278,7 @@ def launch_end_sums(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, p: float =
                     activation: str | None = "relu", config: Config | None = None) -> Partials:  # fmt: skip
     """Partial sums for batch norm's gradients from the stage's incoming gradient (any strides) and the raw map x."""
     n, channels = x.shape[:2]
-    config = config or tuning.end_sums(channels, pool)
+    config = config or tuning.end_sums(channels, pool, targets.current())
     unit = conv_tuning.unit(channels)
     out_pixels = pool.out_h * pool.out_w
     tiles = cdiv(out_pixels, config["BLOCK_P"])
@@ -301,7 +301,7 @@ def launch_end_gradient(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, coeffi
     """The raw map's gradient, NHWC. ``coefficients``: batch_norm's, None where the statistics were given."""
     n, channels = x.shape[:2]
     dx = empty_pixels(x, (n, channels, pool.height, pool.width), x.dtype, channels_last=True)
-    config = config or tuning.end_gradient(channels, pool)
+    config = config or tuning.end_gradient(channels, pool, targets.current())
     unit = conv_tuning.unit(channels)
     cells_h, cells_w = pool.cells
     spots = pool.height * pool.width if pool.overlaps else cells_h * cells_w
@@ -334,7 +334,8 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, x: Tensor, norm: Norm,
     dz = empty_pixels(dy, (n, g.in_channels, g.height, g.width), x.dtype, channels_last=True)
     precision = runtime.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
-        "conv_stage dgrad", n, (g, dy.dtype, precision, activation), tuning.dgrad(g, dy.dtype, precision),
+        "conv_stage dgrad", n, (g, dy.dtype, precision, activation),
+        tuning.dgrad(g, dy.dtype, precision, targets.current()),
         lambda c: launch_dgrad(dy, packed, g, x, norm, transposed, activation, c),
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)

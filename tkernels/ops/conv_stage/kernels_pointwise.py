@@ -15,11 +15,13 @@ from torch import Tensor
 
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
+from tkernels.core import targets
 from tkernels.core.config import Config, cdiv
+from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
-from tkernels.ops.batch_norm.kernels import Norm, Partials, load_scale
+from tkernels.core.records import Norm, Partials
+from tkernels.ops.batch_norm.kernels import load_scale
 from tkernels.ops.conv import config as conv_tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import channel_units, empty_pixels
 from tkernels.ops.conv_stage import config as tuning
 from tkernels.ops.conv_stage.kernels import fold_statistics_kernel, launch_fold, tile_statistics
@@ -124,7 +126,7 @@ def launch_forward(x: Tensor, norm: Norm, packed: Tensor, bias: Tensor | None, g
     """
     y = empty_pixels(x, (x.shape[0], g.out_channels, g.out_h, g.out_w), packed.dtype, True)
     precision = runtime.dot_precision(packed.dtype, "conv")
-    config = config or tuning.pointwise_forward(g, packed.dtype, precision)
+    config = config or tuning.pointwise_forward(g, packed.dtype, precision, targets.current())
     group_in, group_out, in_unit, out_unit = channel_units(g)
     pixels = x.shape[0] * g.out_h * g.out_w
     tiles_m = cdiv(pixels, config["BLOCK_M"])
@@ -144,11 +146,11 @@ def launch_wgrad(x: Tensor, norm: Norm, dy: Tensor, g: Geometry, activation: str
     ``x``, ``norm``: as in launch_forward. ``dy``: NHWC, the gradient of the raw output, of one pixel at the least.
     """
     precision = runtime.dot_precision(dy.dtype, "conv")
-    config = config or tuning.pointwise_wgrad(g, dy.dtype, precision)
+    config = config or tuning.pointwise_wgrad(g, dy.dtype, precision, targets.current())
     rows, cols, out_on_rows = conv_tuning.wgrad_sides(g)
     tiles = cdiv(rows, config["BLOCK_M"]) * cdiv(cols, config["BLOCK_N"])
     pixels, block_p = dy.shape[0] * g.out_h * g.out_w, config["BLOCK_P"]
-    run, runs = conv_tuning.runs(pixels, tiles, block_p, rows * cols * 4)
+    run, runs = conv_tuning.runs(pixels, tiles, block_p, rows * cols * 4, targets.current())
     workspace = dy.new_empty((runs, rows * cols), dtype=torch.float32)
     group_in, group_out, in_unit, out_unit = channel_units(g)
     launch(

@@ -4,7 +4,6 @@ backward. Each launch does what conv's launch_pack and launch_merge do for one l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -12,22 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tkernels.core.config import cdiv
+from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
+from tkernels.core.records import WeightSums
 from tkernels.ops.conv import config as tuning
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv.kernels import launch_pack, pack_tile, packs
 from tkernels.ops.conv.kernels_backward import merge_tile
-
-
-class WeightSums(NamedTuple):
-    """A layer's workspace from launch_wgrad and what to make of it: gradients like ``weight`` and ``bias`` (None: not
-    wanted), and one like ``unmoved``, a bias that batch statistics take away again: zeros."""
-
-    workspace: Tensor
-    geometry: Geometry
-    weight: Tensor
-    bias: Tensor | None
-    unmoved: Tensor | None
 
 
 # One program: a tile of the first or of the second packed weight. Grid: (tiles of both,).

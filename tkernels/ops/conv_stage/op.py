@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,16 +11,16 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import checks, replay
 from tkernels.core import mode as runtime
+from tkernels.core.geometry import Geometry, Pooling, no_pooling
+from tkernels.core.records import TENSORS, ConvBNLayer, MaxPool, StageCall
 from tkernels.cpu import conv_stage as conv_stage_cpu
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
-from tkernels.ops.conv.config import Geometry
-from tkernels.ops.conv_stage import config as tuning
 from tkernels.ops.conv_stage import triton_body as conv_stage_triton
-from tkernels.ops.conv_stage.call import TENSORS, ConvBNLayer, MaxPool, Plan, channels_last
-from tkernels.ops.conv_stage.config import Pooling
 
 __all__ = ["ConvBNLayer", "MaxPool", "conv_stage"]
+
+Pool = int | Sequence[int] | MaxPool | None
 
 
 def conv_stage(
@@ -67,26 +66,27 @@ def conv_stage(
         residual = _checked_residual(input, residual, geometries[-1], autocast)
     p = float(dropout_p) if training else 0.0
     tensors = [t for layer in layers for t in layer[:6] if t is not None]
-    plan = Plan(
+    stage = StageCall(
         geometries, pooling, autocast or input.dtype, p, training, tuple(layer.activation for layer in layers),
         of_a_kind=kind is not None,
     )  # fmt: skip
     if input.numel() == 0 or not runtime.use_triton(input, *tensors, residual):
-        y = _cpu_body(input, layers, plan) if residual is None else None
+        y = _cpu_body(input, layers, stage) if residual is None else None
         return y if y is not None else _torch_body(input, layers, pool, p, training, residual)
     if runtime.traced():
-        return _registered(input, layers, plan, residual)
-    _checked.add(kind, plan)
-    return conv_stage_triton.run(input, layers, plan, residual)
+        return _registered(input, layers, stage, residual)
+    _checked.add(kind, stage)
+    return conv_stage_triton.run(input, layers, stage, residual)
 
 
-# plans, by kinds of calls
+# stage calls, by kinds of calls
 _checked = replay.Checked()
 
 
 def _kind(
-    input: Tensor, layers: Sequence[ConvBNLayer], pool: Any, dropout_p: float, training: bool, residual: Tensor | None
-) -> Hashable | None:
+    input: Tensor, layers: Sequence[ConvBNLayer], pool: Pool, dropout_p: float, training: bool,
+    residual: Tensor | None,
+) -> Hashable | None:  # fmt: skip
     try:
         tensors = conv_stage_triton.tensors(input, layers, residual)
         others = tuple([layer[TENSORS:] for layer in layers])
@@ -116,10 +116,10 @@ def _geometries(input: Tensor, layers: Sequence[ConvBNLayer]) -> tuple[Geometry,
     return tuple(found)
 
 
-def _pooling(g: Geometry, pool: int | Sequence[int] | MaxPool | None) -> Pooling:
+def _pooling(g: Geometry, pool: Pool) -> Pooling:
     """The pooling after convolution ``g``. Raises RuntimeError where torch refuses it."""
     if pool is None:
-        return tuning.no_pooling(g.out_h, g.out_w)
+        return no_pooling(g.out_h, g.out_w)
     if not isinstance(pool, MaxPool):
         pool = MaxPool(pool)
     kernel = conv_ops.pair("pool", pool.kernel_size)
@@ -184,50 +184,44 @@ def _checked_residual(input: Tensor, residual: Tensor, g: Geometry, autocast: to
     return residual.to(autocast or input.dtype)
 
 
-def _cpu_body(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan) -> Tensor | None:
+def _cpu_body(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall) -> Tensor | None:
     """The fast way on a CPU; None where it is not taken."""
-    if not conv_stage_cpu.takes(x, layers, plan.geometries, plan.pool, plan.dtype):
+    if not conv_stage_cpu.takes(x, layers, stage):
         return None
-    nhwc = channels_last(x, [layer.weight for layer in layers], plan.geometries)
-    if all(layer.measures(plan.training) for layer in layers):
-        return conv_stage_cpu.train(x, layers, plan, nhwc)
+    nhwc = conv_stage_triton.channels_last(x, [layer.weight for layer in layers], stage.geometries)
+    if all(layer.measures(stage.training) for layer in layers):
+        return conv_stage_cpu.train(x, layers, stage, nhwc)
     own = (t for layer in layers for t in layer[:4])
-    given = not any(layer.measures(plan.training) for layer in layers) and plan.p == 0
+    given = not any(layer.measures(stage.training) for layer in layers) and stage.p == 0
     if given and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *own))):
-        return conv_stage_cpu.evaluate(x, layers, plan, nhwc)
+        return conv_stage_cpu.evaluate(x, layers, stage, nhwc)
     return None
 
 
 def _torch_body(
-    x: Tensor, layers: Sequence[ConvBNLayer], pool: int | Sequence[int] | MaxPool | None, p: float, training: bool,
+    x: Tensor, layers: Sequence[ConvBNLayer], pool: Pool, p: float, training: bool,
     residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The same in torch's own calls, differentiated and cast by torch; Dropout2d draws as torch.nn's would."""
     for i, layer in enumerate(layers):
-        padding = cast(Any, layer.padding)
-        x = torch.nn.functional.conv2d(
-            x, layer.weight, layer.bias, cast(Any, layer.stride), padding, cast(Any, layer.dilation), layer.groups
-        )
-        x = bn_ops.counted_batch_norm(
-            x, layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, layer.measures(training),
-            layer.momentum, layer.eps, layer.activation, residual if i == len(layers) - 1 else None,
-            layer.num_batches_tracked if layer.counts(training) else None,
-        )  # fmt: skip
+        window = layer.stride, layer.padding, layer.dilation, layer.groups
+        x = torch.nn.functional.conv2d(x, layer.weight, layer.bias, *window)  # type: ignore[arg-type]
+        added = residual if i == len(layers) - 1 else None
+        x = bn_ops.counted_batch_norm(x, layer.batch_norm(training), layer.activation, added)
     if pool is not None:
-        size, stride, padding = pool if isinstance(pool, MaxPool) else (pool, None, 0)
-        x = torch.nn.functional.max_pool2d(x, cast(Any, size), cast(Any, stride), cast(Any, padding))
+        x = torch.nn.functional.max_pool2d(x, *(pool if isinstance(pool, MaxPool) else MaxPool(pool)))  # type: ignore[arg-type]
     return torch.nn.functional.dropout2d(x, p) if p > 0 else x
 
 
-def _registered(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, residual: Tensor | None) -> Tensor:
+def _registered(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, residual: Tensor | None) -> Tensor:
     """The call as torch.ops.tkernels.conv_stage, which is functional: running statistics are moved here."""
-    measured = [layer.measures(plan.training) for layer in layers]
+    measured = [layer.measures(stage.training) for layer in layers]
     vectors: list[Tensor | None] = []
     windows: list[int] = []
     for layer, from_batch in zip(layers, measured):
         given = (None, None) if from_batch else (layer.running_mean, layer.running_var)
         vectors += [layer.bias, layer.bn_weight, layer.bn_bias, *given]
-        padding: Any = layer.padding
+        padding = layer.padding
         if isinstance(padding, str):
             padding = -1 if padding == "same" else 0
         for value in (layer.stride, padding, layer.dilation):
@@ -237,17 +231,16 @@ def _registered(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, residual: 
     differentiates = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *weights, *vectors, residual)
     )  # fmt: skip
-    window = plan.pool
+    window = stage.pool
     pool = [window.kernel_h, window.kernel_w, window.stride_h, window.stride_w, window.pad_h, window.pad_w]
-    seed = runtime.dropout_seed(x) if plan.p > 0 else None
+    seed = runtime.dropout_seed(x) if stage.p > 0 else None
     y, *stats = torch.ops.tkernels.conv_stage(
         x, weights, [x.new_empty(0) if t is None else t for t in vectors], windows,
-        [float(layer.eps) for layer in layers], [activations.ACTIVATIONS.index(name) for name in plan.activations],
-        residual, pool, plan.p, seed, plan.dtype, differentiates or any(measured),
+        [float(layer.eps) for layer in layers], [activations.ACTIVATIONS.index(name) for name in stage.activations],
+        residual, pool, stage.p, seed, stage.dtype, differentiates or any(measured),
     )[: 1 + len(layers)]  # fmt: skip
-    for layer, found, g in zip(layers, stats, plan.geometries):
-        if layer.counts(plan.training):
-            bn_ops.track(found, x.shape[0] * g.out_h * g.out_w, layer.eps, layer.running_mean, layer.running_var,
-                         layer.momentum, layer.num_batches_tracked)  # fmt: skip
+    for layer, found, g in zip(layers, stats, stage.geometries):
+        if layer.counts(stage.training):
+            bn_ops.track(found, x.shape[0] * g.out_h * g.out_w, layer.batch_norm(stage.training))
     result: Tensor = y
     return result

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, replay
+from tkernels.core import autograd, replay, targets
 from tkernels.core import mode as runtime
-from tkernels.ops.batch_norm import config as bn_tuning
+from tkernels.core.geometry import Geometry, Matrix, Pooling, matrix, no_pooling
+from tkernels.core.records import TENSORS, BatchNorm, ConvBNLayer, Norm, Partials, StageCall, WeightSums
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
-from tkernels.ops.conv.config import Geometry
 from tkernels.ops.conv_stage import config as tuning
-from tkernels.ops.conv_stage.call import TENSORS, ConvBNLayer, Plan, channels_last
 
 if runtime.HAS_TRITON:
     from tkernels.ops.batch_norm import kernels as batch_norm
@@ -28,7 +27,31 @@ if runtime.HAS_TRITON:
     from tkernels.ops.conv_stage import kernels_pointwise as pointwise
     from tkernels.ops.conv_stage import kernels_weights as weight_kernels
 
-__all__ = ["SavedLayer", "backward", "behind_residual", "conv_input", "dense", "forward", "normalizes_in_next", "run"]
+__all__ = [
+    "SavedLayer",
+    "backward",
+    "behind_residual",
+    "channels_last",
+    "conv_input",
+    "forward",
+    "normalizes_in_next",
+    "run",
+]
+
+
+def channels_last(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[bool]:
+    """Of each layer whether torch's own calls in a row would give it a channels_last map. One of a single channel or
+    pixel is contiguous as well, and leaves an activation as that."""
+    found: list[bool] = []
+    last = conv_ops.suggests_channels_last(x)
+    for weight, g in zip(weights, geometries):
+        found.append(last or conv_ops.suggests_channels_last(weight))
+        last = found[-1] and g.out_channels > 1 and not g.out_h == g.out_w == 1
+    return found
+
+
+# the norm and the activation that a raw map has yet to go through, None where it is no raw map
+Before = tuple[Norm, str | None] | None
 
 
 class SavedLayer(NamedTuple):
@@ -46,42 +69,60 @@ class SavedLayer(NamedTuple):
     bn_weight: Tensor | None
     bn_bias: Tensor | None
 
+    @property
+    def input(self) -> Tensor:
+        """``x`` of a layer that has it."""
+        return cast(Tensor, self.x)
+
+    @property
+    def output(self) -> Tensor:
+        """``raw``, of a layer whose backward reads it."""
+        return cast(Tensor, self.raw)
+
+    def norm(self, eps: float) -> Norm:
+        return Norm(self.mean, self.var, self.bn_weight, self.bn_bias, eps)
+
 
 def forward(
-    x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, keep: bool, seed: Tensor | None, residual: Tensor | None
+    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, keep: bool, seed: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, list[SavedLayer]]:
     """(y, what backward needs of each layer if ``keep``). ``seed``: dropout's; ``residual``: in the maps' dtype."""
-    nhwc = channels_last(x, [layer.weight for layer in layers], plan.geometries)[-1]
+    nhwc = channels_last(x, [layer.weight for layer in layers], stage.geometries)[-1]
     saved: list[SavedLayer] = []
-    packed = _pack(layers, plan)
+    packed = _pack(layers, stage)
     last = len(layers) - 1
-    before: Any = None  # the norm and the activation that x, a raw map, has yet to go through
-    for i, (layer, g) in enumerate(zip(layers, plan.geometries)):
-        end, activation = i == last, plan.activations[i]
-        given = not layer.measures(plan.training)
+    before: Before = None
+    for i, (layer, g) in enumerate(zip(layers, stage.geometries)):
+        end, activation = i == last, stage.activations[i]
+        bn = layer.batch_norm(stage.training)
         if before is None:
-            x = conv_input(x, g, plan.dtype)
-        if given and not keep:
-            in_nhwc = nhwc or not (end and plan.plain_end)
-            x = _folded(x, packed[i], layer, g, in_nhwc, activation, residual if end else None)
-            if end and not plan.plain_end:
-                x = kernels.launch_end(x, plan.pool, None, plan.p, seed, nhwc)
+            x = conv_input(x, g, stage.dtype)
+        if not (bn.training or keep):
+            in_nhwc = nhwc or not (end and stage.plain_end)
+            x = _folded(x, packed[i], layer, bn_ops.norm_of(bn), g, in_nhwc, activation, residual if end else None)
+            if end and not stage.plain_end:
+                x = kernels.launch_end(x, stage.pool, None, stage.p, seed, nhwc)
             continue
-        raw, norm = _given(x, packed[i], layer, g) if given else _measured(x, before, packed[i], layer, g, plan)
+        if bn.training:
+            raw, norm = _measured(x, before, packed[i], layer, bn, g)
+        else:
+            raw, norm = _given(x, packed[i], layer, g), bn_ops.norm_of(bn)
         if keep:
-            saved.append(SavedLayer(x if before is None else None, layer.weight, layer.bias, packed[i], raw, norm.mean,
-                                    norm.var, norm.weight, norm.bias))  # fmt: skip
-        before = (norm, activation) if not end and normalizes_in_next(layers[i + 1], plan, i + 1) else None
+            read = x if before is None else None
+            saved.append(SavedLayer(read, layer.weight, layer.bias, packed[i], raw, *norm[:4]))
+        before = (norm, activation) if not end and normalizes_in_next(layers[i + 1], stage, i + 1) else None
         if before is not None:
             x = raw
-        elif end and not plan.plain_end:
-            x = kernels.launch_end(raw, plan.pool, norm, plan.p, seed, nhwc, activation)
+        elif end and not stage.plain_end:
+            x = kernels.launch_end(raw, stage.pool, norm, stage.p, seed, nhwc, activation)
         else:
             x = _normalized(raw, norm, activation, residual if end else None, nhwc or not end)
     return x, saved
 
 
-def _normalized(raw: Tensor, norm: Any, activation: str | None, residual: Tensor | None, channels_last: bool) -> Tensor:
+def _normalized(
+    raw: Tensor, norm: Norm, activation: str | None, residual: Tensor | None, channels_last: bool
+) -> Tensor:
     """activation(batch_norm(raw) + residual) of an NHWC map, in either layout."""
     if residual is None and not channels_last:
         return kernels.launch_end(raw, _unpooled(raw), norm, channels_last=False, activation=activation)
@@ -90,21 +131,23 @@ def _normalized(raw: Tensor, norm: Any, activation: str | None, residual: Tensor
     return y if channels_last else kernels.launch_end(y, _unpooled(y), None, channels_last=False)
 
 
-def _unpooled(x: Tensor) -> tuning.Pooling:
-    return tuning.no_pooling(x.shape[2], x.shape[3])
+def _unpooled(x: Tensor) -> Pooling:
+    return no_pooling(x.shape[2], x.shape[3])
 
 
-def normalizes_in_next(layer: ConvBNLayer, plan: Plan, i: int) -> bool:
+def normalizes_in_next(layer: ConvBNLayer, stage: StageCall, i: int) -> bool:
     """Whether layer ``i`` normalises and activates its input itself."""
-    return layer.measures(plan.training) and tuning.applies_in_prologue(plan.geometries[i], plan.dtype)
+    return layer.measures(stage.training) and tuning.applies_in_prologue(
+        stage.geometries[i], stage.dtype, targets.current()
+    )
 
 
-def _pack(layers: Sequence[ConvBNLayer], plan: Plan) -> list[Any]:
-    """The weights as the products read them, None for depthwise layers."""
-    chosen = [i for i, g in enumerate(plan.geometries) if not g.depthwise]
-    packed: list[Tensor | None] = [None] * len(layers)
-    weights = [layers[i].weight for i in chosen]
-    for i, t in zip(chosen, weight_kernels.launch_packs(weights, [plan.geometries[i] for i in chosen], plan.dtype)):
+def _pack(layers: Sequence[ConvBNLayer], stage: StageCall) -> list[Tensor]:
+    """The weights as the products read them; depthwise layers read them as they are."""
+    packed = [layer.weight for layer in layers]
+    chosen = [i for i, g in enumerate(stage.geometries) if not g.depthwise]
+    geometries = [stage.geometries[i] for i in chosen]
+    for i, t in zip(chosen, weight_kernels.launch_packs([packed[i] for i in chosen], geometries, stage.dtype)):
         packed[i] = t
     return packed
 
@@ -116,61 +159,47 @@ def conv_input(x: Tensor, g: Geometry, dtype: torch.dtype) -> Tensor:
     return conv_ops.as_nhwc(x.to(dtype))
 
 
-def _matrix(raw: Tensor) -> bn_tuning.Matrix:
-    return bn_tuning.matrix(raw.shape, True)
-
-
-def dense(t: Tensor | None) -> Tensor | None:
-    return t if t is None else t.contiguous()
-
-
-def _given_norm(layer: ConvBNLayer) -> Any:
-    """Batch norm by running statistics."""
-    mean, var = dense(layer.running_mean), dense(layer.running_var)
-    return batch_norm.Norm(cast(Tensor, mean), var, dense(layer.bn_weight), dense(layer.bn_bias), layer.eps)
+def _matrix(raw: Tensor) -> Matrix:
+    return matrix(raw.shape, True)
 
 
 def _folded(
-    x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry, channels_last: bool, activation: str | None,
-    residual: Tensor | None,
+    x: Tensor, packed: Tensor, layer: ConvBNLayer, norm: Norm, g: Geometry, channels_last: bool,
+    activation: str | None, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """activation(batch_norm(conv(x)) + residual) by running statistics, in one kernel unless depthwise."""
-    norm, bias = _given_norm(layer), dense(layer.bias)
     if g.depthwise:
-        raw, _ = conv_depthwise.launch_forward(x, layer.weight, bias, g)
-        return _normalized(raw, norm, activation, residual, channels_last)
+        return _normalized(_given(x, packed, layer, g), norm, activation, residual, channels_last)
     if residual is not None:
         residual = conv_ops.as_nhwc(residual) if channels_last else residual.contiguous()
     return kernels.launch_conv(
-        x, packed, bias, g, norm, channels_last=channels_last, activation=activation, residual=residual
-    )[0]
+        x, packed, bn_ops.dense(layer.bias), g, norm, channels_last=channels_last, activation=activation,
+        residual=residual,
+    )[0]  # fmt: skip
 
 
-def _given(x: Tensor, packed: Any, layer: ConvBNLayer, g: Geometry) -> tuple[Tensor, Any]:
-    """(raw output, Norm) where running statistics normalise and backward will ask for the raw map."""
-    bias = dense(layer.bias)
+def _given(x: Tensor, packed: Tensor, layer: ConvBNLayer, g: Geometry) -> Tensor:
+    """The raw output where its statistics are not asked for."""
+    bias = bn_ops.dense(layer.bias)
     if g.depthwise:
-        return conv_depthwise.launch_forward(x, layer.weight, bias, g)[0], _given_norm(layer)
-    return conv.launch_forward(x, packed, bias, g)[0], _given_norm(layer)
+        return conv_depthwise.launch_forward(x, layer.weight, bias, g)[0]
+    return conv.launch_forward(x, packed, bias, g)[0]
 
 
-def _measured(x: Tensor, before: Any, packed: Any, layer: ConvBNLayer, g: Geometry, plan: Plan) -> tuple[Tensor, Any]:
-    """(raw output, Norm) by the batch's statistics; in training moves the running ones. ``before``: the Norm and the
-    activation that x has yet to go through, or None."""
-    counter = layer.num_batches_tracked if layer.counts(plan.training) else None
-    bias = dense(layer.bias)
-    partials: Any
+def _measured(
+    x: Tensor, before: Before, packed: Tensor, layer: ConvBNLayer, bn: BatchNorm, g: Geometry
+) -> tuple[Tensor, Norm]:
+    """(raw output, Norm) by the batch's statistics; in training moves the running ones."""
+    counter, bias = bn.num_batches_tracked, bn_ops.dense(layer.bias)
+    partials: Partials | None
     if g.depthwise:
-        raw, _ = conv_depthwise.launch_forward(x, layer.weight, bias, g)
+        raw = _given(x, packed, layer, g)
         partials = batch_norm.launch_statistics(raw, _matrix(raw), counter)
     elif before is not None:
         raw, partials = pointwise.launch_forward(x, before[0], packed, bias, g, counter, before[1])
     else:
         raw, partials = kernels.launch_conv(x, packed, bias, g, None, counter)
-    stats = bn_ops.merge_statistics(
-        partials, _matrix(raw), layer.running_mean, layer.running_var, layer.momentum, counter, layer.eps
-    )
-    return raw, batch_norm.Norm(stats, None, dense(layer.bn_weight), dense(layer.bn_bias), layer.eps)
+    return raw, bn_ops.norm_of(bn, bn_ops.merge_statistics(cast(Partials, partials), _matrix(raw), bn))
 
 
 class Wanted(NamedTuple):
@@ -211,7 +240,7 @@ def behind_residual(y: Tensor, residual: Tensor | None, activation: str | None) 
 
 
 def backward(
-    dy: Tensor, saved: Sequence[SavedLayer], behind: Tensor | None, seed: Tensor | None, plan: Plan,
+    dy: Tensor, saved: Sequence[SavedLayer], behind: Tensor | None, seed: Tensor | None, stage: StageCall,
     eps: Sequence[float], needs: Sequence[bool], input_format: tuple[torch.dtype, bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the input (in ``input_format``: its dtype, whether it is channels_last), then of weight, bias,
@@ -220,23 +249,23 @@ def backward(
     gradients: list[Tensor | None] = [None] * len(needs)
     tasks = wanted(needs, saved)
     # layers whose weight's gradient waits for its runs to be merged
-    waiting: list[tuple[int, Any]] = []
+    waiting: list[tuple[int, Tensor]] = []
     # the gradient of a layer's activation, or, if masked, of its batch norm's output
-    d: Any = conv_ops.as_nhwc(dy) if plan.plain_end else dy
-    partials: Any = None
+    d = conv_ops.as_nhwc(dy) if stage.plain_end else dy
+    partials: Partials | None = None
     masked = False
     if behind is not None:
-        d, partials = _behind_activation(d, behind, saved[-1], eps[-1], plan.activations[-1], tasks[-1].sums)
+        d, partials = _behind_activation(d, behind, saved[-1], eps[-1], stage.activations[-1], tasks[-1].sums)
         masked = True
     if needs[-1]:
         gradients[-1] = d
     for i in reversed(range(len(saved))):
-        task, layer, g = tasks[i], saved[i], plan.geometries[i]
+        task, layer, g = tasks[i], saved[i], stage.geometries[i]
         if not (task.raw or task.sums):
             break
-        norm = _norm_of(layer, eps[i])
-        end = _End(plan, seed) if i == len(saved) - 1 and not plan.plain_end else None
-        activation = None if masked else plan.activations[i]
+        norm = layer.norm(eps[i])
+        end = _End(stage, seed) if i == len(saved) - 1 and not stage.plain_end else None
+        activation = None if masked else stage.activations[i]
         coefficients, gradients[3 + 4 * i], gradients[4 + 4 * i] = _norm_gradients(
             d, layer, norm, task, end, partials, activation
         )
@@ -246,10 +275,9 @@ def backward(
         of_norm = activation is None and end is None  # d is the gradient of batch norm's output as it stands
         if of_norm and not (task.below or task.bias or recomputes) and _normalizes_in_wgrad(g, coefficients, d):
             through = (layer.mean, layer.bn_weight, coefficients)
-            x: Any = layer.x
-            config = tuning.wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"))
+            config = tuning.wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"), targets.current())
             workspace = conv_backward.launch_wgrad(
-                x, d, g, True, False, layer.raw, config=config, through=through
+                layer.input, d, g, True, False, layer.raw, config=config, through=through
             )  # fmt: skip
             waiting.append((i, workspace))
             break
@@ -257,9 +285,10 @@ def backward(
         d, partials, masked = draw, None, False
         if recomputes:
             before = saved[i - 1]
-            raw: Any = before.raw
-            norm = _norm_of(before, eps[i - 1])
-            waiting.append((i, pointwise.launch_wgrad(raw, norm, draw, g, plan.activations[i - 1])))
+            workspace = pointwise.launch_wgrad(
+                before.output, before.norm(eps[i - 1]), draw, g, stage.activations[i - 1]
+            )
+            waiting.append((i, workspace))
         elif task.weight:
             waiting.append((i, _weight_sums(draw, layer, g, task)))
         elif task.bias:
@@ -270,17 +299,15 @@ def backward(
         if i == 0:
             gradients[0] = _input_gradient(draw, layer, g, *input_format)
         elif tasks[i - 1].sums and not g.depthwise:
-            before = saved[i - 1]
-            raw = before.raw
-            norm = _norm_of(before, eps[i - 1])
+            raw, norm = saved[i - 1].output, saved[i - 1].norm(eps[i - 1])
             packed, transposed = _packed(draw, layer, g)
             d, partials = conv_stage_backward.launch_dgrad(
-                draw, packed, g, raw, norm, transposed, plan.activations[i - 1]
+                draw, packed, g, raw, norm, transposed, stage.activations[i - 1]
             )
             masked = True
         else:
             d = _input_gradient(draw, layer, g, draw.dtype, True)
-    sums = [_to_merge(workspace, saved[i], plan.geometries[i], tasks[i], needs[2 + 4 * i]) for i, workspace in waiting]
+    sums = [_to_merge(workspace, saved[i], stage.geometries[i], tasks[i], needs[2 + 4 * i]) for i, workspace in waiting]
     for (i, _workspace), merged in zip(waiting, weight_kernels.launch_merges(sums)):
         gradients[1 + 4 * i], gradients[2 + 4 * i] = merged
     for i, layer in enumerate(saved):
@@ -290,34 +317,38 @@ def backward(
     return gradients
 
 
-def _norm_of(layer: SavedLayer, eps: float) -> Any:
-    return batch_norm.Norm(layer.mean, layer.var, layer.bn_weight, layer.bn_bias, eps)
-
-
 def _behind_activation(
-    d: Any, behind: Tensor, layer: SavedLayer, eps: float, activation: str | None, sums: bool
-) -> tuple[Any, Any]:
+    d: Tensor, behind: Tensor, layer: SavedLayer, eps: float, activation: str | None, sums: bool
+) -> tuple[Tensor, Partials | None]:
     """(the gradient of batch norm's output and of the residual, its partial sums if ``sums``)."""
-    norm, m = _norm_of(layer, eps), _matrix(d)
+    norm, m = layer.norm(eps), _matrix(d)
+    partials: Partials | None = None
     raw = d if layer.raw is None else layer.raw  # where it is not kept it is not read
     saved, saved_is = conv_ops.as_nhwc(behind), "residual" if activations.needs_input(activation) else "output"
     if sums:
         partials, dz = batch_norm.launch_gradient_sums(d, raw, m, norm, activation, saved, saved_is, write_dz=True)
-        return dz, partials
-    return batch_norm.launch_input_gradient(
-        d, raw, m, norm, None, activation, saved, saved_is, needs_input=False, write_dz=True
-    )[1], None
+    else:
+        _, dz = batch_norm.launch_input_gradient(
+            d, raw, m, norm, None, activation, saved, saved_is, needs_input=False, write_dz=True
+        )  # fmt: skip
+    return cast(Tensor, dz), partials
 
 
 class _End(NamedTuple):
     """The stage's end, to be replayed."""
 
-    plan: Plan
+    stage: StageCall
     seed: Tensor | None
 
 
 def _norm_gradients(
-    d: Tensor, layer: SavedLayer, norm: Any, task: Wanted, end: _End | None, partials: Any, activation: str | None
+    d: Tensor,
+    layer: SavedLayer,
+    norm: Norm,
+    task: Wanted,
+    end: _End | None,
+    partials: Partials | None,
+    activation: str | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """batch_norm's coefficients of its input gradient, and the gradients of bn_weight and bn_bias, where wanted.
 
@@ -326,10 +357,9 @@ def _norm_gradients(
     """
     if not task.sums:
         return None, None, None
-    raw: Any = layer.raw
-    m = _matrix(raw)
+    raw, m = layer.output, _matrix(layer.output)
     if end is not None:
-        partials = conv_stage_backward.launch_end_sums(d, raw, end.plan.pool, norm, end.plan.p, end.seed, activation)
+        partials = conv_stage_backward.launch_end_sums(d, raw, end.stage.pool, norm, end.stage.p, end.seed, activation)
     elif partials is None:
         partials, _ = batch_norm.launch_gradient_sums(d, raw, m, norm, activation)
     dweight, dbias, coefficients = batch_norm.launch_finalize_gradients(
@@ -339,34 +369,33 @@ def _norm_gradients(
 
 
 def _raw_gradient(
-    d: Tensor, layer: SavedLayer, norm: Any, coefficients: Tensor | None, end: _End | None, activation: str | None
-) -> Any:
+    d: Tensor, layer: SavedLayer, norm: Norm, coefficients: Tensor | None, end: _End | None, activation: str | None
+) -> Tensor:
     """The gradient of the convolution's output; ``d`` as for _norm_gradients."""
-    raw: Any = layer.raw
+    raw = layer.output
     if end is not None:
-        pool, p = end.plan.pool, end.plan.p
+        pool, p = end.stage.pool, end.stage.p
         return conv_stage_backward.launch_end_gradient(d, raw, pool, norm, coefficients, p, end.seed, activation)
-    return batch_norm.launch_input_gradient(d, raw, _matrix(raw), norm, coefficients, activation)[0]
+    return cast(Tensor, batch_norm.launch_input_gradient(d, raw, _matrix(raw), norm, coefficients, activation)[0])
 
 
 def _normalizes_in_wgrad(g: Geometry, coefficients: Tensor | None, d: Tensor) -> bool:
     """Whether the weight's gradient alone is left to compute and takes batch norm's into its own loop."""
     if coefficients is None or g.depthwise:
         return False
-    return tuning.normalizes_in_wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"))
+    return tuning.normalizes_in_wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"), targets.current())
 
 
-def _weight_sums(draw: Any, layer: SavedLayer, g: Geometry, task: Wanted) -> Tensor:
+def _weight_sums(draw: Tensor, layer: SavedLayer, g: Geometry, task: Wanted) -> Tensor:
     """The workspace of the gradients of weight and, where it is to be computed, bias."""
-    x: Any = layer.x
     if g.depthwise:
-        return conv_depthwise.launch_wgrad(x, draw, g, task.bias)
-    return conv_backward.launch_wgrad(x, draw, g, True, task.bias)
+        return conv_depthwise.launch_wgrad(layer.input, draw, g, task.bias)
+    return conv_backward.launch_wgrad(layer.input, draw, g, True, task.bias)
 
 
-def _to_merge(workspace: Tensor, layer: SavedLayer, g: Geometry, task: Wanted, needs_bias: bool) -> Any:
+def _to_merge(workspace: Tensor, layer: SavedLayer, g: Geometry, task: Wanted, needs_bias: bool) -> WeightSums:
     unmoved = layer.bias if needs_bias and not task.bias else None
-    return weight_kernels.WeightSums(workspace, g, layer.weight, layer.bias if task.bias else None, unmoved)
+    return WeightSums(workspace, g, layer.weight, layer.bias if task.bias else None, unmoved)
 
 
 def _packed(dy: Tensor, layer: SavedLayer, g: Geometry) -> tuple[Tensor, bool]:
@@ -391,20 +420,20 @@ class _ConvStage(torch.autograd.Function):
     layer formed it from the raw output before as it loaded it; and what behind_residual says."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, layers: Sequence[ConvBNLayer], x: Tensor, *others: Tensor | None) -> Tensor:
+    def forward(ctx: Any, stage: StageCall, layers: Sequence[ConvBNLayer], x: Tensor, *others: Tensor | None) -> Tensor:
         """``others``: the layers' parameters, and the residual."""
-        seed = runtime.dropout_seed(x) if plan.p > 0 else None
-        y, *kept = _replay_forward(x, layers, plan, seed, others[-1], ctx.needs_input_grad[2:])
+        seed = runtime.dropout_seed(x) if stage.p > 0 else None
+        y, *kept = _replay_forward(x, layers, stage, seed, others[-1], ctx.needs_input_grad[2:])
         autograd.save(ctx, seed, *kept)
-        ctx.plan, ctx.eps = plan, tuple(layer.eps for layer in layers)
+        ctx.stage, ctx.eps = stage, tuple(layer.eps for layer in layers)
         ctx.input_format = x.dtype, conv_ops.suggests_channels_last(x)
         return cast(Tensor, y)
 
     @staticmethod
     @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.plan, ctx.eps, ctx.needs_input_grad[2:], ctx.input_format
-        backward = _backward if ctx.plan.of_a_kind else _backward.body
+        given = ctx.stage, ctx.eps, ctx.needs_input_grad[2:], ctx.input_format
+        backward = _backward if ctx.stage.of_a_kind else _backward.body
         return None, None, *backward((dy, *autograd.saved(ctx)), *given)
 
 
@@ -421,20 +450,20 @@ def tensors(x: Tensor, layers: Sequence[ConvBNLayer], residual: Tensor | None) -
 
 
 def _replay_forward(
-    x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, seed: Tensor | None, residual: Tensor | None,
+    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, seed: Tensor | None, residual: Tensor | None,
     needs: tuple[bool, ...] | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """_forward, replayed where the plan stands for a kind of call."""
+    """_forward, replayed where the stage stands for a kind of call."""
     given = (*tensors(x, layers, residual), seed)
-    options = tuple([(layer.momentum, layer.eps, layer.counts(plan.training)) for layer in layers])
-    if plan.of_a_kind:
-        return _forward.of_kind(plan, given, plan, options, needs)
-    return _forward.body(given, plan, options, needs)
+    options = tuple([(layer.momentum, layer.eps, layer.counts(stage.training)) for layer in layers])
+    if stage.of_a_kind:
+        return _forward.of_kind(stage, given, stage, options, needs)
+    return _forward.body(given, stage, options, needs)
 
 
 @replay.replayed
 def _forward(
-    tensors: tuple[Tensor | None, ...], plan: Plan, options: _Options, needs: tuple[bool, ...] | None
+    tensors: tuple[Tensor | None, ...], stage: StageCall, options: _Options, needs: tuple[bool, ...] | None
 ) -> tuple[Tensor | None, ...]:
     """y and, of each layer, what backward needs for the gradients ``needs`` asks for; y alone for None."""
     x, *rest, residual, seed = tensors
@@ -442,11 +471,11 @@ def _forward(
     for i, (momentum, eps, counts) in enumerate(options):
         own: Any = dict(zip(ConvBNLayer._fields, rest[TENSORS * i : TENSORS * (i + 1)]))
         layers.append(ConvBNLayer(**own, momentum=momentum, eps=eps, training=counts))
-    y, saved = forward(cast(Tensor, x), layers, plan, needs is not None, seed, residual)
+    y, saved = forward(cast(Tensor, x), layers, stage, needs is not None, seed, residual)
     if needs is None:
         return (y,)
     tasks = wanted(needs, saved)
-    behind = behind_residual(y, residual, plan.activations[-1])
+    behind = behind_residual(y, residual, stage.activations[-1])
     reads_last = behind is not None and behind is residual  # added to what the raw map comes to
     kept: list[Tensor | None] = [behind]
     for i, (layer, task, needs_bias) in enumerate(zip(saved, tasks, needs[2::4])):
@@ -462,24 +491,25 @@ def _forward(
 
 @replay.replayed
 def _backward(
-    tensors: tuple[Tensor | None, ...], plan: Plan, eps: tuple[float, ...], needs: tuple[bool, ...],
+    tensors: tuple[Tensor | None, ...], stage: StageCall, eps: tuple[float, ...], needs: tuple[bool, ...],
     input_format: tuple[torch.dtype, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients, of dy, dropout's seed and what _forward kept."""
     dy, seed, behind, *kept = tensors
     width = len(SavedLayer._fields)
-    saved = [SavedLayer(*cast(Any, kept[i : i + width])) for i in range(0, len(kept), width)]
-    return tuple(backward(cast(Tensor, dy), saved, behind, seed, plan, eps, needs, input_format))
+    saved = [SavedLayer._make(kept[i : i + width]) for i in range(0, len(kept), width)]
+    return tuple(backward(cast(Tensor, dy), saved, behind, seed, stage, eps, needs, input_format))
 
 
-def run(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, residual: Tensor | None) -> Tensor:
+def run(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, residual: Tensor | None) -> Tensor:
     """The stage, differentiable where that is asked for."""
     if residual is not None:
-        residual = residual.to(plan.dtype)
+        residual = residual.to(stage.dtype)
     if torch.is_grad_enabled():
         others = [t for layer in layers for t in layer[:4]]
         others.append(residual)
         if x.requires_grad or any(t is not None and t.requires_grad for t in others):
-            return cast(Tensor, _ConvStage.apply(plan, layers, x, *others))
-    seed = runtime.dropout_seed(x) if plan.p > 0 else None
-    return cast(Tensor, _replay_forward(x, layers, plan, seed, residual, None)[0])
+            y: Tensor = _ConvStage.apply(stage, layers, x, *others)
+            return y
+    seed = runtime.dropout_seed(x) if stage.p > 0 else None
+    return cast(Tensor, _replay_forward(x, layers, stage, seed, residual, None)[0])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from tkernels.core import targets
 from tkernels.core.config import Config, block, cdiv
+from tkernels.core.targets import Target
 
 TILE = 4096  # elements of a tile: 32 a thread at 4 warps
 LONGEST_TILE = 4096  # classes of a row one step takes
@@ -14,13 +14,8 @@ MAX_SPLITS = 128  # programs that share a row; one program of the merge reads th
 ENDS_FROM = 128  # shorter rows are not worth a separate load for their unaligned ends
 
 
-def target_name() -> str:
-    """The current target's name, the key of the chooser of splits."""
-    return targets.current().name
-
-
 @functools.lru_cache(maxsize=1024)
-def rows(n_classes: int, inner: int, classes_contiguous: bool, target: str) -> Config:
+def rows(n_classes: int, inner: int, classes_contiguous: bool, target: Target) -> Config:
     """For every pass over [rows, n_classes] logits: the tile [BLOCK_ROWS, BLOCK_C].
 
     ``inner``: rows that follow one another in memory where that number is not the batch's, else 0.
@@ -33,7 +28,7 @@ def rows(n_classes: int, inner: int, classes_contiguous: bool, target: str) -> C
         # several rows a program: what is kept for each of them takes registers too
         if block_c <= 512:
             # masks are scalar registers on AMD, and 8 elements a thread have too many of them
-            warps = 4 if targets.current().is_nvidia else 8
+            warps = 4 if target.is_nvidia else 8
             return Config.of(num_warps=warps, num_stages=1, BLOCK_ROWS=TILE // 2 // block_c, BLOCK_C=block_c)
         return Config.of(num_warps=4, num_stages=1, BLOCK_ROWS=TILE // block_c, BLOCK_C=block_c)
     block_c = block(n_classes, 2, SPATIAL_CLASSES)
@@ -44,9 +39,9 @@ def rows(n_classes: int, inner: int, classes_contiguous: bool, target: str) -> C
 
 
 @functools.lru_cache(maxsize=1024)
-def splits(tiles: int, n_classes: int, block_c: int, target: str) -> int:
+def splits(tiles: int, n_classes: int, block_c: int, target: Target) -> int:
     """How many programs share a row; 1 where the row tiles alone fill the GPU twice or a row is short."""
-    wanted = cdiv(2 * targets.current().multiprocessors, max(tiles, 1))
+    wanted = cdiv(2 * target.multiprocessors, max(tiles, 1))
     return max(1, min(wanted, n_classes // block_c, MAX_SPLITS))
 
 

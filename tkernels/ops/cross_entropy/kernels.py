@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tkernels.core import targets
 from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
+from tkernels.core.records import LossOptions
 from tkernels.ops.cross_entropy import config as tuning
 from tkernels.ops.cross_entropy.layout import layout_of, like
 
@@ -406,17 +408,15 @@ def cross_entropy_target_backward(
     tl.store(dp_ptr + dp_row[:, None] + far * dp_stride_c, d.to(dp_ptr.dtype.element_ty), mask=ok)
 
 
-def _factors(label_smoothing: float, n_classes: int) -> tuple[float, float]:
-    return 1.0 - label_smoothing, label_smoothing / n_classes
+def _factors(smoothing: float, n_classes: int) -> tuple[float, float]:
+    return 1.0 - smoothing, smoothing / n_classes
 
 
 def launch_forward(
     x: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
+    options: LossOptions,
     loss_dtype: torch.dtype,
     config: Config | None = None,
     splits: int | None = None,
@@ -427,21 +427,22 @@ def launch_forward(
     probabilities of x's shape, readable; weight: contiguous (C).
     """
     probabilities = target.is_floating_point()
-    weighed = probabilities or label_smoothing > 0
+    weighed = probabilities or options.smoothing > 0
     layout = layout_of(x, target) if probabilities else layout_of(x)
-    config = config or layout.config()
+    gpu = targets.current()
+    config = config or layout.config(gpu)
     tiles, n_rows, n_classes = layout.tiles(config), layout.n_rows, layout.n_classes
     if splits is None:
-        splits = tuning.splits(tiles, n_classes, config["BLOCK_C"], tuning.target_name())
-    hot, smooth = _factors(label_smoothing, n_classes)
+        splits = tuning.splits(tiles, n_classes, config["BLOCK_C"], gpu)
+    hot, smooth = _factors(options.smoothing, n_classes)
 
-    shape = x.shape[:1] + x.shape[2:] if reduction == "none" and x.dim() > 1 else ()
+    shape = x.shape[:1] + x.shape[2:] if options.reduction == "none" and x.dim() > 1 else ()
     loss = x.new_empty(shape, dtype=loss_dtype)
     stats = x.new_empty((3 if weighed else 2, n_rows), dtype=torch.float32)
-    count = x.new_empty((), dtype=torch.float32) if reduction == "mean" else None
+    count = x.new_empty((), dtype=torch.float32) if options.reduction == "mean" else None
     finish = tuning.merge() if splits > 1 else config
     programs = cdiv(n_rows, finish["BLOCK_ROWS"]) if splits > 1 else tiles
-    several = reduction != "none" and programs > 1
+    several = options.reduction != "none" and programs > 1
     # what is not written gets a pointer of the same type all the same: one compiled kernel for all batches
     partial = x.new_empty((2, programs), dtype=torch.float32) if several else stats
     outputs = (stats, partial, loss, stats if count is None else count)
@@ -462,16 +463,16 @@ def launch_forward(
         launch(
             cross_entropy_merge, (programs,),
             state, x, target, weight, *outputs, splits, layout.inner, n_rows, n_classes, *layout.strides[0],
-            ignore_index, hot, REDUCTION=reduction, **kind, **finish.options(),
+            options.ignore_index, hot, REDUCTION=options.reduction, **kind, **finish.options(),
         )  # fmt: skip
     else:
         launch(
             cross_entropy_forward, (tiles,),
-            x, target, weight, *outputs, inner, n_rows, n_classes, *strides, ignore_index, hot, smooth,
-            REDUCTION=reduction, ONE_STEP=n_classes <= config["BLOCK_C"], **kind, **view, **config.options(),
+            x, target, weight, *outputs, inner, n_rows, n_classes, *strides, options.ignore_index, hot, smooth,
+            REDUCTION=options.reduction, ONE_STEP=n_classes <= config["BLOCK_C"], **kind, **view, **config.options(),
         )  # fmt: skip
     if several:
-        launch_total(partial, loss, count, reduction)
+        launch_total(partial, loss, count, options.reduction)
     return loss, stats, count
 
 
@@ -507,9 +508,7 @@ def launch_backward(
     weight: Tensor | None,
     stats: Tensor,
     count: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
+    options: LossOptions,
     config: Config | None = None,
 ) -> Tensor:
     """The gradient of the logits, in their dtype and, where it is dense, their layout. Arguments as launch_forward
@@ -517,16 +516,16 @@ def launch_backward(
     probabilities = target.is_floating_point()
     dx = like(x)
     layout = layout_of(x, dx, target) if probabilities else layout_of(x, dx)
-    config = config or layout.config()
+    config = config or layout.config(targets.current())
     grad, stride_grad = _row_gradients(grad)
-    hot, smooth = _factors(label_smoothing, layout.n_classes)
+    hot, smooth = _factors(options.smoothing, layout.n_classes)
     grid = (layout.tiles(config), cdiv(layout.n_classes, config["BLOCK_C"]))
     launch(
         cross_entropy_backward, grid,
         grad, x, target, weight, stats, stats if count is None else count, dx,
         stride_grad, layout.inner // layout.inner_unit, layout.n_rows, layout.n_classes, *layout.strides[0],
-        *(layout.strides[2] if probabilities else (0, 0, 0)), *layout.strides[1], ignore_index, hot, smooth,
-        PROBABILITIES=probabilities, WEIGHED=probabilities or label_smoothing > 0, REDUCTION=reduction,
+        *(layout.strides[2] if probabilities else (0, 0, 0)), *layout.strides[1], options.ignore_index, hot, smooth,
+        PROBABILITIES=probabilities, WEIGHED=probabilities or options.smoothing > 0, REDUCTION=options.reduction,
         ENDS=layout.ends(x.element_size()), INNER_UNIT=layout.inner_unit, **config.options(),
     )  # fmt: skip
     return dx
@@ -539,21 +538,20 @@ def launch_target_backward(
     weight: Tensor | None,
     stats: Tensor,
     count: Tensor | None,
-    reduction: str,
-    label_smoothing: float,
+    options: LossOptions,
     config: Config | None = None,
 ) -> Tensor:
     """The gradient of target probabilities, in their dtype. Arguments as in launch_backward."""
     dp = like(target)
     layout = layout_of(x, dp)
-    config = config or layout.config()
+    config = config or layout.config(targets.current())
     grad, stride_grad = _row_gradients(grad)
     grid = (layout.tiles(config), cdiv(layout.n_classes, config["BLOCK_C"]))
     launch(
         cross_entropy_target_backward, grid,
         grad, x, weight, stats, stats if count is None else count, dp,
         stride_grad, layout.inner // layout.inner_unit, layout.n_rows, layout.n_classes,
-        *layout.strides[0], *layout.strides[1], 1.0 - label_smoothing,
-        REDUCTION=reduction, INNER_UNIT=layout.inner_unit, **config.options(),
+        *layout.strides[0], *layout.strides[1], 1.0 - options.smoothing,
+        REDUCTION=options.reduction, INNER_UNIT=layout.inner_unit, **config.options(),
     )  # fmt: skip
     return dp

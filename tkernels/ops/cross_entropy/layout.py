@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core.config import Config, cdiv
+from tkernels.core.targets import Target
 from tkernels.ops.cross_entropy import config as tuning
 
 
@@ -35,9 +36,9 @@ class Layout(NamedTuple):
         """8 where the compiler may know that the inner size is a multiple of it, for wide loads along the rows."""
         return 8 if not self.classes_contiguous and self.inner % 8 == 0 else 1
 
-    def config(self) -> Config:
+    def config(self, target: Target) -> Config:
         inner = self.inner if self.outer > 1 else 0  # else it is the batch's
-        return tuning.rows(self.n_classes, inner, self.classes_contiguous, tuning.target_name())
+        return tuning.rows(self.n_classes, inner, self.classes_contiguous, target)
 
     def tiles(self, config: Config) -> int:
         return self.outer * cdiv(self.inner, config["BLOCK_ROWS"])

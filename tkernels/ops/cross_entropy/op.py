@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tkernels.core import autograd, checks, replay
 from tkernels.core import mode as runtime
+from tkernels.core.records import LossOptions
 from tkernels.cpu import cross_entropy as cross_entropy_cpu
 
 if runtime.HAS_TRITON:
@@ -52,33 +53,41 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    options = LossOptions(ignore_index, reduction, label_smoothing)
     if runtime.leaves_to_torch(input):
-        return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
+        return _torch_body(input, target, weight, options)
     kind = None
     if weight is None:  # what a weight may be depends on more than its kind
-        kind = replay.call_kind((input, target), ignore_index, reduction, label_smoothing)
-        options = _checked.get(kind)
-        if options is not None:
-            return _run(kind, input, target, None, *options)
+        kind = replay.call_kind((input, target), options)
+        known = _checked.get(kind)
+        if known is not None:
+            return _run(kind, input, target, None, *known)
     if not _takes_triton(input, target, weight):
-        return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
-    if reduction == "elementwise_mean":  # torch's old name for it, with torch's warning
-        torch.nn._reduction.get_enum(reduction)
-        reduction = "mean"
-    ignore_index = checks.integer("ignore_index", ignore_index)
-    label_smoothing = checks.number("label_smoothing", label_smoothing)
-    _check(input, target, weight, ignore_index, reduction, label_smoothing)
-    smoothing = label_smoothing if label_smoothing > 0 else 0.0  # negative or NaN is none, as in torch
-    options = ignore_index, reduction, smoothing, _loss_dtype(input, target, weight)
+        return _torch_body(input, target, weight, options)
+    options = _checked_options(input, target, weight, options)
+    loss_dtype = _loss_dtype(input, target, weight)
     if runtime.traced():
-        loss: Tensor = torch.ops.tkernels.cross_entropy(input, target, weight, *options)[0]
+        loss: Tensor = torch.ops.tkernels.cross_entropy(input, target, weight, *options, loss_dtype)[0]
         return loss
-    _checked.add(kind, options)
-    return _run(kind, input, target, weight, *options)
+    _checked.add(kind, (options, loss_dtype))
+    return _run(kind, input, target, weight, options, loss_dtype)
 
 
 # what _run takes, by kinds of calls
 _checked = replay.Checked()
+
+
+def _checked_options(input: Tensor, target: Tensor, weight: Tensor | None, given: LossOptions) -> LossOptions:
+    """What kernels take. Raises what torch raises."""
+    reduction = given.reduction
+    if reduction == "elementwise_mean":  # torch's old name for it, with torch's warning
+        torch.nn._reduction.get_enum(reduction)
+        reduction = "mean"
+    ignore_index = checks.integer("ignore_index", given.ignore_index)
+    smoothing = checks.number("label_smoothing", given.smoothing)
+    _check(input, target, weight, LossOptions(ignore_index, reduction, smoothing))
+    # negative or NaN is none, as in torch
+    return LossOptions(ignore_index, reduction, smoothing if smoothing > 0 else 0.0)
 
 
 def _takes_triton(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
@@ -100,14 +109,13 @@ def _check_tensors(input: Any, target: Any, weight: Any) -> None:
         checks.optional_tensor(weight=weight)
 
 
-def _torch_body(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> Tensor:
+def _torch_body(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
     """PyTorch's own call, with its autograd and autocast, but for large logits on a CPU. What it refuses is refused in
     our words."""
-    if reduction in REDUCTIONS and cross_entropy_cpu.takes(input, target, weight, ignore_index, label_smoothing):
+    ignore_index, reduction, label_smoothing = options
+    if reduction in REDUCTIONS and cross_entropy_cpu.takes(input, target, weight, options):
         try:
-            return cross_entropy_cpu.cross_entropy(input, target, ignore_index, reduction, label_smoothing)
+            return cross_entropy_cpu.cross_entropy(input, target, options)
         except RuntimeError:
             _check_range(input, target, ignore_index)
             raise
@@ -119,26 +127,22 @@ def _torch_body(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
     except checks.REFUSALS as error:
-        arguments = input, target, weight, ignore_index, reduction, label_smoothing
-        checks.explain(error, functools.partial(_check_all, *arguments))
+        checks.explain(error, functools.partial(_check_all, input, target, weight, options))
 
 
-def _check_all(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> None:
+def _check_all(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
     _check_tensors(input, target, weight)
-    _check(input, target, weight, ignore_index, reduction, label_smoothing)
-    _check_range(input, target, ignore_index)
+    _check(input, target, weight, options)
+    _check_range(input, target, options.ignore_index)
 
 
-def _check(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> None:
+def _check(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
     """Raise for what torch refuses, but for the range of class indices, which takes a look at the values."""
+    reduction = options.reduction
     if reduction not in REDUCTIONS:
         checks.one_of("reduction", reduction, REDUCTIONS)
-    ignore_index = checks.integer("ignore_index", ignore_index)
-    label_smoothing = checks.number("label_smoothing", label_smoothing)
+    ignore_index = checks.integer("ignore_index", options.ignore_index)
+    label_smoothing = checks.number("label_smoothing", options.smoothing)
     if (weight is not None and weight.device != input.device) or target.device != input.device:
         checks.same_device(input=input, target=target, weight=weight)
     if target.shape == input.shape:
@@ -219,11 +223,15 @@ def _check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
         )
 
 
-def _run(kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+def _run(
+    kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
+    loss_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """The kernels, differentiable where that is asked for. ``kind``: of a call, where it is known."""
     if (input.requires_grad or target.requires_grad) and torch.is_grad_enabled():
-        return cast(Tensor, _CrossEntropy.apply(kind, input, target, weight, *options))
-    return cast(Tensor, _forward.of_kind(kind, (input, target, weight), *options)[0])
+        y: Tensor = _CrossEntropy.apply(kind, input, target, weight, options, loss_dtype)
+        return y
+    return cast(Tensor, _forward.of_kind(kind, (input, target, weight), options, loss_dtype)[0])
 
 
 def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -240,57 +248,54 @@ def forward(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
+    options: LossOptions,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]]:
     """The loss, and what the gradients are made of: logits, target, weight, row statistics, total weight."""
     x = class_layout.readable(input)
     target = class_layout.readable(target) if target.is_floating_point() else target.contiguous()
     weight = None if weight is None else weight.contiguous()
-    loss, stats, count = kernels.launch_forward(
-        x, target, weight, ignore_index, reduction, label_smoothing, loss_dtype
-    )  # fmt: skip
+    loss, stats, count = kernels.launch_forward(x, target, weight, options, loss_dtype)
     return loss, (x, target, weight, stats, count)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
-    ) -> Tensor:
-        loss, *kept = _forward.of_kind(kind, (input, target, weight), *options)
+        ctx: Any, kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
+        loss_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        loss, *kept = _forward.of_kind(kind, (input, target, weight), options, loss_dtype)
         autograd.save(ctx, *kept)
-        ctx.options = options[:3]
+        ctx.options = options
         return cast(Tensor, loss)
 
     @staticmethod
     @autograd.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _backward((grad, *autograd.saved(ctx)), *ctx.options, ctx.needs_input_grad[1:3])
-        return None, *gradients, None, None, None, None, None
+        gradients = _backward((grad, *autograd.saved(ctx)), ctx.options, ctx.needs_input_grad[1:3])
+        return None, *gradients, None, None, None
 
 
 @replay.replayed
 def _forward(
-    tensors: tuple[Tensor | None, ...], ignore_index: int, reduction: str, smoothing: float, loss_dtype: torch.dtype
+    tensors: tuple[Tensor | None, ...], options: LossOptions, loss_dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
     """The loss, and what the gradients are made of."""
     input, target, weight = cast(Any, tensors)
-    loss, saved = forward(input, target, weight, ignore_index, reduction, smoothing, loss_dtype)
+    loss, saved = forward(input, target, weight, options, loss_dtype)
     return loss, *saved
 
 
 @replay.replayed
 def _backward(
-    tensors: tuple[Tensor | None, ...], ignore_index: int, reduction: str, smoothing: float, needs: tuple[bool, ...]
+    tensors: tuple[Tensor | None, ...], options: LossOptions, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of logits and of probabilities, where ``needs`` says so."""
     grad, x, target, weight, stats, count = cast(Any, tensors)
     dx = dp = None
     if needs[0]:
-        dx = kernels.launch_backward(grad, x, target, weight, stats, count, ignore_index, reduction, smoothing)
+        dx = kernels.launch_backward(grad, x, target, weight, stats, count, options)
     if needs[1]:
-        dp = kernels.launch_target_backward(grad, x, target, weight, stats, count, reduction, smoothing)
+        dp = kernels.launch_target_backward(grad, x, target, weight, stats, count, options)
     return dx, dp

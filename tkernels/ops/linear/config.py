@@ -4,117 +4,119 @@ from __future__ import annotations
 
 import functools
 
-from tkernels.core import targets
 from tkernels.core.config import Config, block, cdiv
+from tkernels.core.targets import Target
 
 MAX_SPLITS = 64
 # Where ptxas, left alone, aims at 64 or 128 registers and spills a few bytes for it in the gradients' larger tiles.
 MORE_REGISTERS = {"sm_100": 128, "sm_120": 168}
 
 
-def target_name() -> str:
-    """The current target's name, the key of the choosers below."""
-    return targets.current().name
-
-
-def _stages(target: targets.Target, bytes_a_stage: int) -> int:
+def _stages(target: Target, bytes_a_stage: int) -> int:
     """As many stages as fit in half a multiprocessor's shared memory (two programs overlap), from 2 to 4."""
     return max(2, min(target.max_stages, 4, target.shared_memory // 2 // bytes_a_stage))
 
 
-def _ieee(maxnreg: int | None = None, **blocks: int) -> Config:
+def _ieee(target: Target, maxnreg: int | None = None, **blocks: int) -> Config:
     """Float32 without tensor cores (on AMD with): 256 threads a tile."""
-    return Config.of(num_warps=256 // targets.current().warp_size, num_stages=2, maxnreg=maxnreg, **blocks)
+    return Config.of(256 // target.warp_size, 2, target.registers(maxnreg), **blocks)
 
 
-def _tensor_core_product(cols: int, reduction: int, itemsize: int, narrow: bool) -> tuple[int, int, int, int]:
+def _tensor_core_product(
+    cols: int, reduction: int, itemsize: int, narrow: bool, target: Target
+) -> tuple[int, int, int, int]:
     """(rows, columns, reduction, warps) of a tile: at most 64 accumulators a thread; ``narrow``: 32, where dropout or
     an operand computed on the way to the product wants registers of its own."""
     step = block(reduction, 16, 128 // itemsize)
     if cols <= 16:
         # 128 threads, so that each loads 16 bytes of the narrow operand
-        return 64, 16, step, 128 // targets.current().warp_size
+        return 64, 16, step, 128 // target.warp_size
     if cols < 512:
         return 64, block(cols, 32, 64), step, 4
     # threads, not warps, share out the accumulators: 4 warps of 64 are 8 of 32
-    warps = 256 // targets.current().warp_size
+    warps = 256 // target.warp_size
     return (64, 128, step, warps) if narrow else (128, 128, step, warps)
 
 
 @functools.lru_cache(maxsize=1024)
-def forward(n: int, k: int, itemsize: int, precision: str, drops: bool, target: str) -> Config:
+def forward(n: int, k: int, itemsize: int, precision: str, drops: bool, target: Target) -> Config:
     """For y[M, n] = x[M, k] @ w[n, k]^T; ``drops``: with dropout."""
     if itemsize == 4 and precision == "ieee":
         # left alone ptxas aims at 80 registers and spills four to six, but on sm_80
-        return _ieee(None if target == "sm_80" else 128, BLOCK_M=64, BLOCK_N=block(n, 16, 64), BLOCK_K=16)
-    bm, bn, bk, warps = _tensor_core_product(n, k, itemsize, drops)
-    stages = _stages(targets.current(), (bm + bn) * bk * itemsize)
+        return _ieee(target, None if target.name == "sm_80" else 128, BLOCK_M=64, BLOCK_N=block(n, 16, 64), BLOCK_K=16)
+    bm, bn, bk, warps = _tensor_core_product(n, k, itemsize, drops, target)
+    stages = _stages(target, (bm + bn) * bk * itemsize)
     # left alone ptxas aims at 64 registers for shares of a tile and spills four
-    cap = MORE_REGISTERS["sm_100"] if target == "sm_100" and warps == 8 and drops else None
-    return Config.of(num_warps=warps, num_stages=stages, maxnreg=cap, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
+    cap = MORE_REGISTERS["sm_100"] if target.name == "sm_100" and warps == 8 and drops else None
+    return Config.of(
+        num_warps=warps, num_stages=stages, maxnreg=target.registers(cap), BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk
+    )
 
 
 @functools.lru_cache(maxsize=1024)
-def dgrad(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
+def dgrad(n: int, k: int, itemsize: int, precision: str, target: Target) -> Config:
     """For dx[M, k] = dz[M, n] @ w[n, k]."""
     if itemsize == 4 and precision == "ieee":
-        return _ieee(BLOCK_M=64, BLOCK_N=16, BLOCK_K=block(k, 16, 64))
-    bm, bk, bn, warps = _tensor_core_product(k, n, itemsize, True)
-    if targets.current().warp_size == 64 and bk == 128:
+        return _ieee(target, BLOCK_M=64, BLOCK_N=16, BLOCK_K=block(k, 16, 64))
+    bm, bk, bn, warps = _tensor_core_product(k, n, itemsize, True, target)
+    if target.warp_size == 64 and bk == 128:
         bn = min(bn, 32)  # gelu's gradient and dropout's draws on longer steps leave room for one wave a SIMD
-    stages = _stages(targets.current(), (2 * bm + bk) * bn * itemsize)
+    stages = _stages(target, (2 * bm + bk) * bn * itemsize)
     # gelu's gradient and dropout's draws take 160 registers where nobody stops them: half the programs
-    cap = MORE_REGISTERS.get(target, 128) if warps == 8 else None
-    return Config.of(num_warps=warps, num_stages=stages, maxnreg=cap, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
+    cap = MORE_REGISTERS.get(target.name, 128) if warps == 8 else None
+    return Config.of(
+        num_warps=warps, num_stages=stages, maxnreg=target.registers(cap), BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk
+    )
 
 
 @functools.lru_cache(maxsize=1024)
-def wgrad(n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
+def wgrad(n: int, k: int, itemsize: int, precision: str, target: Target) -> Config:
     """For dw[n, k] = dz[M, n]^T @ x[M, k]; M is the batch."""
     if itemsize == 4 and precision == "ieee":
-        cap = MORE_REGISTERS["sm_120"] if target == "sm_120" else None
-        return _ieee(cap, BLOCK_M=16, BLOCK_N=block(n, 16, 64), BLOCK_K=block(k, 16, 64))
-    here = targets.current()
+        cap = MORE_REGISTERS["sm_120"] if target.name == "sm_120" else None
+        return _ieee(target, cap, BLOCK_M=16, BLOCK_N=block(n, 16, 64), BLOCK_K=block(k, 16, 64))
     # a warp of 64 needs twice the rows to load 16 bytes a thread
-    bm, bn, bk, warps = here.warp_size, block(n, 16, 64), block(k, 16, 64), 4
+    bm, bn, bk, warps = target.warp_size, block(n, 16, 64), block(k, 16, 64), 4
     # RDNA's registers do not hold the larger tile
-    if cdiv(n, 128) * cdiv(k, 128) >= here.multiprocessors and (here.is_nvidia or here.warp_size == 64):
-        bm, bn, bk, warps = 32, 128, 128, 256 // here.warp_size
-    stages = _stages(here, (2 * bn + bk) * bm * itemsize)
-    cap = MORE_REGISTERS["sm_120"] if target == "sm_120" and bn * bk <= 4096 else None
-    return Config.of(num_warps=warps, num_stages=stages, maxnreg=cap, BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk)
+    if cdiv(n, 128) * cdiv(k, 128) >= target.multiprocessors and (target.is_nvidia or target.warp_size == 64):
+        bm, bn, bk, warps = 32, 128, 128, 256 // target.warp_size
+    stages = _stages(target, (2 * bn + bk) * bm * itemsize)
+    cap = MORE_REGISTERS["sm_120"] if target.name == "sm_120" and bn * bk <= 4096 else None
+    return Config.of(
+        num_warps=warps, num_stages=stages, maxnreg=target.registers(cap), BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk
+    )
 
 
 @functools.lru_cache(maxsize=1024)
-def forward_splits(tiles: int, reduction: int, target: str) -> int:
+def forward_splits(tiles: int, reduction: int, target: Target) -> int:
     """Programs that share the reduction of a tile of y or dx; 0: one program a tile, no second pass.
 
     A second pass pays only where the reduction is long and half of the multiprocessors would idle.
     """
-    multiprocessors = targets.current().multiprocessors
+    multiprocessors = target.multiprocessors
     if reduction < 1024 or 2 * tiles > multiprocessors:
         return 0
     return min(cdiv(multiprocessors, tiles), reduction // 256, MAX_SPLITS)
 
 
 @functools.lru_cache(maxsize=1024)
-def wgrad_splits(tiles: int, rows: int, block_rows: int, target: str) -> int:
+def wgrad_splits(tiles: int, rows: int, block_rows: int, target: Target) -> int:
     """Programs that share the batch of a tile of dw; 0 where the tiles alone fill the GPU, whatever the batch."""
-    multiprocessors = targets.current().multiprocessors
+    multiprocessors = target.multiprocessors
     if 2 * tiles > multiprocessors:
         return 0
     return max(1, min(2 * multiprocessors // tiles, rows // (2 * block_rows), MAX_SPLITS))
 
 
 @functools.lru_cache(maxsize=1024)
-def finish(n: int, target: str) -> Config:
+def finish(n: int, target: Target) -> Config:
     """For the pass that sums partial tiles of n columns: 16 bytes a thread."""
     columns = block(n, 16, 128)
-    return Config.of(num_warps=4, num_stages=2, BLOCK_M=16 * targets.current().warp_size // columns, BLOCK_N=columns)
+    return Config.of(num_warps=4, num_stages=2, BLOCK_M=16 * target.warp_size // columns, BLOCK_N=columns)
 
 
 @functools.lru_cache(maxsize=1024)
-def finish_row(n: int, target: str) -> Config:
+def finish_row(n: int, target: Target) -> Config:
     """The same for partials that are one row of n."""
-    columns = block(n, 16, 16 * targets.current().warp_size)
+    columns = block(n, 16, 16 * target.warp_size)
     return Config.of(num_warps=4, num_stages=2, BLOCK_M=1, BLOCK_N=columns)

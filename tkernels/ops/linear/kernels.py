@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune
+from tkernels.core import autotune, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
@@ -333,12 +333,12 @@ def launch_forward(
     precision = runtime.dot_precision(x.dtype, "matmul")
     config = config or autotune.pick(
         "linear forward", m, (n, k, x.dtype, precision, activation, seed is not None, save_z),
-        tuning.forward(n, k, x.element_size(), precision, seed is not None, tuning.target_name()),
+        tuning.forward(n, k, x.element_size(), precision, seed is not None, targets.current()),
         lambda c: launch_forward(x, w, b, activation, p, seed, save_z, c, splits),
     )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     if splits is None:
-        splits = tuning.forward_splits(tiles, k, tuning.target_name())
+        splits = tuning.forward_splits(tiles, k, targets.current())
     steps, parts = split(k, config["BLOCK_K"], splits)
     partials = x.new_empty((parts, m, n), dtype=torch.float32) if splits else None
     x_stride, (w_stride, w_transposed) = _stride(x), _checked_weight_stride(w)
@@ -374,12 +374,12 @@ def launch_dgrad(
     precision = runtime.dot_precision(dy.dtype, "matmul")
     config = config or autotune.pick(
         "linear dgrad", m, (n, k, dy.dtype, precision, activation, seed is not None),
-        tuning.dgrad(n, k, dy.element_size(), precision, tuning.target_name()),
+        tuning.dgrad(n, k, dy.element_size(), precision, targets.current()),
         lambda c: launch_dgrad(dy, w, saved, activation, p, seed, c, splits),
     )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(k, config["BLOCK_K"])
     if splits is None:
-        splits = tuning.forward_splits(tiles, n, tuning.target_name())
+        splits = tuning.forward_splits(tiles, n, targets.current())
     steps, parts = split(n, config["BLOCK_N"], splits)
     partials = dy.new_empty((parts, m, k), dtype=torch.float32) if splits else None
     dy_stride, (w_stride, w_transposed) = _stride(dy), _checked_weight_stride(w)
@@ -417,13 +417,13 @@ def launch_wgrad(
     precision = runtime.dot_precision(dy.dtype, "matmul")
     config = config or autotune.pick(
         "linear wgrad", m, (n, k, dy.dtype, precision, activation, seed is not None, with_bias),
-        tuning.wgrad(n, k, dy.element_size(), precision, tuning.target_name()),
+        tuning.wgrad(n, k, dy.element_size(), precision, targets.current()),
         lambda c: launch_wgrad(dy, x, saved, activation, p, seed, with_bias, c, splits),
         rows="",  # BLOCK_M is a step of the reduction here
     )  # fmt: skip
     tiles = max(cdiv(k, config["BLOCK_K"]), 1) * cdiv(n, config["BLOCK_N"])
     if splits is None:
-        splits = tuning.wgrad_splits(tiles, m, config["BLOCK_M"], tuning.target_name())
+        splits = tuning.wgrad_splits(tiles, m, config["BLOCK_M"], targets.current())
     steps, parts = split(m, config["BLOCK_M"], splits)
     dy_stride, x_stride = _stride(dy), 0 if x is None else _stride(x)
     unit = _unit(dy, n, k, dy_stride, x_stride)
@@ -440,9 +440,9 @@ def launch_wgrad(
     )  # fmt: skip
     if splits:
         if k > 0:
-            finish(out_w, None, 0, dw, config=tuning.finish_row(n * k, tuning.target_name()))
+            finish(out_w, None, 0, dw, config=tuning.finish_row(n * k, targets.current()))
         if db is not None:
-            finish(out_b, None, 0, db, config=tuning.finish_row(n, tuning.target_name()))
+            finish(out_b, None, 0, db, config=tuning.finish_row(n, targets.current()))
     return dw, db
 
 
@@ -459,7 +459,7 @@ def finish(
 ) -> None:
     """Sum partials [splits, M, N] into y, through the epilogue."""
     splits, m, n = partials.shape
-    config = config or tuning.finish(n, tuning.target_name())
+    config = config or tuning.finish(n, targets.current())
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     launch(
         linear_finish_kernel,

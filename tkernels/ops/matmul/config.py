@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from tkernels.core import targets
 from tkernels.core.config import Config, block
+from tkernels.core.targets import Target
 from tkernels.ops.linear import config as linear
-from tkernels.ops.linear.config import target_name
 
-__all__ = ["product", "splits", "target_name", "vector"]
+__all__ = ["product", "splits", "vector"]
 
 
 @functools.lru_cache(maxsize=1024)
-def product(m: int, n: int, k: int, itemsize: int, precision: str, target: str) -> Config:
+def product(m: int, n: int, k: int, itemsize: int, precision: str, target: Target) -> Config:
     """For out[m, n] = a[m, k] @ b[k, n]; of ``m`` only the height of a tile that holds few rows."""
     config = linear.forward(n, k, itemsize, precision, False, target)
     if config.maxnreg is None and (config.num_warps == 4 or (itemsize == 4 and precision == "ieee")):
         # ptxas, left alone, spills a few bytes to stay below 80, 96 or 128 registers
-        config = dataclasses.replace(config, maxnreg=168 if config.num_warps == 4 else 128)
+        config = dataclasses.replace(config, maxnreg=target.registers(168 if config.num_warps == 4 else 128))
     # warps of 64 need 32 rows to load 16 bytes a thread in steps so short that a multiprocessor holds eight of them
-    wide = targets.current().warp_size == 64
+    wide = target.warp_size == 64
     height = block(m, 32 if wide else 16, config["BLOCK_M"])
     if height == config["BLOCK_M"]:
         return config
@@ -29,10 +28,10 @@ def product(m: int, n: int, k: int, itemsize: int, precision: str, target: str) 
     if wide:
         low["BLOCK_K"] = min(low["BLOCK_K"], 32)
     # few enough threads that each loads 16 bytes
-    warp = targets.current().warp_size
+    warp = target.warp_size
     shares = height * low["BLOCK_N"] // (16 * warp), height * low["BLOCK_K"] * itemsize // (16 * warp)
     warps = max(1, min(config.num_warps, *shares))
-    return dataclasses.replace(config, blocks=tuple(low.items()), num_warps=warps, maxnreg=168)
+    return dataclasses.replace(config, blocks=tuple(low.items()), num_warps=warps, maxnreg=target.registers(168))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune
+from tkernels.core import autotune, targets
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
@@ -211,12 +211,12 @@ def _launch_matrices(a: Tensor, b: Tensor, layouts: tuple[Matrices, Matrices], i
     precision = runtime.dot_precision(a.dtype, "matmul")
     config = config or autotune.pick(
         "matmul", m, (batches, n, k, a.dtype, precision, la.transposed, lb.transposed),
-        tuning.product(m, n, k, a.element_size(), precision, tuning.target_name()),
+        tuning.product(m, n, k, a.element_size(), precision, targets.current()),
         lambda c: _launch_matrices(a, b, layouts, inner, out, c, splits),
     )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     if splits is None:
-        splits = tuning.splits(batches * tiles, k, tuning.target_name())
+        splits = tuning.splits(batches * tiles, k, targets.current())
     steps, parts = linear.split(k, config["BLOCK_K"], splits)
     a_unit = la.unit(a, m if la.transposed else k)
     b_unit = lb.unit(b, k if lb.transposed else n)
@@ -244,7 +244,7 @@ def _launch_vector(a: Tensor, b: Tensor, layouts: tuple[Matrices, Matrices], inn
     config = config or tuning.vector(n, k, lb.transposed)
     tiles = cdiv(n, config["BLOCK_N"])
     if splits is None:
-        splits = tuning.splits(batches * tiles, k, tuning.target_name())
+        splits = tuning.splits(batches * tiles, k, targets.current())
     steps, parts = linear.split(k, config["BLOCK_K"], splits)
     unit = lb.unit(b, k if lb.transposed else n)
     target = a.new_empty((parts, batches, n), dtype=torch.float32) if splits else out
@@ -255,7 +255,7 @@ def _launch_vector(a: Tensor, b: Tensor, layouts: tuple[Matrices, Matrices], inn
         B_TRANSPOSED=lb.transposed, **config.options(),
     )  # fmt: skip
     if splits:
-        one_row = linear_tuning.finish(n, linear_tuning.target_name())
+        one_row = linear_tuning.finish(n, targets.current())
         linear.finish(target.view(parts, batches, n), None, 0, out, config=one_row)
 
 

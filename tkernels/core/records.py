@@ -1,0 +1,147 @@
+"""What operators hand on as one: arguments that belong together, and what one kernel leaves for the next."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tkernels.core.geometry import Geometry, Pooling
+
+
+class BatchNorm(NamedTuple):
+    """A batch norm as called: vectors (C), and numbers as in torch.nn.functional.batch_norm.
+
+    ``training``: the batch's statistics normalise and move the running ones, where given. ``momentum`` None: those are
+    the average over all batches that ``num_batches_tracked`` (int64, shape ()) counted; training adds one to it.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    momentum: float | None
+    eps: float
+    num_batches_tracked: Tensor | None = None
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Running mean and variance, weight, bias."""
+        return self.running_mean, self.running_var, self.weight, self.bias
+
+
+class Norm(NamedTuple):
+    """What normalises: ``mean`` and ``var`` are running statistics, or ``mean`` is the batch's [4, C] from
+    launch_finalize_statistics and ``var`` None."""
+
+    mean: Tensor
+    var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Partials(NamedTuple):
+    """What the first stage of a reduction wrote, and how many programs wrote it."""
+
+    data: Tensor
+    producers: int
+
+
+class LossOptions(NamedTuple):
+    """Cross entropy's, as in torch.nn.functional.cross_entropy; ``smoothing``: its ``label_smoothing``."""
+
+    ignore_index: int
+    reduction: str
+    smoothing: float
+
+
+class WeightSums(NamedTuple):
+    """A layer's workspace from launch_wgrad and what to make of it: gradients like ``weight`` and ``bias`` (None: not
+    wanted), and one like ``unmoved``, a bias that batch statistics take away again: zeros."""
+
+    workspace: Tensor
+    geometry: Geometry
+    weight: Tensor
+    bias: Tensor | None
+    unmoved: Tensor | None
+
+
+# how many of a layer's fields are tensors; they come first
+TENSORS = 7
+
+
+class ConvBNLayer(NamedTuple):
+    """One layer of a stage: a convolution's arguments and its batch norm's, named as in torch.nn.functional.
+
+    ``running_mean`` and ``running_var`` None: the batch's statistics normalise, in evaluation too.
+    ``num_batches_tracked``: an int64 tensor of shape (), which training adds one to; ``momentum`` None: running
+    statistics average over all batches it counted. ``training``: for this layer's batch norm alone, where it is not the
+    stage's. ``activation``: any that :func:`tkernels.functional.batch_norm` takes.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    bn_weight: Tensor | None = None
+    bn_bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    stride: int | Sequence[int] = 1
+    padding: int | Sequence[int] | str = 0
+    dilation: int | Sequence[int] = 1
+    groups: int = 1
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    training: bool | None = None
+    activation: str | None = "relu"
+
+    def counts(self, stage_training: bool) -> bool:
+        """Whether this batch's statistics move the running ones."""
+        return stage_training if self.training is None else self.training
+
+    def measures(self, stage_training: bool) -> bool:
+        """Whether this batch's statistics normalise it."""
+        return self.running_mean is None or self.counts(stage_training)
+
+    def without_tensors(self) -> ConvBNLayer:
+        """Its numbers and names alone."""
+        return ConvBNLayer._make((*[None] * TENSORS, *self[TENSORS:]))
+
+    def batch_norm(self, stage_training: bool) -> BatchNorm:
+        """The layer's batch norm, without the counter where it does not count."""
+        counter = self.num_batches_tracked if self.counts(stage_training) else None
+        measures = self.measures(stage_training)
+        return BatchNorm(self.running_mean, self.running_var, self.bn_weight, self.bn_bias, measures, self.momentum,
+                         self.eps, counter)  # fmt: skip
+
+
+class MaxPool(NamedTuple):
+    """Max pooling's arguments as in torch.nn.functional.max_pool2d; ``stride`` None: the kernel's size."""
+
+    kernel_size: int | Sequence[int]
+    stride: int | Sequence[int] | None = None
+    padding: int | Sequence[int] = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StageCall:
+    """A call of a conv stage without its tensors: what its shapes and arguments come to. ``of_a_kind``: calls have this
+    very object if and only if they are alike in all that decisions depend on."""
+
+    geometries: tuple[Geometry, ...]
+    pool: Pooling
+    dtype: torch.dtype
+    p: float
+    training: bool
+    activations: tuple[str | None, ...]
+    of_a_kind: bool = False
+
+    @property
+    def plain_end(self) -> bool:
+        """Whether nothing follows the last activation."""
+        return self.pool.taps == 1 and self.pool.stride_h == 1 and self.pool.stride_w == 1 and self.p == 0.0
