@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, checks
+from tkernels.core import autograd, checks, plan
 from tkernels.core import mode as runtime
 from tkernels.cpu import batch_norm as batch_norm_cpu
 from tkernels.ops.batch_norm import config as tuning
@@ -414,10 +414,7 @@ def merge_statistics(
     for running, moved in ((running_mean, mean), (running_var, var)):
         if running is not None and moved is not None and running is not moved:
             running.copy_(moved)
-    # kernels write behind autograd's back: a graph that saved the old values must notice
-    written = [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
-    if written:
-        torch.autograd.graph.increment_version(written)
+    plan.increment_version([t for t in (running_mean, running_var, num_batches_tracked) if t is not None])
     return stats
 
 

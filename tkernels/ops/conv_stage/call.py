@@ -62,10 +62,9 @@ class MaxPool(NamedTuple):
     padding: int | Sequence[int] = 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """A call without its tensors: what its shapes and arguments come to. ``of_a_kind``: calls have this very object for
-    a plan if and only if they are alike in all that decisions depend on."""
+    """A call without its tensors: what its shapes and arguments come to."""
 
     geometries: tuple[Geometry, ...]
     pool: Pooling
@@ -73,7 +72,6 @@ class Plan:
     p: float
     training: bool
     activations: tuple[str | None, ...]
-    of_a_kind: bool = False
 
     @property
     def plain_end(self) -> bool:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, replay
+from tkernels.core import autograd
 from tkernels.core import mode as runtime
+from tkernels.core import plan as plans
 from tkernels.ops.batch_norm import config as bn_tuning
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
@@ -310,7 +311,7 @@ def _behind_activation(
 
 
 class _End(NamedTuple):
-    """The stage's end, to be replayed."""
+    """The stage's end, to be made again."""
 
     plan: Plan
     seed: Tensor | None
@@ -391,10 +392,12 @@ class _ConvStage(torch.autograd.Function):
     layer formed it from the raw output before as it loaded it; and what behind_residual says."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, layers: Sequence[ConvBNLayer], x: Tensor, *others: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, call: plans.Call | None, plan: Plan, layers: Sequence[ConvBNLayer], x: Tensor, *others: Tensor | None
+    ) -> Tensor:
         """``others``: the layers' parameters, and the residual."""
         seed = runtime.dropout_seed(x) if plan.p > 0 else None
-        y, *kept = _replay_forward(x, layers, plan, seed, others[-1], ctx.needs_input_grad[2:])
+        y, *kept = _planned_forward(call, x, layers, plan, seed, others[-1], ctx.needs_input_grad[3:])
         autograd.save(ctx, seed, *kept)
         ctx.plan, ctx.eps = plan, tuple(layer.eps for layer in layers)
         ctx.input_format = x.dtype, conv_ops.suggests_channels_last(x)
@@ -403,9 +406,8 @@ class _ConvStage(torch.autograd.Function):
     @staticmethod
     @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.plan, ctx.eps, ctx.needs_input_grad[2:], ctx.input_format
-        backward = _backward if ctx.plan.of_a_kind else _backward.body
-        return None, None, *backward((dy, *autograd.saved(ctx)), *given)
+        given = ctx.plan, ctx.eps, ctx.needs_input_grad[3:], ctx.input_format
+        return None, None, None, *_backward((dy, *autograd.saved(ctx)), *given)
 
 
 _Options = tuple[tuple[float | None, float, bool], ...]
@@ -420,19 +422,16 @@ def tensors(x: Tensor, layers: Sequence[ConvBNLayer], residual: Tensor | None) -
     return tuple(found)
 
 
-def _replay_forward(
-    x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, seed: Tensor | None, residual: Tensor | None,
-    needs: tuple[bool, ...] | None,
+def _planned_forward(
+    call: plans.Call | None, x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, seed: Tensor | None,
+    residual: Tensor | None, needs: tuple[bool, ...] | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """_forward, replayed where the plan stands for a kind of call."""
     given = (*tensors(x, layers, residual), seed)
     options = tuple([(layer.momentum, layer.eps, layer.counts(plan.training)) for layer in layers])
-    if plan.of_a_kind:
-        return _forward.of_kind(plan, given, plan, options, needs)
-    return _forward.body(given, plan, options, needs)
+    return _forward.of_call(call, given, plan, options, needs)
 
 
-@replay.replayed
+@plans.Planned
 def _forward(
     tensors: tuple[Tensor | None, ...], plan: Plan, options: _Options, needs: tuple[bool, ...] | None
 ) -> tuple[Tensor | None, ...]:
@@ -460,7 +459,7 @@ def _forward(
     return (y, *kept)
 
 
-@replay.replayed
+@plans.Planned
 def _backward(
     tensors: tuple[Tensor | None, ...], plan: Plan, eps: tuple[float, ...], needs: tuple[bool, ...],
     input_format: tuple[torch.dtype, bool],
@@ -472,7 +471,9 @@ def _backward(
     return tuple(backward(cast(Tensor, dy), saved, behind, seed, plan, eps, needs, input_format))
 
 
-def run(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, residual: Tensor | None) -> Tensor:
+def run(
+    x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, residual: Tensor | None, call: plans.Call | None
+) -> Tensor:
     """The stage, differentiable where that is asked for."""
     if residual is not None:
         residual = residual.to(plan.dtype)
@@ -480,6 +481,6 @@ def run(x: Tensor, layers: Sequence[ConvBNLayer], plan: Plan, residual: Tensor |
         others = [t for layer in layers for t in layer[:4]]
         others.append(residual)
         if x.requires_grad or any(t is not None and t.requires_grad for t in others):
-            return cast(Tensor, _ConvStage.apply(plan, layers, x, *others))
+            return cast(Tensor, _ConvStage.apply(call, plan, layers, x, *others))
     seed = runtime.dropout_seed(x) if plan.p > 0 else None
-    return cast(Tensor, _replay_forward(x, layers, plan, seed, residual, None)[0])
+    return cast(Tensor, _planned_forward(call, x, layers, plan, seed, residual, None)[0])

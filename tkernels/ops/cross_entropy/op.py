@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tkernels.core import autograd, checks, replay
+from tkernels.core import autograd, checks, plan
 from tkernels.core import mode as runtime
 from tkernels.cpu import cross_entropy as cross_entropy_cpu
 
@@ -54,12 +53,12 @@ def cross_entropy(
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     if runtime.leaves_to_torch(input):
         return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
-    kind = None
-    if weight is None:  # what a weight may be depends on more than its kind
-        kind = replay.call_kind((input, target), ignore_index, reduction, label_smoothing)
-        options = _checked.get(kind)
-        if options is not None:
-            return _run(kind, input, target, None, *options)
+    key = None
+    if weight is None:  # what a weight may be depends on more than its cache key
+        key = plan.call_key((input, target), ignore_index, reduction, label_smoothing)
+        call = _calls.get(key)
+        if call is not None:
+            return _run(call, input, target, None, *call.value)
     if not _takes_triton(input, target, weight):
         return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
     if reduction == "elementwise_mean":  # torch's old name for it, with torch's warning
@@ -73,12 +72,12 @@ def cross_entropy(
     if runtime.traced():
         loss: Tensor = torch.ops.tkernels.cross_entropy(input, target, weight, *options)[0]
         return loss
-    _checked.add(kind, options)
-    return _run(kind, input, target, weight, *options)
+    call = None if key is None else _calls.add(key, plan.Call(options))
+    return _run(call, input, target, weight, *options)
 
 
-# what _run takes, by kinds of calls
-_checked = replay.Checked()
+# calls that passed the checks, with the options that _run takes
+_calls = plan.Cache(plan.MOST_PLANS)
 
 
 def _takes_triton(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
@@ -219,11 +218,11 @@ def _check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
         )
 
 
-def _run(kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-    """The kernels, differentiable where that is asked for. ``kind``: of a call, where it is known."""
+def _run(call: plan.Call | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+    """The kernels, differentiable where that is asked for."""
     if (input.requires_grad or target.requires_grad) and torch.is_grad_enabled():
-        return cast(Tensor, _CrossEntropy.apply(kind, input, target, weight, *options))
-    return cast(Tensor, _forward.of_kind(kind, (input, target, weight), *options)[0])
+        return cast(Tensor, _CrossEntropy.apply(call, input, target, weight, *options))
+    return cast(Tensor, _forward.of_call(call, (input, target, weight), *options)[0])
 
 
 def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -258,9 +257,9 @@ def forward(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+        ctx: Any, call: plan.Call | None, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
     ) -> Tensor:
-        loss, *kept = _forward.of_kind(kind, (input, target, weight), *options)
+        loss, *kept = _forward.of_call(call, (input, target, weight), *options)
         autograd.save(ctx, *kept)
         ctx.options = options[:3]
         return cast(Tensor, loss)
@@ -272,7 +271,7 @@ class _CrossEntropy(torch.autograd.Function):
         return None, *gradients, None, None, None, None, None
 
 
-@replay.replayed
+@plan.Planned
 def _forward(
     tensors: tuple[Tensor | None, ...], ignore_index: int, reduction: str, smoothing: float, loss_dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
@@ -282,7 +281,7 @@ def _forward(
     return loss, *saved
 
 
-@replay.replayed
+@plan.Planned
 def _backward(
     tensors: tuple[Tensor | None, ...], ignore_index: int, reduction: str, smoothing: float, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
