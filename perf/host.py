@@ -2,7 +2,7 @@
 
 The step (forward, loss, backward) of the fused CIFAR network on CPU tensors that say they are on a GPU: checks,
 choosers, allocations, autograd and Triton's own Python run as on a GPU; what is compiled and launched is a stand-in.
-Once through Triton's JITFunction.run and once with the shortcut past it, in turns. Beside it PyTorch's own
+Beside it PyTorch's own
 step on the CPU at the smallest size, an estimate of what its calls cost a host. Microseconds differ from machine to
 machine: a bare JITFunction.run, made once after each step, is the yardstick.
 
@@ -34,7 +34,7 @@ import tkernels
 from models.cifar_cnn import CNNClassifier
 from perf import aot, traffic
 from perf.options import Refused
-from tkernels.core import launch, replay, targets
+from tkernels.core import launch, plan, targets
 from tkernels.ops.conv_stage import kernels as conv_stage
 
 # the first steps compile and record
@@ -121,8 +121,7 @@ def _stubbed_launcher(made: Callable[..., None]) -> Iterator[None]:
 
 def _forget_compiled() -> None:
     """Kernels remember what they were compiled to by device number."""
-    launch.forget()
-    replay.forget()
+    plan.forget()
     for name, module in list(sys.modules.items()):
         if name.startswith("tkernels.ops."):
             for kernel in vars(module).values():
@@ -147,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(batch: int, steps: int) -> pd.DataFrame:
-    """Microseconds a step and a call: Triton's launch, the shortcut, PyTorch's calls; and of a bare launch."""
+    """Microseconds a step and a call: ours, PyTorch's, and of a bare launch."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     _keep_freed_memory()
@@ -157,10 +156,9 @@ def measure(batch: int, steps: int) -> pd.DataFrame:
         with stubbed_driver(lambda *made: launches.append(1)), flattened_for_nothing():
             fused = step(*traffic.fused(), batch)
             bodies = {
-                "tkernels, JITFunction.run": (False, fused),
-                "tkernels, past JITFunction.run": (True, fused),
-                "bare JITFunction.run": (False, bare_launch()),
-                "bare launch, fast": (True, bare_launch()),
+                "tkernels": fused,
+                "bare launch by a plan": bare_launch(),
+                "bare JITFunction.run": bare_launch_by_triton(),
             }
             times = _in_turns(bodies, steps)
             launches.clear()
@@ -168,7 +166,7 @@ def measure(batch: int, steps: int) -> pd.DataFrame:
         times["torch.nn, smallest CPU tensors"] = _median(plain, steps)
     finally:
         torch.set_num_threads(threads)
-    calls = dict.fromkeys(times, 1) | {name: len(launches) for name in list(times)[:2]}
+    calls = dict.fromkeys(times, 1) | {"tkernels": len(launches)}
     calls["torch.nn, smallest CPU tensors"] = plain_calls
     rows = {name: {"us a step": t, "calls": calls[name], "us a call": t / calls[name]} for name, t in times.items()}
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -200,11 +198,27 @@ def flattened_for_nothing() -> Iterator[None]:
         torch.flatten = given
 
 
-def bare_launch() -> Callable[[], None]:
-    """One launch of a small kernel and nothing else."""
+def fold(x: Tensor) -> None:
+    """One launch of a small kernel."""
+    launch.launch(conv_stage.fold_sums_kernel, (1, 1), x, x, 2, 32, BLOCK_R=32, BLOCK_C=32, num_warps=4)
+
+
+def bare_launch() -> Callable[[], object]:
+    """A plan of one launch."""
+
+    @plan.Planned
+    def body(tensors: tuple[Any, ...]) -> tuple[()]:
+        fold(*tensors)
+        return ()
+
     x = torch.zeros(256)
-    options = {"BLOCK_R": 32, "BLOCK_C": 32, "num_warps": 4}
-    return lambda: launch.launch(conv_stage.fold_sums_kernel, (1, 1), x, x, 2, 32, **options)
+    return lambda: body((x,))
+
+
+def bare_launch_by_triton() -> Callable[[], object]:
+    """The same by Triton's Python."""
+    x = torch.zeros(256)
+    return lambda: fold(x)
 
 
 def _plain_step() -> tuple[Callable[[], None], int]:
@@ -220,21 +234,20 @@ def _plain_step() -> tuple[Callable[[], None], int]:
     return body, len(counted.calls)
 
 
-def _in_turns(bodies: dict[str, tuple[bool, Callable[[], None]]], steps: int) -> dict[str, float]:
+def _in_turns(bodies: dict[str, Callable[[], object]], steps: int) -> dict[str, float]:
     """Medians in microseconds; the bodies take turns so that drift hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in bodies}
     for turn in range(steps + WARM_UP):
-        for name, (fast, body) in bodies.items():
-            with launch.fast(fast):
-                start = time.perf_counter()
-                body()
-                if turn >= WARM_UP:
-                    times[name].append(time.perf_counter() - start)
+        for name, body in bodies.items():
+            start = time.perf_counter()
+            body()
+            if turn >= WARM_UP:
+                times[name].append(time.perf_counter() - start)
     return {name: 1e6 * statistics.median(found) for name, found in times.items()}
 
 
 def _median(body: Callable[[], None], steps: int) -> float:
-    return _in_turns({"": (False, body)}, steps)[""]
+    return _in_turns({"": body}, steps)[""]
 
 
 def _keep_freed_memory() -> None:

@@ -34,7 +34,7 @@ import torch
 import tkernels
 from tests.gates import interpreter, optional, process, ttsem
 from tests.gates import launches as launch_counts
-from tkernels.core import replay
+from tkernels.core import plan
 
 _stack = contextlib.ExitStack()
 _ttsem_state: Any = None
@@ -87,7 +87,7 @@ def _turn(item: pytest.Item) -> int:
     """A GPU is there for minutes: first what trains and each operator, last what is exhaustive under ttsem."""
     if item.get_closest_marker("extended") is not None:
         return 2
-    return 0 if {"ops", "test_replay.py", "test_fused_training.py"} & set(item.path.parts) else 1
+    return 0 if {"ops", "test_plan.py", "test_fused_training.py"} & set(item.path.parts) else 1
 
 
 @pytest.hookimpl(wrapper=True)
@@ -138,7 +138,7 @@ def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test starts from the same seed, IEEE float32 products and the strict backend of its gate, and no operator
     repeats what it did in a test before, which may have put another choice in its way. It leaves the process as it
     found it."""
-    replay.forget()
+    plan.forget()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # whatever a command under test has set
     torch.backends.cudnn.conv.fp32_precision = "ieee"

@@ -218,7 +218,7 @@ def test_operators_launch_what_was_chosen(tuned: list[str]) -> None:
 def test_without_the_switch_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "tuner", lambda: pytest.fail("asked the tuner"))
     assert not autotune.enabled, "TKERNELS_AUTOTUNE is set"
-    assert autotune.pick("op", 8, (), FIRST, lambda config: pytest.fail("launched")) is FIRST
+    assert autotune.pick("op", 8, (), FIRST, lambda config: pytest.fail("launched"), None) is FIRST
 
 
 def test_only_large_convolutions_go_to_pytorch() -> None:

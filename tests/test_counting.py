@@ -12,19 +12,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from perf import host, traffic
 from tests.gates.launches import counting_driver_calls
-from tkernels.core import launch, replay
 from tkernels.functional import linear
 from tkernels.ops.conv_stage import kernels as conv_stage
 
 pytestmark = pytest.mark.gate("torch")
 
 X, W = torch.zeros(8, 32), torch.zeros(16, 32)
-PLAIN, SHORTCUT = JITFunction.run.__code__, launch.Shortcut.launch.__code__
+PLAIN = JITFunction.run.__code__
 
 
 @pytest.fixture
@@ -65,60 +63,33 @@ def called(body: Callable[[], object]) -> collections.Counter[object]:
     return counts
 
 
-def fold(x: Tensor = X) -> None:
-    launch.launch(conv_stage.fold_sums_kernel, (1, 1), x, x, 2, 32, BLOCK_R=32, BLOCK_C=32, num_warps=4)
+def test_a_launch_is_counted_once_by_triton_and_by_a_plan(made: list[host.Made], counted: list[str]) -> None:
+    for n in range(1, 4):
+        ways = called(lambda: linear(X, W, activation="relu"))
+        assert counted == ["linear_forward_kernel"] * n
+        assert len(made) == n
+        assert ways[PLAIN] == (n == 1)  # which compiles
 
 
-@pytest.mark.parametrize("fast", (False, True))
-def test_a_launch_is_counted_once_on_its_way(fast: bool, made: list[host.Made], counted: list[str]) -> None:
-    with launch.fast(fast):
-        assert launch.is_fast([conv_stage.fold_sums_kernel]) == fast
-        fold()
-        assert counted == ["fold_sums_kernel"]
-        ways = called(fold)
-    assert counted == ["fold_sums_kernel"] * 2
-    assert len(made) == 2
-    assert (ways[PLAIN], ways[SHORTCUT]) == ((0, 1) if fast else (1, 0))
-
-
-@pytest.mark.parametrize("fast", (False, True))
-def test_a_replay_is_recorded_and_counted_once(fast: bool, made: list[host.Made], counted: list[str]) -> None:
-    def call() -> None:
-        linear(X, W, activation="relu")
-
-    with launch.fast(fast):
-        for n in range(1, 5):
-            ways = called(call)
-            assert counted == ["linear_forward_kernel"] * n
-        assert ways[PLAIN] == (not fast)
-        assert ways[SHORTCUT] == 0  # a replay takes neither
-    programs = [p for f in replay._functions for p in f.kinds.values() if isinstance(p, replay.Program)]
-    assert [p.direct is None for p in programs] == [False]
-    assert len(made) == 4
-
-
-def test_a_whole_step_is_counted_alike_in_all_ways(made: list[host.Made], counted: list[str]) -> None:
+def test_a_whole_step_is_counted_alike_in_all_calls(made: list[host.Made], counted: list[str]) -> None:
     step, found = host.step(*traffic.fused(), 8), []
-    for fast, replays in ((False, False), (True, False), (False, True), (True, True)):
-        with launch.fast(fast), replay.enabled(replays):
-            for _ in range(host.WARM_UP):
-                made.clear()
-                counted.clear()
-                step()
+    for _ in range(3):
+        made.clear()
+        counted.clear()
+        step()
         assert [str(call[4]).split()[0] for call in made] == counted
         found.append(list(counted))
     assert len(found[0]) == 56
-    assert found[1:] == found[:1] * 3
+    assert found[1:] == found[:1] * 2
 
 
 def test_counting_ends(made: list[host.Made]) -> None:
     """Launchers made after the block are Triton's own again."""
     names: list[str] = []
-    with launch.fast(False):
-        with counting_driver_calls(names):
-            fold()
-        conv_stage.fold_sums_kernel.device_caches.clear()
-        fold()
+    with counting_driver_calls(names):
+        host.fold(X)
+    conv_stage.fold_sums_kernel.device_caches.clear()
+    host.fold(X)
     assert names == ["fold_sums_kernel"]
     assert len(made) == 2
 
@@ -137,10 +108,8 @@ from types import SimpleNamespace
 import torch
 from tests import conftest
 from triton.runtime.jit import JITFunction
-from tkernels.core import launch
 conftest.pytest_configure(SimpleNamespace(option=SimpleNamespace()))
-with launch.fast(True):
-    print(launch.is_fast([]), torch.are_deterministic_algorithms_enabled())
+print(JITFunction.run.__module__ == "triton.runtime.jit", torch.are_deterministic_algorithms_enabled())
 """
 
 
@@ -154,7 +123,7 @@ with launch.fast(True):
     ],
 )
 def test_what_a_gate_leaves_open(gate: str, switch: str, state: str) -> None:
-    """The fast launch, and deterministic mode."""
+    """Triton's own launch, and torch's deterministic mode."""
     given = {**os.environ, "TK_GATE": gate, "TK_DETERMINISTIC": switch}
     given.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", STATE], env=given, capture_output=True, text=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -12,12 +11,11 @@ from perf import traffic
 from perf.gpu import training
 from perf.gpu.session import Item, Run
 from perf.gpu.training import Rival, Task
-from tkernels.core import launch
 
 BATCHES, DRY_BATCHES = (256, 1024, 64), (4,)
 # who is ready at once, and who compiles for a minute or more, at the first batch and then at the others
 AT_ONCE = ("tkernels", "tkernels graph", "torch", "torch graph")
-ONCE = ("tkernels JITFunction.run", "tkernels sgd graph")
+ONCE = ("tkernels sgd graph",)
 COMPILED, MODES = "torch.compile", ("reduce-overhead", "max-autotune")
 
 
@@ -46,7 +44,6 @@ def task(batch: int) -> Task:
 def _rivals(run: Run) -> Iterator[Rival]:
     yield Rival("tkernels", traffic.fused)
     yield Rival("tkernels graph", traffic.fused, graph=True)
-    yield Rival("tkernels JITFunction.run", traffic.fused, context=functools.partial(launch.fast, False))
     yield Rival("tkernels sgd graph", traffic.fused, graph=True, optimizer="sgd")
     yield Rival("torch", traffic.plain, context=tuned)
     yield Rival("torch graph", traffic.plain, graph=True, context=tuned)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import tkernels
 import tkernels.functional as TF
-from tkernels.core import replay
+from tkernels.core import plan
 from tkernels.cpu import batch_norm as batch_norm_cpu
 from tkernels.cpu import buffers, compiler, passes
 from tkernels.cpu import conv_stage as conv_stage_cpu
@@ -184,7 +184,7 @@ def _forget() -> None:
     buffers.POOL.clear()
     passes.number.cache_clear()
     passes._constant.cache_clear()
-    replay.forget()
+    plan.forget()
 
 
 def _leaves(given: list[Tensor], device: str, backward: bool) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.tolerance import assert_close
 
 
-def operators(graph: torch.fx.Graph) -> set[str]:
-    """Names of the registered operators a graph calls."""
-    return {str(node.target).split(".")[1] for node in graph.nodes if str(node.target).startswith("tkernels.")}
+def operators(module: torch.nn.Module) -> set[str]:
+    """Names of the operators of which a graph module, or one within it, calls a registered launch."""
+    graphs = [m.graph for m in module.modules() if isinstance(m, torch.fx.GraphModule)]
+    targets = [str(node.target) for graph in graphs for node in graph.nodes]
+    # a program that was functionalised names them as arguments
+    targets += [str(a) for graph in graphs for node in graph.nodes for a in node.args]
+    names = [target.split(".")[1] for target in targets if target.startswith("tkernels.")]
+    return {re.sub("_(forward|input_gradient|weight_gradient)$", "", name) for name in names}
 
 
 def compare_compiled(

@@ -12,9 +12,8 @@ from torch import Tensor
 from tests.ops.stages import CASES, CL, FIELDS, activated, close, compare, doubled, layers_for, reference
 from tests.tolerance import assert_close
 from tkernels.core import activation as activations
-from tkernels.core import replay
+from tkernels.core import plan
 from tkernels.functional import ConvBNLayer, conv_stage
-from tkernels.ops.conv_stage import triton_body as conv_stage_triton
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 
@@ -154,23 +153,19 @@ def test_residual_under_autocast(device: str) -> None:
 
 @pytest.mark.gate("ttsem", "cuda")
 @pytest.mark.parametrize("activation", ("relu", None, "silu"))
-def test_residual_is_replayed(activation: str | None, device: str) -> None:
-    """Recorded at the third call of a kind, with other values right at the fourth."""
-    with replay.enabled(True):
-        replay.forget()
-        layers = activated(activation)(layers_for(6, [(6, 1, {})], torch.float32, device))
-        for _ in range(4):
-            x, residual = (torch.randn(2, 6, 5, 4, device=device, requires_grad=True) for _ in range(2))
-            exact_x, exact_residual = (t.detach().cpu().double().requires_grad_() for t in (x, residual))
-            y = conv_stage(x, layers, training=True, residual=residual)
-            expected = reference(exact_x, doubled(layers), torch.float32, residual=exact_residual)
-            assert_close(y, expected, 6 * 40, name="y")
-            found = torch.autograd.grad(y.square().sum(), (x, residual))
-            for t, want in zip(found, torch.autograd.grad(expected.square().sum(), (exact_x, exact_residual))):
-                close(t, want, 6 * 40, 8, torch.float32, "gradient")
-        programs = [p for f in (conv_stage_triton._forward, conv_stage_triton._backward) for p in f.kinds.values()]
-        assert len(programs) == 2
-        assert all(isinstance(p, replay.Program) for p in programs)
+def test_residual_by_one_plan(activation: str | None, device: str) -> None:
+    """Other values are right at every call of a kind."""
+    layers = activated(activation)(layers_for(6, [(6, 1, {})], torch.float32, device))
+    for _ in range(4):
+        x, residual = (torch.randn(2, 6, 5, 4, device=device, requires_grad=True) for _ in range(2))
+        exact_x, exact_residual = (t.detach().cpu().double().requires_grad_() for t in (x, residual))
+        y = conv_stage(x, layers, training=True, residual=residual)
+        expected = reference(exact_x, doubled(layers), torch.float32, residual=exact_residual)
+        assert_close(y, expected, 6 * 40, name="y")
+        found = torch.autograd.grad(y.square().sum(), (x, residual))
+        for t, want in zip(found, torch.autograd.grad(expected.square().sum(), (exact_x, exact_residual))):
+            close(t, want, 6 * 40, 8, torch.float32, "gradient")
+    assert len(plan._plans.values) == 2
 
 
 def test_residual_that_is_the_input(device: str) -> None:

@@ -9,7 +9,6 @@ import torch
 
 from perf import host, traffic
 from tests.perf.command import refused, run
-from tkernels.core import launch
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -17,21 +16,20 @@ pytestmark = pytest.mark.gate("torch")
 def test_it_prints_a_row_for_each_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("host", "--batch", "2", "--steps", "1") == 0
     printed = capsys.readouterr().out
-    for name in ("JITFunction.run", "past JITFunction.run", "torch.nn"):
+    for name in ("tkernels ", "JITFunction.run", "torch.nn"):
         assert name in printed
 
 
 def test_every_launch_of_the_step_is_counted() -> None:
     frame = host.measure(256, 1)
-    assert (frame.calls.iloc[:2] == 59).all()
+    assert frame.calls["tkernels"] == 59
     assert (frame["us a call"] > 0).all()
 
 
-@pytest.mark.parametrize(("fast", "most"), ((False, 100), (True, 29)))
-def test_calls_between_launches_stay_few(fast: bool, most: int) -> None:
+def test_calls_between_launches_stay_few() -> None:
     """Python and C functions called a launch, in place of the time they take. (Three of them look at strides of what is
     saved, before and after: hooks may give it back laid out otherwise.)"""
-    with host.stubbed_driver(lambda *given: None), launch.fast(fast):
+    with host.stubbed_driver(lambda *given: None):
         step = host.step(*traffic.fused(), 8)
         for _ in range(host.WARM_UP):
             step()
@@ -39,7 +37,7 @@ def test_calls_between_launches_stay_few(fast: bool, most: int) -> None:
         profile.runcall(step)
     calls = sum(entry.callcount for entry in profile.getstats())
     # before torch 2.14 each autograd function runs through Python of torch's own; Triton 3.6's stub has a call more
-    most += 0 if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14) else 4
+    most = 29 if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14) else 33
     assert calls / 56 < most, calls / 56
 
 

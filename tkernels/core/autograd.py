@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.compiler import is_dynamo_compiling
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
@@ -28,6 +29,8 @@ def once_differentiable(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *args: Any) -> Gradients:
+        if is_dynamo_compiling():  # what it makes cannot be differentiated twice, and says so
+            return backward(ctx, *args)
         args = _as_stored(args)
         if not _are_plain(args):
             return _of_kernels(wrapper, ctx, args)
@@ -147,6 +150,8 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     """ctx.save_for_backward, and what :func:`saved` goes by: strides, for hooks may come later
     (SavedTensor.register_hooks); where hooks are on already, all that there is. A trace keeps nothing."""
     ctx.save_for_backward(*tensors)
+    if is_dynamo_compiling():
+        return
     ctx.kinds = ctx.strides = None
     if _C._len_torch_dispatch_stack() > 0:
         return
@@ -160,6 +165,8 @@ def saved(ctx: Any) -> tuple[Any, ...]:
     """What :func:`save` was given, laid out as it was: kernels and passes rely on that, and hooks (save_on_cpu, ...)
     may give back another layout. Raises RuntimeError for another shape, dtype or device."""
     tensors: tuple[Any, ...] = ctx.saved_tensors
+    if is_dynamo_compiling():
+        return tensors
     if ctx.kinds is not None:
         return tuple(t if _kind(t) == kind else _restored(t, kind) for t, kind in zip(tensors, ctx.kinds))
     if ctx.strides is None or ctx.strides == _strides(tensors):

@@ -41,19 +41,24 @@ def pick(
     shape: Hashable,
     first: Config,
     run: Callable[[Config], object],
+    x: Any,
     rows: str = "BLOCK_M",
     least: int = 16,
 ) -> Config:
     """The configuration to launch with: ``first``, the closed form's, unless autotuning is on and found a faster one.
 
     ``batch``: rows or images, of which the choice sees the power of two; ``shape``: what else it depends on; ``run``:
-    makes the launch and has no other effect; ``rows``: the block whose size may vary, none where every block is part of
-    how a sum is formed; ``least``: its smallest size.
+    makes the launch and has no other effect; ``x``: a tensor or slot it takes; ``rows``: the block whose size
+    may vary, none where every block is part of how a sum is formed; ``least``: its smallest size.
     """
     if not enabled:
         return first
     candidates = {_text(config): config for config in neighbours(first, rows, least)}
-    won = tuner().best(_key(name, batch, shape), {text: functools.partial(run, c) for text, c in candidates.items()})
+    calls: dict[str, Callable[[], object]] = {}
+    for text, config in candidates.items():
+        call = functools.partial(run, config)
+        calls[text] = x.planner.sample(call) if hasattr(x, "planner") else call
+    won = tuner().best(_key(name, batch, shape), calls)
     return candidates[won]
 
 

@@ -128,10 +128,9 @@ class MaxPool(NamedTuple):
     padding: int | Sequence[int] = 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class StageCall:
-    """A call of a conv stage without its tensors: what its shapes and arguments come to. ``of_a_kind``: calls have this
-    very object if and only if they are alike in all that decisions depend on."""
+    """A call of a conv stage without its tensors: what its shapes and arguments come to."""
 
     geometries: tuple[Geometry, ...]
     pool: Pooling
@@ -139,7 +138,6 @@ class StageCall:
     p: float
     training: bool
     activations: tuple[str | None, ...]
-    of_a_kind: bool = False
 
     @property
     def plain_end(self) -> bool:

@@ -315,7 +315,7 @@ def launch_forward(
         "attention forward", batch * heads,
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0),
         tuning.forward(head, v_head, q.element_size(), precision, mask is not None or p > 0, targets.current()),
-        lambda c: launch_forward(q, k, v, mask, p, causal, scale, seed, save_lse, c),
+        lambda c: launch_forward(q, k, v, mask, p, causal, scale, seed, save_lse, c), q,
         least=tuning.least_rows(q.element_size(), targets.current()),
     )  # fmt: skip
     unit = unit_of(q, k, v, o)

@@ -285,7 +285,7 @@ def launch_dq(
         "attention dq", batch * heads,
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0),
         tuning.dq(head, v_head, q.element_size(), precision, mask is not None or p > 0, targets.current()),
-        lambda c: launch_dq(q, k, v, do, lse, delta, mask, p, causal, scale, seed, c),
+        lambda c: launch_dq(q, k, v, do, lse, delta, mask, p, causal, scale, seed, c), q,
         least=tuning.least_rows(q.element_size(), targets.current()),
     )  # fmt: skip
     unit = unit_of(q, k, v, do, dq)
@@ -335,7 +335,7 @@ def launch_dkv(
         "attention dkv", batch * heads,
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0, needs_k, needs_v),
         tuning.dkv(head, v_head, q.element_size(), precision, mask is not None or p > 0, targets.current()),
-        lambda c: launch_dkv(q, k, v, do, lse, delta, mask, p, causal, scale, seed, needs_k, needs_v, c),
+        lambda c: launch_dkv(q, k, v, do, lse, delta, mask, p, causal, scale, seed, needs_k, needs_v, c), q,
     )  # fmt: skip
     unit = unit_of(*(t for t in (q, k, v, do, dk, dv) if t is not None))
     mask_bytes, mask_strides = mask_of(mask, q, k)

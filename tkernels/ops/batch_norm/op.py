@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, checks
+from tkernels.core import autograd, checks, plan
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Matrix, matrix
 from tkernels.core.records import BatchNorm, Norm, Partials
@@ -322,10 +322,7 @@ def merge_statistics(partials: Partials, m: Matrix, bn: BatchNorm) -> Tensor:
     for running, moved in ((bn.running_mean, mean), (bn.running_var, var)):
         if running is not None and moved is not None and running is not moved:
             running.copy_(moved)
-    # kernels write behind autograd's back: a graph that saved the old values must notice
-    written = [t for t in (bn.running_mean, bn.running_var, bn.num_batches_tracked) if t is not None]
-    if written:
-        torch.autograd.graph.increment_version(written)
+    plan.increment_version([t for t in (bn.running_mean, bn.running_var, bn.num_batches_tracked) if t is not None])
     return stats
 
 

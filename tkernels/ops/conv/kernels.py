@@ -269,7 +269,7 @@ def launch_forward(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, 
     config = config or autotune.pick(
         "conv2d forward", n, (g, packed.dtype, precision, activation, channels_last),
         tuning.forward(g, packed.dtype, precision, targets.current()),
-        lambda c: launch_forward(x, packed, bias, g, activation, keep_input, channels_last, c),
+        lambda c: launch_forward(x, packed, bias, g, activation, keep_input, channels_last, c), x,
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     out_pixels = g.out_h * g.out_w

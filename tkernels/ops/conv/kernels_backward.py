@@ -390,7 +390,7 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, dtype: torch.dtype, ch
     config = config or autotune.pick(
         "conv2d dgrad", n, (g, dy.dtype, precision, activation, channels_last),
         tuning.dgrad(g, dy.dtype, precision, targets.current(), saved is not None),
-        lambda c: launch_dgrad(dy, packed, g, dtype, channels_last, transposed, saved, activation, c),
+        lambda c: launch_dgrad(dy, packed, g, dtype, channels_last, transposed, saved, activation, c), dy,
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     largest = n * cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
@@ -422,7 +422,7 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     config = config or autotune.pick(
         "conv2d wgrad", dy.shape[0], (g, dy.dtype, precision, activation, needs_weight, needs_bias),
         tuning.wgrad(g, dy.dtype, precision, targets.current(), saved is not None),
-        lambda c: launch_wgrad(x, dy, g, needs_weight, needs_bias, saved, activation, c, runs, through),
+        lambda c: launch_wgrad(x, dy, g, needs_weight, needs_bias, saved, activation, c, runs, through), dy,
     )  # fmt: skip
     block_m, block_n, block_p = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_P"]
     rows, cols, out_on_rows = tuning.wgrad_sides(g)

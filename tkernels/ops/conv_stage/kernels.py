@@ -319,7 +319,7 @@ def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, nor
         (g, packed.dtype, precision, norm is None, channels_last, activation, residual is not None),
         tuning.forward(g, packed.dtype, precision, targets.current(), channels_last),
         # nothing is counted while it is timed
-        lambda c: launch_conv(x, packed, bias, g, norm, None, channels_last, activation, residual, c),
+        lambda c: launch_conv(x, packed, bias, g, norm, None, channels_last, activation, residual, c), x,
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     out_pixels = g.out_h * g.out_w

@@ -336,7 +336,7 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, x: Tensor, norm: Norm,
     config = config or autotune.pick(
         "conv_stage dgrad", n, (g, dy.dtype, precision, activation),
         tuning.dgrad(g, dy.dtype, precision, targets.current()),
-        lambda c: launch_dgrad(dy, packed, g, x, norm, transposed, activation, c),
+        lambda c: launch_dgrad(dy, packed, g, x, norm, transposed, activation, c), dy,
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     phases = math.prod(g.phases)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import checks, replay
+from tkernels.core import checks, plan
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Geometry, Pooling, no_pooling
 from tkernels.core.records import TENSORS, ConvBNLayer, MaxPool, StageCall
@@ -44,10 +44,10 @@ def conv_stage(
     activation, a residual beside pool or dropout, or a probability outside [0, 1]; TypeError for arguments of the wrong
     type; RuntimeError for values, shapes, dtypes or devices that do not go together.
     """
-    kind = None if runtime.leaves_to_torch(input) else _kind(input, layers, pool, dropout_p, training, residual)
-    known = _checked.get(kind)
-    if known is not None:
-        return conv_stage_triton.run(input, layers, known, residual)
+    key = None if runtime.leaves_to_torch(input) else _key(input, layers, pool, dropout_p, training, residual)
+    call = _calls.get(key)
+    if call is not None:
+        return conv_stage_triton.run(input, layers, call.value, residual, call)
     checks.tensor(input=input)
     if runtime.jit_traced():  # sizes are none there
         runtime.use_triton(input)
@@ -67,23 +67,22 @@ def conv_stage(
     p = float(dropout_p) if training else 0.0
     tensors = [t for layer in layers for t in layer[:6] if t is not None]
     stage = StageCall(
-        geometries, pooling, autocast or input.dtype, p, training, tuple(layer.activation for layer in layers),
-        of_a_kind=kind is not None,
-    )  # fmt: skip
+        geometries, pooling, autocast or input.dtype, p, training, tuple(layer.activation for layer in layers)
+    )
     if input.numel() == 0 or not runtime.use_triton(input, *tensors, residual):
         y = _cpu_body(input, layers, stage) if residual is None else None
         return y if y is not None else _torch_body(input, layers, pool, p, training, residual)
     if runtime.traced():
         return _registered(input, layers, stage, residual)
-    _checked.add(kind, stage)
-    return conv_stage_triton.run(input, layers, stage, residual)
+    call = None if key is None else _calls.add(key, plan.Call(stage))
+    return conv_stage_triton.run(input, layers, stage, residual, call)
 
 
-# stage calls, by kinds of calls
-_checked = replay.Checked()
+# calls that passed the checks, with what they come to
+_calls = plan.Cache(plan.MOST_PLANS)
 
 
-def _kind(
+def _key(
     input: Tensor, layers: Sequence[ConvBNLayer], pool: Pool, dropout_p: float, training: bool,
     residual: Tensor | None,
 ) -> Hashable | None:  # fmt: skip
@@ -92,7 +91,7 @@ def _kind(
         others = tuple([layer[TENSORS:] for layer in layers])
     except TypeError:  # layers that are none
         return None
-    return replay.call_kind(tensors, others, pool, dropout_p, training)
+    return plan.call_key(tensors, others, pool, dropout_p, training)
 
 
 def _geometries(input: Tensor, layers: Sequence[ConvBNLayer]) -> tuple[Geometry, ...]:

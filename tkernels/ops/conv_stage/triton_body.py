@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, replay, targets
+from tkernels.core import autograd, plan, targets
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Geometry, Matrix, Pooling, matrix, no_pooling
 from tkernels.core.records import TENSORS, BatchNorm, ConvBNLayer, Norm, Partials, StageCall, WeightSums
@@ -335,7 +335,7 @@ def _behind_activation(
 
 
 class _End(NamedTuple):
-    """The stage's end, to be replayed."""
+    """The stage's end, to be made again."""
 
     stage: StageCall
     seed: Tensor | None
@@ -420,10 +420,13 @@ class _ConvStage(torch.autograd.Function):
     layer formed it from the raw output before as it loaded it; and what behind_residual says."""
 
     @staticmethod
-    def forward(ctx: Any, stage: StageCall, layers: Sequence[ConvBNLayer], x: Tensor, *others: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, call: plan.Call | None, stage: StageCall, layers: Sequence[ConvBNLayer], x: Tensor,
+        *others: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """``others``: the layers' parameters, and the residual."""
         seed = runtime.dropout_seed(x) if stage.p > 0 else None
-        y, *kept = _replay_forward(x, layers, stage, seed, others[-1], ctx.needs_input_grad[2:])
+        y, *kept = _planned_forward(call, x, layers, stage, seed, others[-1], ctx.needs_input_grad[3:])
         autograd.save(ctx, seed, *kept)
         ctx.stage, ctx.eps = stage, tuple(layer.eps for layer in layers)
         ctx.input_format = x.dtype, conv_ops.suggests_channels_last(x)
@@ -432,9 +435,8 @@ class _ConvStage(torch.autograd.Function):
     @staticmethod
     @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.stage, ctx.eps, ctx.needs_input_grad[2:], ctx.input_format
-        backward = _backward if ctx.stage.of_a_kind else _backward.body
-        return None, None, *backward((dy, *autograd.saved(ctx)), *given)
+        given = ctx.stage, ctx.eps, ctx.needs_input_grad[3:], ctx.input_format
+        return None, None, None, *_backward((dy, *autograd.saved(ctx)), *given)
 
 
 _Options = tuple[tuple[float | None, float, bool], ...]
@@ -449,19 +451,16 @@ def tensors(x: Tensor, layers: Sequence[ConvBNLayer], residual: Tensor | None) -
     return tuple(found)
 
 
-def _replay_forward(
-    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, seed: Tensor | None, residual: Tensor | None,
-    needs: tuple[bool, ...] | None,
+def _planned_forward(
+    call: plan.Call | None, x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, seed: Tensor | None,
+    residual: Tensor | None, needs: tuple[bool, ...] | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """_forward, replayed where the stage stands for a kind of call."""
     given = (*tensors(x, layers, residual), seed)
     options = tuple([(layer.momentum, layer.eps, layer.counts(stage.training)) for layer in layers])
-    if stage.of_a_kind:
-        return _forward.of_kind(stage, given, stage, options, needs)
-    return _forward.body(given, stage, options, needs)
+    return _forward.of_call(call, given, stage, options, needs)
 
 
-@replay.replayed
+@plan.Planned
 def _forward(
     tensors: tuple[Tensor | None, ...], stage: StageCall, options: _Options, needs: tuple[bool, ...] | None
 ) -> tuple[Tensor | None, ...]:
@@ -489,7 +488,7 @@ def _forward(
     return (y, *kept)
 
 
-@replay.replayed
+@plan.Planned
 def _backward(
     tensors: tuple[Tensor | None, ...], stage: StageCall, eps: tuple[float, ...], needs: tuple[bool, ...],
     input_format: tuple[torch.dtype, bool],
@@ -501,7 +500,9 @@ def _backward(
     return tuple(backward(cast(Tensor, dy), saved, behind, seed, stage, eps, needs, input_format))
 
 
-def run(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, residual: Tensor | None) -> Tensor:
+def run(
+    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, residual: Tensor | None, call: plan.Call | None
+) -> Tensor:
     """The stage, differentiable where that is asked for."""
     if residual is not None:
         residual = residual.to(stage.dtype)
@@ -509,7 +510,7 @@ def run(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, residual: Te
         others = [t for layer in layers for t in layer[:4]]
         others.append(residual)
         if x.requires_grad or any(t is not None and t.requires_grad for t in others):
-            y: Tensor = _ConvStage.apply(stage, layers, x, *others)
+            y: Tensor = _ConvStage.apply(call, stage, layers, x, *others)
             return y
     seed = runtime.dropout_seed(x) if stage.p > 0 else None
-    return cast(Tensor, _replay_forward(x, layers, stage, seed, residual, None)[0])
+    return cast(Tensor, _planned_forward(call, x, layers, stage, seed, residual, None)[0])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tkernels.core import autograd, checks, replay
+from tkernels.core import autograd, checks, plan
 from tkernels.core import mode as runtime
 from tkernels.core.records import LossOptions
 from tkernels.cpu import cross_entropy as cross_entropy_cpu
@@ -56,12 +55,12 @@ def cross_entropy(
     options = LossOptions(ignore_index, reduction, label_smoothing)
     if runtime.leaves_to_torch(input):
         return _torch_body(input, target, weight, options)
-    kind = None
-    if weight is None:  # what a weight may be depends on more than its kind
-        kind = replay.call_kind((input, target), options)
-        known = _checked.get(kind)
-        if known is not None:
-            return _run(kind, input, target, None, *known)
+    key = None
+    if weight is None:  # what a weight may be depends on more than its cache key
+        key = plan.call_key((input, target), options)
+        call = _calls.get(key)
+        if call is not None:
+            return _run(call, input, target, None, *call.value)
     if not _takes_triton(input, target, weight):
         return _torch_body(input, target, weight, options)
     options = _checked_options(input, target, weight, options)
@@ -69,12 +68,12 @@ def cross_entropy(
     if runtime.traced():
         loss: Tensor = torch.ops.tkernels.cross_entropy(input, target, weight, *options, loss_dtype)[0]
         return loss
-    _checked.add(kind, (options, loss_dtype))
-    return _run(kind, input, target, weight, options, loss_dtype)
+    call = None if key is None else _calls.add(key, plan.Call((options, loss_dtype)))
+    return _run(call, input, target, weight, options, loss_dtype)
 
 
-# what _run takes, by kinds of calls
-_checked = replay.Checked()
+# calls that passed the checks, with the options that _run takes
+_calls = plan.Cache(plan.MOST_PLANS)
 
 
 def _checked_options(input: Tensor, target: Tensor, weight: Tensor | None, given: LossOptions) -> LossOptions:
@@ -224,14 +223,14 @@ def _check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
 
 
 def _run(
-    kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
+    call: plan.Call | None, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
     loss_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The kernels, differentiable where that is asked for. ``kind``: of a call, where it is known."""
+    """The kernels, differentiable where that is asked for."""
     if (input.requires_grad or target.requires_grad) and torch.is_grad_enabled():
-        y: Tensor = _CrossEntropy.apply(kind, input, target, weight, options, loss_dtype)
+        y: Tensor = _CrossEntropy.apply(call, input, target, weight, options, loss_dtype)
         return y
-    return cast(Tensor, _forward.of_kind(kind, (input, target, weight), options, loss_dtype)[0])
+    return cast(Tensor, _forward.of_call(call, (input, target, weight), options, loss_dtype)[0])
 
 
 def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -262,10 +261,10 @@ def forward(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kind: Hashable | None, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
+        ctx: Any, call: plan.Call | None, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
         loss_dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        loss, *kept = _forward.of_kind(kind, (input, target, weight), options, loss_dtype)
+        loss, *kept = _forward.of_call(call, (input, target, weight), options, loss_dtype)
         autograd.save(ctx, *kept)
         ctx.options = options
         return cast(Tensor, loss)
@@ -277,7 +276,7 @@ class _CrossEntropy(torch.autograd.Function):
         return None, *gradients, None, None, None
 
 
-@replay.replayed
+@plan.Planned
 def _forward(
     tensors: tuple[Tensor | None, ...], options: LossOptions, loss_dtype: torch.dtype
 ) -> tuple[Tensor | None, ...]:
@@ -287,7 +286,7 @@ def _forward(
     return loss, *saved
 
 
-@replay.replayed
+@plan.Planned
 def _backward(
     tensors: tuple[Tensor | None, ...], options: LossOptions, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:

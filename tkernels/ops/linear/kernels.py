@@ -11,13 +11,15 @@ tile, and a second kernel adds the partials in a fixed order, so that results do
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, targets
+from tkernels.core import autotune, library, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
@@ -322,23 +324,38 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(y [..., N], the pre-activation z or None) for x [..., K] with dense rows, dense w [N, K], and b of N elements
     or one. ``seed``: dropout's, None for none. ``splits``: 0 for one program a tile, else programs that share one."""
+    y = x.new_empty((*x.shape[:-1], w.shape[0]))
+    z = torch.empty_like(y) if save_z else None
+    forward(x, w, b, y, z, seed, activation, p, config=config, splits=splits)
+    return y, z
+
+
+def _product_flops(x: Sequence[int], w: Sequence[int], *_: Any) -> int:
+    return 2 * math.prod(x) * w[0]
+
+
+@library.launches("linear_forward", mutates="y z", flops=_product_flops)
+def forward(
+    x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, z: Tensor | None, seed: Tensor | None, activation: str | None,
+    p: float, *, config: Config | None = None, splits: int | None = None,
+) -> None:  # fmt: skip
+    """Writes y and z; arguments as launch_forward's."""
     n, k = w.shape
     m = _rows(x)
-    y = x.new_empty((*x.shape[:-1], n))
-    z = torch.empty_like(y) if save_z else None
     if y.numel() == 0:
-        return y, z
+        return
     if k == 0:  # an empty sum: a product with one column of zeros, for the epilogue's sake
-        return launch_forward(x.new_zeros((*x.shape[:-1], 1)), w.new_zeros((n, 1)), b, activation, p, seed, save_z)
-    precision = runtime.dot_precision(x.dtype, "matmul")
+        forward(x.new_zeros((*x.shape[:-1], 1)), w.new_zeros((n, 1)), b, y, z, seed, activation, p)
+        return
+    target, precision = targets.current(), runtime.dot_precision(x.dtype, "matmul")
     config = config or autotune.pick(
-        "linear forward", m, (n, k, x.dtype, precision, activation, seed is not None, save_z),
-        tuning.forward(n, k, x.element_size(), precision, seed is not None, targets.current()),
-        lambda c: launch_forward(x, w, b, activation, p, seed, save_z, c, splits),
+        "linear forward", m, (n, k, x.dtype, precision, activation, seed is not None, z is not None),
+        tuning.forward(n, k, x.element_size(), precision, seed is not None, target),
+        lambda c: forward(x, w, b, y, z, seed, activation, p, config=c, splits=splits), x,
     )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     if splits is None:
-        splits = tuning.forward_splits(tiles, k, targets.current())
+        splits = tuning.forward_splits(tiles, k, target)
     steps, parts = split(k, config["BLOCK_K"], splits)
     partials = x.new_empty((parts, m, n), dtype=torch.float32) if splits else None
     x_stride, (w_stride, w_transposed) = _stride(x), _checked_weight_stride(w)
@@ -351,7 +368,6 @@ def launch_forward(
     )  # fmt: skip
     if partials is not None:
         finish(partials, b, b_stride, y, z, activation, p, seed)
-    return y, z
 
 
 def launch_dgrad(
@@ -366,20 +382,35 @@ def launch_dgrad(
 ) -> Tensor:
     """dx [..., K] from dy [..., N] with dense rows, dense w [N, K] and what forward saved, z or y
     (activation.needs_input), contiguous. ``p`` without a ``seed``: y tells what dropout kept ('relu')."""
+    dx = dy.new_empty((*dy.shape[:-1], w.shape[1]))
+    input_gradient(dy, w, saved, seed, dx, activation, p, config=config, splits=splits)
+    return dx
+
+
+def _dgrad_flops(dy: Sequence[int], w: Sequence[int], *_: Any) -> int:
+    return 2 * math.prod(dy) * w[1]
+
+
+@library.launches("linear_input_gradient", mutates="dx", flops=_dgrad_flops)
+def input_gradient(
+    dy: Tensor, w: Tensor, saved: Tensor | None, seed: Tensor | None, dx: Tensor, activation: str | None, p: float, *,
+    config: Config | None = None, splits: int | None = None,
+) -> None:  # fmt: skip
+    """Writes dx; arguments as launch_dgrad's."""
     n, k = w.shape
     m = _rows(dy)
-    dx = dy.new_empty((*dy.shape[:-1], k))
     if dx.numel() == 0 or n == 0:
-        return dx.zero_()
-    precision = runtime.dot_precision(dy.dtype, "matmul")
+        dx.zero_()
+        return
+    target, precision = targets.current(), runtime.dot_precision(dy.dtype, "matmul")
     config = config or autotune.pick(
         "linear dgrad", m, (n, k, dy.dtype, precision, activation, seed is not None),
-        tuning.dgrad(n, k, dy.element_size(), precision, targets.current()),
-        lambda c: launch_dgrad(dy, w, saved, activation, p, seed, c, splits),
+        tuning.dgrad(n, k, dy.element_size(), precision, target),
+        lambda c: input_gradient(dy, w, saved, seed, dx, activation, p, config=c, splits=splits), dy,
     )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(k, config["BLOCK_K"])
     if splits is None:
-        splits = tuning.forward_splits(tiles, n, targets.current())
+        splits = tuning.forward_splits(tiles, n, target)
     steps, parts = split(n, config["BLOCK_N"], splits)
     partials = dy.new_empty((parts, m, k), dtype=torch.float32) if splits else None
     dy_stride, (w_stride, w_transposed) = _stride(dy), _checked_weight_stride(w)
@@ -392,7 +423,6 @@ def launch_dgrad(
     )  # fmt: skip
     if partials is not None:
         finish(partials, None, 0, dx)
-    return dx
 
 
 def launch_wgrad(
@@ -408,22 +438,40 @@ def launch_wgrad(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dw [N, K], db [N]) from dy [..., N] and x [..., K], both with dense rows; other arguments as launch_dgrad's.
     Without ``x`` only db is computed, without ``with_bias`` only dw; what is not computed is None."""
+    n = dy.shape[-1]
+    dw = None if x is None else dy.new_empty((n, x.shape[-1]))
+    db = dy.new_empty(n) if with_bias else None
+    weight_gradient(dy, x, saved, seed, dw, db, activation, p, config=config, splits=splits)
+    return dw, db
+
+
+def _wgrad_flops(dy: Sequence[int], x: Sequence[int] | None, *_: Any) -> int:
+    return 0 if x is None else 2 * math.prod(dy) * x[-1]
+
+
+@library.launches("linear_weight_gradient", mutates="dw db", flops=_wgrad_flops)
+def weight_gradient(
+    dy: Tensor, x: Tensor | None, saved: Tensor | None, seed: Tensor | None, dw: Tensor | None, db: Tensor | None,
+    activation: str | None, p: float, *, config: Config | None = None, splits: int | None = None,
+) -> None:  # fmt: skip
+    """Writes dw and db; arguments as launch_wgrad's."""
     n, m = dy.shape[-1], _rows(dy)
     k = 0 if x is None else x.shape[-1]
-    dw = None if x is None else dy.new_empty((n, k))
-    db = dy.new_empty(n) if with_bias else None
-    if m == 0 or n == 0 or (k == 0 and not with_bias):
-        return (None if dw is None else dw.zero_()), (None if db is None else db.zero_())
-    precision = runtime.dot_precision(dy.dtype, "matmul")
+    if m == 0 or n == 0 or (k == 0 and db is None):
+        for empty in (dw, db):
+            if empty is not None:
+                empty.zero_()
+        return
+    target, precision = targets.current(), runtime.dot_precision(dy.dtype, "matmul")
     config = config or autotune.pick(
-        "linear wgrad", m, (n, k, dy.dtype, precision, activation, seed is not None, with_bias),
-        tuning.wgrad(n, k, dy.element_size(), precision, targets.current()),
-        lambda c: launch_wgrad(dy, x, saved, activation, p, seed, with_bias, c, splits),
+        "linear wgrad", m, (n, k, dy.dtype, precision, activation, seed is not None, db is not None),
+        tuning.wgrad(n, k, dy.element_size(), precision, target),
+        lambda c: weight_gradient(dy, x, saved, seed, dw, db, activation, p, config=c, splits=splits), dy,
         rows="",  # BLOCK_M is a step of the reduction here
     )  # fmt: skip
     tiles = max(cdiv(k, config["BLOCK_K"]), 1) * cdiv(n, config["BLOCK_N"])
     if splits is None:
-        splits = tuning.wgrad_splits(tiles, m, config["BLOCK_M"], targets.current())
+        splits = tuning.wgrad_splits(tiles, m, config["BLOCK_M"], target)
     steps, parts = split(m, config["BLOCK_M"], splits)
     dy_stride, x_stride = _stride(dy), 0 if x is None else _stride(x)
     unit = _unit(dy, n, k, dy_stride, x_stride)
@@ -440,10 +488,9 @@ def launch_wgrad(
     )  # fmt: skip
     if splits:
         if k > 0:
-            finish(out_w, None, 0, dw, config=tuning.finish_row(n * k, targets.current()))
+            finish(out_w, None, 0, dw, config=tuning.finish_row(n * k, target))
         if db is not None:
-            finish(out_b, None, 0, db, config=tuning.finish_row(n, targets.current()))
-    return dw, db
+            finish(out_b, None, 0, db, config=tuning.finish_row(n, target))
 
 
 def finish(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, checks, replay
+from tkernels.core import autograd, checks, plan
 from tkernels.core import mode as runtime
 from tkernels.cpu import linear as linear_cpu
 
@@ -39,11 +38,12 @@ def linear(
     Raises TypeError for an argument that is not a tensor, ValueError for an unknown activation or a ``dropout_p``
     outside [0, 1], RuntimeError for shapes, dtypes or devices that do not go together.
     """
-    kind, torchs = None, runtime.leaves_to_torch(input)
+    key, torchs = None, runtime.leaves_to_torch(input)
     if not torchs:
-        kind = replay.call_kind((input, weight, bias), activation, dropout_p, training)
-        if _checked.get(kind):
-            return _run(input, weight, bias, activation, float(dropout_p) if training else 0.0, kind)
+        key = plan.call_key((input, weight, bias), activation, dropout_p, training)
+        call = _calls.get(key)
+        if call is not None:
+            return _run(input, weight, bias, activation, call.value, call)
     if activation not in activations.ACTIVATIONS:
         activations.check(activation)
     if not 0.0 <= dropout_p <= 1.0:
@@ -54,16 +54,17 @@ def linear(
     _check_shapes(input, weight, bias)
     cast = runtime.autocast_dtype(input)
     if cast is not None:
-        kind = None  # of the tensors before
+        key = None  # of the tensors before
         input, weight, bias = runtime.cast_for_autocast(cast, input, weight, bias)  # type: ignore[assignment]
     checks.matching_kinds(input, weight, bias, None)
-    if kind is not None and weight.dim() == 2 and (bias is None or bias.dim() <= 1):
-        _checked.add(kind)
-    return _triton_body(input, weight, bias, activation, p, kind)
+    call = None
+    if key is not None and weight.dim() == 2 and (bias is None or bias.dim() <= 1):
+        call = _calls.add(key, plan.Call(p))
+    return _triton_body(input, weight, bias, activation, p, call)
 
 
-# kinds of calls that go to _run
-_checked = replay.Checked()
+# calls that passed the checks and go to _run, with dropout's probability
+_calls = plan.Cache(plan.MOST_PLANS)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -135,7 +136,7 @@ def _check_all(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _triton_body(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float, kind: Hashable | None = None
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float, call: plan.Call | None = None
 ) -> Tensor:
     if weight.dim() == 1:
         return _triton_body(input, weight.unsqueeze(0), bias, activation, p).squeeze(-1)
@@ -143,22 +144,19 @@ def _triton_body(
         # rows of their own: the sum is a separate pass, and what follows it too
         y = activations.apply(_triton_body(input, weight, None, None, 0.0) + bias, activation)
         return F.dropout(y, p) if p > 0 else y
-    if runtime.traced():
-        seed = runtime.dropout_seed(input) if p > 0 else None
-        return torch.ops.tkernels.linear(input, weight, bias, activation, p, seed)[0]
-    return _run(input, weight, bias, activation, p, kind)
+    return _run(input, weight, bias, activation, p, call)
 
 
 def _run(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float, kind: Hashable | None
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float, call: plan.Call | None
 ) -> Tensor:
-    """The kernels, differentiable where that is asked for. ``kind``: of a call, where it is known."""
+    """The kernels, differentiable where that is asked for."""
     seed = runtime.dropout_seed(input) if p > 0 else None
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return cast(Tensor, _Linear.apply(input, weight, bias, activation, p, seed, kind))
-    return cast(Tensor, _forward.of_kind(kind, (input, weight, bias, seed), activation, p, (False, False, False))[0])
+        return cast(Tensor, _Linear.apply(input, weight, bias, activation, p, seed, call))
+    return cast(Tensor, _forward.of_call(call, (input, weight, bias, seed), activation, p, (False, False, False))[0])
 
 
 def _saves_seed(activation: str | None) -> bool:
@@ -177,22 +175,23 @@ class _Linear(torch.autograd.Function):
         activation: str | None,
         p: float,
         seed: Tensor | None,
-        kind: Hashable | None,
+        call: plan.Call | None,
     ) -> Tensor:
-        y, *kept = _forward.of_kind(kind, (input, weight, bias, seed), activation, p, ctx.needs_input_grad[:3])
+        needs = ctx.needs_input_grad[:3]
+        y, *kept = _forward.of_call(call, (input, weight, bias, seed), activation, p, needs)
         autograd.save(ctx, *kept)
-        ctx.activation, ctx.p = activation, p
+        ctx.activation, ctx.p, ctx.needs_bias = activation, p, needs[2]
         return cast(Tensor, y)
 
     @staticmethod
     @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _backward((dy, *autograd.saved(ctx)), ctx.activation, ctx.p, ctx.needs_input_grad[2])
+        gradients = _backward((dy, *autograd.saved(ctx)), ctx.activation, ctx.p, ctx.needs_bias)
         # db has a value for each output feature; autograd sums it for a bias of one element
         return *gradients, None, None, None, None
 
 
-@replay.replayed
+@plan.Planned
 def _forward(
     tensors: tuple[Tensor | None, ...], activation: str | None, p: float, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
@@ -205,7 +204,7 @@ def _forward(
     return y, x if needs_weight else None, w if needs_input else None, saved, seed if _saves_seed(activation) else None
 
 
-@replay.replayed
+@plan.Planned
 def _backward(
     tensors: tuple[Tensor | None, ...], activation: str | None, p: float, needs_bias: bool
 ) -> tuple[Tensor | None, ...]:

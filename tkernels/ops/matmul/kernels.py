@@ -212,7 +212,7 @@ def _launch_matrices(a: Tensor, b: Tensor, layouts: tuple[Matrices, Matrices], i
     config = config or autotune.pick(
         "matmul", m, (batches, n, k, a.dtype, precision, la.transposed, lb.transposed),
         tuning.product(m, n, k, a.element_size(), precision, targets.current()),
-        lambda c: _launch_matrices(a, b, layouts, inner, out, c, splits),
+        lambda c: _launch_matrices(a, b, layouts, inner, out, c, splits), a,
     )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     if splits is None:

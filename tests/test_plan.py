@@ -1,4 +1,4 @@
-"""Operators record what they allocate and launch and replay it: the same launches, the same values, nothing stale."""
+"""Plans: every call of a kind runs the same plan, gives the same values, and nothing stale."""
 
 from __future__ import annotations
 
@@ -11,28 +11,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from triton import knobs
 
 import tkernels.nn as tnn
 from models.cifar_cnn import FusedCNNClassifier
 from perf import host, traffic
-from tests.test_launch import sorted_out
 from tests.watch import AtenWatch
-from tkernels.core import autotune, launch, replay, targets
+from tkernels.core import autotune, plan, targets
 from tkernels.core import mode as runtime
-from tkernels.functional import cross_entropy, linear
+from tkernels.functional import ConvBNLayer, conv_stage, cross_entropy, linear
 
-CALLS = 4  # the first is remembered, the second recorded, the others replayed
-
-
-@pytest.fixture(autouse=True)
-def through_triton() -> Iterator[None]:
-    """Unless a test says otherwise, JITFunction.run launches: the driver's own call needs a GPU."""
-    with launch.fast(False):
-        yield
+CALLS = 3  # the first plans and compiles
 
 
-def programs() -> list[replay.Program]:
-    return [p for f in replay._functions for p in f.kinds.values() if isinstance(p, replay.Program)]
+def plans() -> list[plan.Plan]:
+    return list(plan._plans.values.values())
 
 
 def network(device: str) -> FusedCNNClassifier:
@@ -41,11 +34,15 @@ def network(device: str) -> FusedCNNClassifier:
     return network.requires_grad_()
 
 
-def trained(device: str, replays: bool) -> dict[str, Tensor]:
-    """Logits, gradients and running statistics of a few steps of other values each, then of an evaluation."""
+def trained(device: str, afresh: bool) -> dict[str, Tensor]:
+    """Logits, gradients and running statistics of a few steps of other values each, then of an evaluation. ``afresh``:
+    each call makes a plan of its own."""
     model, found = network(device), {}
     generator = torch.Generator().manual_seed(1)
-    with replay.enabled(replays):
+    with contextlib.ExitStack() as stack:
+        if afresh:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(plan._plans, "add", lambda key, value: value)
         for step in range(CALLS):
             images = torch.randn(3, 3, 8, 8, generator=generator).to(device)
             target = torch.randint(5, (3,), generator=generator).to(device)
@@ -63,34 +60,29 @@ def trained(device: str, replays: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.gate("ttsem", "cuda")
-def test_replays_give_the_same_bits(device: str, launches: list[str]) -> None:
-    """Dropout's draws, running statistics and gradients included; every launch is still made."""
-    check_replays(device, launches)
-
-
-@pytest.mark.gate("cuda")
-def test_fast_replays_give_the_same_bits(device: str, launches: list[str]) -> None:
-    """With the fast launch a replay calls the driver, which only a GPU has; the allocator is the shipped one."""
-    with launch.fast(True):
-        check_replays(device, launches)
-        assert all(p.direct is not None and launch.is_fast(p.kernels) for p in programs())
-    shipped = torch._C._dynamo.guards._empty_strided_cuda
-    found = [p.direct.__globals__.values() for p in programs()]
-    assert any(value is shipped for values in found for value in values) != torch.are_deterministic_algorithms_enabled()
-
-
-def check_replays(device: str, launches: list[str]) -> None:
+def test_the_same_bits_by_a_plan_kept_and_one_made_anew(device: str, launches: list[str]) -> None:
+    """Dropout's draws, running statistics and gradients included; every launch is made."""
     launches.clear()
-    expected = trained(device, False)
+    expected = trained(device, True)
     made = list(launches)
-    assert not programs()
+    assert not plans()
     launches.clear()
-    found = trained(device, True)
-    assert len(programs()) == 3 * 3 + 3 * 3 + 2  # forward, backward and evaluation of each stage and layer; the loss
+    found = trained(device, False)
+    # forward, backward and evaluation of each stage and layer; the loss
+    assert len(plans()) == 3 * 3 + 3 * 3 + 2
     assert launches == made
     assert found.keys() == expected.keys()
     for name, t in expected.items():
         assert torch.equal(found[name], t), name
+
+
+@pytest.mark.gate("cuda")
+def test_a_gpu_gets_the_shipped_allocator_and_compiled_kernels(device: str) -> None:
+    trained(device, False)
+    assert plans()
+    for made in plans():
+        assert made._direct is not None
+        assert made._empty is torch._C._dynamo.guards._empty_strided_cuda
 
 
 @pytest.fixture
@@ -101,34 +93,43 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[host.Made]]:
         yield calls
 
 
+def sorted_out(call: host.Made) -> list[Any]:
+    """A launch without what differs from call to call: pointers become their dtype, shape and alignment."""
+    *head, arguments = call
+    plain = [a if isinstance(a, (int, str, tuple, bool)) else ... for a in head]  # hooks may be empty or None
+    described = [
+        (a.dtype, tuple(a.shape), a.stride(), a.data_ptr() % 16) if isinstance(a, Tensor) else (type(a), a)
+        for a in arguments
+    ]
+    return [*plain, *described]
+
+
 @pytest.mark.gate("torch")
-@pytest.mark.parametrize("fast", (False, True), ids=("JITFunction.run", "fast"))
-def test_replays_hand_the_driver_the_same(made: list[host.Made], fast: bool) -> None:
+def test_every_call_hands_the_driver_what_triton_hands_it(made: list[host.Made]) -> None:
+    """The first call's launches are JITFunction.run's."""
     step = host.step(*traffic.fused(), 8)
-    with replay.enabled(False):
-        step()
+    step()
     expected = [sorted_out(call) for call in made]
     assert len(expected) > 50
-    with launch.fast(fast):
-        for _ in range(CALLS):
-            made.clear()
-            step()
-            assert [sorted_out(call) for call in made] == expected
-    assert len(programs()) == 6 + 6 + 2
-    assert all(p.direct is not None for p in programs())
+    for _ in range(CALLS):
+        made.clear()
+        step()
+        assert [sorted_out(call) for call in made] == expected
+    assert len(plans()) == 6 + 6 + 2
+    assert all(p._direct is not None for p in plans())
 
 
 @pytest.mark.gate("torch")
-def test_buffers_die_in_a_replay_as_they_do_in_the_operator() -> None:
+def test_buffers_die_after_their_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the next launches do not need must not wait for the end of the call."""
     alive: list[int] = []
 
-    def peak(replays: bool) -> int:
+    def peak() -> int:
         gc.collect()
         gc.freeze()  # what there was before is not looked through
         try:
             step = host.step(*traffic.fused(), 8)
-            with replay.enabled(replays), host.stubbed_driver(lambda *given: alive.append(living())):
+            with host.stubbed_driver(lambda *given: alive.append(living())):
                 for _ in range(CALLS):
                     alive.clear()
                     step()
@@ -140,7 +141,9 @@ def test_buffers_die_in_a_replay_as_they_do_in_the_operator() -> None:
         tensors = [t for t in gc.get_objects() if type(t) is Tensor]
         return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
-    assert peak(True) <= peak(False)
+    dropped = peak()
+    monkeypatch.setattr(plan, "_drop_dead", lambda steps, results: None)
+    assert dropped < peak()
 
 
 def _linear(x: Tensor, **others: Any) -> Tensor:
@@ -165,18 +168,17 @@ OTHERS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.gate("torch")
 @pytest.mark.parametrize("other", OTHERS)
-def test_another_kind_of_call_is_not_replayed(made: list[host.Made], other: str) -> None:
+def test_another_kind_of_call_has_a_plan_of_its_own(made: list[host.Made], other: str) -> None:
+    OTHERS[other]()
+    expected = [sorted_out(call) for call in made]
+    plan.forget()
     for _ in range(CALLS):
         _linear(X)
-    with replay.enabled(False):
-        made.clear()
-        OTHERS[other]()
-        expected = [sorted_out(call) for call in made]
     for _ in range(CALLS):
         made.clear()
         OTHERS[other]()
         assert [sorted_out(call) for call in made] == expected
-    assert len(programs()) == 2
+    assert len(plans()) == 2
 
 
 @pytest.mark.gate("torch")
@@ -192,58 +194,90 @@ def test_float32_switches_and_targets_are_told_apart(made: list[host.Made]) -> N
     assert set(tf32) == {tf32[0]} != {ieee}
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     assert function() == ieee
-    assert len(programs()) == 2
+    assert len(plans()) == 2
     with targets.pretend("sm_80"):
         function()
-    assert len(programs()) == 2
+    assert len(plans()) == 3
 
 
 @contextlib.contextmanager
-def autotuning() -> Iterator[None]:
-    autotune.enabled = True
+def hooked() -> Iterator[None]:
+    def hook(metadata: Any) -> None: ...
+
+    knobs.runtime.launch_enter_hook.add(hook)
     try:
         yield
     finally:
-        autotune.enabled = False
+        knobs.runtime.launch_enter_hook.remove(hook)
 
 
 WATCHED: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "a dispatch mode": AtenWatch,
     "a profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
-    "autotuning": autotuning,
-    "TKERNELS_REPLAY=0": lambda: replay.enabled(False),
+    "Triton's hooks": hooked,
 }
 
 
 @pytest.mark.gate("torch")
 @pytest.mark.parametrize("how", WATCHED)
-def test_one_who_watches_sees_the_operator(made: list[host.Made], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_who_watches_sees_the_same_plan(made: list[host.Made], how: str) -> None:
     for _ in range(CALLS):
         _linear(X)
-    (program,) = programs()
-    monkeypatch.setattr(program, "run", None)
-    if how == "autotuning":
-        monkeypatch.setattr(autotune, "pick", lambda name, batch, shape, first, run, rows="": first)
-    with WATCHED[how]():
+    (expected,) = {str(sorted_out(call)) for call in made}
+    made.clear()
+    with WATCHED[how]() as watch:
         _linear(X)
-    with pytest.raises(TypeError, match="NoneType"):
-        _linear(X)
-
-
-def toy(body: Callable[..., Any]) -> replay.Replayed:
-    return replay.replayed(lambda tensors, *static: body(*tensors, *static))
+    assert [str(sorted_out(call)) for call in made] == [expected]
+    assert len(plans()) == 1
+    if how == "a dispatch mode":
+        assert watch.calls["empty_strided"] == 1
+    if how == "Triton's hooks":
+        metadata, enter = made[0][8:10]
+        assert metadata.get()["name"] == "linear_forward_kernel"
+        assert enter is knobs.runtime.launch_enter_hook
+    if how == "a profiler":
+        assert {"tkernels::linear.linear_forward_kernel"} <= {event.key for event in watch.key_averages()}
 
 
 @pytest.mark.gate("torch")
-def test_any_call_of_torch_is_replayed_on_the_tensors_at_hand() -> None:
+def test_autotuning_times_plans_of_the_candidates(made: list[host.Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on the call's own input, with buffers of its own, and the one that won is planned."""
+    timed: list[str] = []
+
+    def best(key: str, calls: dict[str, Callable[[], object]]) -> str:
+        for call in calls.values():
+            made.clear()
+            call()
+            call()
+            (first,) = {str(c[4]) for c in made}
+            assert len(made) == 2
+            assert made[0][-1][0] is X
+            timed.append(first)
+        made.clear()
+        return list(calls)[-1]
+
+    monkeypatch.setattr(autotune, "enabled", True)
+    monkeypatch.setattr(autotune, "tuner", lambda: type("Tuner", (), {"best": staticmethod(best)}))
+    for _ in range(CALLS):
+        _linear(X)
+    assert len(set(timed)) == len(timed) > 2
+    assert [str(c[4]) for c in made] == timed[-1:] * CALLS
+
+
+def toy(body: Callable[..., Any]) -> plan.Planned:
+    return plan.Planned(lambda tensors, *static: body(*tensors, *static))
+
+
+@pytest.mark.gate("torch")
+def test_any_call_of_torch_is_made_on_the_tensors_at_hand() -> None:
     """Views of inputs and buffers, calls that compute, that change a tensor, or that give an input back."""
 
     def body(x: Tensor, y: Tensor | None, factor: float) -> tuple[Tensor | None, ...]:
         buffer = torch.empty_like(x).fill_(factor)
-        buffer[1:].mul_(x[1:])
-        total = (x.t() + buffer.t()).sum(1, keepdim=True)
+        buffer.mul_(x)
+        total = torch.add(x.t(), buffer.t()).sum(1, keepdim=True)
         x.add_(1)
-        return buffer.t(), total, x, y, x[:, 2:]
+        return buffer.t(), total, x, y, x.narrow(1, 2, 2)
 
     function = toy(body)
     for i in range(CALLS):
@@ -256,36 +290,19 @@ def test_any_call_of_torch_is_replayed_on_the_tensors_at_hand() -> None:
         for a, b in zip(found, expected):
             assert a is b is None or torch.equal(a, b)
         assert found[4].data_ptr() == x[:, 2:].data_ptr()
-    (program,) = function.kinds.values()
-    assert isinstance(program, replay.Program)
+    assert len(plans()) == 1
 
 
 @pytest.mark.gate("torch")
-def test_a_value_that_reaches_the_host_is_never_replayed() -> None:
-    function = toy(lambda x: (torch.empty_like(x).fill_(float(x.sum())),))
-    for i in range(CALLS):
-        (y,) = function((torch.full((4,), float(i)),))
-        assert y is not None
-        assert y[0] == 4 * i
-    assert not any(isinstance(p, replay.Program) for p in function.kinds.values())
-
-
-@pytest.mark.gate("torch")
-def test_memory_of_elsewhere_is_never_replayed() -> None:
-    """A tensor that is no argument could be another next time."""
-    elsewhere = [torch.zeros(4)]
-    function = toy(lambda x: (x + elsewhere[0],))
-    for i in range(CALLS):
-        elsewhere[0] = torch.full((4,), float(i))
-        (y,) = function((torch.zeros(4),))
-        assert y is not None
-        assert y[0] == i
+def test_a_plan_cannot_depend_on_values_or_memory() -> None:
+    for body in (lambda x: (x.sum().item(),), lambda x: (x.data_ptr(),), lambda x: (x.is_cuda,)):
+        with pytest.raises((RuntimeError, AttributeError)):
+            toy(body)((torch.ones(4),))
 
 
 @pytest.mark.gate("torch")
 def test_arguments_that_share_memory_are_told_apart() -> None:
-    """Recorded of one tensor given twice, a call must not mix up two; the other way round nothing can go wrong."""
-    function = toy(lambda x, y: (x - y,))
+    function = toy(lambda x, y: (torch.sub(x, y),))
     for _ in range(CALLS):
         (one,) = function((torch.ones(4), torch.zeros(4)))
         assert one is not None
@@ -298,7 +315,7 @@ def test_arguments_that_share_memory_are_told_apart() -> None:
 
 @pytest.mark.gate("torch")
 def test_it_works_in_threads() -> None:
-    function = toy(lambda x: ((torch.empty_like(x).copy_(x) * 2),))
+    function = toy(lambda x: (torch.empty_like(x).copy_(x).mul_(2),))
     wrong: list[int] = []
 
     def work(number: int) -> None:
@@ -317,12 +334,27 @@ def test_it_works_in_threads() -> None:
 
 
 @pytest.mark.gate("torch")
-def test_shapes_that_never_come_back_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "_MOST_KINDS", 8)
-    function = toy(lambda x: (x + 1,))
+def test_the_oldest_plans_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan._plans, "_most", 8)
+    function = toy(lambda x: (torch.neg(x),))
     for n in range(1, 40):
         function((torch.zeros(n),))
-        assert len(function.kinds) <= 8
+        assert len(plans()) == min(n, 8)
+    last = plans()
+    function((torch.zeros(39),))
+    assert plans() == last
+
+
+@pytest.mark.gate("torch")
+def test_running_statistics_have_a_new_version_after_every_call(made: list[host.Made]) -> None:
+    """A graph that saved the old ones must notice."""
+    layer = ConvBNLayer(torch.zeros(16, 16, 3, 3), running_mean=torch.zeros(16), running_var=torch.ones(16),
+                        num_batches_tracked=torch.tensor(0))  # fmt: skip
+    moved = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    for _ in range(CALLS):
+        before = [t._version for t in moved if t is not None]
+        conv_stage(torch.zeros(2, 16, 8, 8), [layer], training=True)
+        assert [t._version for t in moved if t is not None] == [version + 1 for version in before]
 
 
 @pytest.mark.gate("torch")
@@ -344,8 +376,8 @@ def test_saved_tensors_may_come_back_as_others(made: list[host.Made]) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
         hooked = step()
-        with replay.enabled(False):
-            assert hooked == step() != usual
+        plan.forget()
+        assert hooked == step() != usual
 
 
 @pytest.mark.gate("torch")
