@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from tkernels.core import mode as runtime
+from tkernels.core import settings
 from tkernels.core.config import Config, next_power_of_two
 
 # A choice of the closed form stays unless another is faster by this: timings of the same kernel differ by as much.
@@ -30,7 +31,7 @@ MARGIN = 0.03
 PYTORCH = "PyTorch"
 KERNEL = "kernel"
 
-enabled = runtime.flag("TKERNELS_AUTOTUNE")
+enabled = settings.AUTOTUNE.is_on()
 # milliseconds a call
 Clock = Callable[[Callable[[], object]], float]
 
@@ -189,7 +190,7 @@ def _tuner_of(device: int) -> Tuner:
 
 def _folder() -> Path | None:
     """Where the file lies; None, which is logged, where the user has no home and chose no folder."""
-    chosen = os.environ.get("TKERNELS_CACHE_DIR")
+    chosen = settings.CACHE_DIR.text()
     try:
         return Path(chosen) if chosen else Path.home() / ".cache" / "tkernels"
     except RuntimeError as error:  # no HOME, and a user whom the system does not know

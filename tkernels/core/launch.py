@@ -1,4 +1,4 @@
-"""Ground floor: how kernels are launched, on the device of their tensors, past most of Triton's Python.
+"""How kernels are launched, on the device of their tensors, past most of Triton's Python.
 
 Each kernel that Triton compiled is kept under what it is specialised for and handed to the driver at once, which leaves
 out most of JITFunction.run (a training step of the CIFAR CNN as called: 4.5 ms for 6.9 on an H100). It is on by default
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tkernels.core import mode as runtime
+from tkernels.core import settings
 
 if runtime.HAS_TRITON:
     from triton import __version__ as _version
@@ -35,7 +36,7 @@ if runtime.HAS_TRITON:
 
 # whoever sees this many specialisations of a kernel has shapes that never come back
 _MOST_ENTRIES = 4096
-_fast = runtime.flag("TKERNELS_FAST_LAUNCH", "1" if runtime.HAS_TRITON and _LAUNCHER is not None else "0")
+_fast = settings.FAST_LAUNCH.is_on("1" if runtime.HAS_TRITON and _LAUNCHER is not None else "0")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Ground floor: what an operator allocates and launches, recorded once for each kind of call and replayed.
+"""What an operator allocates and launches, recorded once for each kind of call and replayed.
 
 Between two launches an operator looks at shapes, chooses configurations and allocates, and for tensors of the same
 kind it always comes to the same. The third call of a kind runs as straight-line code made of what the second one did:
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from tkernels.core import autotune, launch, targets
+from tkernels.core import autotune, launch, settings, targets
 from tkernels.core import mode as runtime
 
 Tensors = tuple[Tensor | None, ...]
@@ -28,7 +28,7 @@ Body = Callable[..., Tensors]
 
 # kinds of calls a function keeps: whoever has more has shapes that never come back
 _MOST_KINDS = 1024
-_on = runtime.flag("TKERNELS_REPLAY", "1")
+_on = settings.REPLAY.is_on()
 _SEEN, _NEVER = object(), object()
 _aten = torch.ops.aten
 _ALLOCATIONS = frozenset((

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from tkernels.core import _torch
 from tkernels.fusion.steps import Step, step_of, value, writes_over_its_input, written
 
 # what comes after a chain's first layers, each at most once, in this order
@@ -89,7 +90,7 @@ def _path(source: str) -> str:
     """layer1.0.conv1 for L['self'].layer1[0]._modules['conv1'] and its kind."""
     parts = re.findall(r"\['?([^'\]]+)'?\]|\.?(\w+)", source)
     names = ["".join(part) for part in parts]
-    return ".".join(name for name in names[2:] if name not in ("_modules", "__self__", "_orig_mod"))
+    return ".".join(name for name in names[2:] if name not in _torch.PATH_NOISE)
 
 
 def find(graph: fx.Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
@@ -204,7 +205,7 @@ def _storages(node: fx.Node) -> Iterator[int]:
     for leaf in found if isinstance(found, (tuple, list)) else (found,):
         if isinstance(leaf, Tensor):
             try:
-                yield leaf.untyped_storage()._cdata
+                yield _torch.storage_address(leaf.untyped_storage())
             except (RuntimeError, NotImplementedError):  # sparse and the like have none
                 yield id(leaf)
 
@@ -228,4 +229,4 @@ def counter(node: fx.Node) -> fx.Node | None:
 
 
 def _counts(node: fx.Node) -> bool:
-    return counter(node) is not None or getattr(node.target, "__name__", "") == "_log_api_usage_once"
+    return counter(node) is not None or getattr(node.target, "__name__", "") == _torch.LOGS_API_USAGE

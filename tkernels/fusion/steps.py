@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from tkernels.core import _torch
 from tkernels.core.activation import LEAKY_SLOPE
 
-_aten_nn: Any = torch._C._nn
+_nn = _torch.nn_functions
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -178,15 +179,15 @@ _gelu = _activation("gelu", ("approximate",), lambda given: given["approximate"]
 
 _READERS: dict[Any, Callable[[fx.Node], Step | None]] = {
     torch.conv2d: _conv, F.conv2d: _conv,
-    F.linear: _linear, _aten_nn.linear: _linear,
+    F.linear: _linear, _nn.linear: _linear,
     F.batch_norm: _norm,
     **dict.fromkeys(_ADDITIONS, _addition),
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"), _relu),
     F.relu6: _activation("relu6", ("inplace",), _always), F.hardtanh: _relu6, F.hardtanh_: _relu6,
-    F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu, _aten_nn.leaky_relu: _leaky_relu,
-    F.silu: _activation("silu", ("inplace",), _always), _aten_nn.silu: _activation("silu", (), _always),
+    F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu, _nn.leaky_relu: _leaky_relu,
+    F.silu: _activation("silu", ("inplace",), _always), _nn.silu: _activation("silu", (), _always),
     F.hardswish: _activation("hardswish", ("inplace",), _always),
-    F.gelu: _gelu, _aten_nn.gelu: _gelu,
+    F.gelu: _gelu, _nn.gelu: _gelu,
     F.max_pool2d: _pool, torch.max_pool2d: _pool,
     F.dropout: _dropout("dropout"), F.dropout2d: _dropout("dropout2d"),
     F.cross_entropy: _loss,
@@ -207,8 +208,8 @@ def written(node: fx.Node) -> list[fx.Node]:
             return []
         statistics = [given.get("running_mean"), given.get("running_var")] if step is not None else node.all_input_nodes
         return [argument for argument in statistics if isinstance(argument, fx.Node)]
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.all_input_nodes if node.target._schema.is_mutable else []
+    if isinstance(node.target, _torch.OpOverload):
+        return node.all_input_nodes if _torch.is_mutable(node.target) else []
     if node.op == "call_module" or (node.op == "call_function" and not _of_torch(node.target)):
         return node.all_input_nodes
     if not _writes(node):
@@ -220,9 +221,7 @@ def written(node: fx.Node) -> list[fx.Node]:
 def _of_torch(target: Any) -> bool:
     """Whether a function is one of torch's or Python's, which say by their names and arguments that they write."""
     module = str(getattr(target, "__module__", None) or "")
-    if module.startswith(("torch._higher_order_ops", "torch._library")) or isinstance(
-        target, torch._ops.HigherOrderOperator
-    ):
+    if module.startswith(_torch.MODULES_OF_OTHERS_CODE) or isinstance(target, _torch.HigherOrderOperator):
         return False
     return module in ("", "math", "_operator", "operator", "builtins") or module.split(".")[0] == "torch"
 

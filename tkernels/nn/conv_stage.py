@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from tkernels.core import checks
+from tkernels.core import _torch, checks
 from tkernels.ops.conv_stage.op import ConvBNLayer, MaxPool, conv_stage
 
 __all__ = ["ConvBNReLU2d", "ConvStage"]
@@ -45,7 +44,7 @@ def run_stage(
     """A stage of the modules (convolution, batch norm): as one call, or module by module where a call of one is more
     than its tensors say: where something else was put in its place, such as a SyncBatchNorm or an adapter, or where it
     has hooks, as pruning and weight_norm do."""
-    if not has_any_global_hook() and all(_is_plain(conv, norm) for conv, norm in pairs):
+    if not _torch.has_global_hook() and all(_is_plain(conv, norm) for conv, norm in pairs):
         return conv_stage(x, [layer_of(conv, norm) for conv, norm in pairs], pool, dropout, training)  # type: ignore[arg-type]
     for conv, norm in pairs:
         x = norm(conv(x))

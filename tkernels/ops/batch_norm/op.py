@@ -69,7 +69,7 @@ def counted_batch_norm(
     if activation not in activations.ACTIVATIONS:
         activations.check(activation)
     if residual is not None:
-        residual = _checked_residual(input, residual)
+        residual = checked_residual(input, residual)
     if runtime.leaves_to_torch(input) or not _takes_triton(
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual
     ):
@@ -105,8 +105,8 @@ def _takes_triton(
     """The backend decision; empty input is PyTorch's. Raises for a bad call before any kernel runs."""
     if isinstance(input, Tensor) and input.numel() == 0:
         return False
-    if not _plainly_right(input, running_mean, running_var, weight, bias, training, momentum, eps):
-        _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not needs_no_checks(input, running_mean, running_var, weight, bias, training, momentum, eps):
+        check(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return runtime.use_triton(input, weight, bias, running_mean, running_var, residual)
 
 
@@ -133,7 +133,7 @@ def _registered(
     return result
 
 
-def _plainly_right(
+def needs_no_checks(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -164,7 +164,7 @@ def _plainly_right(
     )
 
 
-def _check(
+def check(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -234,7 +234,7 @@ def _check_vectors(input: Tensor, vectors: dict[str, Tensor]) -> None:
             raise RuntimeError(f"{name} must not require a gradient: batch norm has none for it")
 
 
-def _checked_residual(input: Tensor, residual: Tensor) -> Tensor:
+def checked_residual(input: Tensor, residual: Tensor) -> Tensor:
     checks.tensor(input=input, residual=residual)
     if residual.shape != input.shape:
         raise RuntimeError(f"residual must have the input's shape {checks.shape(input)}, got {checks.shape(residual)}")
@@ -275,13 +275,13 @@ def _torch_batch_norm(
             if input.numel() == 0:
                 _check_eps(eps, training)
             else:
-                _check(input, running_mean, running_var, weight, bias, training, momentum, eps)
+                check(input, running_mean, running_var, weight, bias, training, momentum, eps)
         y = _torch_normalize(
             input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
         )  # fmt: skip
     except checks.REFUSALS as error:
         arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
-        checks.explain(error, functools.partial(_check, *arguments))
+        checks.explain(error, functools.partial(check, *arguments))
     if residual is not None:
         # (in a vmap the residual may be many and y one)
         y = y + residual if runtime.transformed() else y.add_(residual)

@@ -52,7 +52,7 @@ def sync_batch_norm(
     _check(input, running_mean, running_var, weight, bias, momentum, eps)
     activations.check(activation)
     if residual is not None:
-        residual = bn_ops._checked_residual(input, residual)
+        residual = bn_ops.checked_residual(input, residual)
     layout = bn_ops.memory_format(input)
     x = input.contiguous(memory_format=layout)
     weight, bias = bn_ops.dense(weight), bn_ops.dense(bias)
@@ -84,8 +84,8 @@ def _check(
     """Raise what batch_norm raises in training."""
     # few values are enough here: to the check they are two rows of them
     two = input.expand(2, *input.shape[1:]) if isinstance(input, Tensor) and input.shape[:1] == (1,) else input
-    if not bn_ops._plainly_right(two, running_mean, running_var, weight, bias, True, momentum, eps):
-        bn_ops._check(two, running_mean, running_var, weight, bias, True, momentum, eps)
+    if not bn_ops.needs_no_checks(two, running_mean, running_var, weight, bias, True, momentum, eps):
+        bn_ops.check(two, running_mean, running_var, weight, bias, True, momentum, eps)
 
 
 def merge(parts: Tensor) -> Statistics:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tkernels.core import autograd, checks, replay
+from tkernels.core import _torch, autograd, checks, replay
 from tkernels.core import mode as runtime
 from tkernels.cpu import cross_entropy as cross_entropy_cpu
 
@@ -21,7 +21,7 @@ __all__ = ["cross_entropy"]
 
 REDUCTIONS = ("none", "mean", "sum")
 _NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}  # ATen's
-_aten: Any = torch._C._nn.cross_entropy_loss
+_aten = _torch.nn_functions.cross_entropy_loss
 NoneType = type(None)
 
 
@@ -51,7 +51,7 @@ def cross_entropy(
     a GPU such an index makes the loss NaN.
     """
     if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        reduction = _torch.reduction_of_old_arguments(size_average, reduce)
     if runtime.leaves_to_torch(input):
         return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
     kind = None
@@ -63,7 +63,7 @@ def cross_entropy(
     if not _takes_triton(input, target, weight):
         return _torch_body(input, target, weight, ignore_index, reduction, label_smoothing)
     if reduction == "elementwise_mean":  # torch's old name for it, with torch's warning
-        torch.nn._reduction.get_enum(reduction)
+        _torch.reduction_number(reduction)
         reduction = "mean"
     ignore_index = checks.integer("ignore_index", ignore_index)
     label_smoothing = checks.number("label_smoothing", label_smoothing)
