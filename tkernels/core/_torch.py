@@ -187,9 +187,9 @@ def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _LATE[name].split(":")
-    found = importlib.import_module(module)
+    owner = importlib.import_module(module)
     # (a submodule need not have been imported yet)
-    return getattr(found, attribute) if hasattr(found, attribute) else importlib.import_module(f"{module}.{attribute}")
+    return getattr(owner, attribute) if hasattr(owner, attribute) else importlib.import_module(f"{module}.{attribute}")
 
 
 def register_backend(name: str, entry_point: EntryPoint) -> None:

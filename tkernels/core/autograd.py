@@ -46,7 +46,7 @@ def once_differentiable(backward: Backward) -> Backward:
 
 def _leaves(node: Any) -> list[Tensor | None]:
     """The leaves that the inputs of an autograd function are made of."""
-    found: list[Tensor | None] = []
+    leaves: list[Tensor | None] = []
     seen, ahead = {node}, [node]
     while ahead:
         for below, _ in ahead.pop().next_functions:
@@ -55,8 +55,8 @@ def _leaves(node: Any) -> list[Tensor | None]:
             seen.add(below)
             ahead.append(below)
             if hasattr(below, "variable"):
-                found.append(below.variable)
-    return found
+                leaves.append(below.variable)
+    return leaves
 
 
 def by_kernels(backward: Backward) -> Backward:
@@ -133,12 +133,12 @@ def gradients_of(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # names of their own: what is given in two places has a gradient in each
-        own = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needs)]
-        wanted = [t for t, need in zip(own, needs) if t is not None and need]
+        views = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needs)]
+        wanted = [t for t, need in zip(views, needs) if t is not None and need]
         if not wanted:
-            return [None] * len(own)
-        found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=again, allow_unused=True))
-    return [next(found) if t is not None and need else None for t, need in zip(own, needs)]
+            return [None] * len(views)
+        gradients = iter(torch.autograd.grad(function(*views), wanted, dy, create_graph=again, allow_unused=True))
+    return [next(gradients) if t is not None and need else None for t, need in zip(views, needs)]
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

@@ -54,8 +54,8 @@ def pick(
     if not enabled:
         return first
     candidates = {_text(config): config for config in neighbours(first, rows, least)}
-    won = tuner().best(_key(name, batch, shape), {text: functools.partial(run, c) for text, c in candidates.items()})
-    return candidates[won]
+    best = tuner().best(_key(name, batch, shape), {text: functools.partial(run, c) for text, c in candidates.items()})
+    return candidates[best]
 
 
 def torch_is_faster(
@@ -120,8 +120,8 @@ class Tuner:
             return None
 
     def _write(self) -> None:
-        """Replace the file at once, with what other processes found meanwhile. A cache that cannot be written is one
-        that is not kept."""
+        """Replace the file at once, with what other processes found meanwhile. One that cannot be written is left as
+        it is: choices are then measured anew by the next process."""
         if self._path is None:
             return
         self._known = {**_read(self._path), **self._known}
@@ -143,9 +143,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         if path.exists() and not path.is_file():  # a FIFO would be waited for
             raise ValueError("no regular file")
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__} instead of a dictionary")
+        entries = json.loads(path.read_text())
+        if not isinstance(entries, dict):
+            raise ValueError(f"a {type(entries).__name__} instead of a dictionary")
     except FileNotFoundError:
         return {}
     except Exception as error:  # a parser's limits too: nesting, digits, memory
@@ -153,15 +153,15 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     return {
         key: {"best": value["best"], "ms": _times(value.get("ms"))}
-        for key, value in found.items()
+        for key, value in entries.items()
         if isinstance(value, dict) and isinstance(value.get("best"), str)
     }
 
 
-def _times(found: Any) -> dict[str, float]:
-    if not isinstance(found, dict):
+def _times(times: Any) -> dict[str, float]:
+    if not isinstance(times, dict):
         return {}
-    return {name: ms for name, ms in found.items() if isinstance(ms, (int, float))}
+    return {name: ms for name, ms in times.items() if isinstance(ms, (int, float))}
 
 
 def _text(config: Config) -> str:

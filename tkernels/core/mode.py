@@ -205,8 +205,8 @@ def float32_products() -> tuple[str, str]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype torch.autocast asks for on the device of ``x``, or None where autocast is off."""
-    kind = "cuda" if x.is_cuda else x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    device_type = "cuda" if x.is_cuda else x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def cast_for_autocast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -67,10 +67,10 @@ class Backend:
         if eager:
             count = sum(self._rewrite(body) for body in checkpoint.bodies(gm))
             checkpoint.run_eagerly(gm)
-        found, left = chains.find(gm.graph)
+        fusible, left = chains.find(gm.graph)
         self.report.left += left
         chosen: list[Call] = []
-        for chain in found:
+        for chain in fusible:
             call = calls.call_of(chain, eager)
             if isinstance(call, str):
                 self.report.left.append((chain.name() if len(chain.steps) == 1 else chain.path(), call))
@@ -114,9 +114,9 @@ def _roomy(method: Any) -> Run:
 
 
 def _checked_rest(options: dict[str, Any] | None) -> str:
-    given = dict(options or {})
-    rest = given.pop("rest", "eager")
-    if given or rest not in _RESTS:
+    others = dict(options or {})
+    rest = others.pop("rest", "eager")
+    if others or rest not in _RESTS:
         raise ValueError(f"options of the backend must be {{'rest': one of {_RESTS}}}, got {options}")
     return str(rest)
 

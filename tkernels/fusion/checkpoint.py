@@ -50,8 +50,8 @@ def _checkpointed(body: fx.GraphModule, options: dict[str, Any]) -> Callable[...
     options = {**options, "use_reentrant": False}
 
     def checkpointed(*args: Any) -> Any:
-        def run(*kept: Any) -> Any:
-            rest = iter(kept)
+        def run(*unchanged: Any) -> Any:
+            rest = iter(unchanged)
             return body(*(args[i] if i in changed else next(rest) for i in range(len(args))))
 
         return checkpoint(run, *(arg for i, arg in enumerate(args) if i not in changed), **options)

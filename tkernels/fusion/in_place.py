@@ -132,10 +132,10 @@ class _Fused:
             watch.look()
         elif watch.stale():
             watch.look()
-        found = self.compiled.get(watch.hooks)
-        if found is None:
-            found = self.compiled[watch.hooks] = torch.compile(entry(self.model), backend=self.backend, **_ISOLATED)
-        return found
+        compiled = self.compiled.get(watch.hooks)
+        if compiled is None:
+            compiled = self.compiled[watch.hooks] = torch.compile(entry(self.model), backend=self.backend, **_ISOLATED)
+        return compiled
 
     def _warn(self) -> None:
         report = self.backend.report

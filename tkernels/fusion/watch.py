@@ -54,12 +54,14 @@ class Watch:
 
 def _methods(cls: type[nn.Module]) -> Callable[[type[nn.Module]], Any]:
     """What reads the methods that a class has more than nn.Module."""
-    own = (base for base in cls.__mro__ if not issubclass(nn.Module, base))
-    names = {name for base in own for name, attribute in vars(base).items() if callable(attribute)}
+    bases = (base for base in cls.__mro__ if not issubclass(nn.Module, base))
+    names = {name for base in bases for name, attribute in vars(base).items() if callable(attribute)}
     return operator.attrgetter("forward", "__call__", *sorted(names))
 
 
 def _hooks(modules: list[nn.Module]) -> Hashable:
     """Which modules have hooks of which kind, and how many; -1 for all modules."""
     places = [(-1, _torch.global_hooks()), *enumerate(map(vars, modules))]
-    return tuple((i, kind, len(hooks)) for i, own in places for kind in _torch.MODULE_HOOKS if (hooks := own[kind]))
+    return tuple(
+        (i, kind, len(hooks)) for i, attributes in places for kind in _torch.MODULE_HOOKS if (hooks := attributes[kind])
+    )
