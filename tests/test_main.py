@@ -7,6 +7,7 @@ import torch
 
 import tkernels
 from tkernels.__main__ import main
+from tkernels.core import settings
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -30,3 +31,17 @@ def test_report_names_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a call fails: RuntimeError: backend 'triton' was asked for" in capsys.readouterr().out
     main(["--dtype", "float64", "--device", "cpu"])
     assert "float64 is left to PyTorch" in capsys.readouterr().out
+
+
+def test_report_shows_the_settings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TKERNELS_COMPILE", "off")
+    monkeypatch.setenv("TKERNELS_AUTOTUNE", "")
+    monkeypatch.setenv("TKERNELS_BACKND", "torch")
+    main([])
+    lines = capsys.readouterr().out.splitlines()
+    for setting in settings.SETTINGS:
+        assert any(line.split()[:1] == [setting.name] and line.endswith(setting.meaning) for line in lines)
+    said = {line.split()[0]: line.split(None, 1)[1] for line in lines if line.startswith("  T")}
+    assert said["TKERNELS_COMPILE"].startswith("off: ")
+    assert said["TKERNELS_AUTOTUNE"].startswith("0 (default): "), "empty is not set"
+    assert said["TKERNELS_BACKND"] == "torch", "a misspelt one is seen"

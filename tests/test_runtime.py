@@ -1,4 +1,4 @@
-"""The ground floor: the backend decision, precision, autocast, seeds, and life without triton."""
+"""The backend decision, precision, autocast, seeds, and life without triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 import tkernels
 from tkernels.core import mode as runtime
-from tkernels.core import targets
+from tkernels.core import settings, targets
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -101,16 +101,16 @@ def test_commands_say_in_a_line_that_a_backend_is_wrong(command: str) -> None:
 
 def test_a_flag_says_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, given in (("1", True), ("ON", True), ("yes", True), ("0", False), ("False", False), ("off", False)):
-        monkeypatch.setenv("TKERNELS_REPLAY", text)
-        assert (runtime.flag("TKERNELS_REPLAY", "1"), runtime.flag("TKERNELS_REPLAY")) == (given, given)
-    monkeypatch.setenv("TKERNELS_REPLAY", "")
-    assert runtime.flag("TKERNELS_REPLAY", "1"), "empty is not set"
-    monkeypatch.setenv("TKERNELS_REPLAY", "flase")
+        monkeypatch.setenv("TKERNELS_COMPILE", text)
+        assert (settings.COMPILE.is_on(), settings.COMPILE.is_on("0")) == (given, given)
+    monkeypatch.setenv("TKERNELS_COMPILE", "")
+    assert settings.COMPILE.is_on(), "empty is not set"
+    monkeypatch.setenv("TKERNELS_COMPILE", "flase")
     for default in ("0", "1"):
         with pytest.warns(
-            RuntimeWarning, match=rf"TKERNELS_REPLAY must be one of 1, .* got 'flase': {default} is taken"
+            RuntimeWarning, match=rf"TKERNELS_COMPILE must be one of 1, .* got 'flase': {default} is taken"
         ):
-            assert runtime.flag("TKERNELS_REPLAY", default) == (default == "1")
+            assert settings.COMPILE.is_on(default) == (default == "1")
 
 
 def test_triton_backend_says_why_it_cannot_run() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tkernels
 import tkernels.functional as F
-from tkernels.core import autotune, targets
+from tkernels.core import autotune, settings, targets
 from tkernels.core import mode as runtime
 
 
@@ -46,9 +46,15 @@ def environment() -> Iterator[tuple[str, str]]:
         f"conv {runtime.dot_precision(torch.float32, 'conv')}, "
         + (f"matmul {runtime.dot_precision(torch.float32, 'matmul')}"),
     )
-    for name in sorted(os.environ):
-        if name.startswith(("TKERNELS_", "TRITON_")):
-            yield name, os.environ[name]
+    yield from settings.others("TKERNELS_", "TRITON_")
+
+
+def variables() -> Iterator[tuple[str, str]]:
+    """(name, value or default, and what it decides) of the environment variables that tkernels reads."""
+    for setting in settings.SETTINGS:
+        value = setting.text()
+        said = f"{setting.default} (default)" if value is None else value
+        yield setting.name, f"{said}: {setting.meaning}"
 
 
 def _version(package: str) -> str:
@@ -99,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sections = {
         "environment": list(environment()),
+        "settings": list(variables()),
         f"operators on {device} in {options.dtype}": list(backends(device, getattr(torch, options.dtype))),
     }
     width = max(len(name) for rows in sections.values() for name, _ in rows)

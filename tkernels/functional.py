@@ -1,4 +1,4 @@
-"""Floor 3: the public functions, with names and arguments as in torch.nn.functional."""
+"""The public functions, with names and arguments as in torch.nn.functional."""
 
 from tkernels.ops.attention.op import scaled_dot_product_attention
 from tkernels.ops.batch_norm.op import batch_norm

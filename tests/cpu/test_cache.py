@@ -12,15 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tkernels.core import _torch, settings
 from tkernels.cpu import cache, compiler
 
+INDUCTORS = settings.INDUCTOR_CACHE_DIR.name
 pytestmark = pytest.mark.gate("torch")
 posix = pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system's folders have no modes")
 
 
 @pytest.fixture(autouse=True)
 def _nothing_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in (cache.INDUCTORS, "TKERNELS_CACHE_DIR", "XDG_CACHE_HOME"):
+    for name in (INDUCTORS, "TKERNELS_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     cache._own.cache_clear()
@@ -30,13 +32,13 @@ def test_what_the_user_chose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     assert cache._chosen() == tmp_path / "home/.cache/tkernels"
-    monkeypatch.setenv(cache.INDUCTORS, default_cache_dir())  # as Inductor itself sets it
+    monkeypatch.setenv(INDUCTORS, default_cache_dir())  # as Inductor itself sets it
     assert cache._chosen() == tmp_path / "home/.cache/tkernels"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache._chosen() == tmp_path / "home/.cache/tkernels"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache._chosen() == tmp_path / "xdg/tkernels"
-    monkeypatch.setenv(cache.INDUCTORS, str(tmp_path / "inductor"))
+    monkeypatch.setenv(INDUCTORS, str(tmp_path / "inductor"))
     assert cache._chosen() == tmp_path / "inductor/tkernels"
     monkeypatch.setenv("TKERNELS_CACHE_DIR", str(tmp_path / "ours"))
     assert cache._chosen() == tmp_path / "ours"
@@ -182,19 +184,19 @@ def test_inductor_is_left_as_it_was(chosen: str | None, monkeypatch: pytest.Monk
 
     sets = cpu_vec_isa.valid_vec_isa_list() or [cpu_vec_isa.invalid_vec_isa]  # (which sets the variable itself)
     if chosen is None:
-        monkeypatch.delenv(cache.INDUCTORS, raising=False)
+        monkeypatch.delenv(INDUCTORS, raising=False)
     else:
-        monkeypatch.setenv(cache.INDUCTORS, chosen)
+        monkeypatch.setenv(INDUCTORS, chosen)
     monkeypatch.setenv("TKERNELS_CACHE_DIR", str(tmp_path))
-    before = {name: getattr(codecache, name, None) for name in cache._headers(tmp_path)}
+    before = {name: getattr(codecache, name, None) for name in _torch.header_settings(tmp_path)}
     found = []
     for isa in sets:
         monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda isa=isa: isa)
         with contextlib.suppress(ZeroDivisionError), cache.used():
-            found.append(os.environ[cache.INDUCTORS])
+            found.append(os.environ[INDUCTORS])
             assert getattr(codecache, "_HEADER_DIR", found[-1]).startswith(found[-1])
             raise ZeroDivisionError
-        assert os.environ.get(cache.INDUCTORS) == chosen
+        assert os.environ.get(INDUCTORS) == chosen
         assert {name: getattr(codecache, name, None) for name in before} == before
     assert len(set(found)) == len(found) == len(sets)
     assert all(tmp_path in Path(place).parents for place in found)
@@ -211,12 +213,12 @@ def test_an_inductor_of_other_names(lacks: str, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(codecache, "_precompile_header", lambda: None, raising=False)
     else:
         monkeypatch.delattr(codecache, lacks, raising=False)
-    cache._headers.cache_clear()
+    _torch.header_settings.cache_clear()
     try:
         with cache.used():
-            assert tmp_path in Path(os.environ[cache.INDUCTORS]).parents
+            assert tmp_path in Path(os.environ[INDUCTORS]).parents
     finally:
-        cache._headers.cache_clear()
+        _torch.header_settings.cache_clear()
 
 
 def test_the_name_says_what_it_is_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrizations, parametrize, pru
 import tkernels
 import tkernels.nn as tnn
 from tests.fusion.pairs import assert_alike, both, close, gradients_alike, images
+from tkernels.core import _torch
 
 pytestmark = pytest.mark.gate("torch", "cuda")
 
@@ -443,7 +444,7 @@ def test_a_counter_with_two_names(device: str, monkeypatch: pytest.MonkeyPatch) 
         for count, more in zip(counts, [count + one for count in counts]):
             count.copy_(more)
 
-    monkeypatch.setattr(torch, "_foreach_add_", add)
+    monkeypatch.setattr(_torch, "foreach_add_", add)
     model, fused = operated(share_a_layer, device)
     assert_alike(fused, model, inputs(device), more=2)
     assert together == [2], "of the call before the layer stood in two places"

@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.compiler import is_dynamo_compiling
+
+from tkernels.core import _torch
 
 Gradients = tuple[Tensor | None, ...]
 Backward = Callable[..., Gradients]
-
-_C: Any = torch._C
-_functorch: Any = torch._C._functorch
 
 
 def once_differentiable(backward: Backward) -> Backward:
@@ -42,7 +40,7 @@ def once_differentiable(backward: Backward) -> Backward:
         # what the gradients depend on: autograd goes only where it gets to what it is asked for
         inputs += [a for a in args if a is not None and a.requires_grad] + _leaves(ctx)
         message = b"trying to differentiate twice a function that was marked with @once_differentiable"
-        refuse: Any = torch._C._functions.DelayedError(message, len(inputs))
+        refuse = _torch.DelayedError(message, len(inputs))
         refused: Gradients = refuse(*inputs)[: len(gradients)]
         return refused
 
@@ -51,7 +49,7 @@ def once_differentiable(backward: Backward) -> Backward:
 
 def _leaves(node: Any) -> list[Tensor | None]:
     """The leaves that the inputs of an autograd function are made of."""
-    found: list[Tensor | None] = []
+    leaves: list[Tensor | None] = []
     seen, ahead = {node}, [node]
     while ahead:
         for below, _ in ahead.pop().next_functions:
@@ -60,8 +58,8 @@ def _leaves(node: Any) -> list[Tensor | None]:
             seen.add(below)
             ahead.append(below)
             if hasattr(below, "variable"):
-                found.append(below.variable)
-    return found
+                leaves.append(below.variable)
+    return leaves
 
 
 def by_kernels(backward: Backward) -> Backward:
@@ -138,12 +136,12 @@ def gradients_of(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # names of their own: what is given in two places has a gradient in each
-        own = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needs)]
-        wanted = [t for t, need in zip(own, needs) if t is not None and need]
+        views = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needs)]
+        wanted = [t for t, need in zip(views, needs) if t is not None and need]
         if not wanted:
-            return [None] * len(own)
-        found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=again, allow_unused=True))
-    return [next(found) if t is not None and need else None for t, need in zip(own, needs)]
+            return [None] * len(views)
+        gradients = iter(torch.autograd.grad(function(*views), wanted, dy, create_graph=again, allow_unused=True))
+    return [next(gradients) if t is not None and need else None for t, need in zip(views, needs)]
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
@@ -153,9 +151,9 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     if is_dynamo_compiling():
         return
     ctx.kinds = ctx.strides = None
-    if _C._len_torch_dispatch_stack() > 0:
+    if _torch.count_dispatch_modes() > 0:
         return
-    if _hooks_on_saved(True) is None:
+    if _torch.hooks_on_saved(True) is None:
         ctx.strides = _strides(tensors)
     else:
         ctx.kinds = [_kind(t) for t in tensors]
@@ -175,9 +173,6 @@ def saved(ctx: Any) -> tuple[Any, ...]:
         t if t is None or t.stride() == strides else _restored(t, (t.shape, t.dtype, _place(t), strides))
         for t, strides in zip(tensors, ctx.strides)
     )
-
-
-_hooks_on_saved: Callable[[bool], Any] = _C._autograd._top_saved_tensors_default_hooks
 
 
 def _strides(tensors: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
@@ -211,11 +206,11 @@ def _as_stored(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _are_plain(gradients: tuple[Any, ...]) -> bool:
     """Whether each has memory that says all there is to say: no batch of many, no wrapper, no tangent."""
-    tangents = torch.autograd.forward_ad._current_level >= 0
+    tangents = _torch.forward_ad_level() >= 0
     for g in gradients:
         if g is None:
             continue
-        if _functorch.is_legacy_batchedtensor(g) or _functorch.is_functorch_wrapped_tensor(g):
+        if _torch.is_legacy_batched(g) or _torch.is_wrapped(g):
             return False
         if tangents and torch.autograd.forward_ad.unpack_dual(g).tangent is not None:
             return False
@@ -224,11 +219,7 @@ def _are_plain(gradients: tuple[Any, ...]) -> bool:
 
 def _are_many(gradients: tuple[Any, ...]) -> bool:
     """Whether those that are not plain are batches."""
-    return all(
-        _functorch.is_legacy_batchedtensor(g) or _functorch.is_batchedtensor(g)
-        for g in gradients
-        if not _are_plain((g,))
-    )
+    return all(_torch.is_legacy_batched(g) or _torch.is_batched(g) for g in gradients if not _are_plain((g,)))
 
 
 def _of_kernels(backward: Backward, ctx: Any, args: tuple[Any, ...]) -> Gradients:
@@ -246,31 +237,30 @@ def _one_by_one(backward: Backward, ctx: Any, args: tuple[Any, ...]) -> Gradient
     many = [w is not a for w, a in zip(whole, args)]
     count = next(len(w) for w, m in zip(whole, many) if m)
     # what allocates memory for kernels and passes must not meet a transform
-    plain = temporarily_clear_interpreter_stack() if _are_plain(whole) else contextlib.nullcontext()
+    plain = _torch.without_transforms() if _are_plain(whole) else contextlib.nullcontext()
     with plain:
         rows = [backward(ctx, *(w[i] if m else w for w, m in zip(whole, many))) for i in range(count)]
         columns = [None if c[0] is None else torch.stack(c) for c in zip(*rows)]
     # (no view of a user's own class can be made within vmap)
-    with _C.DisableTorchFunctionSubclass():
+    with _torch.without_torch_function():
         return tuple(None if c is None else add_batch_dim(c) for c in columns)
 
 
 def _unwrapped(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Callable[[Tensor], Tensor]]:
     """The batches, their rows along the first axis, and what makes a batch of such a tensor again."""
-    if any(a is not None and _functorch.is_legacy_batchedtensor(a) for a in args):
-        level = _C._vmapmode_increment_nesting() - 1
-        _C._vmapmode_decrement_nesting()
+    if any(a is not None and _torch.is_legacy_batched(a) for a in args):
+        level = _torch.legacy_batch_level()
         whole = tuple(
-            torch._remove_batch_dim(a, level, 0, 0) if a is not None and _functorch.is_legacy_batchedtensor(a) else a
+            _torch.unwrap_legacy_batch(a, level, 0, 0) if a is not None and _torch.is_legacy_batched(a) else a
             for a in args
         )
-        return whole, lambda t: torch._add_batch_dim(t, 0, level)
-    innermost = max(_functorch.maybe_get_level(a) for a in args if a is not None)
+        return whole, lambda t: _torch.wrap_legacy_batch(t, 0, level)
+    innermost = max(_torch.level_of(a) for a in args if a is not None)
 
     def rows(a: Any) -> Any:
-        if a is None or _functorch.maybe_get_level(a) != innermost:
+        if a is None or _torch.level_of(a) != innermost:
             return a
-        value, axis = _functorch._unwrap_batched(a, innermost)
+        value, axis = _torch.unwrap_batch(a, innermost)
         return value.movedim(axis, 0)
 
-    return tuple(rows(a) for a in args), lambda t: _functorch._add_batch_dim(t, 0, innermost)
+    return tuple(rows(a) for a in args), lambda t: _torch.wrap_batch(t, 0, innermost)

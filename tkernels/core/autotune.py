@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from tkernels.core import mode as runtime
+from tkernels.core import settings
 from tkernels.core.config import Config, next_power_of_two
 
 # A choice of the closed form stays unless another is faster by this: timings of the same kernel differ by as much.
@@ -30,7 +31,7 @@ MARGIN = 0.03
 PYTORCH = "PyTorch"
 KERNEL = "kernel"
 
-enabled = runtime.flag("TKERNELS_AUTOTUNE")
+enabled = settings.AUTOTUNE.is_on()
 # milliseconds a call
 Clock = Callable[[Callable[[], object]], float]
 
@@ -124,8 +125,8 @@ class Tuner:
             return None
 
     def _write(self) -> None:
-        """Replace the file at once, with what other processes found meanwhile. A cache that cannot be written is one
-        that is not kept."""
+        """Replace the file at once, with what other processes found meanwhile. One that cannot be written is left as
+        it is: choices are then measured anew by the next process."""
         if self._path is None:
             return
         self._known = {**_read(self._path), **self._known}
@@ -147,9 +148,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         if path.exists() and not path.is_file():  # a FIFO would be waited for
             raise ValueError("no regular file")
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__} instead of a dictionary")
+        entries = json.loads(path.read_text())
+        if not isinstance(entries, dict):
+            raise ValueError(f"a {type(entries).__name__} instead of a dictionary")
     except FileNotFoundError:
         return {}
     except Exception as error:  # a parser's limits too: nesting, digits, memory
@@ -157,15 +158,15 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     return {
         key: {"best": value["best"], "ms": _times(value.get("ms"))}
-        for key, value in found.items()
+        for key, value in entries.items()
         if isinstance(value, dict) and isinstance(value.get("best"), str)
     }
 
 
-def _times(found: Any) -> dict[str, float]:
-    if not isinstance(found, dict):
+def _times(times: Any) -> dict[str, float]:
+    if not isinstance(times, dict):
         return {}
-    return {name: ms for name, ms in found.items() if isinstance(ms, (int, float))}
+    return {name: ms for name, ms in times.items() if isinstance(ms, (int, float))}
 
 
 def _text(config: Config) -> str:
@@ -194,7 +195,7 @@ def _tuner_of(device: int) -> Tuner:
 
 def _folder() -> Path | None:
     """Where the file lies; None, which is logged, where the user has no home and chose no folder."""
-    chosen = os.environ.get("TKERNELS_CACHE_DIR")
+    chosen = settings.CACHE_DIR.text()
     try:
         return Path(chosen) if chosen else Path.home() / ".cache" / "tkernels"
     except RuntimeError as error:  # no HOME, and a user whom the system does not know

@@ -44,17 +44,17 @@ def floating(**named: Tensor | None) -> None:
 
 def same_device(**named: Tensor | None) -> None:
     """Raise RuntimeError unless all tensors are on one device."""
-    given = {name: t.device for name, t in named.items() if t is not None}
-    if len(set(given.values())) > 1:
-        listed = ", ".join(f"{name} on {device}" for name, device in given.items())
+    devices = {name: t.device for name, t in named.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise RuntimeError(f"expected all tensors to be on the same device, got {listed}")
 
 
 def same_dtype(**named: Tensor | None) -> None:
     """Raise RuntimeError unless all tensors have one dtype."""
-    given = {name: t.dtype for name, t in named.items() if t is not None}
-    if len(set(given.values())) > 1:
-        listed = ", ".join(f"{name} is {dtype}" for name, dtype in given.items())
+    dtypes = {name: t.dtype for name, t in named.items() if t is not None}
+    if len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
         raise RuntimeError(f"expected all tensors to have the same dtype, got {listed}")
 
 

@@ -1,4 +1,4 @@
-"""Ground floor: from (shape, dtype, target) to a launch configuration. One file an operator, closed forms only.
+"""From (shape, dtype, target) to a launch configuration. One file an operator, closed forms only.
 
 Block sizes never depend on the batch: batches 256, 17 and 1 share one compiled kernel.
 """

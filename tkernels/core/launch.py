@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tkernels.core import _torch
 from tkernels.core import mode as runtime
 
 if runtime.HAS_TRITON:
@@ -67,7 +68,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 def is_watched() -> bool:
     """Whether a profiler, torch's or one of Triton's hooks, wants to see each launch, or Triton is to debug kernels."""
-    if torch.autograd._profiler_enabled():
+    if _torch.is_profiled():
         return True
     options = knobs.runtime
     enter, leave = options.launch_enter_hook, options.launch_exit_hook
@@ -76,7 +77,7 @@ def is_watched() -> bool:
 
 def named(kernel: Any) -> contextlib.AbstractContextManager[Any]:
     """Within the block a trace of torch's profiler shows the kernel's name."""
-    if not torch.autograd._profiler_enabled():
+    if not _torch.is_profiled():
         return contextlib.nullcontext()
     return torch.profiler.record_function(label(kernel))
 

@@ -1,4 +1,4 @@
-"""Ground floor: which backend a call takes, device guard, float32 precision, autocast, seeds."""
+"""Which backend a call takes, device guard, float32 precision, autocast, seeds."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import os
-import warnings
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from tkernels.core import targets
+from tkernels.core import _torch, settings, targets
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = settings.BACKEND.allowed
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # float64 has no tensor cores worth the name and is what people check against: PyTorch on any device.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,14 +22,8 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Op = Literal["conv", "matmul"]
 
 
-def _checked_backend(name: str, source: str = "environment variable TKERNELS_BACKEND") -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    return name
-
-
 # A wrong one raises where it is used: a command can say so in a line, where a failed import is a traceback
-_backend = os.environ.get("TKERNELS_BACKEND") or "auto"
+_backend = settings.BACKEND.choice()
 
 
 class backend:
@@ -51,7 +43,7 @@ class backend:
     def __init__(self, name: str) -> None:
         global _backend
         self._previous = _backend
-        _backend = _checked_backend(name, "backend")
+        _backend = settings.BACKEND.checked(name, "backend")
 
     def __enter__(self) -> backend:
         return self
@@ -64,23 +56,11 @@ class backend:
 def get_backend() -> str:
     """The backend in force: ``'auto'``, ``'triton'`` or ``'torch'``. Raises ValueError where the environment variable
     TKERNELS_BACKEND names another."""
-    return _checked_backend(_backend)
-
-
-def flag(name: str, default: str = "0") -> bool:
-    """Whether an environment variable says yes. One that is empty is not set; another word is warned of, and is not."""
-    yes, no = ("1", "true", "on", "yes"), ("0", "false", "off", "no")
-    value = (os.environ.get(name) or default).lower()
-    if value not in yes + no:
-        allowed = ", ".join(yes + no)
-        said = f"environment variable {name} must be one of {allowed}, got {os.environ[name]!r}: {default} is taken"
-        warnings.warn(said, RuntimeWarning, stacklevel=2)
-        value = default
-    return value in yes
+    return settings.BACKEND.checked(_backend)
 
 
 # triton itself asks once, as it defines a kernel
-_INTERPRETING = HAS_TRITON and flag("TRITON_INTERPRET")
+_INTERPRETING = HAS_TRITON and settings.INTERPRET.is_on()
 
 
 def interpreting() -> bool:
@@ -126,7 +106,7 @@ def use_triton(*tensors: Tensor | None) -> bool:
 
     Raises RuntimeError under backend 'triton' where Triton cannot run, ValueError for the environment's wrong name.
     """
-    if _checked_backend(_backend) == "torch":
+    if settings.BACKEND.checked(_backend) == "torch":
         return False
     if _can_run(tensors):
         return True
@@ -144,9 +124,7 @@ def transformed() -> bool:
     """Whether a torch.func transform, forward-mode AD or torch.jit.trace is at work: they see PyTorch's operators only,
     and a kernel's output would have no tangent, or be a constant of the trace, silently."""
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._is_tracing()
+        _torch.is_transformed() or _torch.forward_ad_level() >= 0 or _torch.is_jit_tracing()
     )
 
 
@@ -172,23 +150,22 @@ def traced() -> bool:
     then it goes through a registered operator, torch.ops.tkernels.*, instead of an autograd function."""
     if torch.compiler.is_compiling():
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 and _recorded()
+    return _torch.count_dispatch_modes() > 0 and _recorded()
 
 
 def jit_traced() -> bool:
     """Whether torch.jit.trace records this call, as the ONNX exporter without Dynamo does: sizes are tensors then."""
-    return not is_dynamo_compiling() and torch._C._is_tracing()
+    return not is_dynamo_compiling() and _torch.is_jit_tracing()
 
 
 def _recorded() -> bool:
     """Whether one of the dispatch modes that are on records or counts operators. Launches on a pretended GPU are
     intercepted, fake tensors or not."""
-    modes = torch._C._TorchDispatchModeKey
+    modes = _torch.DispatchModeKey
     for key in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL):
-        if torch._C._get_dispatch_mode(key) is not None:
+        if _torch.dispatch_mode_of(key) is not None:
             return not targets.pretending()
-    stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    return any(type(mode).__name__ == "_FlopCounterMode" for mode in stack)
+    return any(type(mode).__name__ == _torch.FLOP_COUNTER_MODE for mode in _torch.dispatch_modes())
 
 
 @functools.cache
@@ -228,8 +205,8 @@ def float32_products() -> tuple[str, str]:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype torch.autocast asks for on the device of ``x``, or None where autocast is off."""
-    kind = "cuda" if x.is_cuda else x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    device_type = "cuda" if x.is_cuda else x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def cast_for_autocast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from tkernels.core import launch, mode, targets
+from tkernels.core import _torch, launch, mode, targets
 
 Tensors = tuple[Tensor | None, ...]
 # index, size, stride, dtype
@@ -209,8 +208,9 @@ class Planner:
         self.inputs = tuple(t if t is None else self._slot(i, _meta(t)) for i, t in enumerate(tensors))
 
     def call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """What ``func`` gives for slots: a slot, or, where it tells of shapes and strides alone, that."""
-        result = func(*_metas(args), **_metas(kwargs))
+        """What ``func`` gives for slots, which are positional arguments: a slot, or, where it tells of shapes and
+        strides alone, that."""
+        result = func(*[a.meta if isinstance(a, Slot) else a for a in args], **kwargs)
         if not isinstance(result, Tensor):
             return result
         for slot in args:  # in place, or nothing to do, as contiguous() often has
@@ -227,7 +227,7 @@ class Planner:
         return made
 
     def record(self, func: Any, *args: Any, **kwargs: Any) -> None:
-        """A call of torch for its effect. Keyword arguments are no slots."""
+        """A call of torch for its effect."""
         self._add(_Step(functools.partial(func, **kwargs) if kwargs else func, self._indices(args)))
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -397,13 +397,9 @@ def _meta(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def _metas(arguments: Any) -> Any:
-    return tree_map_only(Slot, lambda slot: slot.meta, arguments)
-
-
 def _allocates_by_torch() -> bool:
     """Whether fresh memory is to be filled, as torch's deterministic mode wants it, or a dispatch mode watches."""
-    return torch.are_deterministic_algorithms_enabled() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.are_deterministic_algorithms_enabled() or _torch.count_dispatch_modes() > 0
 
 
 @functools.cache
@@ -413,5 +409,4 @@ def _allocators(device: torch.device) -> tuple[Callable[..., Tensor], Callable[.
     def by_torch(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
-    # the call that Inductor's own code makes, at half the price of torch.empty_strided's; it fills nothing
-    return getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", by_torch), by_torch
+    return _torch.QUICK_ALLOCATORS.get(device.type, by_torch), by_torch

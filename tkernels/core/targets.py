@@ -1,4 +1,4 @@
-"""Ground floor: what a GPU is. Shared memory, registers, multiprocessors and peak rates, from the vendors' sheets."""
+"""What a GPU is. Shared memory, registers, multiprocessors and peak rates, from the vendors' sheets."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Ground floor of the PyTorch body on a CPU: passes over activations compiled by Inductor, and buffers they reuse."""
+"""The PyTorch body on a CPU: passes over activations compiled by Inductor, and buffers they reuse."""

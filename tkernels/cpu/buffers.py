@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from tkernels.core import _torch
+
 # smaller ones come from the allocator's heap without faults
 SMALLEST = 1 << 20
 # Requests after which the pool forgets a storage that none of them took: at least, and at most.
@@ -29,8 +31,6 @@ LOOK = 128
 # so many storages forgotten tell whether that was too early
 JUDGED = 16
 
-_tensors = torch._C._storage_Use_Count
-
 
 class Buffer:
     """A storage, its address, and the number of the request that took it last."""
@@ -40,7 +40,7 @@ class Buffer:
     def __init__(self, nbytes: int) -> None:
         # (torch.empty rather than UntypedStorage, so that what fills fresh memory for tests fills this)
         self.storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
-        self.address, self.last = self.storage._cdata, 0
+        self.address, self.last = _torch.storage_address(self.storage), 0
 
 
 def _new(dtype: torch.dtype) -> Tensor:
@@ -56,9 +56,9 @@ class Scale:
 
     def __init__(self) -> None:
         self.buffer = Buffer(0)
-        self.nobody = _tensors(self.buffer.address)
+        self.nobody = _torch.count_storage_uses(self.buffer.address)
         self._tensor = _new(torch.uint8).set_(self.buffer.storage, 0, (0,), (1,))
-        self.one = _tensors(self.buffer.address)
+        self.one = _torch.count_storage_uses(self.buffer.address)
         self.fewest = self.variables(self.buffer)
 
     @staticmethod
@@ -73,7 +73,7 @@ class Scale:
         two counts would have to be turned twice within three of them.
         """
         self.fewest = min(self.fewest, self.variables(self.buffer))
-        return self.variables(buffer) <= self.fewest and _tensors(buffer.address) == self.one
+        return self.variables(buffer) <= self.fewest and _torch.count_storage_uses(buffer.address) == self.one
 
 
 _SCALE = Scale()
@@ -156,7 +156,7 @@ class Pool:
         tensor = _new(dtype)
         for buffer in self._lent.get(nbytes, ()):
             if (
-                _tensors(buffer.address) == _SCALE.nobody
+                _torch.count_storage_uses(buffer.address) == _SCALE.nobody
                 and buffer.storage.nbytes() == nbytes
                 and not buffer.storage.is_shared()
             ):
@@ -185,7 +185,7 @@ class Pool:
         used = held = 0
         for nbytes, lent in list(self._lent.items()):
             held += nbytes * len(lent)
-            used += nbytes * sum(_tensors(b.address) != _SCALE.nobody for b in lent)
+            used += nbytes * sum(_torch.count_storage_uses(b.address) != _SCALE.nobody for b in lent)
         self.patience.saw(used, held)
         if self._requests % self.patience.requests == 0:
             self._forget()
@@ -197,7 +197,7 @@ class Pool:
         patience = self.patience.requests
         young, oldest = self._requests - patience, self._requests - max(WASTEFUL, 2 * patience)
         for nbytes, lent in list(self._lent.items()):
-            free = [b for b in lent if b.last <= young and _tensors(b.address) == _SCALE.nobody]
+            free = [b for b in lent if b.last <= young and _torch.count_storage_uses(b.address) == _SCALE.nobody]
             kept = [b for b in lent if b.last > oldest and b not in free]
             self.patience.forgot(nbytes, len(free))
             if kept:

@@ -21,13 +21,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 
+from tkernels.core import _torch, settings
+
 log = logging.getLogger("tkernels")
-INDUCTORS = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def folder() -> Path:
@@ -44,20 +44,18 @@ def folder() -> Path:
 
 def _chosen() -> Path:
     """What the user chose, for us or for Inductor; else where a user's caches are."""
-    ours, inductors = os.environ.get("TKERNELS_CACHE_DIR"), os.environ.get(INDUCTORS)
+    ours, inductors = settings.CACHE_DIR.text(), settings.INDUCTOR_CACHE_DIR.text()
     if ours:
         return Path(ours)
     if inductors and not _default(inductors):
         return Path(inductors) / "tkernels"
-    home = os.environ.get("XDG_CACHE_HOME", "")
+    home = settings.CACHE_HOME.text() or ""
     return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "tkernels"
 
 
 def _default(path: str) -> bool:
     """Whether that is what Inductor takes where nobody chose: it then says so in the environment itself."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    return os.path.abspath(path) == os.path.abspath(default_cache_dir())
+    return os.path.abspath(path) == os.path.abspath(_torch.inductor_cache_dir())
 
 
 @functools.cache
@@ -137,34 +135,11 @@ def used() -> Iterator[None]:
 
     For whoever holds Dynamo's lock: no other thread compiles meanwhile.
     """
-    from torch._inductor import codecache
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    before, place = os.environ.get(INDUCTORS), folder()
-    try:
-        os.environ[INDUCTORS] = str(place)  # which the look for instruction sets writes to as well
-        place = place / "-".join(str(pick_vec_isa()).split())
-        os.environ[INDUCTORS] = str(place)
-        headers = _headers(place / "headers")
-        with mock.patch.multiple(codecache, **headers) if headers else contextlib.nullcontext():
+    variable, place = settings.INDUCTOR_CACHE_DIR, folder()
+    with variable.restored():
+        variable.assign(str(place))  # which the look for instruction sets writes to as well
+        place = place / "-".join(str(_torch.pick_vec_isa()).split())
+        variable.assign(str(place))
+        headers = _torch.header_settings(place / "headers")
+        with mock.patch.multiple(_torch.inductor_codecache(), **headers) if headers else contextlib.nullcontext():
             yield
-    finally:
-        if before is None:
-            os.environ.pop(INDUCTORS, None)
-        else:
-            os.environ[INDUCTORS] = before
-
-
-@functools.cache
-def _headers(place: Path) -> dict[str, Any]:
-    """What Inductor's compiled headers go by, which lie elsewhere, also for those who chose a folder; for ``place``.
-
-    Nothing where this version of Inductor has other names for it.
-    """
-    from torch._inductor import codecache
-
-    names = ("_HEADER_DIR", "_HEADER_LOCK_DIR", "_precompile_header")
-    make = getattr(getattr(codecache, names[-1], None), "__wrapped__", None)
-    if make is None or not all(hasattr(codecache, name) for name in names):
-        return {}
-    return dict(zip(names, (str(place), str(place / "locks"), functools.cache(make))))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,16 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _pop_mode, _push_mode
 
-from tkernels.core.mode import flag
+from tkernels.core import _torch, settings
 from tkernels.cpu import cache
 
 log = logging.getLogger("tkernels")
 # Inductor vectorises by the sizes that it sees: a first call of few channels would make slow code for all after it.
 CHANNELS = 256
 _compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-_wanted = flag("TKERNELS_COMPILE", "1")
+_wanted = settings.COMPILE.is_on()
 _broken = False
 _announced = False
 # whether this process was forked while another thread compiled: what that thread locked stays locked here
@@ -48,10 +46,10 @@ def plain_eager() -> bool:
     Ask torch.compiler.is_compiling() first of all, lest a trace learns of sizes and modes it has no business with.
     """
     return not (
-        torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        _torch.is_jit_tracing()
+        or _torch.count_dispatch_modes() > 0
+        or _torch.innermost_transform() is not None
+        or _torch.forward_ad_level() >= 0
     )
 
 
@@ -72,7 +70,7 @@ class Pass:
         key = (self.name, torch.get_num_threads(), *[t.dtype for t in tensors])
         run = _compiled.get(key) or self._compile(key, tensors)
         try:
-            if torch.autograd._profiler_enabled():
+            if _torch.is_profiled():
                 with torch.profiler.record_function(f"tkernels: {self.name}"):
                     return run(*tensors)
             return run(*tensors)
@@ -131,8 +129,8 @@ def is_plain(t: Tensor) -> bool:
         type(t) in (Tensor, torch.nn.Parameter)
         and t.device.type == "cpu"
         and t.layout is torch.strided
-        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-        and not torch._C._functorch.is_legacy_batchedtensor(t)
+        and not _torch.is_wrapped(t)
+        and not _torch.is_legacy_batched(t)
     )
 
 
@@ -153,13 +151,11 @@ def _works() -> bool:
 def _compiling() -> Iterator[bool]:
     """By Dynamo's lock alone among the threads, whoever compiles in them, and as if nothing had been set in this one;
     False where that can never be."""
-    from torch._dynamo.convert_frame import compile_lock
-
     if _stuck:
         yield False
         return
     plain = torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False)
-    with compile_lock, _no_function_modes(), plain[0], plain[1], plain[2]:
+    with _torch.compile_lock, _no_function_modes(), plain[0], plain[1], plain[2]:
         yield True
 
 
@@ -168,21 +164,21 @@ def _no_function_modes() -> Iterator[None]:
     """Without the modes that see each call of torch in this thread, a default device among them."""
     modes = []
     try:
-        while torch._C._len_torch_function_stack():
-            modes.append(_pop_mode())
+        while _torch.count_function_modes():
+            modes.append(_torch.pop_function_mode())
         yield
     finally:
         for mode in reversed(modes):
-            _push_mode(mode)
+            _torch.push_function_mode(mode)
 
 
 def _forked() -> None:
     global _stuck
-    frames = sys.modules.get("torch._dynamo.convert_frame")
-    if frames is not None and not _stuck:
-        _stuck = not frames.compile_lock.acquire(blocking=False)
+    lock = _torch.compile_lock_if_imported()
+    if lock is not None and not _stuck:
+        _stuck = not lock.acquire(blocking=False)
         if not _stuck:
-            frames.compile_lock.release()
+            lock.release()
 
 
 if hasattr(os, "register_at_fork"):
@@ -190,16 +186,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], channels: bool) -> Callable[..., Any]:
-    from torch._functorch import config as functorch_config
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     # sizes that happen to be equal now are different symbols all the same
     shape_env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
-    mode = FakeTensorMode(shape_env=shape_env)
+    mode = _torch.FakeTensorMode(shape_env=shape_env)
     fakes = []
     for t in tensors:
         # a size of 1 would be taken for one that never changes
@@ -214,18 +206,18 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], chan
         # (a bound method would count its object as an argument)
         graph = make_fx(lambda *args: function(*args), tracing_mode="real")(*fakes)
     # (a cache on another machine says no more of instruction sets than one on a disk)
-    options = config.patch(
+    options = _torch.inductor_config.patch(
         fx_graph_cache=True, fx_graph_remote_cache=False, realize_reads_threshold=16, realize_opcount_threshold=200
     )
     inner: list[Any] = []
 
     def compile_inner(*args: Any, **kwargs: Any) -> Any:
-        inner.append(compile_fx_inner(*args, **kwargs))
+        inner.append(_torch.compile_fx_inner(*args, **kwargs))
         return inner[-1]
 
     # the cache of whole autograd graphs cannot read a graph that did not come from Dynamo
-    with cache.used(), options, functorch_config.patch(enable_autograd_cache=False):
-        run: Any = compile_fx(graph, fakes, inner_compile=compile_inner)
+    with cache.used(), options, _torch.functorch_config.patch(enable_autograd_cache=False):
+        run: Any = _torch.compile_fx(graph, fakes, inner_compile=compile_inner)
     # what stands around it serves autograd, and is as much Python again between two passes
     call = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None
     return run if call is None else lambda *tensors: call(list(tensors))

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tkernels.core import autograd
+from tkernels.core import _torch, autograd
 from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.records import BatchNorm, ConvBNLayer, StageCall
 from tkernels.cpu import buffers, compiler, packed, passes
 
-aten, mkldnn = torch.ops.aten, torch.ops.mkldnn
+aten = torch.ops.aten
 DTYPES = (torch.float32, torch.bfloat16)
 # Elements of a stage's largest map from which on a call is worth compiled passes.
 WORTH_IT = 1 << 18
@@ -138,12 +138,12 @@ def _convolution(x: Tensor, w: Tensor, g: Geometry, pad: tuple[int, int], stride
     if not buffers.FRESH.faulted(nbytes):
         return _nhwc(buffers.FRESH.watch(nbytes, lambda: _new_convolution(x, w, window)))
     out = buffers.dense(x.dtype, *shape).zero_()
-    mkldnn._convolution_pointwise_.binary(_map(out), _map(x), w, None, *window, "add", 1.0, None, [], None)
+    _torch.onednn_conv_into(_map(out), _map(x), w, None, *window, "add", 1.0, None, [], None)
     return out
 
 
 def _new_convolution(x: Tensor, w: Tensor, window: tuple[object, ...]) -> Tensor:
-    result: Tensor = mkldnn._convolution_pointwise(_map(x), w, None, *window, "none", [], "")
+    result: Tensor = _torch.onednn_conv(_map(x), w, None, *window, "none", [], "")
     return result
 
 
@@ -429,7 +429,7 @@ def evaluate(
         for start in range(0, x.shape[0], chunk):
             a = x[start : start + chunk]
             for (w, b, _), g in zip(folded, stage.geometries):
-                a = mkldnn._convolution_pointwise(
+                a = _torch.onednn_conv(
                     a.contiguous(memory_format=torch.channels_last), w, b, (g.pad_h, g.pad_w),
                     (g.stride_h, g.stride_w), (g.dilation_h, g.dilation_w), g.groups, "none", [], "",
                 )  # fmt: skip

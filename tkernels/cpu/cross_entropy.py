@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn.functional import cross_entropy as cross_entropy_loss
 
+from tkernels.core import _torch
 from tkernels.core.autograd import composed_where_differentiated, gradients_of, save, saved
 from tkernels.core.records import LossOptions
 from tkernels.cpu import buffers, compiler, rows
@@ -33,7 +34,7 @@ def takes(x: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
     # a trace must not learn of sizes: Dynamo is gone after the first line, fake tensors after the second
     return (
         not is_dynamo_compiling()
-        and not torch._C._is_tracing()
+        and not _torch.is_jit_tracing()
         and type(x) in PLAIN
         and x.numel() >= SHORT_WORTH_IT
         and weight is None

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from tkernels.core import _torch
 from tkernels.core import activation as activations
 from tkernels.core.autograd import composed_where_differentiated, gradients_of, save, saved
 from tkernels.cpu import buffers, compiler, norm, packed
@@ -69,7 +70,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """F.linear of what nobody differentiates, by oneDNN; None where that is not faster, or the call is one that torch
     refuses or casts. (oneDNN's ReLU as a last step is not ours to use: it makes 0 of NaN.)"""
     # (what most calls fail on first: they are small; a trace must not even learn of sizes)
-    if is_dynamo_compiling() or torch._C._is_tracing() or type(x) not in PLAIN or x.numel() < ROWS * FEATURES:
+    if is_dynamo_compiling() or _torch.is_jit_tracing() or type(x) not in PLAIN or x.numel() < ROWS * FEATURES:
         return None
     if type(weight) not in PLAIN or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return None
@@ -111,7 +112,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     plain = all(t.dtype is torch.float32 and t.is_contiguous() for t in (x, weight, bias) if t is not None)
     if not plain or x.numel() == 0 or not compiler.plain_eager():
         return F.linear(x, weight, bias)
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    y: Tensor = _torch.onednn_linear(x, weight, bias, "none", [], "")
     return y
 
 

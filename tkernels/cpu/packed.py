@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tkernels.core import _torch
 from tkernels.cpu.compiler import Pass
 
-mkldnn = torch.ops.mkldnn
 # Elements of a weight from which on a kept copy is worth the look at them. (Measured over four networks' inference at
 # 96 pixels: in float32 2^16 is up to 1.17 times as fast as 2^14; in bfloat16, where a cast goes too, 2^14 is.)
 WORTH_IT = {torch.float32: 1 << 16, torch.bfloat16: 1 << 14}
@@ -65,7 +65,7 @@ class Packed:
             padding, stride, dilation, groups = self.window
             return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
         x, bias = x.to(self.dtype), None if bias is None else bias.to(self.dtype)
-        y: Tensor = mkldnn._convolution_pointwise(x, self._packed(weight, bits), bias, *self.window, "none", [], "")
+        y: Tensor = _torch.onednn_conv(x, self._packed(weight, bits), bias, *self.window, "none", [], "")
         return y
 
     def _packed(self, weight: Tensor, bits: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Packed:
             if len(self.copies) >= KEPT:
                 self.copies.clear()
             low = weight.detach().to(self.dtype)
-            packed = mkldnn._reorder_convolution_weight(low, *self.window, list(self.input))
+            packed = _torch.onednn_pack_conv_weight(low, *self.window, list(self.input))
             copy = self.copies[place] = Copy(now, weight.stride(), packed)
         return copy.packed
 
@@ -91,7 +91,7 @@ def enabled(dtype: torch.dtype) -> bool:
     """Whether oneDNN may take convolutions in this dtype here."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    return dtype is torch.float32 or bool(mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32 or bool(_torch.onednn_has_bfloat16())
 
 
 def _bits(weight: Tensor) -> Tensor | None:

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.backends import registry
-from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from tkernels.core import _torch
 from tkernels.fusion import calls, chains, checkpoint
 from tkernels.fusion.calls import Call
 from tkernels.fusion.report import FusionReport
@@ -22,7 +21,7 @@ _RESTS = ("eager", "inductor")
 Run = Callable[..., Any]
 
 # Installed, the package has this entry point. Run from its sources it has not: the name is known once it is imported.
-registry._BACKENDS.setdefault("tkernels", EntryPoint("tkernels", "tkernels.fusion:tkernels", "torch_dynamo_backends"))
+_torch.register_backend("tkernels", EntryPoint("tkernels", "tkernels.fusion:tkernels", "torch_dynamo_backends"))
 
 
 def tkernels(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: Any = None) -> Run:
@@ -68,10 +67,10 @@ class Backend:
         if eager:
             count = sum(self._rewrite(body) for body in checkpoint.bodies(gm))
             checkpoint.run_eagerly(gm)
-        found, left = chains.find(gm.graph)
+        fusible, left = chains.find(gm.graph)
         self.report.left += left
         chosen: list[Call] = []
-        for chain in found:
+        for chain in fusible:
             call = calls.call_of(chain, eager)
             if isinstance(call, str):
                 self.report.left.append((chain.name() if len(chain.steps) == 1 else chain.path(), call))
@@ -91,9 +90,9 @@ class Backend:
     def _finish(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
         if self.rest == "eager":
             # what writes the code down at the first call would stay in the way of all others
-            _LazyGraphModule.force_recompile(gm)
+            _torch.LazyGraphModule.force_recompile(gm)
             return _roomy(gm.forward)
-        inductor: Any = torch._dynamo.lookup_backend("inductor")
+        inductor: Any = _torch.lookup_backend("inductor")
         mode = {} if self.mode is None else {"mode": self.mode}
         run: Run = inductor(gm, list(example_inputs), **mode)
         return run
@@ -115,9 +114,9 @@ def _roomy(method: Any) -> Run:
 
 
 def _checked_rest(options: dict[str, Any] | None) -> str:
-    given = dict(options or {})
-    rest = given.pop("rest", "eager")
-    if given or rest not in _RESTS:
+    others = dict(options or {})
+    rest = others.pop("rest", "eager")
+    if others or rest not in _RESTS:
         raise ValueError(f"options of the backend must be {{'rest': one of {_RESTS}}}, got {options}")
     return str(rest)
 
@@ -154,7 +153,7 @@ def count_up(counts: list[torch.Tensor]) -> None:
     """Add one to each. Of a layer that now stands in a second place, which no guard tells, one counter has two names: a
     GPU would read both before it writes either."""
     if len(set(map(id, counts))) == len(counts):
-        torch._foreach_add_(counts, 1)
+        _torch.foreach_add_(counts, 1)
     else:
         for count in counts:
             count.add_(1)

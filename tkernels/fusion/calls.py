@@ -81,12 +81,12 @@ def _cpu_call(chain: Chain) -> Call | str:
 def _cpu_linear(chain: Chain) -> Call | str:
     if chain.last.kind == "dropout":  # PyTorch's own
         return _cpu_linear(chain.without_last())
-    end, given = value(chain.last.node), chain.first.given
-    features = _sizes(value(given["input"]))[-1]
+    end, args = value(chain.last.node), chain.first.arguments
+    features = _sizes(value(args["input"]))[-1]
     run = cpu_linear.plan(_sizes(end), features, end.dtype, _activation(chain), end.requires_grad)
     if isinstance(run, str):
         return incomplete(chain) or run
-    return Call(run, (given["input"], given["weight"], given["bias"]), (chain,))
+    return Call(run, (args["input"], args["weight"], args["bias"]), (chain,))
 
 
 def _described(chain: Chain) -> cpu.Chain:
@@ -98,9 +98,9 @@ def _described(chain: Chain) -> cpu.Chain:
     return cpu.Chain(
         input=_sizes(x),
         channels_last=inner.dim() == 4 and _channels_last(inner),
-        weight=None if conv is None else _sizes(value(conv.given["weight"])),
-        conv=None if conv is None else cpu.Conv(*_windows(conv), conv.given["groups"]),
-        norm=None if norm is None else cpu.Norm(norm.given["training"], norm.given["momentum"], norm.given["eps"]),
+        weight=None if conv is None else _sizes(value(conv.arguments["weight"])),
+        conv=None if conv is None else cpu.Conv(*_windows(conv), conv.arguments["groups"]),
+        norm=None if norm is None else cpu.Norm(*_norm_options(norm)),
         residual=chain.residual is not None,
         activation=_activation(chain),
         dtype=inner.dtype,
@@ -124,46 +124,51 @@ def _channels_last(t: Tensor) -> bool:
 
 
 def _windows(conv: Step) -> tuple[Any, Any, Any]:
-    padding = conv.given["padding"]
+    padding = conv.arguments["padding"]
     if padding == "valid":
         padding = 0
     padding = padding if isinstance(padding, str) else pair("padding", padding)
-    return pair("stride", conv.given["stride"]), padding, pair("dilation", conv.given["dilation"])
+    return pair("stride", conv.arguments["stride"]), padding, pair("dilation", conv.arguments["dilation"])
+
+
+def _norm_options(norm: Step) -> tuple[bool, float, float]:
+    """Whether it is in training, momentum, eps."""
+    return norm.arguments["training"], norm.arguments["momentum"], norm.arguments["eps"]
 
 
 def _activation(chain: Chain) -> str | None:
-    found = chain.get("activation")
-    return None if found is None else found.given["name"]
+    activation = chain.get("activation")
+    return None if activation is None else activation.arguments["name"]
 
 
 def _max_pool(step: Step) -> MaxPool:
-    return MaxPool(step.given["kernel_size"], step.given["stride"] or None, step.given["padding"])
+    return MaxPool(step.arguments["kernel_size"], step.arguments["stride"] or None, step.arguments["padding"])
 
 
 def _tensors(chain: Chain) -> list[Any]:
     """Weight and bias of the convolution; running mean and variance, weight and bias of the batch norm."""
     conv, norm = chain.get("conv"), chain.get("norm")
-    own = [None, None] if conv is None else [conv.given["weight"], conv.given["bias"]]
+    weights = [None, None] if conv is None else [conv.arguments["weight"], conv.arguments["bias"]]
     names = ("running_mean", "running_var", "weight", "bias")
-    return own + [None if norm is None else norm.given[name] for name in names]
+    return weights + [None if norm is None else norm.arguments[name] for name in names]
 
 
 def _conv_call(chain: Chain) -> Call | str:
     conv, norm = chain.first, chain.get("norm")
     if norm is not None:
         if _of_pytorch(chain):
-            found = _norm_call(chain.without_first())
-            return found._replace(left=((chain.name(), "PyTorch's convolution is faster at its size"),))
+            call = _norm_call(chain.without_first())
+            return call._replace(left=((chain.name(), "PyTorch's convolution is faster at its size"),))
         if chain.residual is not None and chain.last.kind in ("pool", "dropout2d"):
             return _conv_call(chain.without_last())
         return _stage((chain,))
     stride, padding, dilation = _windows(conv)
-    groups, activation = conv.given["groups"], _activation(chain)
+    groups, activation = conv.arguments["groups"], _activation(chain)
 
     def conv_activation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return conv2d(x, weight, bias, stride, padding, dilation, groups, activation)
 
-    return Call(conv_activation, (conv.input, conv.given["weight"], conv.given["bias"]), (chain,))
+    return Call(conv_activation, (conv.input, conv.arguments["weight"], conv.arguments["bias"]), (chain,))
 
 
 def _of_pytorch(chain: Chain) -> bool:
@@ -171,8 +176,8 @@ def _of_pytorch(chain: Chain) -> bool:
     if runtime.get_backend() != "auto" or runtime.interpreting():
         return False
     conv = chain.first
-    x, weight = _sizes(value(conv.input)), _sizes(value(conv.given["weight"]))
-    g = described(x, weight, *_windows(conv), conv.given["groups"])
+    x, weight = _sizes(value(conv.input)), _sizes(value(conv.arguments["weight"]))
+    g = described(x, weight, *_windows(conv), conv.arguments["groups"])
     dtype = value(conv.node).dtype
     precision = runtime.dot_precision(dtype, "conv")
     images = x[0] if len(x) == 4 else 1
@@ -183,17 +188,17 @@ def _of_pytorch(chain: Chain) -> bool:
 
 def _stage(chains: Sequence[Chain]) -> Call:
     """Chains of convolution and batch norm, each of which feeds the next, as one conv stage."""
-    made, own = [_layer(chain) for chain in chains], [_tensors(chain) for chain in chains]
-    last, count = chains[-1], len(own[0])
+    make_layer, parameters = [_layer(chain) for chain in chains], [_tensors(chain) for chain in chains]
+    last, count = chains[-1], len(parameters[0])
     pool = last.get("pool")
     window = None if pool is None else _max_pool(pool)
     p = _probability(last.get("dropout2d"))
 
     def conv_norm_stage(x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
-        layers = [layer(*tensors[count * i : count * i + count]) for i, layer in enumerate(made)]
+        layers = [layer(*tensors[count * i : count * i + count]) for i, layer in enumerate(make_layer)]
         return conv_stage(x, layers, window, p, p > 0, residual)
 
-    tensors = itertools.chain.from_iterable(own)
+    tensors = itertools.chain.from_iterable(parameters)
     return Call(conv_norm_stage, (chains[0].first.input, last.residual, *tensors), tuple(chains), stage=True)
 
 
@@ -201,8 +206,8 @@ def _layer(chain: Chain) -> Callable[..., ConvBNLayer]:
     conv, norm = chain.get("conv"), chain.get("norm")
     assert conv is not None and norm is not None  # noqa: PT018
     stride, padding, dilation = _windows(conv)
-    groups, activation = conv.given["groups"], _activation(chain)
-    training, momentum, eps = norm.given["training"], norm.given["momentum"], norm.given["eps"]
+    groups, activation = conv.arguments["groups"], _activation(chain)
+    training, momentum, eps = _norm_options(norm)
 
     def layer(
         weight: Tensor, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, bn_weight: Tensor | None,
@@ -215,21 +220,21 @@ def _layer(chain: Chain) -> Callable[..., ConvBNLayer]:
 
 
 def _probability(dropout: Step | None) -> float:
-    return float(dropout.given["p"]) if dropout is not None and dropout.given["training"] else 0.0
+    return float(dropout.arguments["p"]) if dropout is not None and dropout.arguments["training"] else 0.0
 
 
 def joined(calls: Sequence[Call]) -> list[Call]:
     """Conv stages of which one alone feeds the next, as one."""
-    found: list[Call] = []
+    result: list[Call] = []
     for call in calls:
-        before = next((c for c in found if c.last is call.chains[0].first.input), None)
+        before = next((c for c in result if c.last is call.chains[0].first.input), None)
         if before is not None and call.stage and before.stage and _can_go_on(before):
             whole = (*before.chains, *call.chains)
             if disturbed(Chain(tuple(step for chain in whole for step in chain.steps))) is None:
-                found.remove(before)
+                result.remove(before)
                 call = _stage(whole)
-        found.append(call)
-    return found
+        result.append(call)
+    return result
 
 
 def _can_go_on(call: Call) -> bool:
@@ -240,8 +245,8 @@ def _can_go_on(call: Call) -> bool:
 def _norm_call(chain: Chain) -> Call:
     if chain.last.kind in ("pool", "dropout2d"):
         return _norm_call(chain.without_last())
-    given = chain.first.given
-    training, momentum, eps, activation = given["training"], given["momentum"], given["eps"], _activation(chain)
+    args = chain.first.arguments
+    training, momentum, eps, activation = args["training"], args["momentum"], args["eps"], _activation(chain)
 
     def norm_activation(
         x: Tensor, residual: Tensor | None, mean: Tensor | None, var: Tensor | None, weight: Tensor | None,
@@ -253,19 +258,19 @@ def _norm_call(chain: Chain) -> Call:
 
 
 def _linear_call(chain: Chain) -> Call | str:
-    given, activation, p = chain.first.given, _activation(chain), _probability(chain.get("dropout"))
+    args, activation, p = chain.first.arguments, _activation(chain), _probability(chain.get("dropout"))
 
     def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight, bias, activation, p, p > 0)
 
-    return Call(linear_activation, (given["input"], given["weight"], given["bias"]), (chain,))
+    return Call(linear_activation, (args["input"], args["weight"], args["bias"]), (chain,))
 
 
 def _loss_call(chain: Chain) -> Call | str:
-    given = dict(chain.first.given)
-    tensors = given.pop("input"), given.pop("target"), given.pop("weight", None)
+    args = dict(chain.first.arguments)
+    tensors = args.pop("input"), args.pop("target"), args.pop("weight", None)
 
     def loss(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        return cross_entropy(input, target, weight, **given)
+        return cross_entropy(input, target, weight, **args)
 
     return Call(loss, tensors, (chain,))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from tkernels.core import _torch
 from tkernels.fusion.steps import Step, step_of, value, writes_over_its_input, written
 
 # what comes after a chain's first layers, each at most once, in this order
@@ -35,12 +36,12 @@ class Chain(NamedTuple):
     @property
     def residual(self) -> fx.Node | None:
         """The other operand of its addition, if it has one."""
-        found = self.get("add")
-        if found is None:
+        addition = self.get("add")
+        if addition is None:
             return None
-        before = self.steps[self.steps.index(found) - 1].node
-        first: fx.Node = found.given["input"]
-        other: fx.Node = found.given["other"]
+        before = self.steps[self.steps.index(addition) - 1].node
+        first: fx.Node = addition.arguments["input"]
+        other: fx.Node = addition.arguments["other"]
         return other if first is before else first
 
     def without_last(self) -> Chain:
@@ -89,7 +90,7 @@ def _path(source: str) -> str:
     """layer1.0.conv1 for L['self'].layer1[0]._modules['conv1'] and its kind."""
     parts = re.findall(r"\['?([^'\]]+)'?\]|\.?(\w+)", source)
     names = ["".join(part) for part in parts]
-    return ".".join(name for name in names[2:] if name not in ("_modules", "__self__", "_orig_mod"))
+    return ".".join(name for name in names[2:] if name not in _torch.PATH_NOISE)
 
 
 def find(graph: fx.Graph) -> tuple[list[Chain], list[tuple[str, str]]]:
@@ -151,11 +152,11 @@ def _next(step: Step, taken: set[fx.Node]) -> Step | None:
     if follow is None:
         return None
     if follow.kind == "add":
-        first, second = follow.given["input"], follow.given["other"]
+        first, second = follow.arguments["input"], follow.arguments["other"]
         if first is second or (writes_over_its_input(follow) and first is not step.node):
             return None
         return follow
-    return follow if follow.given["input"] is step.node else None
+    return follow if follow.arguments["input"] is step.node else None
 
 
 def incomplete(chain: Chain) -> str | None:
@@ -180,15 +181,15 @@ def disturbed(chain: Chain) -> str | None:
 
     Dynamo's fake tensors share storages where the real ones will: two names of one memory are seen as such.
     """
-    own = {step.node for step in chain.steps}
+    inside = {step.node for step in chain.steps}
     reads, writes = set[int](), set[int]()
     for step in chain.steps:
-        reads.update(s for node in step.node.all_input_nodes if node not in own for s in _storages(node))
-        writes.update(s for node in written(step.node) if node not in own for s in _storages(node))
+        reads.update(s for node in step.node.all_input_nodes if node not in inside for s in _storages(node))
+        writes.update(s for node in written(step.node) if node not in inside for s in _storages(node))
     node, end = chain.first.node, chain.last.node
     while node is not end:
         node = node.next
-        if node not in own and node.op != "placeholder" and not _counts(node):
+        if node not in inside and node.op != "placeholder" and not _counts(node):
             if not _computes_tensors(node):
                 return f"{_name(node) or node.name} comes between its layers"
             touched = {s for argument in written(node) for s in _storages(argument)}
@@ -200,19 +201,19 @@ def disturbed(chain: Chain) -> str | None:
 
 
 def _storages(node: fx.Node) -> Iterator[int]:
-    found = value(node)
-    for leaf in found if isinstance(found, (tuple, list)) else (found,):
+    result = value(node)
+    for leaf in result if isinstance(result, (tuple, list)) else (result,):
         if isinstance(leaf, Tensor):
             try:
-                yield leaf.untyped_storage()._cdata
+                yield _torch.storage_address(leaf.untyped_storage())
             except (RuntimeError, NotImplementedError):  # sparse and the like have none
                 yield id(leaf)
 
 
 def _computes_tensors(node: fx.Node) -> bool:
     """Whether a node is arithmetic, rather than a switch of gradients, autocast and the like."""
-    found = value(node)
-    leaves = found if isinstance(found, (tuple, list)) else (found,)
+    result = value(node)
+    leaves = result if isinstance(result, (tuple, list)) else (result,)
     return bool(leaves) and all(isinstance(leaf, (Tensor, int, float, torch.SymInt, torch.SymFloat)) for leaf in leaves)
 
 
@@ -223,9 +224,9 @@ def counter(node: fx.Node) -> fx.Node | None:
     count, one = node.args
     if one != 1 or not isinstance(count, fx.Node) or count.op != "placeholder" or len(count.users) != 1:
         return None
-    found = value(count)
-    return count if found.dim() == 0 and found.dtype == torch.int64 else None
+    tensor = value(count)
+    return count if tensor.dim() == 0 and tensor.dtype == torch.int64 else None
 
 
 def _counts(node: fx.Node) -> bool:
-    return counter(node) is not None or getattr(node.target, "__name__", "") == "_log_api_usage_once"
+    return counter(node) is not None or getattr(node.target, "__name__", "") == _torch.LOGS_API_USAGE

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
+from tkernels.core import _torch
 from tkernels.fusion.steps import written
 
 _CHECKPOINT: Any = torch.ops.higher_order.tag_activation_checkpoint
@@ -41,7 +42,7 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
         return None
     body: Any = getattr(gm, str(node.args[0].target), None)
     # what selective checkpointing keeps is decided operator by operator, which is Dynamo's own affair
-    return body if isinstance(body, fx.GraphModule) and "_checkpoint_context_fn" not in body.meta else None
+    return body if isinstance(body, fx.GraphModule) and _torch.CHECKPOINT_CONTEXT not in body.meta else None
 
 
 def _checkpointed(body: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
@@ -49,8 +50,8 @@ def _checkpointed(body: fx.GraphModule, options: dict[str, Any]) -> Callable[...
     options = {**options, "use_reentrant": False}
 
     def checkpointed(*args: Any) -> Any:
-        def run(*kept: Any) -> Any:
-            rest = iter(kept)
+        def run(*unchanged: Any) -> Any:
+            rest = iter(unchanged)
             return body(*(args[i] if i in changed else next(rest) for i in range(len(args))))
 
         return checkpoint(run, *(arg for i, arg in enumerate(args) if i not in changed), **options)

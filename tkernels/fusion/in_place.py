@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchRuntimeError
-from torch._dynamo.utils import counters
 
+from tkernels.core import _torch
+from tkernels.core._torch import dynamo_counters as counters
 from tkernels.cpu.compiler import plain_eager
 from tkernels.fusion.backend import Backend
 from tkernels.fusion.report import FusionReport
@@ -61,7 +61,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
     ValueError for a model that was not fused, then.
     """
     if inputs or kwargs:
-        twin = fuse(copy.deepcopy(getattr(model, "_orig_mod", model)))
+        twin = fuse(copy.deepcopy(_torch.uncompiled(model)))
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             twin(*inputs, **kwargs)
@@ -106,7 +106,7 @@ class _Fused:
         breaks = dict(counters["graph_break"])
         try:
             result = compiled(*args, **kwargs)
-        except TorchRuntimeError:
+        except _torch.TorchRuntimeError:
             if backend.report.breaks or counters["graph_break"] != breaks:
                 raise
             # an operator refused its arguments before anything ran: in its own words, rather than in Dynamo's
@@ -132,10 +132,10 @@ class _Fused:
             watch.look()
         elif watch.stale():
             watch.look()
-        found = self.compiled.get(watch.hooks)
-        if found is None:
-            found = self.compiled[watch.hooks] = torch.compile(entry(self.model), backend=self.backend, **_ISOLATED)
-        return found
+        compiled = self.compiled.get(watch.hooks)
+        if compiled is None:
+            compiled = self.compiled[watch.hooks] = torch.compile(entry(self.model), backend=self.backend, **_ISOLATED)
+        return compiled
 
     def _warn(self) -> None:
         report = self.backend.report

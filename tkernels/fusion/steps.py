@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from tkernels.core import _torch
 from tkernels.core.activation import LEAKY_SLOPE
 
-_aten_nn: Any = torch._C._nn
+_nn = _torch.nn_functions
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _POOL = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -28,17 +29,17 @@ _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, ope
 
 class Step(NamedTuple):
     """One layer of a chain. ``kind``: 'conv', 'linear', 'norm', 'add', 'activation', 'pool', 'dropout', 'dropout2d' or
-    'loss'; ``given``: the call's arguments by torch's names, nodes where they are computed; an addition's 'other'; an
+    'loss'; ``arguments``: the call's by torch's names, nodes where they are computed; an addition's 'other'; an
     activation's 'name'."""
 
     node: fx.Node
     kind: str
-    given: dict[str, Any]
+    arguments: dict[str, Any]
 
     @property
     def input(self) -> fx.Node:
-        found: fx.Node = self.given["input"]
-        return found
+        node: fx.Node = self.arguments["input"]
+        return node
 
 
 def value(node: Any) -> Any:
@@ -61,13 +62,13 @@ def _arguments(node: fx.Node, names: Sequence[str], **defaults: Any) -> dict[str
     """A call's arguments by name, with defaults; None if it has others."""
     if len(node.args) > len(names) or {*node.kwargs} - {*names}:
         return None
-    found = {**defaults, **dict(zip(names, node.args)), **node.kwargs}
-    return found if isinstance(found.get("input"), fx.Node) else None
+    args = {**defaults, **dict(zip(names, node.args)), **node.kwargs}
+    return args if isinstance(args.get("input"), fx.Node) else None
 
 
-def _constant(given: dict[str, Any], names: Sequence[str]) -> bool:
+def _constant(args: dict[str, Any], names: Sequence[str]) -> bool:
     """Whether these arguments are plain values."""
-    return not any(isinstance(leaf, fx.Node) for name in names for leaf in _leaves(given.get(name)))
+    return not any(isinstance(leaf, fx.Node) for name in names for leaf in _leaves(args.get(name)))
 
 
 def _leaves(argument: Any) -> list[Any]:
@@ -75,33 +76,33 @@ def _leaves(argument: Any) -> list[Any]:
 
 
 def _conv(node: fx.Node) -> Step | None:
-    given = _arguments(node, _CONV, bias=None, stride=1, padding=0, dilation=1, groups=1)
-    if given is None or not _constant(given, _CONV[3:]) or value(given["input"]).dim() != 4:
+    args = _arguments(node, _CONV, bias=None, stride=1, padding=0, dilation=1, groups=1)
+    if args is None or not _constant(args, _CONV[3:]) or value(args["input"]).dim() != 4:
         return None
-    return Step(node, "conv", given)
+    return Step(node, "conv", args)
 
 
 def _linear(node: fx.Node) -> Step | None:
-    given = _arguments(node, ("input", "weight", "bias"), bias=None)
-    return None if given is None else Step(node, "linear", given)
+    args = _arguments(node, ("input", "weight", "bias"), bias=None)
+    return None if args is None else Step(node, "linear", args)
 
 
 def _norm(node: fx.Node) -> Step | None:
-    given = _arguments(node, _NORM, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5)
-    if given is None:
+    args = _arguments(node, _NORM, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5)
+    if args is None:
         return None
     for name in _NORM[6:]:
-        given[name] = _number(given[name])
-    if given["momentum"] is None or given["eps"] is None or not _constant(given, ("training",)):
+        args[name] = _number(args[name])
+    if args["momentum"] is None or args["eps"] is None or not _constant(args, ("training",)):
         return None
-    return Step(node, "norm", given)
+    return Step(node, "norm", args)
 
 
 def _number(argument: Any) -> float | None:
     """A number as this graph has it; None for what is none. One that Dynamo keeps open, since it has seen it change,
     becomes a constant that the graph guards."""
-    found = value(argument)
-    return float(found) if isinstance(found, (int, float, torch.SymFloat, torch.SymInt)) else None
+    number = value(argument)
+    return float(number) if isinstance(number, (int, float, torch.SymFloat, torch.SymInt)) else None
 
 
 def _addition(node: fx.Node) -> Step | None:
@@ -125,68 +126,68 @@ def _activation(
     name: str, names: Sequence[str], fits: Callable[[dict[str, Any]], bool], **defaults: Any
 ) -> Callable[[fx.Node], Step | None]:
     def read(node: fx.Node) -> Step | None:
-        given = _arguments(node, ("input", *names), **defaults)
-        if given is None or not _constant(given, names) or not fits(given):
+        args = _arguments(node, ("input", *names), **defaults)
+        if args is None or not _constant(args, names) or not fits(args):
             return None
-        return Step(node, "activation", {"input": given["input"], "name": name})
+        return Step(node, "activation", {"input": args["input"], "name": name})
 
     return read
 
 
-def _always(given: dict[str, Any]) -> bool:
+def _always(args: dict[str, Any]) -> bool:
     return True
 
 
 def _pool(node: fx.Node) -> Step | None:
-    given = _arguments(node, _POOL, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False)
-    if given is None or not _constant(given, _POOL[1:]) or value(given["input"]).dim() != 4:
+    args = _arguments(node, _POOL, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False)
+    if args is None or not _constant(args, _POOL[1:]) or value(args["input"]).dim() != 4:
         return None
-    plain = all(d == 1 for d in _leaves(given["dilation"])) and not given["ceil_mode"] and not given["return_indices"]
-    return Step(node, "pool", given) if plain else None
+    plain = all(d == 1 for d in _leaves(args["dilation"])) and not args["ceil_mode"] and not args["return_indices"]
+    return Step(node, "pool", args) if plain else None
 
 
 def _dropout(kind: str) -> Callable[[fx.Node], Step | None]:
     def read(node: fx.Node) -> Step | None:
-        given = _arguments(node, _DROPOUT, p=0.5, training=True, inplace=False)
-        if given is None or not _constant(given, _DROPOUT[1:]):
+        args = _arguments(node, _DROPOUT, p=0.5, training=True, inplace=False)
+        if args is None or not _constant(args, _DROPOUT[1:]):
             return None
-        if kind == "dropout2d" and value(given["input"]).dim() != 4:
+        if kind == "dropout2d" and value(args["input"]).dim() != 4:
             return None
-        return Step(node, kind, given)
+        return Step(node, kind, args)
 
     return read
 
 
 def _loss(node: fx.Node) -> Step | None:
     """Without the arguments that torch has deprecated."""
-    given = _arguments(node, _LOSS)
-    if given is None or given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
+    args = _arguments(node, _LOSS)
+    if args is None or args.pop("size_average", None) is not None or args.pop("reduce", None) is not None:
         return None
-    return Step(node, "loss", given)
+    return Step(node, "loss", args)
 
 
 _relu = _activation("relu", ("inplace",), _always)
 _relu6 = _activation(
-    "relu6", ("min_val", "max_val", "inplace"), lambda given: (given["min_val"], given["max_val"]) == (0, 6),
+    "relu6", ("min_val", "max_val", "inplace"), lambda args: (args["min_val"], args["max_val"]) == (0, 6),
     min_val=-1.0, max_val=1.0,
 )  # fmt: skip
 _leaky_relu = _activation(
-    "leaky_relu", ("negative_slope", "inplace"), lambda given: given["negative_slope"] == LEAKY_SLOPE,
+    "leaky_relu", ("negative_slope", "inplace"), lambda args: args["negative_slope"] == LEAKY_SLOPE,
     negative_slope=0.01,
 )  # fmt: skip
-_gelu = _activation("gelu", ("approximate",), lambda given: given["approximate"] == "none", approximate="none")
+_gelu = _activation("gelu", ("approximate",), lambda args: args["approximate"] == "none", approximate="none")
 
 _READERS: dict[Any, Callable[[fx.Node], Step | None]] = {
     torch.conv2d: _conv, F.conv2d: _conv,
-    F.linear: _linear, _aten_nn.linear: _linear,
+    F.linear: _linear, _nn.linear: _linear,
     F.batch_norm: _norm,
     **dict.fromkeys(_ADDITIONS, _addition),
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"), _relu),
     F.relu6: _activation("relu6", ("inplace",), _always), F.hardtanh: _relu6, F.hardtanh_: _relu6,
-    F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu, _aten_nn.leaky_relu: _leaky_relu,
-    F.silu: _activation("silu", ("inplace",), _always), _aten_nn.silu: _activation("silu", (), _always),
+    F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu, _nn.leaky_relu: _leaky_relu,
+    F.silu: _activation("silu", ("inplace",), _always), _nn.silu: _activation("silu", (), _always),
     F.hardswish: _activation("hardswish", ("inplace",), _always),
-    F.gelu: _gelu, _aten_nn.gelu: _gelu,
+    F.gelu: _gelu, _nn.gelu: _gelu,
     F.max_pool2d: _pool, torch.max_pool2d: _pool,
     F.dropout: _dropout("dropout"), F.dropout2d: _dropout("dropout2d"),
     F.cross_entropy: _loss,
@@ -202,27 +203,25 @@ def written(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call may write to; all of them where nothing is known of it."""
     if node.op == "call_function" and node.target is F.batch_norm:
         step = _norm(node)
-        given = step.given if step is not None else {}
-        if step is not None and not given["training"]:
+        args = step.arguments if step is not None else {}
+        if step is not None and not args["training"]:
             return []
-        statistics = [given.get("running_mean"), given.get("running_var")] if step is not None else node.all_input_nodes
+        statistics = [args.get("running_mean"), args.get("running_var")] if step is not None else node.all_input_nodes
         return [argument for argument in statistics if isinstance(argument, fx.Node)]
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.all_input_nodes if node.target._schema.is_mutable else []
+    if isinstance(node.target, _torch.OpOverload):
+        return node.all_input_nodes if _torch.is_mutable(node.target) else []
     if node.op == "call_module" or (node.op == "call_function" and not _of_torch(node.target)):
         return node.all_input_nodes
     if not _writes(node):
         return []
-    given = [node.kwargs["out"]] if "out" in node.kwargs else node.args[:1]  # type: ignore[assignment]
-    return [leaf for argument in given for leaf in _leaves(argument) if isinstance(leaf, fx.Node)]
+    args = [node.kwargs["out"]] if "out" in node.kwargs else node.args[:1]  # type: ignore[assignment]
+    return [leaf for argument in args for leaf in _leaves(argument) if isinstance(leaf, fx.Node)]
 
 
 def _of_torch(target: Any) -> bool:
     """Whether a function is one of torch's or Python's, which say by their names and arguments that they write."""
     module = str(getattr(target, "__module__", None) or "")
-    if module.startswith(("torch._higher_order_ops", "torch._library")) or isinstance(
-        target, torch._ops.HigherOrderOperator
-    ):
+    if module.startswith(_torch.MODULES_OF_OTHERS_CODE) or isinstance(target, _torch.HigherOrderOperator):
         return False
     return module in ("", "math", "_operator", "operator", "builtins") or module.split(".")[0] == "torch"
 

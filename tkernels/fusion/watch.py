@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-_KINDS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+from tkernels.core import _torch
 
 
 class Watch:
@@ -54,14 +54,14 @@ class Watch:
 
 def _methods(cls: type[nn.Module]) -> Callable[[type[nn.Module]], Any]:
     """What reads the methods that a class has more than nn.Module."""
-    own = (base for base in cls.__mro__ if not issubclass(nn.Module, base))
-    names = {name for base in own for name, attribute in vars(base).items() if callable(attribute)}
+    bases = (base for base in cls.__mro__ if not issubclass(nn.Module, base))
+    names = {name for base in bases for name, attribute in vars(base).items() if callable(attribute)}
     return operator.attrgetter("forward", "__call__", *sorted(names))
 
 
 def _hooks(modules: list[nn.Module]) -> Hashable:
     """Which modules have hooks of which kind, and how many; -1 for all modules."""
-    shared = vars(nn.modules.module)
-    places = [(-1, {f"_{kind}": shared[f"_global_{kind}"] for kind in _KINDS})]
-    places += [(i, vars(module)) for i, module in enumerate(modules)]
-    return tuple((i, kind, len(hooks)) for i, own in places for kind in _KINDS if (hooks := own[f"_{kind}"]))
+    places = [(-1, _torch.global_hooks()), *enumerate(map(vars, modules))]
+    return tuple(
+        (i, kind, len(hooks)) for i, attributes in places for kind in _torch.MODULE_HOOKS if (hooks := attributes[kind])
+    )

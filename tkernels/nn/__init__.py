@@ -1,4 +1,4 @@
-"""Floor 3: modules shaped like their torch.nn twins. Parameters, buffers and one call into an operator."""
+"""Modules shaped like their torch.nn twins. Parameters, buffers and one call into an operator."""
 
 from tkernels.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from tkernels.nn.conv import Conv2d

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
+from tkernels.core._torch import AnyBatchNorm
 from tkernels.core.records import BatchNorm
 from tkernels.ops.batch_norm import op as ops
 
 if TYPE_CHECKING:
-    _Base = torch.nn.modules.batchnorm._BatchNorm
+    _Base = AnyBatchNorm
 else:
     _Base = object
 
 
-def normalized(
-    norm: torch.nn.modules.batchnorm._BatchNorm, input: Tensor, activation: str | None, residual: Tensor | None
-) -> Tensor:
+def normalized(norm: AnyBatchNorm, input: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
     """activation(batch norm of ``input`` by a module of torch's or ours + ``residual``)."""
     norm._check_input_dim(input)
     tracks = norm.training and norm.track_running_stats
@@ -37,7 +36,7 @@ def normalized(
     return ops.counted_batch_norm(input, bn, activation, residual)
 
 
-class _FusedBatchNorm(_Base):
+class FusedBatchNorm(_Base):
     """What the three modules add to torch's: the constructor's ``activation``, ``forward`` with a residual."""
 
     activation: str | None = None
@@ -67,13 +66,13 @@ class _FusedBatchNorm(_Base):
         return extra if self.activation is None else f"{extra}, activation={self.activation!r}"
 
 
-class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
+class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
     """torch.nn.BatchNorm1d for (N, C) or (N, C, L) with ``activation`` and ``forward(input, residual=None)``."""
 
 
-class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
+class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
     """torch.nn.BatchNorm2d for (N, C, H, W) with ``activation`` and ``forward(input, residual=None)``."""
 
 
-class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
+class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
     """torch.nn.BatchNorm3d for (N, C, D, H, W) with ``activation`` and ``forward(input, residual=None)``."""

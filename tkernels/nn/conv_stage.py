@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from tkernels.core import checks
+from tkernels.core import _torch, checks
 from tkernels.ops.conv_stage.op import ConvBNLayer, MaxPool, conv_stage
 
 __all__ = ["ConvBNReLU2d", "ConvStage"]
@@ -21,11 +20,11 @@ IntOrPair = int | tuple[int, int]
 
 def layer_of(conv: torch.nn.Conv2d, norm: torch.nn.BatchNorm2d) -> ConvBNLayer:
     """The arguments of one layer, from the modules that own its tensors."""
-    own, affine, buffers = conv._parameters, norm._parameters, norm._buffers
+    weights, affine, buffers = conv._parameters, norm._parameters, norm._buffers
     tensors: tuple[Any, ...]
     try:  # a third of what attributes cost
         tensors = (
-            own["weight"], own["bias"], affine["weight"], affine["bias"],
+            weights["weight"], weights["bias"], affine["weight"], affine["bias"],
             buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"],
         )  # fmt: skip
     except KeyError:  # parametrized: computed when they are asked for
@@ -45,7 +44,7 @@ def run_stage(
     """A stage of the modules (convolution, batch norm): as one call, or module by module where a call of one is more
     than its tensors say: where something else was put in its place, such as a SyncBatchNorm or an adapter, or where it
     has hooks, as pruning and weight_norm do."""
-    if not has_any_global_hook() and all(_is_plain(conv, norm) for conv, norm in pairs):
+    if not _torch.has_global_hook() and all(_is_plain(conv, norm) for conv, norm in pairs):
         return conv_stage(x, [layer_of(conv, norm) for conv, norm in pairs], pool, dropout, training)  # type: ignore[arg-type]
     for conv, norm in pairs:
         x = norm(conv(x))
@@ -61,10 +60,10 @@ _PLAIN = (torch.nn.Conv2d, torch.nn.BatchNorm2d)
 
 def _is_plain(conv: torch.nn.Module, norm: torch.nn.Module) -> bool:
     """Whether these compute what a stage takes them for."""
-    kinds = type(conv), type(norm)
-    if kinds != _PLAIN:
-        kinds = type_before_parametrizations(conv), type_before_parametrizations(norm)
-    return kinds == _PLAIN and conv.padding_mode == "zeros" and not (_is_hooked(conv) or _is_hooked(norm))
+    types = type(conv), type(norm)
+    if types != _PLAIN:
+        types = type_before_parametrizations(conv), type_before_parametrizations(norm)
+    return types == _PLAIN and conv.padding_mode == "zeros" and not (_is_hooked(conv) or _is_hooked(norm))
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:
@@ -124,8 +123,8 @@ class ConvStage(torch.nn.Module):
             self.add_module(f"bn{i}", torch.nn.BatchNorm2d(after, eps, momentum, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        own: Any = self._modules
-        pairs = [(own[f"conv{i}"], own[f"bn{i}"]) for i in range(1, self.layers + 1)]
+        modules: Any = self._modules
+        pairs = [(modules[f"conv{i}"], modules[f"bn{i}"]) for i in range(1, self.layers + 1)]
         return run_stage(pairs, input, self.pool, self.dropout, self.training)
 
     def extra_repr(self) -> str:

@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tkernels.core._torch import AnyBatchNorm
 from tkernels.core.records import BatchNorm
-from tkernels.nn.batch_norm import _FusedBatchNorm
+from tkernels.nn.batch_norm import FusedBatchNorm
 from tkernels.ops.batch_norm.sync import sync_batch_norm
 
 __all__ = ["SyncBatchNorm"]
 
 
 # not a torch.nn.SyncBatchNorm: DistributedDataParallel would refuse it on CPUs
-class SyncBatchNorm(_FusedBatchNorm, torch.nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(FusedBatchNorm, AnyBatchNorm):
     """Batch norm of (N, C, ...) that in training normalises by the statistics of all processes of ``process_group``
     (None: all of the job), on GPUs and CPUs; arguments and state_dict as torch.nn.SyncBatchNorm, and ``activation``
     and ``forward(input, residual=None)`` as :class:`BatchNorm2d`.
@@ -73,7 +74,7 @@ class SyncBatchNorm(_FusedBatchNorm, torch.nn.modules.batchnorm._BatchNorm):
         Statistics that cross processes come between a convolution and its normalisation, so
         :class:`tkernels.nn.ConvStage` and :class:`tkernels.nn.ConvBNReLU2d` call their layers one by one then.
         """
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not isinstance(module, cls):
+        if isinstance(module, AnyBatchNorm) and not isinstance(module, cls):
             return _converted_norm(cls, module, process_group)
         for name, child in module.named_children():
             converted = cls.convert_sync_batchnorm(child, process_group)
@@ -86,7 +87,7 @@ def _several_processes(group: Any) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def _converted_norm(cls: type[SyncBatchNorm], norm: torch.nn.modules.batchnorm._BatchNorm, group: Any) -> SyncBatchNorm:
+def _converted_norm(cls: type[SyncBatchNorm], norm: AnyBatchNorm, group: Any) -> SyncBatchNorm:
     """The same batch norm, synchronised: it takes over parameters and buffers."""
     if norm.affine and norm._parameters.keys() != {"weight", "bias"}:
         raise TypeError(
@@ -112,7 +113,7 @@ def _keep_ours() -> None:
 
     @functools.wraps(torchs)
     def convert(cls: Any, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
-        if isinstance(module, _FusedBatchNorm):
+        if isinstance(module, FusedBatchNorm):
             return SyncBatchNorm.convert_sync_batchnorm(module, process_group)
         converted: torch.nn.Module = torchs(cls, module, process_group)
         return converted

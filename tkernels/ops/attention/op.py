@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from tkernels.core import autograd, checks, targets
+from tkernels.core import _torch, autograd, checks, targets
 from tkernels.core import mode as runtime
 from tkernels.ops.attention import config as tuning
 
@@ -74,12 +74,9 @@ def why_not(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: f
     return _why_not(head, v_head, query.element_size(), extras)
 
 
+@_torch.constant_in_traces  # which has no business with facts of GPUs
 def _why_not(head: int, v_head: int, itemsize: int, extras: bool) -> str | None:
     return tuning.why_not(head, v_head, itemsize, extras, targets.current())
-
-
-# A trace has no business with facts of GPUs: what torch.compiler.assume_constant_result does, without importing Dynamo
-_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_options(attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> None:

@@ -54,7 +54,7 @@ def counted_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, res
     if activation not in activations.ACTIVATIONS:
         activations.check(activation)
     if residual is not None:
-        residual = _checked_residual(input, residual)
+        residual = checked_residual(input, residual)
     if runtime.leaves_to_torch(input) or not _takes_triton(input, bn, residual):
         return _torch_batch_norm(input, bn, activation, residual)
     bn = _with_floats(bn)
@@ -68,8 +68,8 @@ def _takes_triton(input: Tensor, bn: BatchNorm, residual: Tensor | None) -> bool
     """The backend decision; empty input is PyTorch's. Raises for a bad call before any kernel runs."""
     if isinstance(input, Tensor) and input.numel() == 0:
         return False
-    if not _plainly_right(input, bn):
-        _check(input, bn)
+    if not needs_no_checks(input, bn):
+        check(input, bn)
     return runtime.use_triton(input, *bn.vectors, residual)
 
 
@@ -91,7 +91,7 @@ def _registered(input: Tensor, bn: BatchNorm, activation: str | None, residual: 
     return result
 
 
-def _plainly_right(input: Tensor, bn: BatchNorm) -> bool:
+def needs_no_checks(input: Tensor, bn: BatchNorm) -> bool:
     """Whether a call is of the everyday kind, which needs no further checks: every vector there, of one dtype."""
     running_mean, running_var, weight, bias = bn.vectors
     if not (isinstance(input, Tensor) and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)):
@@ -114,7 +114,7 @@ def _plainly_right(input: Tensor, bn: BatchNorm) -> bool:
     )
 
 
-def _check(input: Tensor, bn: BatchNorm) -> None:
+def check(input: Tensor, bn: BatchNorm) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     vectors = {name: t for name, t in zip(BatchNorm._fields, bn.vectors) if t is not None}
@@ -174,7 +174,7 @@ def _check_vectors(input: Tensor, vectors: dict[str, Tensor]) -> None:
             raise RuntimeError(f"{name} must not require a gradient: batch norm has none for it")
 
 
-def _checked_residual(input: Tensor, residual: Tensor) -> Tensor:
+def checked_residual(input: Tensor, residual: Tensor) -> Tensor:
     checks.tensor(input=input, residual=residual)
     if residual.shape != input.shape:
         raise RuntimeError(f"residual must have the input's shape {checks.shape(input)}, got {checks.shape(residual)}")
@@ -198,10 +198,10 @@ def _torch_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, resi
             if input.numel() == 0:
                 _check_eps(bn.eps, bn.training)
             else:
-                _check(input, bn)
+                check(input, bn)
         y = _torch_normalize(input, bn)
     except checks.REFUSALS as error:
-        checks.explain(error, functools.partial(_check, input, bn))
+        checks.explain(error, functools.partial(check, input, bn))
     if residual is not None:
         # (in a vmap the residual may be many and y one)
         y = y + residual if runtime.transformed() else y.add_(residual)

@@ -45,7 +45,7 @@ def sync_batch_norm(
     _check(input, bn)
     activations.check(activation)
     if residual is not None:
-        residual = bn_ops._checked_residual(input, residual)
+        residual = bn_ops.checked_residual(input, residual)
     layout = bn_ops.memory_format(input)
     x = input.contiguous(memory_format=layout)
     weight, bias = bn_ops.dense(bn.weight), bn_ops.dense(bn.bias)
@@ -69,8 +69,8 @@ def _check(input: Tensor, bn: BatchNorm) -> None:
     """Raise what batch_norm raises in training."""
     # few values are enough here: to the check they are two rows of them
     two = input.expand(2, *input.shape[1:]) if isinstance(input, Tensor) and input.shape[:1] == (1,) else input
-    if not bn_ops._plainly_right(two, bn):
-        bn_ops._check(two, bn)
+    if not bn_ops.needs_no_checks(two, bn):
+        bn_ops.check(two, bn)
 
 
 def merge(parts: Tensor) -> Statistics:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tkernels.core import autograd, checks, plan
+from tkernels.core import _torch, autograd, checks, plan
 from tkernels.core import mode as runtime
 from tkernels.core.records import LossOptions
 from tkernels.cpu import cross_entropy as cross_entropy_cpu
@@ -21,7 +21,7 @@ __all__ = ["cross_entropy"]
 
 REDUCTIONS = ("none", "mean", "sum")
 _NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}  # ATen's
-_aten: Any = torch._C._nn.cross_entropy_loss
+_aten = _torch.nn_functions.cross_entropy_loss
 NoneType = type(None)
 
 
@@ -51,7 +51,7 @@ def cross_entropy(
     a GPU such an index makes the loss NaN.
     """
     if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        reduction = _torch.reduction_of_old_arguments(size_average, reduce)
     options = LossOptions(ignore_index, reduction, label_smoothing)
     if runtime.leaves_to_torch(input):
         return _torch_body(input, target, weight, options)
@@ -80,7 +80,7 @@ def _checked_options(input: Tensor, target: Tensor, weight: Tensor | None, given
     """What kernels take. Raises what torch raises."""
     reduction = given.reduction
     if reduction == "elementwise_mean":  # torch's old name for it, with torch's warning
-        torch.nn._reduction.get_enum(reduction)
+        _torch.reduction_number(reduction)
         reduction = "mean"
     ignore_index = checks.integer("ignore_index", given.ignore_index)
     smoothing = checks.number("label_smoothing", given.smoothing)

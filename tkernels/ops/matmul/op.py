@@ -9,7 +9,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from tkernels.core import autograd, checks
+from tkernels.core import _torch, autograd, checks
 from tkernels.core import mode as runtime
 
 if runtime.HAS_TRITON:
@@ -99,7 +99,7 @@ def forward(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         if folded is not None:
             # (no view of the product: autograd would let nobody write to it)
             rows = forward(folded, b, dtype)
-            return cast(Tensor, torch.ops.aten._unsafe_view(rows, (*a.shape[:-1], b.shape[-1])))
+            return cast(Tensor, _torch.unsafe_view(rows, (*a.shape[:-1], b.shape[-1])))
     return kernels.launch_matmul(kernels.dense_matrices(a), kernels.dense_matrices(b), dtype)
 
 
