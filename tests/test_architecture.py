@@ -43,13 +43,9 @@ FORBIDDEN = {
 TRITON = re.compile(r"core/(device|launch|autotune|_torch)\.py|ops/\w+/kernels\w*\.py")
 
 # (file, what it imports): arrows upwards that are known, and to be removed.
-UPWARDS = {
-    ("cpu/conv_stage.py", "tkernels.ops.conv.config"),
-    ("cpu/conv_stage.py", "tkernels.ops.conv_stage.call"),
-    ("cpu/conv_stage.py", "tkernels.ops.conv_stage.config"),
-}
+UPWARDS: set[tuple[str, str]] = set()
 # Files that are to be deleted and say torch's private names until then.
-SAYS_PRIVATE = {"core/_torch.py", "core/launch.py", "library/common.py"}
+SAYS_PRIVATE = {"core/_torch.py", "library/common.py"}
 # What a NamedTuple offers under names with an underscore.
 NAMEDTUPLE = ("_replace", "_fields", "_make", "_asdict")
 PYTHONS = ("_operator",)  # a module of Python's
