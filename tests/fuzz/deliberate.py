@@ -112,8 +112,8 @@ MEANT = (
     ),
     Meant(
         "the batch's statistics of bfloat16 parameters: a stage takes vectors of any dtype, torch's CPU float32 or one",
-        lambda case, kind, text: case.operator in ("conv_stage", "batch_norm") and kind == "torch raises in forward"
-        and "mixed dtype" in text,
+        lambda case, kind, text: case.operator in ("batch_norm", "conv_stage", "module", "fused")
+        and kind == "torch raises in forward" and "mixed dtype" in text,
     ),
     Meant(
         "masks without two axes, and grouped heads without three, are refused as torch's kernels on a GPU refuse them",

@@ -63,9 +63,10 @@ def load_columns(
 
 @triton.jit
 def add_product(acc, a, b, PRECISION: tl.constexpr):
-    """acc + a @ b. Float32 without tensor cores rounds in every term of a chain: short ones are summed on their own."""
+    """acc + a @ b. Float32 without tensor cores rounds in every term of a chain: short ones are summed on their own.
+    (By an fma: of a sum Triton makes a product that starts at ``acc``.)"""
     if PRECISION == "ieee" and a.dtype == tl.float32:
-        acc += tl.dot(a, b, input_precision=PRECISION)
+        acc = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
