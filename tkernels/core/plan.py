@@ -211,6 +211,8 @@ class Planner:
         """What ``func`` gives for slots, which are positional arguments: a slot, or, where it tells of shapes and
         strides alone, that."""
         result = func(*[a.meta if isinstance(a, Slot) else a for a in args], **kwargs)
+        if isinstance(result, (tuple, list)) and any(isinstance(t, Tensor) for t in result):
+            raise TypeError(f"a plan has no place for several results of {func.__name__}")
         if not isinstance(result, Tensor):
             return result
         for slot in args:  # in place, or nothing to do, as contiguous() often has
@@ -252,8 +254,9 @@ class Planner:
         indices = self._indices(results)
         if self._buffers:  # nothing is launched: empty results
             self._add(_Step(tuple, ()))
-        _drop_dead(self._steps, set(indices))
-        return Plan(self._steps, self._values[self._count :], indices, self.device)
+        steps = _needed(self._steps, set(indices))
+        _drop_dead(steps, set(indices))
+        return Plan(steps, self._values[self._count :], indices, self.device)
 
     def _add(self, step: _Step) -> None:
         step.buffers, self._buffers = tuple(self._buffers), []
@@ -323,7 +326,7 @@ class Plan:
     def __init__(self, steps: Sequence[_Step], rest: list[Any], results: tuple[int, ...], device: torch.device) -> None:
         self._steps, self._rest, self._results = steps, rest, _getter(results)
         self._device = device.index or 0
-        self._empty, self._empty_by_torch = _allocators(device)
+        self._empty = _torch.QUICK_ALLOCATORS.get(device.type)
         # what run_on goes through, once all kernels are compiled
         self._direct: list[tuple[Any, ...]] | None = None
 
@@ -333,7 +336,9 @@ class Plan:
         return self._results(values)
 
     def run_on(self, values: list[Any]) -> None:
-        empty = self._empty_by_torch if _allocates_by_torch() else self._empty
+        empty = self._empty
+        if empty is None or _allocates_by_torch():
+            empty = _allocator_like(values[0])
         if self._direct is None or launch.is_watched():
             self._run_step_by_step(values, empty)
             return
@@ -366,6 +371,19 @@ class Plan:
             self._direct = [
                 (s.buffers, s.direct() if isinstance(s, _Launch) else None, s, s.arguments, s.dead) for s in self._steps
             ]
+
+
+def _needed(steps: Sequence[_Step], results: set[int]) -> list[_Step]:
+    """The steps without calls whose result nobody takes, such as views that were asked for their strides."""
+    used = set(results)
+    needed: list[_Step] = []
+    for step in reversed(steps):
+        if step.result is None or step.result in used:
+            used.update(step.indices)
+            needed.append(step)
+        elif needed:
+            needed[-1].buffers = (*step.buffers, *needed[-1].buffers)
+    return needed[::-1]
 
 
 def _drop_dead(steps: Sequence[_Step], results: set[int]) -> None:
@@ -402,11 +420,6 @@ def _allocates_by_torch() -> bool:
     return torch.are_deterministic_algorithms_enabled() or _torch.count_dispatch_modes() > 0
 
 
-@functools.cache
-def _allocators(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """empty_strided(size, stride, dtype) on a device: the quick one, and torch's."""
-
-    def by_torch(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(size, stride, dtype=dtype, device=device)
-
-    return _torch.QUICK_ALLOCATORS.get(device.type, by_torch), by_torch
+def _allocator_like(t: Tensor) -> Callable[..., Tensor]:
+    """empty_strided(size, stride, dtype) by torch, on the device of ``t``."""
+    return lambda size, stride, dtype: t.new_empty_strided(size, stride, dtype=dtype)

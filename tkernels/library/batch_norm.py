@@ -163,8 +163,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     layout = ops.memory_format(input)
     ctx.channels_last = layout != torch.contiguous_format
     given = running_mean is not None
-    kept = ops.kept_for_backward(y, residual, activation, not given, ctx.needs_input_grad[:4])
-    saved, ctx.saved_is, needs_x = kept
+    needs = ctx.needs_input_grad[:4]
+    ctx.saved_is, needs_x = ops.kept_for_backward(residual is not None, activation, not given, needs)
+    saved = y if ctx.saved_is == "output" else residual if ctx.saved_is == "residual" else None
     autograd.save(
         ctx,
         input.contiguous(memory_format=layout) if needs_x else None,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from tkernels.core import _torch, autograd, checks, targets
+from tkernels.core import _torch, autograd, checks, plan, targets
 from tkernels.core import mode as runtime
 from tkernels.ops.attention import config as tuning
 
@@ -198,8 +198,7 @@ def _triton_body(
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         o = _Attention.apply(q, k, v, mask, p, causal, scale, seed)
     else:
-        q, k, v = (kernels.dense_heads(t) for t in (q, k, v))
-        o, _ = kernels.launch_forward(q, k, v, mask, p, causal, scale, seed, save_lse=False)
+        o = _forward((q, k, v, mask, seed), p, causal, scale, False)[0]
     return o if len(lead) == 2 else o.reshape(*lead, *o.shape[-2:])
 
 
@@ -215,6 +214,20 @@ def _four_dimensions(t: Tensor) -> Tensor:
     return t if t.dim() == 4 else t[(None,) * (4 - t.dim())]
 
 
+@plan.Planned
+def _forward(tensors: plan.Tensors, p: float, causal: bool, scale: float, save_lse: bool) -> plan.Tensors:
+    """The output and its log-sum-exp, and what backward takes for q, k and v."""
+    q, k, v, mask, seed = cast(Any, tensors)
+    q, k, v = (kernels.dense_heads(t) for t in (q, k, v))
+    return *kernels.launch_forward(q, k, v, mask, p, causal, scale, seed, save_lse), q, k, v
+
+
+@plan.Planned
+def _backward(tensors: plan.Tensors, p: float, causal: bool, scale: float, needs: tuple[bool, ...]) -> plan.Tensors:
+    do, q, k, v, mask, o, lse, seed = cast(Any, tensors)
+    return backward(do, q, k, v, mask, o, lse, p, causal, scale, seed, needs)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -228,18 +241,15 @@ class _Attention(torch.autograd.Function):
         scale: float,
         seed: Tensor | None,
     ) -> Tensor:
-        q, k, v = (kernels.dense_heads(t) for t in (q, k, v))
-        o, lse = kernels.launch_forward(q, k, v, mask, p, causal, scale, seed)
+        o, lse, q, k, v = cast(Any, _forward((q, k, v, mask, seed), p, causal, scale, True))
         ctx.options = p, causal, scale
         autograd.save(ctx, q, k, v, mask, o, lse, seed)
-        return o
+        return cast(Tensor, o)
 
     @staticmethod
     @autograd.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, o, lse, seed = autograd.saved(ctx)
-        p, causal, scale = ctx.options
-        found = backward(do, q, k, v, mask, o, lse, p, causal, scale, seed, ctx.needs_input_grad[:3])
+        found = _backward((do, *autograd.saved(ctx)), *ctx.options, ctx.needs_input_grad[:3])
         return *found, None, None, None, None, None
 
 

@@ -18,6 +18,9 @@ from tkernels.cpu import batch_norm as batch_norm_cpu
 if runtime.HAS_TRITON:
     from tkernels.ops.batch_norm import kernels
 
+# which gradients are wanted: of input, residual, weight, bias
+Needs = tuple[bool, bool, bool, bool]
+
 
 def batch_norm(
     input: Tensor,
@@ -296,7 +299,7 @@ def dense(t: Tensor) -> Tensor: ...
 def dense(t: Tensor | None) -> Tensor | None: ...
 def dense(t: Tensor | None) -> Tensor | None:
     """The tensor itself where it is contiguous."""
-    return t if t is None or not isinstance(t, Tensor) or t.is_contiguous() else t.contiguous()
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def norm_of(bn: BatchNorm, stats: Tensor | None = None) -> Norm:
@@ -334,7 +337,7 @@ def triton_backward(
     norm: Norm,
     m: Matrix,
     activation: str | None,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (input, residual, weight, bias), each where ``needs`` says so. ``dy`` is laid out as ``x``.
 
@@ -364,18 +367,18 @@ def triton_backward(
 
 
 def kept_for_backward(
-    y: Tensor, residual: Tensor | None, activation: str | None, from_batch: bool, needs: tuple[bool, bool, bool, bool]
-) -> tuple[Tensor | None, str | None, bool]:
-    """(what the activation's gradient needs beside the input, what that is, whether the input is needed); see
-    _BatchNorm."""
+    has_residual: bool, activation: str | None, from_batch: bool, needs: Needs
+) -> tuple[str | None, bool]:
+    """(what the activation's gradient needs beside the input: 'output', 'residual' or None; whether the input is
+    needed); see _BatchNorm."""
     needs_input, _, needs_weight, needs_bias = needs
-    saved, saved_is = None, None
+    saved_is = None
     needs_sums = needs_weight or needs_bias or (from_batch and needs_input)
-    if activation in activations.FROM_OUTPUT and (residual is not None or not needs_sums):
-        saved, saved_is = y, "output"
-    elif activation is not None and residual is not None:
-        saved, saved_is = residual, "residual"
-    return saved, saved_is, needs_sums or (activation is not None and saved_is != "output")
+    if activation in activations.FROM_OUTPUT and (has_residual or not needs_sums):
+        saved_is = "output"
+    elif activation is not None and has_residual:
+        saved_is = "residual"
+    return saved_is, needs_sums or (activation is not None and saved_is != "output")
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -398,29 +401,45 @@ class _BatchNorm(torch.autograd.Function):
         activation: str | None,
     ) -> Tensor:
         """``weight``, ``bias``: those of ``bn``, which autograd has to be given."""
-        layout = memory_format(input)
-        x = input.contiguous(memory_format=layout)
-        if residual is not None:
-            residual = residual.contiguous(memory_format=layout)
-        m = matrix(x.shape, layout != torch.contiguous_format)
-        norm = norm_of(bn, triton_statistics(x, m, bn) if bn.training else None)
-        y = kernels.launch_normalize(x, m, norm, activation, residual)
-
-        needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        if not (needs_input or needs_residual or needs_weight or needs_bias):
-            return y
-        saved, saved_is, needs_x = kept_for_backward(y, residual, activation, bn.training, ctx.needs_input_grad[:4])
-        autograd.save(ctx, x if needs_x else None, saved, *norm[:4])
-        ctx.layout, ctx.matrix, ctx.eps, ctx.activation, ctx.saved_is = layout, m, bn.eps, activation, saved_is
-        return y
+        layout, needs = memory_format(input), ctx.needs_input_grad[:4]
+        m = matrix(input.shape, layout != torch.contiguous_format)
+        tensors = input, residual, *bn.vectors, bn.num_batches_tracked
+        y, *kept = _forward(tensors, bn.training, bn.momentum, bn.eps, activation, layout, m, needs)
+        if any(needs):
+            autograd.save(ctx, *kept)
+            saved_is, _ = kept_for_backward(residual is not None, activation, bn.training, needs)
+            ctx.options = bn.eps, activation, saved_is, layout, m
+        return cast(Tensor, y)
 
     @staticmethod
     @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, saved, mean, var, weight, bias = autograd.saved(ctx)
-        norm = Norm(mean, var, weight, bias, ctx.eps)
-        dx, dresidual, dweight, dbias = triton_backward(
-            dy.contiguous(memory_format=ctx.layout), x, saved, ctx.saved_is, norm, ctx.matrix, ctx.activation,
-            ctx.needs_input_grad[:4],
-        )  # fmt: skip
-        return dx, dresidual, dweight, dbias, None, None
+        return *_backward((dy, *autograd.saved(ctx)), *ctx.options, ctx.needs_input_grad[:4]), None, None
+
+
+@plan.Planned
+def _forward(
+    tensors: plan.Tensors, training: bool, momentum: float | None, eps: float, activation: str | None,
+    layout: torch.memory_format, m: Matrix, needs: Needs,
+) -> plan.Tensors:  # fmt: skip
+    """y and what backward needs for the gradients of (input, residual, weight, bias) that ``needs`` asks for."""
+    input, residual, running_mean, running_var, weight, bias, counter = cast(Any, tensors)
+    bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps, counter)
+    x = input.contiguous(memory_format=layout)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=layout)
+    norm = norm_of(bn, triton_statistics(x, m, bn) if training else None)
+    y = kernels.launch_normalize(x, m, norm, activation, residual)
+    saved_is, needs_x = kept_for_backward(residual is not None, activation, training, needs)
+    saved = {"output": y, "residual": residual, None: None}[saved_is]
+    return y, x if needs_x else None, saved, *norm[:4]
+
+
+@plan.Planned
+def _backward(
+    tensors: plan.Tensors, eps: float, activation: str | None, saved_is: str | None, layout: torch.memory_format,
+    m: Matrix, needs: Needs,
+) -> plan.Tensors:  # fmt: skip
+    dy, x, saved, mean, var, weight, bias = cast(Any, tensors)
+    dy = dy.contiguous(memory_format=layout)
+    return triton_backward(dy, x, saved, saved_is, Norm(mean, var, weight, bias, eps), m, activation, needs)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, autotune, checks, targets
+from tkernels.core import autograd, autotune, checks, plan, targets
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Geometry
 from tkernels.ops.conv import routing
@@ -273,7 +273,7 @@ def _triton_body(
         x = x.to(dtype)
     if differentiates and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Conv2d.apply(x, weight, bias, g, dtype, activation)
-    return forward(x, weight, bias, g, dtype, activation, False)[0]
+    return cast(Tensor, _forward((x, weight, bias), g, dtype, activation, False)[0])
 
 
 def suggests_channels_last(t: Tensor) -> bool:
@@ -377,6 +377,18 @@ def _masked(
     return conv_backward.launch_mask(dy, saved, activation, not kernels.is_nhwc(saved)), None
 
 
+@plan.Planned
+def _forward(tensors: plan.Tensors, *options: Any) -> plan.Tensors:
+    x, weight, bias = cast(Any, tensors)
+    return forward(x, weight, bias, *options)
+
+
+@plan.Planned
+def _backward(tensors: plan.Tensors, *options: Any) -> plan.Tensors:
+    dy, x, weight, bias, packed, saved = cast(Any, tensors)
+    return backward(dy, x, weight, bias, packed, saved, *options)
+
+
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -388,7 +400,8 @@ class _Conv2d(torch.autograd.Function):
         dtype: torch.dtype,
         activation: str | None,
     ) -> Tensor:
-        y, z, packed = forward(x, weight, bias, g, dtype, activation, activations.needs_input(activation))
+        keep_input = activations.needs_input(activation)
+        y, z, packed = cast(Any, _forward((x, weight, bias), g, dtype, activation, keep_input))
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # the weight itself is saved beside its packed form so that autograd notices if it is changed in place
         autograd.save(
@@ -401,13 +414,11 @@ class _Conv2d(torch.autograd.Function):
         )
         ctx.g, ctx.activation = g, activation
         ctx.channels_last = suggests_channels_last(x)
-        return y
+        return cast(Tensor, y)
 
     @staticmethod
     @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, packed, saved = autograd.saved(ctx)
-        gradients = backward(
-            dy, x, weight, bias, packed, saved, ctx.g, ctx.activation, ctx.channels_last, ctx.needs_input_grad[0]
-        )
+        options = ctx.g, ctx.activation, ctx.channels_last, ctx.needs_input_grad[0]
+        gradients = _backward((dy, *autograd.saved(ctx)), *options)
         return *gradients, None, None, None

@@ -180,8 +180,8 @@ def _launch_batches(a: Tensor, b: Tensor, out: Tensor, config: Config | None, sp
     """The same for operands of equal batch dimensions, written to ``out``."""
     sizes, strides = fold_batches(out.shape[:-2], (a.stride()[:-2], b.stride()[:-2]))
     if len(sizes) > 2:
-        for each in zip(a, b, out):
-            _launch_batches(*each, config, splits)
+        for i in range(out.shape[0]):
+            _launch_batches(a.select(0, i), b.select(0, i), out.select(0, i), config, splits)
         return
     inner = sizes[-1] if sizes else 1
     (a_outer, a_inner), (b_outer, b_inner) = ([0, 0, *steps][-2:] for steps in strides)
@@ -192,7 +192,7 @@ def _launch_batches(a: Tensor, b: Tensor, out: Tensor, config: Config | None, sp
     elif n == 1:
         # the same vector times the transposed matrix
         layouts = tuple(each._replace(transposed=not each.transposed) for each in reversed(layouts))
-        _launch_vector(b.mT, a.mT, layouts, inner, out.view(-1, m), config, splits)
+        _launch_vector(b.transpose(-2, -1), a.transpose(-2, -1), layouts, inner, out.view(-1, m), config, splits)
     else:
         _launch_matrices(a, b, layouts, inner, out.view(-1, m, n), config, splits)
 

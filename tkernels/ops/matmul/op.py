@@ -9,7 +9,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from tkernels.core import _torch, autograd, checks
+from tkernels.core import _torch, autograd, checks, plan
 from tkernels.core import mode as runtime
 
 if runtime.HAS_TRITON:
@@ -100,7 +100,13 @@ def forward(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             # (no view of the product: autograd would let nobody write to it)
             rows = forward(folded, b, dtype)
             return cast(Tensor, _torch.unsafe_view(rows, (*a.shape[:-1], b.shape[-1])))
-    return kernels.launch_matmul(kernels.dense_matrices(a), kernels.dense_matrices(b), dtype)
+    return cast(Tensor, _product((a, b), dtype)[0])
+
+
+@plan.Planned
+def _product(tensors: plan.Tensors, dtype: torch.dtype | None) -> plan.Tensors:
+    a, b = cast(Any, tensors)
+    return (kernels.launch_matmul(kernels.dense_matrices(a), kernels.dense_matrices(b), dtype),)
 
 
 def _as_rows(a: Tensor) -> Tensor | None:
