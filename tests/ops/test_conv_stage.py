@@ -60,6 +60,23 @@ def test_batch_norm_frozen_or_without_statistics(device: str) -> None:
     compare("rgb, 2 layers, pool", device, training=False, change=freeze)
 
 
+def test_vectors_with_gaps(device: str) -> None:
+    """Biases, batch norm's parameters and running statistics that are not contiguous, read and moved where they lie."""
+
+    def gaps(layers: list[ConvBNLayer]) -> list[ConvBNLayer]:
+        spread = {}
+        for name in FIELDS:
+            t = getattr(layers[0], name)
+            if isinstance(t, Tensor) and t.dim() == 1:
+                wide = torch.stack([t.detach(), torch.full_like(t, 9.0)], 1)
+                spread[name] = wide[:, 0].requires_grad_(t.requires_grad)
+        assert len(spread) == 5
+        return [layers[0]._replace(**spread), *layers[1:]]
+
+    for training in (True, False):
+        compare("rgb, 2 layers, pool", device, training=training, change=gaps)
+
+
 @pytest.mark.parametrize("momentum", (None, 0.3))
 def test_momentum(momentum: float | None, device: str) -> None:
     (layer,) = layers_for(3, [(4, 1, {})], torch.float32, device)
