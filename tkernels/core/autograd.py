@@ -67,6 +67,8 @@ def by_kernels(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *args: Any) -> Gradients:
+        if is_dynamo_compiling():
+            return backward(ctx, *args)
         args = _as_stored(args)
         return backward(ctx, *args) if _are_plain(args) else _of_kernels(wrapper, ctx, args)
 

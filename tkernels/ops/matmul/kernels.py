@@ -8,6 +8,7 @@ float32 partials in a fixed order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, targets
+from tkernels.core import autotune, library, targets
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
@@ -167,13 +168,24 @@ def launch_matmul(
     Each operand must have a dense matrix dimension (:func:`dense_matrices`). ``splits``: 0 for one program a tile, else
     programs that share one. More than two batch dimensions that do not fold take a launch for each of the outermost.
     """
-    (m, k), n = a.shape[-2:], b.shape[-1]
-    shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    out = a.new_empty((*shape, m, n), dtype=dtype or a.dtype)
-    if out.numel() == 0 or k == 0:
-        return out.zero_()
-    _launch_batches(a.expand(*shape, m, k), b.expand(*shape, k, n), out, config, splits)
+    batches = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    out = a.new_empty((*batches, a.shape[-2], b.shape[-1]), dtype=dtype or a.dtype)
+    product(a, b, out, config=config, splits=splits)
     return out
+
+
+def _flops(a: Sequence[int], b: Sequence[int], out: Sequence[int]) -> int:
+    return 2 * math.prod(out) * a[-1]
+
+
+@library.launches("matmul", mutates="out", flops=_flops)
+def product(a: Tensor, b: Tensor, out: Tensor, *, config: Config | None = None, splits: int | None = None) -> None:
+    """Writes ``out``, whose dtype decides; arguments as launch_matmul's."""
+    (m, k), n, batches = a.shape[-2:], b.shape[-1], out.shape[:-2]
+    if out.numel() == 0 or k == 0:
+        out.zero_()
+        return
+    _launch_batches(a.expand(*batches, m, k), b.expand(*batches, k, n), out, config, splits)
 
 
 def _launch_batches(a: Tensor, b: Tensor, out: Tensor, config: Config | None, splits: int | None) -> None:
