@@ -65,16 +65,50 @@ def test_batch_norm(activation: str | None, residual: bool, given: bool, channel
     compare(ops.batch_norm(*args)[0], expected, [t for t in (x, other, w, b) if t is not None])
 
 
-@slow_there
-@pytest.mark.parametrize("reduction, probabilities", [("none", False), ("mean", True), ("sum", False)])
-def test_cross_entropy(reduction: str, probabilities: bool, device: str) -> None:
-    x, weight = draw(device, 4, 5, 3), torch.rand(5, device=device)
+CE = pytest.mark.parametrize("reduction, probabilities", [("none", False), ("mean", True), ("sum", False)])
+
+
+@pytest.mark.gate("interp", "cuda")
+@CE
+def test_cross_entropys_launches(reduction: str, probabilities: bool, device: str) -> None:
+    x, weight = torch.randn(4, 5, 3, device=device), torch.rand(5, device=device)
     target = torch.rand(4, 5, 3, device=device) if probabilities else torch.randint(0, 5, (4, 3), device=device)
-    target.requires_grad_(probabilities)
-    args = (x, target, weight, -100, reduction, 0.1, torch.float32)
-    torch.library.opcheck(ops.cross_entropy, args)
-    expected = F.cross_entropy(x, target, weight, -100, reduction, 0.1)
-    compare(ops.cross_entropy(*args)[0], expected, [x, target] if probabilities else [x])
+    loss = torch.empty((4, 3) if reduction == "none" else (), device=device)
+    stats = torch.empty(3, 12, device=device)
+    count = torch.empty((), device=device) if reduction == "mean" else None
+    options = -100, reduction, 0.1
+    torch.library.opcheck(ops.cross_entropy_forward, (x, target, weight, loss, stats, count, *options))
+    ops.cross_entropy_forward(x, target, weight, loss, stats, count, *options)
+    torch.testing.assert_close(loss, F.cross_entropy(x, target, weight, *options))
+    given = loss, x, target, weight, stats, count
+    torch.library.opcheck(ops.cross_entropy_gradient, (*given, torch.empty_like(x), *options))
+    if probabilities:
+        given = loss, x, weight, stats, count
+        torch.library.opcheck(ops.cross_entropy_target_gradient, (*given, torch.empty_like(x), reduction, 0.1))
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, reduction: str, probabilities: bool) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(7, 5)
+        self.options: Any = -100, reduction, 0.1
+        self.probabilities = probabilities
+        self.register_buffer("weight", torch.rand(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        target = y.softmax(1) if self.probabilities else torch.arange(x.shape[0], device=x.device).remainder(5)
+        return F.cross_entropy(y, target, self.weight, *self.options)
+
+
+@CE
+def test_cross_entropy_compiles_with_any_batch(
+    reduction: str, probabilities: bool, device: str, triton_runs: bool
+) -> None:
+    model = Loss(reduction, probabilities).to(device)
+    counter = compare_compiled(model, lambda n: torch.randn(n, 7), (2, 3, 4, 6), 35, device)
+    assert counter.frame_count == 2
+    assert operators(counter.graphs[-1]) == ({"cross_entropy"} if triton_runs else set())
 
 
 @slow_there

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import targets
+from tkernels.core import library, targets
 from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.core.records import LossOptions
@@ -426,23 +426,38 @@ def launch_forward(
     x: (C) or (N, C, ...), not empty, :func:`readable`; target: contiguous class indices (int64, uint8) of the rows, or
     probabilities of x's shape, readable; weight: contiguous (C).
     """
-    probabilities = target.is_floating_point()
-    weighed = probabilities or options.smoothing > 0
+    shape = x.shape[:1] + x.shape[2:] if options.reduction == "none" and x.dim() > 1 else ()
+    loss = x.new_empty(shape, dtype=loss_dtype)
+    n_rows = x.numel() // x.shape[1 if x.dim() > 1 else 0]
+    stats = x.new_empty((3 if _is_weighed(target, options.smoothing) else 2, n_rows), dtype=torch.float32)
+    count = x.new_empty((), dtype=torch.float32) if options.reduction == "mean" else None
+    forward(x, target, weight, loss, stats, count, *options, config=config, splits=splits)
+    return loss, stats, count
+
+
+def _is_weighed(target: Tensor, smoothing: float) -> bool:
+    """Whether every class of a row counts, not the target's alone."""
+    return target.is_floating_point() or smoothing > 0
+
+
+@library.launches("cross_entropy_forward", mutates="loss stats count", flops=library.no_flops)
+def forward(
+    x: Tensor, target: Tensor, weight: Tensor | None, loss: Tensor, stats: Tensor, count: Tensor | None,
+    ignore_index: int, reduction: str, smoothing: float, *, config: Config | None = None, splits: int | None = None,
+) -> None:  # fmt: skip
+    """Writes loss, stats and count; arguments as launch_forward's."""
+    probabilities, weighed = target.is_floating_point(), _is_weighed(target, smoothing)
     layout = layout_of(x, target) if probabilities else layout_of(x)
     gpu = targets.current()
     config = config or layout.config(gpu)
     tiles, n_rows, n_classes = layout.tiles(config), layout.n_rows, layout.n_classes
     if splits is None:
         splits = tuning.splits(tiles, n_classes, config["BLOCK_C"], gpu)
-    hot, smooth = _factors(options.smoothing, n_classes)
+    hot, smooth = _factors(smoothing, n_classes)
 
-    shape = x.shape[:1] + x.shape[2:] if options.reduction == "none" and x.dim() > 1 else ()
-    loss = x.new_empty(shape, dtype=loss_dtype)
-    stats = x.new_empty((3 if weighed else 2, n_rows), dtype=torch.float32)
-    count = x.new_empty((), dtype=torch.float32) if options.reduction == "mean" else None
     finish = tuning.merge() if splits > 1 else config
     programs = cdiv(n_rows, finish["BLOCK_ROWS"]) if splits > 1 else tiles
-    several = options.reduction != "none" and programs > 1
+    several = reduction != "none" and programs > 1
     # what is not written gets a pointer of the same type all the same: one compiled kernel for all batches
     partial = x.new_empty((2, programs), dtype=torch.float32) if several else stats
     outputs = (stats, partial, loss, stats if count is None else count)
@@ -463,17 +478,16 @@ def launch_forward(
         launch(
             cross_entropy_merge, (programs,),
             state, x, target, weight, *outputs, splits, layout.inner, n_rows, n_classes, *layout.strides[0],
-            options.ignore_index, hot, REDUCTION=options.reduction, **kind, **finish.options(),
+            ignore_index, hot, REDUCTION=reduction, **kind, **finish.options(),
         )  # fmt: skip
     else:
         launch(
             cross_entropy_forward, (tiles,),
-            x, target, weight, *outputs, inner, n_rows, n_classes, *strides, options.ignore_index, hot, smooth,
-            REDUCTION=options.reduction, ONE_STEP=n_classes <= config["BLOCK_C"], **kind, **view, **config.options(),
+            x, target, weight, *outputs, inner, n_rows, n_classes, *strides, ignore_index, hot, smooth,
+            REDUCTION=reduction, ONE_STEP=n_classes <= config["BLOCK_C"], **kind, **view, **config.options(),
         )  # fmt: skip
     if several:
-        launch_total(partial, loss, count, options.reduction)
-    return loss, stats, count
+        launch_total(partial, loss, count, reduction)
 
 
 def launch_total(
@@ -513,22 +527,31 @@ def launch_backward(
 ) -> Tensor:
     """The gradient of the logits, in their dtype and, where it is dense, their layout. Arguments as launch_forward
     took and returned them; grad: of the loss's shape, any strides."""
-    probabilities = target.is_floating_point()
     dx = like(x)
+    gradient(grad, x, target, weight, stats, count, dx, *options, config=config)
+    return dx
+
+
+@library.launches("cross_entropy_gradient", mutates="dx", flops=library.no_flops)
+def gradient(
+    grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, count: Tensor | None, dx: Tensor,
+    ignore_index: int, reduction: str, smoothing: float, *, config: Config | None = None,
+) -> None:  # fmt: skip
+    """Writes dx; arguments as launch_backward's."""
+    probabilities = target.is_floating_point()
     layout = layout_of(x, dx, target) if probabilities else layout_of(x, dx)
     config = config or layout.config(targets.current())
     grad, stride_grad = _row_gradients(grad)
-    hot, smooth = _factors(options.smoothing, layout.n_classes)
+    hot, smooth = _factors(smoothing, layout.n_classes)
     grid = (layout.tiles(config), cdiv(layout.n_classes, config["BLOCK_C"]))
     launch(
         cross_entropy_backward, grid,
         grad, x, target, weight, stats, stats if count is None else count, dx,
         stride_grad, layout.inner // layout.inner_unit, layout.n_rows, layout.n_classes, *layout.strides[0],
-        *(layout.strides[2] if probabilities else (0, 0, 0)), *layout.strides[1], options.ignore_index, hot, smooth,
-        PROBABILITIES=probabilities, WEIGHED=probabilities or options.smoothing > 0, REDUCTION=options.reduction,
+        *(layout.strides[2] if probabilities else (0, 0, 0)), *layout.strides[1], ignore_index, hot, smooth,
+        PROBABILITIES=probabilities, WEIGHED=_is_weighed(target, smoothing), REDUCTION=reduction,
         ENDS=layout.ends(x.element_size()), INNER_UNIT=layout.inner_unit, **config.options(),
     )  # fmt: skip
-    return dx
 
 
 def launch_target_backward(
@@ -543,6 +566,16 @@ def launch_target_backward(
 ) -> Tensor:
     """The gradient of target probabilities, in their dtype. Arguments as in launch_backward."""
     dp = like(target)
+    target_gradient(grad, x, weight, stats, count, dp, options.reduction, options.smoothing, config=config)
+    return dp
+
+
+@library.launches("cross_entropy_target_gradient", mutates="dp", flops=library.no_flops)
+def target_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, count: Tensor | None, dp: Tensor, reduction: str,
+    smoothing: float, *, config: Config | None = None,
+) -> None:  # fmt: skip
+    """Writes dp; arguments as launch_target_backward's."""
     layout = layout_of(x, dp)
     config = config or layout.config(targets.current())
     grad, stride_grad = _row_gradients(grad)
@@ -551,7 +584,6 @@ def launch_target_backward(
         cross_entropy_target_backward, grid,
         grad, x, weight, stats, stats if count is None else count, dp,
         stride_grad, layout.inner // layout.inner_unit, layout.n_rows, layout.n_classes,
-        *layout.strides[0], *layout.strides[1], 1.0 - options.smoothing,
-        REDUCTION=options.reduction, INNER_UNIT=layout.inner_unit, **config.options(),
+        *layout.strides[0], *layout.strides[1], 1.0 - smoothing,
+        REDUCTION=reduction, INNER_UNIT=layout.inner_unit, **config.options(),
     )  # fmt: skip
-    return dp

@@ -65,9 +65,6 @@ def cross_entropy(
         return _torch_body(input, target, weight, options)
     options = _checked_options(input, target, weight, options)
     loss_dtype = _loss_dtype(input, target, weight)
-    if runtime.traced():
-        loss: Tensor = torch.ops.tkernels.cross_entropy(input, target, weight, *options, loss_dtype)[0]
-        return loss
     call = None if key is None else _calls.add(key, plan.Call((options, loss_dtype)))
     return _run(call, input, target, weight, options, loss_dtype)
 
@@ -243,21 +240,6 @@ def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.d
     return dtype
 
 
-def forward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    loss_dtype: torch.dtype,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]]:
-    """The loss, and what the gradients are made of: logits, target, weight, row statistics, total weight."""
-    x = class_layout.readable(input)
-    target = class_layout.readable(target) if target.is_floating_point() else target.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    loss, stats, count = kernels.launch_forward(x, target, weight, options, loss_dtype)
-    return loss, (x, target, weight, stats, count)
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -282,8 +264,11 @@ def _forward(
 ) -> tuple[Tensor | None, ...]:
     """The loss, and what the gradients are made of."""
     input, target, weight = cast(Any, tensors)
-    loss, saved = forward(input, target, weight, options, loss_dtype)
-    return loss, *saved
+    x = class_layout.readable(input)
+    target = class_layout.readable(target) if target.is_floating_point() else target.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    loss, stats, count = kernels.launch_forward(x, target, weight, options, loss_dtype)
+    return loss, x, target, weight, stats, count
 
 
 @plan.Planned
