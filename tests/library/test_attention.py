@@ -20,7 +20,7 @@ from tests.library.common import check_autocast_in_compile, check_dropout_in_com
 pytestmark = pytest.mark.gate("torch", "interp", "cuda")
 # the interpreter takes its time
 slow_there, slow = pytest.mark.extended("interp"), pytest.mark.extended("torch", "interp")
-attention, attention_backward = torch.ops.tkernels.attention, torch.ops.tkernels.attention_backward
+ops = torch.ops.tkernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,87 +61,29 @@ def tensors(case: Case, device: str) -> tuple[list[Tensor], Tensor | None]:
     return made, mask if case.mask else None
 
 
-@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(c, marks=slow_there) for c in CASES[1:])], ids=str)
-def test_opcheck(case: Case, device: str) -> None:
-    inputs, mask = tensors(case, device)
-    options = 0.0, case.causal, 0.3
-    torch.library.opcheck(attention, (*inputs, mask, *options, None))
-    o, lse = attention(*inputs, mask, *options, None)
-    assert o.shape == (N, case.heads[0], L, case.sizes[1])
-    assert not lse.requires_grad
-    detached = [t.detach() for t in inputs]
-    for needs in ([True, True, True], [True, False, False], [False, False, True]):
-        given = torch.randn_like(o), *detached, mask, o.detach(), lse, *options, None, needs
-        torch.library.opcheck(attention_backward, given)
-
-
-@slow_there
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_operator_equals_the_function(case: Case, device: str) -> None:
-    inputs, mask = tensors(case, device)
-    o = attention(*inputs, mask, 0.0, case.causal, case.sizes[0] ** -0.5, None)[0]
-    expected = F.scaled_dot_product_attention(*inputs, mask, 0.0, case.causal, enable_gqa=case.heads[0] > case.heads[1])
-    torch.testing.assert_close(o, expected)
-    do = torch.randn_like(o)
-    found = torch.autograd.grad(o, inputs, do)
-    torch.testing.assert_close(found, torch.autograd.grad(expected, inputs, do))
-
-
-@pytest.mark.parametrize("case", [CASES[2], *(pytest.param(c, marks=slow_there) for c in CASES if c is not CASES[2])],
-                         ids=str)  # fmt: skip
-def test_dropout_is_replayed_in_backward(case: Case, device: str) -> None:
-    """The gradient of the values is that of the weights that were kept: of a linear function, exactly."""
-    (q, k, v), mask = tensors(case, device)
-    seed = torch.tensor(7, device=device)
-
-    def call(v: Tensor) -> Tensor:
-        return attention(q, k, v, mask, 0.5, case.causal, 0.3, seed)[0]
-
-    do = torch.randn_like(call(v))
-    (dv,) = torch.autograd.grad(call(v), v, do)
-    along = torch.randn_like(v)
-    torch.testing.assert_close((dv * along).sum(), (call(along) * do).sum(), rtol=1e-4, atol=1e-4)
-    unit = torch.ones_like(v)
-    assert not torch.allclose(call(unit), unit[:, :1, :1].expand_as(call(unit)))
-    torch.library.opcheck(attention, (q, k, v, mask, 0.5, case.causal, 0.3, seed))
-
-
-@pytest.mark.gate("torch")
+@pytest.mark.gate("interp", "cuda")
 @pytest.mark.parametrize("p", (0.0, 0.5))
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradcheck(case: Case, p: float) -> None:
-    inputs, mask = tensors(case, "cpu")
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    mask = mask.double() if mask is not None and mask.is_floating_point() else mask
-    seed = torch.tensor(7) if p else None
-
-    def call(*inputs: Tensor) -> Tensor:
-        return attention(*inputs, mask, p, case.causal, 0.3, seed)[0]
-
-    assert torch.autograd.gradcheck(call, exact, fast_mode=True)
-
-
-@pytest.mark.gate("torch")
-@pytest.mark.parametrize("kind", ("boolean", "added"))
-def test_rows_that_see_nothing_are_zero_with_dropout(kind: str) -> None:
-    q = torch.randn(1, 1, 3, 4, requires_grad=True)
-    seen = torch.tensor([[True, False, True], [False] * 3, [True] * 3])
-    mask = seen if kind == "boolean" else torch.zeros(3, 3).masked_fill(~seen, -torch.inf)
-    o = attention(q, q, q, mask, 0.0, False, 1.0, None)[0]
-    dropped = attention(q, q, q, mask, 1e-9, False, 1.0, torch.tensor(1))[0]
-    torch.testing.assert_close(dropped, o)
-    (dq,) = torch.autograd.grad(dropped.sum(), q)
-    assert dq.isfinite().all()
-    assert not attention(q, q, q, mask, 1.0, False, 1.0, torch.tensor(1))[0].any()
-
-
-@slow_there
-def test_a_gradient_of_a_gradient_is_refused(device: str) -> None:
-    (q, k, v), _ = tensors(CASES[0], device)
-    o = attention(q, k, v, None, 0.0, False, 1.0, None)[0]
-    (dq,) = torch.autograd.grad(o.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        dq.sum().backward()
+@pytest.mark.parametrize("case", [CASES[0], *(pytest.param(c, marks=slow_there) for c in CASES[1:])], ids=str)
+def test_opcheck(case: Case, p: float, device: str) -> None:
+    """The launches write into tensors they are given."""
+    inputs, mask = tensors(case, device)
+    q, k, v = (t.detach() if t.stride(-1) == 1 else t.detach().contiguous() for t in inputs)
+    seed = torch.tensor(7, device=device) if p else None
+    options = p, case.causal, 0.3
+    o = torch.empty(N, case.heads[0], L, case.sizes[1], device=device)
+    lse = torch.empty((N, case.heads[0], *((2,) if case.mask == "added" else ()), L), device=device)
+    torch.library.opcheck(ops.attention_forward, (q, k, v, mask, seed, o, lse, *options))
+    ops.attention_forward(q, k, v, mask, seed, o, lse, *options)
+    if not p:
+        grouped = case.heads[0] > case.heads[1]
+        expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=case.causal, scale=0.3, enable_gqa=grouped)
+        torch.testing.assert_close(o, expected)
+    do, delta = torch.randn_like(o), torch.empty(o.shape[:-1], device=device)
+    torch.library.opcheck(ops.attention_row_sums, (o, do, delta))
+    given = q, k, v, do, mask, seed, lse, delta
+    torch.library.opcheck(ops.attention_query_gradient, (*given, torch.empty_like(q), *options))
+    for dk, dv in ((torch.empty_like(k), torch.empty_like(v)), (None, torch.empty_like(v))):
+        torch.library.opcheck(ops.attention_key_value_gradients, (*given, dk, dv, *options, True))
 
 
 class Heads(torch.nn.Module):

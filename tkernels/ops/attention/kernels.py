@@ -16,13 +16,15 @@ Sources: Milakov, Gimelshein 2018 (online softmax); Dao 2023, "FlashAttention-2"
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, targets
+from tkernels.core import autotune, library, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
@@ -305,18 +307,37 @@ def launch_forward(
     """(o [B, H, n_q, V], LSE in float32 of lse_shape, or None) for q [B, H, n_q, D], k [B, G, n_k, D] and
     v [B, G, n_k, V], all with dense last dimensions; H is a multiple of G. ``mask``: broadcasts to [B, H, n_q, n_k],
     boolean or added. ``seed``: dropout's, None for none."""
+    o = like_flash(q, v.shape[-1])
+    lse = q.new_empty(tuning.lse_shape(q.shape, is_added(mask)), dtype=torch.float32) if save_lse else None
+    forward(q, k, v, mask, seed, o, lse, p, causal, scale, config=config)
+    return o, lse
+
+
+def product_flops(q: Sequence[int], k: Sequence[int], width: int) -> int:
+    """Of one product over all queries and keys; as in torch's count, a causal mask spares none."""
+    return 2 * math.prod(q[:3]) * k[-2] * width
+
+
+def _flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any) -> int:
+    return product_flops(q, k, q[-1] + v[-1])
+
+
+@library.launches("attention_forward", mutates="o lse", flops=_flops)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, o: Tensor, lse: Tensor | None, p: float,
+    causal: bool, scale: float, *, config: Config | None = None,
+) -> None:  # fmt: skip
+    """Writes o and lse; arguments as launch_forward's."""
     (batch, heads, n_q, head), v_head = q.shape, v.shape[-1]
     n_k = k.shape[-2]
-    o = like_flash(q, v_head)
-    lse = q.new_empty(tuning.lse_shape(q.shape, is_added(mask)), dtype=torch.float32) if save_lse else None
     if o.numel() == 0:
-        return o, lse
+        return
     precision = runtime.dot_precision(q.dtype, "matmul")
     config = config or autotune.pick(
         "attention forward", batch * heads,
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0),
         tuning.forward(head, v_head, q.element_size(), precision, mask is not None or p > 0, targets.current()),
-        lambda c: launch_forward(q, k, v, mask, p, causal, scale, seed, save_lse, c), q,
+        lambda c: forward(q, k, v, mask, seed, o, lse, p, causal, scale, config=c), q,
         least=tuning.least_rows(q.element_size(), targets.current()),
     )  # fmt: skip
     unit = unit_of(q, k, v, o)
@@ -329,4 +350,3 @@ def launch_forward(
         UNIT=unit, CAUSAL=causal, BOOLEAN=mask is not None and mask.dtype == torch.bool, PRECISION=precision,
         HEAD=head, V_HEAD=v_head, **config.options(),
     )  # fmt: skip
-    return o, lse

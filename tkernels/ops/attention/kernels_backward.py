@@ -6,12 +6,15 @@ dk and dv, a program a tile of keys that goes over the queries of all heads that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, targets
+from tkernels.core import autotune, library, targets
 from tkernels.core import device as common
 from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
@@ -26,6 +29,7 @@ from tkernels.ops.attention.kernels import (
     load_rows,
     mask_of,
     masked_scores,
+    product_flops,
     score_factor,
     strides_of,
     unit_of,
@@ -246,10 +250,17 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
 
 def launch_delta(o: Tensor, do: Tensor, config: Config | None = None) -> Tensor:
     """sum(o * do) over the last dimension, [B, H, n_q] in float32."""
-    batch, heads, n_q, v_head = o.shape
     delta = o.new_empty(o.shape[:-1], dtype=torch.float32)
+    row_sums(o, do, delta, config=config)
+    return delta
+
+
+@library.launches("attention_row_sums", mutates="delta", flops=library.no_flops)
+def row_sums(o: Tensor, do: Tensor, delta: Tensor, *, config: Config | None = None) -> None:
+    """Writes delta; arguments as launch_delta's."""
+    batch, heads, n_q, v_head = o.shape
     if delta.numel() == 0:
-        return delta
+        return
     config = config or tuning.delta(v_head)
     unit = unit_of(o, do)
     tiles = cdiv(n_q, config["BLOCK_M"])
@@ -258,7 +269,6 @@ def launch_delta(o: Tensor, do: Tensor, config: Config | None = None) -> Tensor:
         o, do, delta, heads, n_q, tiles, *strides_of(o, unit), *strides_of(do, unit), UNIT=unit, V_HEAD=v_head,
         **config.options(),
     )  # fmt: skip
-    return delta
 
 
 def launch_dq(
@@ -276,16 +286,32 @@ def launch_dq(
     config: Config | None = None,
 ) -> Tensor:
     """The gradient of q, in its memory order; ``lse`` and ``delta`` as forward and :func:`launch_delta` give them."""
-    (batch, heads, n_q, head), v_head, n_k = q.shape, v.shape[-1], k.shape[-2]
     dq = like_heads(q)
+    query_gradient(q, k, v, do, mask, seed, lse, delta, dq, p, causal, scale, config=config)
+    return dq
+
+
+def _query_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any) -> int:
+    """Scores, their gradients, and the product of those with the keys."""
+    return product_flops(q, k, q[-1] + v[-1] + q[-1])
+
+
+@library.launches("attention_query_gradient", mutates="dq", flops=_query_flops)
+def query_gradient(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, mask: Tensor | None, seed: Tensor | None, lse: Tensor, delta: Tensor,
+    dq: Tensor, p: float, causal: bool, scale: float, *, config: Config | None = None,
+) -> None:  # fmt: skip
+    """Writes dq; arguments as launch_dq's."""
+    (batch, heads, n_q, head), v_head, n_k = q.shape, v.shape[-1], k.shape[-2]
     if dq.numel() == 0 or n_k == 0 or v_head == 0:
-        return dq.zero_()
+        dq.zero_()
+        return
     precision = runtime.dot_precision(q.dtype, "matmul")
     config = config or autotune.pick(
         "attention dq", batch * heads,
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0),
         tuning.dq(head, v_head, q.element_size(), precision, mask is not None or p > 0, targets.current()),
-        lambda c: launch_dq(q, k, v, do, lse, delta, mask, p, causal, scale, seed, c), q,
+        lambda c: query_gradient(q, k, v, do, mask, seed, lse, delta, dq, p, causal, scale, config=c), q,
         least=tuning.least_rows(q.element_size(), targets.current()),
     )  # fmt: skip
     unit = unit_of(q, k, v, do, dq)
@@ -299,7 +325,6 @@ def launch_dq(
         BOOLEAN=mask is not None and mask.dtype == torch.bool, PRECISION=precision, HEAD=head, V_HEAD=v_head,
         **config.options(),
     )  # fmt: skip
-    return dq
 
 
 def launch_dkv(
@@ -316,26 +341,55 @@ def launch_dkv(
     seed: Tensor | None = None,
     needs_k: bool = True,
     needs_v: bool = True,
+    again: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of k and v that are needed, in their memory order."""
-    (batch, heads, n_q, head), v_head = q.shape, v.shape[-1]
-    kv_heads, n_k = k.shape[1:3]
+    """The gradients of k and v that are needed, in their memory order. ``again``: after launch_dq."""
     dk = like_heads(k) if needs_k else None
     dv = like_heads(v) if needs_v else None
+    key_value_gradients(q, k, v, do, mask, seed, lse, delta, dk, dv, p, causal, scale, again, config=config)
+    return dk, dv
+
+
+def _key_value_flops(
+    q: Sequence[int], k: Sequence[int], v: Sequence[int], do: Sequence[int], mask: Any, seed: Any, lse: Any, delta: Any,
+    dk: Sequence[int] | None, dv: Sequence[int] | None, p: float, causal: bool, scale: float, again: bool = False,
+) -> int:  # fmt: skip
+    """As torch counts: scores and their gradients once, though both launches form them."""
+    width = 0 if dk is None else q[-1]
+    width += 0 if dv is None else v[-1]
+    if not again:
+        width += q[-1] + (0 if dk is None else v[-1])
+    return product_flops(q, k, width)
+
+
+@library.launches("attention_key_value_gradients", mutates="dk dv", flops=_key_value_flops)
+def key_value_gradients(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, mask: Tensor | None, seed: Tensor | None, lse: Tensor, delta: Tensor,
+    dk: Tensor | None, dv: Tensor | None, p: float, causal: bool, scale: float, again: bool = False, *,
+    config: Config | None = None,
+) -> None:  # fmt: skip
+    """Writes dk and dv; arguments as launch_dkv's. ``again``: whether query_gradient has formed the same scores."""
+    (batch, heads, n_q, head), v_head = q.shape, v.shape[-1]
+    kv_heads, n_k = k.shape[1:3]
     if 0 in (batch, heads, n_q, head, n_k, v_head):
-        return (None if dk is None else dk.zero_()), (None if dv is None else dv.zero_())
+        for empty in (dk, dv):
+            if empty is not None:
+                empty.zero_()
+        return
     precision = runtime.dot_precision(q.dtype, "matmul")
     if dk is not None and dv is not None and config is None:
         extras = mask is not None or p > 0
         if tuning.apart(head, v_head, q.element_size(), precision, extras, targets.current()):
-            given = q, k, v, do, lse, delta, mask, p, causal, scale, seed
-            return launch_dkv(*given, True, False)[0], launch_dkv(*given, False, True)[1]
+            given = q, k, v, do, mask, seed, lse, delta
+            key_value_gradients(*given, dk, None, p, causal, scale, again)
+            key_value_gradients(*given, None, dv, p, causal, scale, True)
+            return
     config = config or autotune.pick(
         "attention dkv", batch * heads,
-        (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0, needs_k, needs_v),
+        (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0, dk is not None, dv is not None),
         tuning.dkv(head, v_head, q.element_size(), precision, mask is not None or p > 0, targets.current()),
-        lambda c: launch_dkv(q, k, v, do, lse, delta, mask, p, causal, scale, seed, needs_k, needs_v, c), q,
+        lambda c: key_value_gradients(q, k, v, do, mask, seed, lse, delta, dk, dv, p, causal, scale, config=c), q,
     )  # fmt: skip
     unit = unit_of(*(t for t in (q, k, v, do, dk, dv) if t is not None))
     mask_bytes, mask_strides = mask_of(mask, q, k)
@@ -348,4 +402,3 @@ def launch_dkv(
         BOOLEAN=mask is not None and mask.dtype == torch.bool, PRECISION=precision, HEAD=head, V_HEAD=v_head,
         **config.options(),
     )  # fmt: skip
-    return dk, dv

@@ -193,9 +193,7 @@ def _triton_body(
         mask = _four_dimensions(mask.expand(*lead, *mask.shape[-2:]))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     seed = runtime.dropout_seed(q) if p > 0 else None
-    if runtime.traced():
-        o = torch.ops.tkernels.attention(q, k, v, mask, p, causal, scale, seed)[0]
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         o = _Attention.apply(q, k, v, mask, p, causal, scale, seed)
     else:
         o = _forward((q, k, v, mask, seed), p, causal, scale, False)[0]
@@ -276,5 +274,5 @@ def backward(
     if needs_q:
         dq = backward_kernels.launch_dq(*given)
     if needs_k or needs_v:
-        dk, dv = backward_kernels.launch_dkv(*given, needs_k, needs_v)
+        dk, dv = backward_kernels.launch_dkv(*given, needs_k, needs_v, needs_q)
     return dq, dk, dv
