@@ -150,6 +150,19 @@ def transformed() -> bool:
     )
 
 
+def plain_eager() -> bool:
+    """Whether calls run as they are: no tracing, no transforms, no modes that want to see each ATen call.
+
+    Ask torch.compiler.is_compiling() first of all, lest a trace learns of sizes and modes it has no business with.
+    """
+    return not (
+        torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def _can_run(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether why_not_triton has no reason; every call asks this, so nothing is put into words."""
     if not HAS_TRITON or transformed():

@@ -25,10 +25,12 @@ from torch.overrides import _pop_mode, _push_mode
 
 from tkernels.core.mode import flag
 from tkernels.cpu import cache
+from tkernels.cpu.guard import is_plain
 
 log = logging.getLogger("tkernels")
 # Inductor vectorises by the sizes that it sees: a first call of few channels would make slow code for all after it.
 CHANNELS = 256
+NOT_COMPILED = "passes are not compiled here: TKERNELS_COMPILE=0, or no C++ compiler"
 _compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _wanted = flag("TKERNELS_COMPILE", "1")
 _broken = False
@@ -40,19 +42,6 @@ _stuck = False
 def enabled() -> bool:
     """Whether passes are compiled here: not turned off, and there is a compiler that works."""
     return _wanted and not _broken
-
-
-def plain_eager() -> bool:
-    """Whether calls run as they are: no tracing, no transforms, no modes that want to see each ATen call.
-
-    Ask torch.compiler.is_compiling() first of all, lest a trace learns of sizes and modes it has no business with.
-    """
-    return not (
-        torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 class Pass:
@@ -123,17 +112,6 @@ class Pass:
                     self._report(f"does not compile: {_line(error)}")
                 _compiled[key] = self._function
             return _compiled[key]
-
-
-def is_plain(t: Tensor) -> bool:
-    """Whether that is a tensor with memory of its own on a CPU."""
-    return (
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.device.type == "cpu"
-        and t.layout is torch.strided
-        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-        and not torch._C._functorch.is_legacy_batchedtensor(t)
-    )
 
 
 def _line(error: Exception) -> str:

@@ -4,11 +4,15 @@ Each direction is one compiled pass: two reads of the input and one write forwar
 one write backward. torch's own calls pass over the map once more for the residual and once more for the activation.
 What autograd keeps are the input and vectors; what the activation let through is computed again, or read off the
 output where a residual went in.
+
+``ops.batch_norm`` takes this with ReLU, in training, where maps are large and pixels stand together: (N, C), or
+channels_last. Compiled graphs take it for whole chains (chain.py).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from tkernels.core import activation as activations
 from tkernels.core.autograd import composed_where_differentiated, gradients_of, save, saved
-from tkernels.cpu import buffers, passes
+from tkernels.cpu import buffers, compiler, guard, passes
 from tkernels.cpu.compiler import Pass
 
 # Rows in a group: sums are taken group by group first, which stays in a core's caches and keeps float32 sums short.
@@ -26,10 +30,70 @@ LARGEST_GROUP, SMALLEST_GROUP = 128, 16
 # Pixels lie side by side in a row that is a multiple of WHOLE bytes, a vector; where nothing is summed, of LONG bytes.
 # (Measured: whole vectors are up to 10 times as fast for 16 channels in bfloat16, 2 to 4 times for 24, 40 and 72.)
 WHOLE, LONG, MOST_LANES = 64, 2048, 64
+# Bytes of the input from which on the passes pay for the calls around them. (Measured: 0.7 of torch's speed at 1 MB,
+# 0.9 to 1.2 times it at 2 MB, 1.2 to 5 times from 4 MB on.)
+WORTH_IT = 1 << 22
+
+
+def batch_norm(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float | None, eps: float, activation: str | None, residual: Tensor | None,
+    counter: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """relu(batch norm of ``x``) by the batch's statistics; moves running statistics and counter. None where that is
+    PyTorch's, as is whatever torch refuses."""
+    if activation != "relu" or training is not True or not guard.takes(x, WORTH_IT):
+        return None
+    vectors = running_mean, running_var, weight, bias
+    if not (
+        _fits(x)
+        and residual is None
+        and guard.are_plain(vectors, torch.float32)
+        and all(t is None or (t.shape == x.shape[1:2] and t.is_contiguous()) for t in vectors)
+        and (running_mean is None) == (running_var is None)
+        and not any(t is not None and t.requires_grad for t in vectors[:2])
+        and (type(momentum) is float or (momentum is None and counter is not None))
+        and type(eps) is float
+        and eps > 0.0
+        and compiler.enabled()
+    ):
+        return None
+    kind = Kind("relu", counted(counter, momentum), eps)
+    return normalize(kind, guard.recorded(x, weight, bias), x, *vectors, None)
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether pixels stand together, a channel has more than the one value that torch refuses, and autograd may keep
+    ``x``."""
+    together = x.is_contiguous() if x.dim() == 2 else x.dim() == 4 and is_nhwc(x) and not x.is_contiguous()
+    return together and x.numel() > x.shape[1] and not x.is_inference()
+
+
+def counted(counter: Tensor | None, momentum: float | None) -> float:
+    """Adds one to the counter, where there is one; how far the running statistics move."""
+    if counter is not None:
+        counter.add_(1)
+    if momentum is not None:
+        return float(momentum)
+    return 0.0 if counter is None else 1.0 / float(counter)
+
+
+def reference(
+    x: Tensor, vectors: Sequence[Tensor | None], residual: Tensor | None, training: bool, momentum: float, eps: float,
+    activation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """activation(batch norm + residual) in torch's own calls. ``vectors``: running mean and variance, weight, bias."""
+    running_mean, running_var, weight, bias = vectors
+    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return activations.apply(z if residual is None else z + residual, activation)
+
+
+def is_nhwc(x: Tensor) -> bool:
+    return x.is_contiguous() if x.dim() == 2 else x.is_contiguous(memory_format=torch.channels_last)
 
 
 class Kind(NamedTuple):
-    """What a call of :func:`batch_norm` is made of, tensors apart."""
+    """What a call of :func:`normalize` is made of, tensors apart."""
 
     activation: str | None
     momentum: float
@@ -62,7 +126,7 @@ def groups(x: Tensor, least: int = WHOLE) -> Tensor:
     """The pixels of ``x`` as [groups, rows, lanes, C] in its memory, rows of ``least`` bytes where that can be; densely
     where it is laid out otherwise."""
     channels = x.shape[1]
-    if not x.is_contiguous(memory_format=torch.contiguous_format if x.dim() == 2 else torch.channels_last):
+    if not is_nhwc(x):
         x = x.contiguous() if x.dim() == 2 else x.permute(0, 2, 3, 1).contiguous()
     # (one call, where permute and view are two: there are up to six of them a layer)
     return x.as_strided(*_layout(x.numel() // channels, channels, x.element_size(), least))
@@ -77,88 +141,59 @@ class Passes:
     """The passes of one activation, with a residual or without."""
 
     def __init__(self, activation: str | None, residual: bool) -> None:
-        self.activation = activation
+        self.activation, self.residual = activation, residual
         # whether the output tells what the activation let through, so that the residual need not be kept
         self.by_output = residual and activation in activations.FROM_OUTPUT
         name = f"{activation or 'linear'}{' residual' if residual else ''}"
-        self.forward = Pass(self._forward_residual if residual else self._forward, f"batch norm {name}")
-        gated = residual and activation is not None
-        self.backward = Pass(self._backward_residual if gated else self._backward, f"batch norm backward {name}")
+        self.forward = Pass(self._forward, f"batch norm {name}")
+        self.backward = Pass(self._backward, f"batch norm backward {name}")
 
     def _forward(
         self, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: Tensor,
-        eps: Tensor, out: Tensor,
+        eps: Tensor, *rest: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        sound, inverse, *vectors = _measure(x, weight, bias, running_mean, running_var, momentum, eps)
-        out.copy_(activations.apply(passes.normalized(x, *vectors), self.activation))
-        return sound, inverse, *vectors
-
-    def _forward_residual(
-        self, x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: Tensor,
-        eps: Tensor, residual: Tensor, out: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        sound, inverse, *vectors = _measure(x, weight, bias, running_mean, running_var, momentum, eps)
-        z = passes.normalized(x, *vectors) + residual.float()
-        out.copy_(activations.apply(z, self.activation))
+        """``rest``: the residual, where there is one, and the result. Gives whether the statistics are sound, which
+        move the running ones then; 1 / sqrt(var + eps) [C]; for each lane the batch's mean, what its values are
+        multiplied by, and the bias."""
+        mean, inverse, scale, _, var, sound = passes.measured(x, 0.0, weight.float(), eps)
+        finite = sound.isfinite()
+        for running, batch in ((running_mean, mean), (running_var, var)):
+            running.copy_(torch.where(finite, running * (1.0 - momentum) + batch * momentum, running))
+        vectors = [passes.tiled(vector, x.shape[2]) for vector in (mean, scale, bias.float())]
+        z = passes.normalized(x, *vectors)
+        if self.residual:
+            z = z + rest[0].float()
+        rest[-1].copy_(activations.apply(z, self.activation))
         return sound, inverse, *vectors
 
     def _backward(
-        self, d: Tensor, x: Tensor, inverse: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, out: Tensor
+        self, d: Tensor, x: Tensor, inverse: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, *rest: Tensor
     ) -> tuple[Tensor, Tensor]:
-        z = passes.normalized(x, mean, scale, bias)
+        """Gradients of weight and bias. ``rest``: what was kept of a residual, the output where that tells, and its
+        gradient, where an activation is behind one; the input's gradient."""
+        *kept, out = rest
+        z = kept[0].float() if kept and self.by_output else passes.normalized(x, mean, scale, bias)
+        if kept and not self.by_output:
+            z = kept[0].float() + z
         g = activations.gradient(d.float(), z, self.activation)
-        return _gradients(g, x, inverse, mean, scale, out)
-
-    def _backward_residual(
-        self, d: Tensor, x: Tensor, inverse: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, kept: Tensor,
-        residual_out: Tensor, out: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``kept``: the output where that tells, else the residual."""
-        z = kept.float()
-        if not self.by_output:
-            z = z + passes.normalized(x, mean, scale, bias)
-        g = activations.gradient(d.float(), z, self.activation)
-        residual_out.copy_(g)
-        return _gradients(g, x, inverse, mean, scale, out)
+        if kept:
+            kept[1].copy_(g)
+        first, second = g.sum(1).sum((0, 1)), (g * (x.float() - mean)).sum(1).sum((0, 1))
+        groups, rows, lanes, _ = x.shape
+        dbias, dweight, a, b = passes.parameter_gradients(first, second, inverse, groups * rows * lanes)
+        a, b = passes.tiled(a, lanes), passes.tiled(b, lanes)
+        out.copy_(passes.raw_gradient(g, x, mean, scale, a, b))
+        return dweight, dbias
 
 
-def _measure(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, momentum: Tensor, eps: Tensor
-) -> tuple[Tensor, ...]:
-    """Whether it is sound; 1 / sqrt(var + eps) [C]; for each lane the batch's mean, what its values are multiplied by,
-    and the bias. Moves the running statistics where it is sound."""
-    mean, inverse, scale, _, var, sound = passes.measured(x, 0.0, weight.float(), eps)
-    finite = sound.isfinite()
-    for running, batch in ((running_mean, mean), (running_var, var)):
-        running.copy_(torch.where(finite, running * (1.0 - momentum) + batch * momentum, running))
-    mean, scale, bias = (passes.tiled(vector, x.shape[2]) for vector in (mean, scale, bias.float()))
-    return sound, inverse, mean, scale, bias
-
-
-def _gradients(
-    g: Tensor, x: Tensor, inverse: Tensor, mean: Tensor, scale: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Those of weight and bias; the input's goes to ``out``."""
-    first, second = g.sum(1).sum((0, 1)), (g * (x.float() - mean)).sum(1).sum((0, 1))
-    groups, rows, lanes, _ = x.shape
-    dbias, dweight, a, b = passes.parameter_gradients(first, second, inverse, groups * rows * lanes)
-    a, b = passes.tiled(a, lanes), passes.tiled(b, lanes)
-    out.copy_(passes.raw_gradient(g, x, mean, scale, a, b))
-    return dweight, dbias
-
-
-@functools.cache
-def passes_of(activation: str | None, residual: bool) -> Passes:
-    return Passes(activation, residual)
+passes_of = functools.cache(Passes)
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-        running_var: Tensor | None, residual: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        y, vectors = _forward(kind, x, weight, bias, running_mean, running_var, residual)
+    def forward(ctx: Any, kind: Kind, *tensors: Any) -> Tensor:
+        y, vectors = _forward(kind, *tensors)
+        x, _, _, weight, bias, residual = tensors
         ctx.composed = not vectors
         kept = None
         if residual is not None and kind.activation is not None:
@@ -171,86 +206,67 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward_composed(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         """The same in torch's own calls."""
-        kind: Kind = ctx.kind
+        activation, _, eps = ctx.kind
         *given, kept = ctx.saved_tensors[:4]
-        needs = ctx.needs_input_grad[1:4]
+        needs, again = ctx.needs_input_grad, False
+        if ctx.residual:
+            again = kept is not None and not passes_of(activation, True).by_output
+            if not again:  # what is behind the sum does not depend on it any more
+                d, activation = activations.gradient(d, kept, activation), None
 
         def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-            z = F.batch_norm(x, None, None, weight, bias, True, 0.0, kind.eps)
-            if ctx.residual and residual is None:
-                return z  # the derivative of what follows is in ``d``
-            return activations.apply(z if residual is None else z + residual, kind.activation)
+            return reference(x, (None, None, weight, bias), residual, True, 0.0, eps, activation)
 
-        if not ctx.residual:
-            return None, *gradients_of(normed, given, needs, d), None, None, None
-        if kept is not None and not passes_of(kind.activation, True).by_output:
-            found = gradients_of(normed, (*given, kept), (*needs, ctx.needs_input_grad[6]), d)
-            return None, *found[:3], None, None, found[3]
-        d = activations.gradient(d, kept, kind.activation)
-        return None, *gradients_of(normed, given, needs, d), None, None, d if ctx.needs_input_grad[6] else None
+        found = gradients_of(normed, (*given, kept) if again else given, (needs[1], *needs[4:]), d)
+        below = found[3] if again else d
+        return None, found[0], None, None, *found[1:3], below if needs[6] else None
 
     @staticmethod
     @composed_where_differentiated(backward_composed)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        kind, needs = ctx.kind, ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         x, _, _, kept, *vectors = saved(ctx)
-        run = passes_of(kind.activation, ctx.residual).backward
-        # (a gradient in another dtype would compile the passes anew)
-        pixels, dy = groups(x), groups(d)
-        dx = _like(x)
-        if kept is None:
-            dweight, dbias = run(dy, pixels, *vectors, groups(dx))
-            below = d
-        else:
+        dx, below, between = _like(x), d, []
+        if kept is not None:
             below = _like(x)
-            dweight, dbias = run(dy, pixels, *vectors, groups(kept), groups(below), groups(dx))
-        return (
-            None, dx if needs[1] else None, dweight if needs[2] else None, dbias if needs[3] else None, None, None,
-            below if needs[6] else None,
-        )  # fmt: skip
+            between = [groups(kept), groups(below)]
+        # (a gradient in another dtype would compile the passes anew)
+        run = passes_of(ctx.kind.activation, ctx.residual).backward
+        dweight, dbias = run(groups(d), groups(x), *vectors, *between, groups(dx))
+        found = dx, None, None, dweight, dbias, below
+        return None, *(g if need else None for g, need in zip(found, needs[1:]))
 
 
 def _forward(
-    kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, residual: Tensor | None,
+    kind: Kind, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """The result; 1 / sqrt(var + eps), and for each lane mean, scale and bias: none of them where it is torch's."""
-    channels = x.shape[1]
+    channels, y = x.shape[1], _like(x)
     # (where there are none, what nobody will read)
     moved = (passes.unread(channels) if t is None else t for t in (running_mean, running_var))
-    y = _like(x)
-    arguments = [
+    sound, *kept = passes_of(kind.activation, residual is not None).forward(
         groups(x), passes.vector(weight, channels, 1.0), passes.vector(bias, channels, 0.0), *moved,
-        passes.number(kind.momentum), passes.number(kind.eps),
-    ]  # fmt: skip
-    if residual is not None:
-        arguments.append(groups(residual))
-    sound, *vectors = passes_of(kind.activation, residual is not None).forward(*arguments, groups(y))
+        passes.number(kind.momentum), passes.number(kind.eps), *([] if residual is None else [groups(residual)]),
+        groups(y),
+    )  # fmt: skip
     if passes.is_sound(sound):
-        return y, tuple(vectors)
-    z = F.batch_norm(x, running_mean, running_var, weight, bias, True, kind.momentum, kind.eps)
-    return activations.apply(z if residual is None else z + residual, kind.activation), ()
+        return y, tuple(kept)
+    vectors = running_mean, running_var, weight, bias
+    return reference(x, vectors, residual, True, kind.momentum, kind.eps, kind.activation), ()
 
 
-def batch_norm(
-    kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, residual: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """activation(batch norm of ``x`` + ``residual``), recorded by autograd; moves the running statistics.
+def normalize(kind: Kind, recorded: bool, *tensors: Tensor | None) -> Tensor:
+    """activation(batch norm + residual), ``recorded`` by autograd or not; moves the running statistics.
 
-    ``x`` is channels_last or a matrix, float32 or bfloat16, and not empty; ``residual`` is of its dtype and shape.
+    ``tensors``: the input, channels_last or a matrix, float32 or bfloat16, and not empty; running mean and variance,
+    weight, bias; the residual, of the input's dtype and shape.
     """
-    y: Tensor = _BatchNorm.apply(kind, x, weight, bias, running_mean, running_var, residual)
-    return y
-
-
-@torch.no_grad()
-def batch_norm_alone(
-    kind: Kind, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, residual: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """:func:`batch_norm` that nobody differentiates."""
-    return _forward(kind, x, weight, bias, running_mean, running_var, residual)[0]
+    if recorded:
+        y: Tensor = _BatchNorm.apply(kind, *tensors)
+        return y
+    with torch.no_grad():
+        return _forward(kind, *tensors)[0]  # type: ignore[arg-type]
 
 
 class Finish:
@@ -276,16 +292,13 @@ class Finish:
         (x if self.in_place else given.pop(0)).copy_(activations.apply(z, self.activation))
         return ()
 
-    def __call__(self, x: Tensor, vectors: tuple[Tensor | None, ...], eps: float, residual: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, vectors: Sequence[Tensor | None], eps: float, residual: Tensor | None) -> Tensor:
         """``vectors``: running mean and variance, weight, bias. The result: dense ``x`` itself where it is in place."""
-        channels = x.shape[1]
         arguments = [groups(x, LONG)]
         if self.normed:
-            mean, var, weight, bias = vectors
-            arguments += [
-                passes.vector(mean, channels, 0.0), passes.vector(var, channels, 1.0),
-                passes.vector(weight, channels, 1.0), passes.vector(bias, channels, 0.0), passes.number(eps),
-            ]  # fmt: skip
+            defaults = 0.0, 1.0, 1.0, 0.0
+            arguments += [passes.vector(t, x.shape[1], default) for t, default in zip(vectors, defaults)]
+            arguments.append(passes.number(eps))
         if residual is not None:
             arguments.append(groups(residual, LONG))
         out = x if self.in_place else _like(x)
@@ -295,6 +308,4 @@ class Finish:
         return out
 
 
-@functools.cache
-def finish_of(activation: str | None, normed: bool, residual: bool, in_place: bool) -> Finish:
-    return Finish(activation, normed, residual, in_place)
+finish_of = functools.cache(Finish)

@@ -13,7 +13,7 @@ from tkernels.core import autograd, checks
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Matrix, matrix
 from tkernels.core.records import Norm
-from tkernels.cpu import batch_norm as batch_norm_cpu
+from tkernels.ops import cpu
 
 if runtime.HAS_TRITON:
     from tkernels.ops.batch_norm import kernels
@@ -262,15 +262,15 @@ def _torch_batch_norm(
 ) -> Tensor:
     """The PyTorch body: torch's own batch norm, differentiated by torch; residual and ReLU in place of its output.
 
-    With ReLU, large maps on a CPU go through batch_norm_cpu. What torch refuses is refused in our words.
+    What torch refuses is refused in our words.
     """
-    vectors = running_mean, running_var, weight, bias
-    if (
-        activation == "relu"
-        and training is True
-        and batch_norm_cpu.takes(input, vectors, momentum, eps, num_batches_tracked, residual)
-    ):
-        return batch_norm_cpu.batch_norm_relu(input, *vectors, momentum, eps, num_batches_tracked)
+    if training is True and activation is not None and cpu is not None:  # else there is nothing to fuse
+        fast = cpu.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
+            num_batches_tracked,
+        )  # fmt: skip
+        if fast is not None:
+            return fast
     try:
         if eps <= 0.0:  # torch before 2.14 takes any
             if input.numel() == 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tkernels.core import autograd, checks, replay
 from tkernels.core import mode as runtime
-from tkernels.cpu import cross_entropy as cross_entropy_cpu
+from tkernels.ops import cpu
 
 if runtime.HAS_TRITON:
     from tkernels.ops.cross_entropy import kernels
@@ -105,13 +105,11 @@ def _torch_body(
 ) -> Tensor:
     """PyTorch's own call, with its autograd and autocast, but for large logits on a CPU. What it refuses is refused in
     our words."""
-    if reduction in REDUCTIONS and cross_entropy_cpu.takes(input, target, weight, ignore_index, label_smoothing):
-        try:
-            return cross_entropy_cpu.cross_entropy(input, target, ignore_index, reduction, label_smoothing)
-        except RuntimeError:
-            _check_range(input, target, ignore_index)
-            raise
+    arguments = input, target, weight, ignore_index, reduction, label_smoothing
     try:
+        loss = None if cpu is None else cpu.cross_entropy(*arguments)
+        if loss is not None:
+            return loss
         if type(input) is type(target) is Tensor and reduction in _NUMBERS:
             # what torch.nn.functional.cross_entropy comes to
             return _aten(input, target, weight, _NUMBERS[reduction], ignore_index, label_smoothing)
@@ -119,7 +117,6 @@ def _torch_body(
             input, target, weight, None, ignore_index, None, reduction, label_smoothing
         )
     except checks.REFUSALS as error:
-        arguments = input, target, weight, ignore_index, reduction, label_smoothing
         checks.explain(error, functools.partial(_check_all, *arguments))
 
 
