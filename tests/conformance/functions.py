@@ -13,11 +13,10 @@ from torch import Tensor
 import tkernels.functional as TF
 from tkernels.core.activation import apply
 from tkernels.core.records import BatchNorm
-from tkernels.cpu import batch_norm as batch_norm_cpu
-from tkernels.cpu import conv_stage as conv_stage_cpu
 from tkernels.cpu import convolution, norm
-from tkernels.cpu import cross_entropy as cross_entropy_cpu
-from tkernels.cpu import linear as cpu_linear
+from tkernels.cpu import loss as cross_entropy_cpu
+from tkernels.cpu import product as cpu_linear
+from tkernels.cpu import stage as conv_stage_cpu
 from tkernels.ops.batch_norm import sync as sync_ops
 
 CL = torch.channels_last
@@ -74,7 +73,9 @@ def _without_running(weight: Tensor, bias: Tensor) -> BatchNorm:
 
 
 def _pass_norm(activation: str | None) -> Callable[..., Tensor]:
-    return lambda x, weight, bias, residual: norm.batch_norm(x, _without_running(weight, bias), activation, residual)
+    return lambda x, weight, bias, residual: norm.normalize(
+        x, _without_running(weight, bias), activation, residual, recorded=True
+    )
 
 
 def _sync(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ def take_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small calls take the compiled passes."""
     monkeypatch.setattr(cross_entropy_cpu, "WORTH_IT", 1)
     monkeypatch.setattr(cross_entropy_cpu, "SHORT_WORTH_IT", 1)
-    monkeypatch.setattr(batch_norm_cpu, "WORTH_IT", 1)
+    monkeypatch.setattr(norm, "WORTH_IT", 1)
     monkeypatch.setattr(conv_stage_cpu, "WORTH_IT", 1)
 
 

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 import tkernels
 import tkernels.functional as TF
 from tkernels.core import plan
-from tkernels.cpu import batch_norm as batch_norm_cpu
-from tkernels.cpu import buffers, compiler, passes
-from tkernels.cpu import conv_stage as conv_stage_cpu
-from tkernels.cpu import cross_entropy as cross_entropy_cpu
+from tkernels.cpu import buffers, compiler, norm, passes
+from tkernels.cpu import loss as cross_entropy_cpu
+from tkernels.cpu import stage as conv_stage_cpu
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
 CL = torch.channels_last
@@ -166,7 +165,7 @@ WITHOUT_GRADIENTS = ("no_grad", "inference_mode")
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> list[str]:
     """What runs: passes, oneDNN's post-ops, kernels. Small calls take the fast way."""
-    for module in (batch_norm_cpu, conv_stage_cpu, cross_entropy_cpu):
+    for module in (norm, conv_stage_cpu, cross_entropy_cpu):
         monkeypatch.setattr(module, "WORTH_IT", 1)
     monkeypatch.setattr(cross_entropy_cpu, "SHORT_WORTH_IT", 1)
     monkeypatch.setattr(buffers, "SMALLEST", 1)

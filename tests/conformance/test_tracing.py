@@ -117,6 +117,35 @@ def test_export(training: bool, case: Any, request: pytest.FixtureRequest) -> No
     torch.testing.assert_close(first(exported.module()(*given)), first(twin(*given)), atol=1e-5, rtol=1e-4)
 
 
+def maps(n: int) -> tuple[Tensor, ...]:
+    return (torch.randn(n, 32, 32, 32).contiguous(memory_format=torch.channels_last),)
+
+
+# a module, its input for a batch, and a batch for which a CPU has a fast path
+LARGE: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ...]], int]] = {
+    "Linear": (lambda: tnn.Linear(128, 128, activation="relu"), lambda n: (torch.randn(n, 128),), 512),
+    "BatchNorm2d": (lambda: tnn.BatchNorm2d(32, activation="relu"), maps, 64),
+    "ConvStage": (lambda: tnn.ConvStage([32, 32], 3, padding=1, pool=2), maps, 64),
+    "CrossEntropyLoss": (
+        lambda: tnn.CrossEntropyLoss(), lambda n: (torch.randn(n, 5), torch.arange(n) % 5), 1 << 16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.gate("torch")
+@pytest.mark.parametrize("strict", (True, False), ids=("strict", "not strict"))
+@pytest.mark.parametrize("name", LARGE)
+def test_export_of_any_batch(name: str, strict: bool) -> None:
+    """A size that decides for a fast path is no constraint on the batch."""
+    agree_on_tf32()
+    make, inputs, large = LARGE[name]
+    module, given, few = make(), inputs(large), inputs(2)
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in given)
+    with torch.no_grad():
+        exported = torch.export.export(module, given, dynamic_shapes=shapes, strict=strict)
+        torch.testing.assert_close(exported.module()(*few), copy.deepcopy(module)(*few), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.gate("torch")
 @pytest.mark.parametrize("dynamo", (True, False), ids=("dynamo", "torchscript"))
 def test_onnx(dynamo: bool, case: Any, request: pytest.FixtureRequest) -> None:

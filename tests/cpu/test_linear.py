@@ -15,7 +15,7 @@ import tkernels
 from tests.cpu.profiles import events
 from tests.fusion.pairs import ran
 from tkernels.core import activation as activations
-from tkernels.cpu import buffers, compiler, linear
+from tkernels.cpu import buffers, compiler, product
 
 pytestmark = [
     pytest.mark.gate("torch"),
@@ -27,7 +27,7 @@ IN_TRAINING = [name for name in NAMED if name not in activations.FROM_OUTPUT]
 
 
 def planned(shape: tuple[int, ...], dtype: torch.dtype, name: str | None, training: bool) -> Callable[..., Tensor]:
-    run = linear.plan(shape, 16, dtype, name, training)
+    run = product.plan(shape, 16, dtype, name, training)
     assert not isinstance(run, str), run
     return run
 
@@ -135,11 +135,11 @@ PRODUCT, ONEDNN = "aten::addmm", "mkldnn::_linear_pointwise"
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_faster_product(name: str | None, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 in inference: as exact as torch's, the same values that are not finite, and it is what runs."""
-    monkeypatch.setattr(linear, "onednn_is_ahead", lambda threads: True)
+    monkeypatch.setattr(product, "onednn_is_ahead", lambda threads: True)
     torch.manual_seed(0)
     x, weight = torch.randn(3, 100, 96), torch.randn(80, 96) / 96**0.5
     given: list[Tensor | None] = [x, weight, torch.randn(80) if bias else None]
-    run = linear.plan((3, 100, 80), 96, torch.float32, name, False)
+    run = product.plan((3, 100, 80), 96, torch.float32, name, False)
     assert not isinstance(run, str)
     with torch.no_grad():
         ours, torchs = run(*given), composed(name)(*given)  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ def test_which_product_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(threads)
         return answer
 
-    monkeypatch.setattr(linear, "onednn_is_ahead", ahead)
+    monkeypatch.setattr(product, "onednn_is_ahead", ahead)
     model = nn.Sequential(nn.Linear(96, 80), nn.Linear(80, 64), nn.Tanh()).eval()
     many, few = torch.randn(300, 96), torch.randn(8, 96)
     answer = True
@@ -187,14 +187,14 @@ def test_which_product_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_measured_once() -> None:
-    linear._is_measured_ahead.cache_clear()
+    product._is_measured_ahead.cache_clear()
     torch.use_deterministic_algorithms(False)
     try:
         with profile(activities=[ProfilerActivity.CPU]) as found:
-            answers = {linear.onednn_is_ahead(torch.get_num_threads()) for _ in range(3)}
+            answers = {product.onednn_is_ahead(torch.get_num_threads()) for _ in range(3)}
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)  # as all of these tests run
-    assert not linear.onednn_is_ahead(torch.get_num_threads())
+    assert not product.onednn_is_ahead(torch.get_num_threads())
     assert len(answers) == 1
     names = [event.name for event in found.events()]
-    assert names.count(ONEDNN) == names.count("aten::linear") == linear.TURNS
+    assert names.count(ONEDNN) == names.count("aten::linear") == product.TURNS

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tkernels.functional as TF
-from tkernels.cpu import compiler, convolution, linear
+from tkernels.cpu import compiler, convolution, product
 
 pytestmark = [
     pytest.mark.gate("torch"),
@@ -50,7 +50,7 @@ def _depthwise(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
 
 def _gelu(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     leaves = [_leaf(512, 96, dtype=dtype), _leaf(1024, 96, dtype=dtype)]
-    run = linear.plan((512, 1024), 96, dtype, "gelu", True)
+    run = product.plan((512, 1024), 96, dtype, "gelu", True)
     assert not isinstance(run, str)
     return run(*leaves, None), leaves
 

@@ -21,7 +21,7 @@ from tests.cpu.profiles import events
 from tkernels.core import activation as activations
 from tkernels.core.records import BatchNorm
 from tkernels.cpu import chain, compiler, norm
-from tkernels.cpu import conv_stage as conv_stage_cpu
+from tkernels.cpu import stage as conv_stage_cpu
 
 pytestmark = [
     pytest.mark.gate("torch"),
@@ -224,7 +224,8 @@ def test_a_gradient_of_the_residual_alone(activation: str | None, value: float, 
     x = torch.randn(16, 8, 24, 24).contiguous(memory_format=CL)
     x[1, 2, 3, 4] = value
     residual = torch.randn_like(x).requires_grad_()
-    y = norm.batch_norm(x, BatchNorm(None, None, torch.ones(8), torch.zeros(8), True, 0.1, 1e-5), activation, residual)
+    bn = BatchNorm(None, None, torch.ones(8), torch.zeros(8), True, 0.1, 1e-5)
+    y = norm.normalize(x, bn, activation, residual, recorded=True)
     found = torch.autograd.grad(y, residual, torch.ones_like(y), create_graph=again)[0]
     z = F.batch_norm(x, None, None, torch.ones(8), torch.zeros(8), True) + residual
     expected = torch.autograd.grad(activations.apply(z, activation), residual, torch.ones_like(y))[0]

@@ -12,26 +12,26 @@ import torch
 
 import tkernels
 from tests.fuzz.cases import Case
-from tkernels.cpu import buffers, compiler, linear
+from tkernels.cpu import buffers, compiler, product
 
 BODIES = ("cpu", "kernels")
 _SMALL = {torch.float32: 1, torch.bfloat16: 1}
 # sizes from which on the CPU's fast ways are taken, and what a patched case has in their place
 THRESHOLDS: tuple[tuple[str, str, Any], ...] = (
     ("tkernels.cpu.packed", "WORTH_IT", _SMALL),
-    ("tkernels.cpu.linear", "ROWS", 1),
-    ("tkernels.cpu.linear", "FEATURES", 1),
-    ("tkernels.cpu.linear", "onednn_is_ahead", lambda threads: True),
+    ("tkernels.cpu.product", "ROWS", 1),
+    ("tkernels.cpu.product", "FEATURES", 1),
+    ("tkernels.cpu.product", "onednn_is_ahead", lambda threads: True),
     ("tkernels.cpu.buffers", "SMALLEST", 1),
-    ("tkernels.cpu.batch_norm", "WORTH_IT", 1),
-    ("tkernels.cpu.cross_entropy", "WORTH_IT", 1),
-    ("tkernels.cpu.cross_entropy", "SHORT_WORTH_IT", 1),
-    ("tkernels.cpu.conv_stage", "WORTH_IT", 1),
+    ("tkernels.cpu.norm", "WORTH_IT", 1),
+    ("tkernels.cpu.loss", "WORTH_IT", 1),
+    ("tkernels.cpu.loss", "SHORT_WORTH_IT", 1),
+    ("tkernels.cpu.stage", "WORTH_IT", 1),
     ("tkernels.core.activation", "IN_PLACE", 1),
 )
 # names of what ran since the start: kernels launched, passes, oneDNN's products
 RAN: collections.Counter[str] = collections.Counter()
-_ONEDNN = linear._onednn
+_ONEDNN = product._onednn
 
 
 def missing() -> list[str]:
@@ -75,7 +75,7 @@ def counting() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(compiler.Pass, "__call__", counted))
-        stack.enter_context(replaced(linear, "_onednn", _counted_product))
+        stack.enter_context(replaced(product, "_onednn", _counted_product))
         yield
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.ops import stages as general
 from tests.tolerance import assert_close
 from tkernels.cpu import buffers, compiler
-from tkernels.cpu import conv_stage as fast
+from tkernels.cpu import stage as fast
 from tkernels.functional import ConvBNLayer, MaxPool, conv_stage
 
 pytestmark = [

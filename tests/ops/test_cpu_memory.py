@@ -14,7 +14,7 @@ from torch import Tensor
 import tkernels.functional as TF
 from tests.tolerance import assert_close
 from tkernels.core import activation
-from tkernels.cpu import linear
+from tkernels.cpu import product
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -137,9 +137,9 @@ def _without_gradients(dtype: torch.dtype) -> list[tuple[str, Call, Call, Call, 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 def test_without_gradients_relu_takes_the_product_s_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "onednn_is_ahead", lambda threads: True)
-    monkeypatch.setattr(linear, "ROWS", 1)
-    monkeypatch.setattr(linear, "FEATURES", 1)
+    monkeypatch.setattr(product, "onednn_is_ahead", lambda threads: True)
+    monkeypatch.setattr(product, "ROWS", 1)
+    monkeypatch.setattr(product, "FEATURES", 1)
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("no bf16 in oneDNN on this CPU")
     for name, ours, torchs, exact, terms in _without_gradients(dtype):
@@ -155,7 +155,7 @@ def test_without_gradients_relu_takes_the_product_s_memory(dtype: torch.dtype, m
 
 
 def test_products_are_torch_s_where_they_must_be_seen_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "onednn_is_ahead", lambda threads: True)
+    monkeypatch.setattr(product, "onednn_is_ahead", lambda threads: True)
     x, w, b = torch.randn(256, 2048), torch.randn(24, 2048), torch.randn(24)
     image = torch.randn(8, 24, 32, 32).contiguous(memory_format=torch.channels_last)
     filters = torch.randn(40, 24, 3, 3)

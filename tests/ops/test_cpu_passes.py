@@ -14,9 +14,8 @@ from torch import Tensor
 import tkernels.functional as TF
 from tests.ops.test_conv_stage_cpu import take
 from tests.tolerance import assert_close
-from tkernels.cpu import batch_norm as batch_norm_cpu
-from tkernels.cpu import buffers, compiler, linear
-from tkernels.cpu import cross_entropy as cross_entropy_cpu
+from tkernels.cpu import buffers, compiler, norm, product
+from tkernels.cpu import loss as cross_entropy_cpu
 
 pytestmark = [
     pytest.mark.gate("torch"),
@@ -34,7 +33,7 @@ def _small_calls_take_the_passes(request: pytest.FixtureRequest, monkeypatch: py
     if "small" not in request.node.name:
         monkeypatch.setattr(cross_entropy_cpu, "WORTH_IT", 1)
         monkeypatch.setattr(cross_entropy_cpu, "SHORT_WORTH_IT", 1)
-        monkeypatch.setattr(batch_norm_cpu, "WORTH_IT", 1)
+        monkeypatch.setattr(norm, "WORTH_IT", 1)
 
 
 def _logits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -322,7 +321,7 @@ def test_calls_that_are_not_plain_take_torch() -> None:
 
 def test_large_products_are_onednn_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody differentiates them and it is ahead; small ones take torch's own calls."""
-    monkeypatch.setattr(linear, "onednn_is_ahead", lambda threads: True)
+    monkeypatch.setattr(product, "onednn_is_ahead", lambda threads: True)
 
     def operators(call: Callable[[], Tensor]) -> set[str]:
         with torch.no_grad(), torch.profiler.profile() as profiled:

@@ -1,4 +1,4 @@
-"""What calls are about, in whole numbers: a convolution, a pooling, a tensor as batch norm's matrix."""
+"""What calls are about, in whole numbers: a convolution, a pooling, a tensor as batch norm's matrix; and layouts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from torch import Tensor
 
 # Below this many channels a group, one step of the reduction would not fill the tensor cores' 16 lanes:
 # taps and channels are flattened into one axis instead.
@@ -156,3 +158,27 @@ def matrix(shape: Sequence[int], channels_last: bool) -> Matrix:
     if spatial <= SMALL_PLANE:
         return Matrix(batch, channels, channels * spatial, spatial, False)
     return Matrix(batch, channels, spatial, 1, True)
+
+
+def suggests_channels_last(t: Tensor) -> bool:
+    """Whether the strides of a 4-D tensor make torch choose channels_last for the result."""
+    (n, c, h, w), (stride_n, stride_c, stride_h, stride_w) = t.shape, t.stride()
+    if stride_c == 0:
+        return False
+    least = 0
+    for size, stride in ((c, stride_c), (w, stride_w), (h, stride_h)):
+        if size == 0 or stride < least:
+            return False
+        least = stride * size if size > 1 else stride
+    return n > 0 and stride_n >= least and least != stride_c
+
+
+def stage_channels_last(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[bool]:
+    """Of each layer whether torch's own calls in a row would give it a channels_last map. One of a single channel or
+    pixel is contiguous as well, and leaves an activation as that."""
+    found: list[bool] = []
+    last = suggests_channels_last(x)
+    for weight, g in zip(weights, geometries):
+        found.append(last or suggests_channels_last(weight))
+        last = found[-1] and g.out_channels > 1 and not g.out_h == g.out_w == 1
+    return found

@@ -128,6 +128,19 @@ def transformed() -> bool:
     )
 
 
+def plain_eager() -> bool:
+    """Whether calls run as they are: no tracing, no transforms, no modes that want to see each ATen call.
+
+    Ask torch.compiler.is_compiling() first of all, lest a trace learns of sizes and modes it has no business with.
+    """
+    return not (
+        _torch.is_jit_tracing()
+        or _torch.count_dispatch_modes() > 0
+        or _torch.innermost_transform() is not None
+        or _torch.forward_ad_level() >= 0
+    )
+
+
 def _can_run(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether why_not_triton has no reason; every call asks this, so nothing is put into words."""
     if not HAS_TRITON or transformed():

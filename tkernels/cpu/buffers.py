@@ -12,6 +12,7 @@ Where the allocator's own memory comes without faults (FRESH), a convolution's r
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -256,30 +257,27 @@ def _faults() -> int:
 FRESH = Fresh()
 
 
+def _strided(dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    nbytes = dtype.itemsize * math.prod(shape)
+    if nbytes < SMALLEST:
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+    return POOL.take(dtype, shape, strides, nbytes)
+
+
 def empty(like: Tensor) -> Tensor:
     """A fresh tensor with the shape, dtype and strides of dense ``like``, for results: it is a view of nothing, so that
     whoever gets it may write to it."""
-    nbytes = like.element_size() * like.numel()
-    if nbytes < SMALLEST:
-        return torch.empty_like(like)
-    return POOL.take(like.dtype, like.shape, like.stride(), nbytes)
+    return _strided(like.dtype, like.shape, like.stride())
 
 
 def dense(dtype: torch.dtype, *shape: int) -> Tensor:
     """The same, contiguous."""
-    strides, count = [], 1
-    for size in reversed(shape):
-        strides.append(count)
-        count *= size
-    nbytes = dtype.itemsize * count
-    if nbytes < SMALLEST:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return POOL.take(dtype, shape, strides[::-1], nbytes)
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * size)
+    return _strided(dtype, shape, strides[::-1])
 
 
 def channels_last(dtype: torch.dtype, n: int, c: int, h: int, w: int) -> Tensor:
     """The same, in torch.channels_last."""
-    nbytes = dtype.itemsize * n * c * h * w
-    if nbytes < SMALLEST:
-        return torch.empty((n, c, h, w), dtype=dtype, device="cpu", memory_format=torch.channels_last)
-    return POOL.take(dtype, (n, c, h, w), (h * w * c, 1, w * c, c), nbytes)
+    return _strided(dtype, (n, c, h, w), (h * w * c, 1, w * c, c))

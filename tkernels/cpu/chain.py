@@ -12,20 +12,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tkernels.core import activation as activations
+from tkernels.core.mode import plain_eager
 from tkernels.core.records import BatchNorm
 from tkernels.cpu import compiler, convolution, norm, packed
+from tkernels.cpu.guard import DTYPES
 
-# input, weight, bias, running mean and variance, batch norm's weight and bias, residual
-Run = Callable[
-    [Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None",
-     "Tensor | None"], Tensor
-]  # fmt: skip
-DTYPES = (torch.float32, torch.bfloat16)
-NOT_COMPILED = "passes are not compiled here: TKERNELS_COMPILE=0, or no C++ compiler"
+# of input, weight, bias, running mean and variance, batch norm's weight and bias, residual: all given, some as None
+Run = Callable[..., Tensor]
 
 
 class Conv(NamedTuple):
@@ -67,7 +63,7 @@ class Chain(NamedTuple):
 def plan(chain: Chain) -> Run | str:
     """The function for such chains, or why they are left to PyTorch."""
     if not compiler.enabled():
-        return NOT_COMPILED
+        return compiler.NOT_COMPILED
     if chain.dtype not in DTYPES:
         return f"{chain.dtype} has no passes on a CPU"
     if len(chain.input) not in (2, 4):
@@ -85,65 +81,73 @@ def plan(chain: Chain) -> Run | str:
 
 def _training(chain: Chain, given: Norm) -> Run:
     """By the batch's statistics: a convolution, and one pass each way for everything behind it."""
-    behind = norm.batch_norm if chain.differentiated else norm.batch_norm_alone
     convolve, composed = _convolution(chain), _composed(chain)
 
-    def run(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-        bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        bn = BatchNorm(running_mean, running_var, bn_weight, bn_bias, *given)
-        if not _as_planned(x, bn, residual):
-            return composed(x, weight, bias, *bn.vectors, residual)
+    def run(x: Tensor, weight: Any, bias: Any, *others: Any) -> Tensor:
+        if not _as_planned(x, others):
+            return composed(x, weight, bias, *others)
         raw = x if convolve is None else convolve(x, weight, bias)
+        bn = _with_vectors(given, others)
         if raw.numel() == raw.shape[1]:
-            F.batch_norm(raw, *bn.vectors, *given)  # which raises: one value for each channel has no variance
-        return behind(raw, bn, chain.activation, residual)
+            norm.reference(raw, bn, None, None)  # which raises: one value for each channel has no variance
+        return norm.normalize(raw, bn, chain.activation, others[4], chain.differentiated)
 
     return run
 
 
 def _inference(chain: Chain) -> Run | str:
     """Of what nobody differentiates: the convolution by a weight in oneDNN's order, and one pass over its result."""
-    given = chain.norm or Norm(False, 0.0, 0.0)
-    convolve, composed = _convolution(chain), _composed(chain)
+    given, convolve, composed = chain.norm, _convolution(chain), _composed(chain)
     finish = None
-    if chain.norm is None and not isinstance(convolve, packed.Packed):
+    if given is None and not isinstance(convolve, packed.Packed):
         return "a convolution without batch norm, whose weight is reordered as fast as it is compared"
-    if chain.norm is not None or chain.activation is not None:
-        finish = norm.finish_of(chain.activation, chain.norm is not None, chain.residual, convolve is not None)
+    if given is not None or chain.activation is not None:
+        finish = norm.finish_of(chain.activation, given is not None, chain.residual, convolve is not None)
 
-    def run(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-        bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        bn = BatchNorm(running_mean, running_var, bn_weight, bn_bias, *given)
-        if not _as_planned(x, bn, residual) or not _is_nhwc(x):
-            return composed(x, weight, bias, *bn.vectors, residual)
+    def run(x: Tensor, weight: Any, bias: Any, *others: Any) -> Tensor:
+        if not _as_planned(x, others) or not norm.is_nhwc(x):
+            return composed(x, weight, bias, *others)
         raw = x if convolve is None else convolve(x, weight, bias)
-        return raw if finish is None else finish(raw, None if chain.norm is None else bn, residual)
+        bn = None if given is None else _with_vectors(given, others)
+        return raw if finish is None else finish(raw, bn, others[4])
 
     return run
 
 
-def _as_planned(x: Tensor, bn: BatchNorm, residual: Tensor | None) -> bool:
-    """Whether passes can take a call: what a graph's guards leave open."""
+def _alone(chain: Chain) -> Run | None:
+    """A convolution in training with no batch norm behind it: worth a call for its gradients at most."""
+    convolve, composed = _by_other_gradients(chain), _composed(chain)
+    if convolve is None:
+        return None
+
+    def run(x: Tensor, weight: Any, bias: Any, *others: Any) -> Tensor:
+        if not plain_eager():
+            return composed(x, weight, bias, *others)
+        return activations.apply(convolve(x, weight, bias), chain.activation)
+
+    return run
+
+
+def _with_vectors(given: Norm, others: tuple[Tensor | None, ...]) -> BatchNorm:
+    """``others``: vectors and residual."""
+    running_mean, running_var, weight, bias, _ = others
+    return BatchNorm(running_mean, running_var, weight, bias, *given)
+
+
+def _as_planned(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+    """Whether passes can take a call: what a graph's guards leave open. ``others``: vectors and residual."""
     return (
         x.numel() > 0
-        and compiler.plain_eager()
-        and all(t is None or t.is_contiguous() for t in bn.vectors)
-        and not any(t is not None and t.is_neg() for t in (x, residual, *bn.vectors))
+        and plain_eager()
+        and all(t is None or t.is_contiguous() for t in others[:4])
+        and not (x.is_neg() or any(t is not None and t.is_neg() for t in others))
     )
-
-
-def _is_nhwc(x: Tensor) -> bool:
-    return x.is_contiguous() if x.dim() == 2 else x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _convolution(chain: Chain) -> Callable[[Tensor, Any, Tensor | None], Tensor] | None:
     """The chain's convolution, by the way that is fastest; None without one."""
-    conv = chain.conv
-    if conv is None or chain.weight is None:
+    conv, weight = chain.conv, chain.weight
+    if conv is None or weight is None:
         return None
     stride, padding, dilation, groups = conv
     if chain.differentiated:
@@ -152,9 +156,9 @@ def _convolution(chain: Chain) -> Callable[[Tensor, Any, Tensor | None], Tensor]
             return found
     elif (
         not isinstance(padding, str)
-        and math.prod(chain.weight) >= packed.WORTH_IT[chain.dtype]
+        and math.prod(weight) >= packed.WORTH_IT[chain.dtype]
         and packed.enabled(chain.dtype)
-        and packed.is_safe(chain.weight[1] * groups, stride, dilation)
+        and packed.is_safe(weight[1] * groups, stride, dilation)
     ):
         return packed.Packed(stride, padding, dilation, groups, chain.dtype, chain.input)
     return lambda x, weight, bias: torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -166,40 +170,21 @@ def _by_other_gradients(chain: Chain) -> Callable[[Tensor, Any, Tensor | None], 
     if conv is None or weight is None or isinstance(conv.padding, str):
         return None
     pixels = chain.input[0] * chain.input[2] * chain.input[3]
-    ways = convolution.ways(pixels, weight, conv.stride, conv.padding, conv.dilation, conv.groups, chain.dtype)
-    if ways is None:
-        return None
-    call = convolution.Call(conv.stride, conv.padding, conv.dilation, conv.groups, chain.dtype, ways)
-    return functools.partial(convolution.conv2d, call)
-
-
-def _alone(chain: Chain) -> Run | None:
-    """A convolution in training with no batch norm behind it: worth a call for its gradients at most."""
-    convolve = _by_other_gradients(chain)
-    if convolve is None:
-        return None
-
-    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Tensor | None) -> Tensor:
-        if not compiler.plain_eager():
-            return composed(x, weight, bias, *rest)
-        return activations.apply(convolve(x, weight, bias), chain.activation)
-
-    composed = _composed(chain)
-    return run
+    arguments = conv.stride, conv.padding, conv.dilation, conv.groups, chain.dtype
+    ways = convolution.ways(pixels, weight, *arguments)
+    return None if ways is None else functools.partial(convolution.conv2d, convolution.Call(*arguments, ways))
 
 
 def _composed(chain: Chain) -> Run:
     """The chain in torch's own calls."""
-    conv, given = chain.conv, chain.norm
+    given, conv = chain.norm, chain.conv
+    arguments: Any = conv
 
-    def run(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-        bn_weight: Tensor | None, bn_bias: Tensor | None, residual: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        if conv is not None and weight is not None:
-            x = torch.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    def run(x: Tensor, weight: Any, bias: Any, *others: Any) -> Tensor:
+        if conv is not None:
+            x = torch.conv2d(x, weight, bias, *arguments)
         if given is not None:
-            x = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, *given)
-        return activations.apply(x if residual is None else x + residual, chain.activation)
+            return norm.reference(x, _with_vectors(given, others), chain.activation, others[4])
+        return activations.apply(x if others[-1] is None else x + others[-1], chain.activation)
 
     return run

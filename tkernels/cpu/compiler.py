@@ -23,10 +23,12 @@ from torch import Tensor
 
 from tkernels.core import _torch, settings
 from tkernels.cpu import cache
+from tkernels.cpu.guard import is_plain
 
 log = logging.getLogger("tkernels")
 # Inductor vectorises by the sizes that it sees: a first call of few channels would make slow code for all after it.
 CHANNELS = 256
+NOT_COMPILED = "passes are not compiled here: TKERNELS_COMPILE=0, or no C++ compiler"
 _compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _wanted = settings.COMPILE.is_on()
 _broken = False
@@ -38,19 +40,6 @@ _stuck = False
 def enabled() -> bool:
     """Whether passes are compiled here: not turned off, and there is a compiler that works."""
     return _wanted and not _broken
-
-
-def plain_eager() -> bool:
-    """Whether calls run as they are: no tracing, no transforms, no modes that want to see each ATen call.
-
-    Ask torch.compiler.is_compiling() first of all, lest a trace learns of sizes and modes it has no business with.
-    """
-    return not (
-        _torch.is_jit_tracing()
-        or _torch.count_dispatch_modes() > 0
-        or _torch.innermost_transform() is not None
-        or _torch.forward_ad_level() >= 0
-    )
 
 
 class Pass:
@@ -121,17 +110,6 @@ class Pass:
                     self._report(f"does not compile: {_line(error)}")
                 _compiled[key] = self._function
             return _compiled[key]
-
-
-def is_plain(t: Tensor) -> bool:
-    """Whether that is a tensor with memory of its own on a CPU."""
-    return (
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.device.type == "cpu"
-        and t.layout is torch.strided
-        and not _torch.is_wrapped(t)
-        and not _torch.is_legacy_batched(t)
-    )
 
 
 def _line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,18 +106,11 @@ def raw_gradient(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b
 
 
 def _gradient(
-    d: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, a: Tensor, b: Tensor, out: Tensor
+    d: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None
 ) -> tuple[()]:
+    """To ``out``, or over ``d``."""
     g = _behind_relu(d, normalized(x, mean, scale, bias))
-    out.copy_(raw_gradient(g, x, mean, scale, a, b))
-    return ()
-
-
-def _gradient_in_place(
-    d: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, a: Tensor, b: Tensor
-) -> tuple[()]:
-    g = _behind_relu(d, normalized(x, mean, scale, bias))
-    d.copy_(raw_gradient(g, x, mean, scale, a, b))
+    (d if out is None else out).copy_(raw_gradient(g, x, mean, scale, a, b))
     return ()
 
 
@@ -165,7 +158,7 @@ fold = Pass(_fold, channels=False)
 normalize = Pass(_normalize)
 sums = Pass(_sums)
 gradient = Pass(_gradient)
-gradient_in_place = Pass(_gradient_in_place)
+gradient_in_place = Pass(_gradient, "gradient_in_place")
 
 
 class Ends:
@@ -238,6 +231,6 @@ class Ends:
 
 
 @functools.cache
-def ends(kernel_h: int, kernel_w: int) -> Any:
+def ends(kernel_h: int, kernel_w: int) -> Ends:
     """The passes for windows of that size; 1 x 1 where a stage ends without pooling."""
     return Ends(kernel_h, kernel_w)

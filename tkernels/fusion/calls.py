@@ -1,5 +1,5 @@
-"""What stands for a chain in the rewritten graph: on a CPU what tkernels.cpu.chain planned for its sizes, elsewhere the
-fused operators."""
+"""What stands for a chain in the rewritten graph: on a CPU what tkernels.cpu planned for its sizes, elsewhere the fused
+operators."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-import tkernels.cpu.chain as cpu
-import tkernels.cpu.linear as cpu_linear
 from tkernels.core import mode as runtime
 from tkernels.core import targets
 from tkernels.fusion.chains import Chain, disturbed, incomplete
 from tkernels.fusion.steps import Step, value
+from tkernels.ops import cpu
 from tkernels.ops.batch_norm.op import batch_norm
 from tkernels.ops.conv import routing
 from tkernels.ops.conv.op import conv2d, described, pair
@@ -70,9 +69,11 @@ def _cpu_call(chain: Chain) -> Call | str:
         return _cpu_call(chain.without_last())
     if chain.first.kind == "loss":
         return _loss_call(chain)
+    if cpu is None:
+        return incomplete(chain) or "tkernels.cpu, with what is fast on a CPU, is not there"
     if chain.first.kind == "linear":
         return _cpu_linear(chain)
-    run = cpu.plan(_described(chain))
+    run = cpu.plan_chain(_described(chain))
     if not isinstance(run, str):
         return Call(run, (chain.first.input, *_tensors(chain), chain.residual), (chain,))
     return incomplete(chain) or run
@@ -83,7 +84,7 @@ def _cpu_linear(chain: Chain) -> Call | str:
         return _cpu_linear(chain.without_last())
     end, args = value(chain.last.node), chain.first.arguments
     features = _sizes(value(args["input"]))[-1]
-    run = cpu_linear.plan(_sizes(end), features, end.dtype, _activation(chain), end.requires_grad)
+    run = cpu.plan_linear(_sizes(end), features, end.dtype, _activation(chain), end.requires_grad)
     if isinstance(run, str):
         return incomplete(chain) or run
     return Call(run, (args["input"], args["weight"], args["bias"]), (chain,))

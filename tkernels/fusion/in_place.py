@@ -15,7 +15,7 @@ from torch import nn
 
 from tkernels.core import _torch
 from tkernels.core._torch import dynamo_counters as counters
-from tkernels.cpu.compiler import plain_eager
+from tkernels.core.mode import plain_eager
 from tkernels.fusion.backend import Backend
 from tkernels.fusion.report import FusionReport
 from tkernels.fusion.watch import Watch

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from tkernels.core import activation as activations
 from tkernels.core import autograd
 from tkernels.core import mode as runtime
-from tkernels.core.geometry import Geometry
+from tkernels.core.geometry import Geometry, suggests_channels_last
 from tkernels.library import common
 from tkernels.ops.conv import op as ops
 
@@ -55,7 +55,7 @@ def conv2d(
         return y, common.nothing(y) if z is None else z
     with common.without_autocast(input.device):
         y, z = _torch_body(input, weight, bias, g, dtype, activation)
-    layout = common.layout(ops.suggests_channels_last(input) or ops.suggests_channels_last(weight))
+    layout = common.layout(suggests_channels_last(input) or suggests_channels_last(weight))
     return y.contiguous(memory_format=layout), z.contiguous(memory_format=layout) if keep else common.nothing(y)
 
 
@@ -73,7 +73,7 @@ def _(
     dilation: Sequence[int], groups: int, activation: str | None, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     g = _geometry(input.shape, weight, stride, padding, dilation, groups)
-    layout = common.layout(ops.suggests_channels_last(input) or ops.suggests_channels_last(weight))
+    layout = common.layout(suggests_channels_last(input) or suggests_channels_last(weight))
     y = common.empty((input.shape[0], g.out_channels, g.out_h, g.out_w), input, dtype, layout)
     return y, torch.empty_like(y) if activations.needs_input(activation) else common.nothing(y)
 
@@ -134,7 +134,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     saved = None if activation is None else z if activations.needs_input(activation) else y
     autograd.save(ctx, input if needs_weight else None, weight, bias if needs_bias else None, saved)
     ctx.geometry, ctx.activation, ctx.input_size = geometry, activation, input.shape
-    ctx.input_dtype, ctx.channels_last = input.dtype, ops.suggests_channels_last(input)
+    ctx.input_dtype, ctx.channels_last = input.dtype, suggests_channels_last(input)
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from tkernels.core import activation as activation_ops
 from tkernels.core import autograd
 from tkernels.core import mode as runtime
-from tkernels.core.geometry import Geometry
+from tkernels.core.geometry import Geometry, stage_channels_last, suggests_channels_last
 from tkernels.core.records import ConvBNLayer, StageCall
 from tkernels.library import common
 from tkernels.library.batch_norm import torch_statistics
@@ -58,7 +58,7 @@ def _call(
         shape = shape[0], g.out_channels, g.out_h, g.out_w
     last = geometries[-1]
     pooling = ops.described_pooling(last.out_h, last.out_w, *_pairs(pool))
-    nhwc = triton.channels_last(input, weights, geometries)[-1]
+    nhwc = stage_channels_last(input, weights, geometries)[-1]
     names = tuple(layer.activation for layer in layers)
     return _Call(layers, StageCall(tuple(geometries), pooling, dtype, p, False, names), nhwc)
 
@@ -211,7 +211,7 @@ def conv_stage_backward(
     but y; ``behind``: conv_stage_triton.behind_residual's."""
     call = _call(input, weights, vectors, windows, eps, activations, pool, p, dtype)
     if runtime.use_triton(input, *_tensors(call)):
-        input_format = input.dtype, conv_ops.suggests_channels_last(input)
+        input_format = input.dtype, suggests_channels_last(input)
         found = triton.backward(dy, _saved(input, call, kept), behind, seed, call.stage, eps, needs, input_format)
         return list(common.results(found, dy))
     last = call.layers[-1]
@@ -232,7 +232,7 @@ def conv_stage_backward(
 
     dx, *of_parameters, dresidual = common.gradients(body, leaves, needs, dy)
     if dx is not None:
-        dx = dx.contiguous(memory_format=common.layout(conv_ops.suggests_channels_last(input)))
+        dx = dx.contiguous(memory_format=common.layout(suggests_channels_last(input)))
     if needs[-1]:
         dresidual = cast(Tensor, dresidual if dz is None else dz).contiguous(memory_format=torch.channels_last)
     # laid out as the parameters are
@@ -258,7 +258,7 @@ def _(
     behind: Tensor | None, windows: Sequence[int], eps: Sequence[float], activations: Sequence[int],
     pool: Sequence[int], p: float, seed: Tensor | None, dtype: torch.dtype, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    layout = common.layout(conv_ops.suggests_channels_last(input))
+    layout = common.layout(suggests_channels_last(input))
     leaves: list[Tensor] = []
     for i, weight in enumerate(weights):
         leaves += [weight, *vectors[_VECTORS * i : _VECTORS * i + 3]]

@@ -1,1 +1,11 @@
-"""Operators, a folder each: op.py (checks, autograd, PyTorch body), kernels*.py (device code, launches), config.py."""
+"""Operators, a folder each: op.py (checks, autograd, PyTorch body), kernels*.py (device code, launches), config.py.
+
+``cpu``: tkernels.cpu, which they ask first for a call on a CPU; None where that folder is not there.
+"""
+
+try:
+    import tkernels.cpu as cpu
+except ModuleNotFoundError as error:
+    if error.name != "tkernels.cpu":
+        raise
+    cpu = None  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from tkernels.core import autograd, checks, plan
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Matrix, matrix
 from tkernels.core.records import BatchNorm, Norm, Partials
-from tkernels.cpu import batch_norm as batch_norm_cpu
+from tkernels.ops import cpu
 
 if runtime.HAS_TRITON:
     from tkernels.ops.batch_norm import kernels
@@ -192,10 +192,12 @@ def checked_residual(input: Tensor, residual: Tensor) -> Tensor:
 def _torch_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None) -> Tensor:
     """The PyTorch body: torch's own batch norm, differentiated by torch; residual and ReLU in place of its output.
 
-    With ReLU, large maps on a CPU go through batch_norm_cpu. What torch refuses is refused in our words.
+    What torch refuses is refused in our words.
     """
-    if activation == "relu" and bn.training is True and residual is None and batch_norm_cpu.takes(input, bn):
-        return batch_norm_cpu.batch_norm_relu(input, bn)
+    if bn.training is True and activation is not None and cpu is not None:  # else there is nothing to fuse
+        fast = cpu.batch_norm(input, bn, activation, residual)
+        if fast is not None:
+            return fast
     try:
         if bn.eps <= 0.0:  # torch before 2.14 takes any
             if input.numel() == 0:

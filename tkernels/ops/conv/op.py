@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tkernels.core import activation as activations
 from tkernels.core import autograd, autotune, checks, plan, targets
 from tkernels.core import mode as runtime
-from tkernels.core.geometry import Geometry
+from tkernels.core.geometry import Geometry, suggests_channels_last
 from tkernels.ops.conv import routing
 
 if runtime.HAS_TRITON:
@@ -274,19 +274,6 @@ def _triton_body(
     if differentiates and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Conv2d.apply(x, weight, bias, g, dtype, activation)
     return cast(Tensor, _forward((x, weight, bias), g, dtype, activation, False)[0])
-
-
-def suggests_channels_last(t: Tensor) -> bool:
-    """Whether the strides of a 4-D tensor make torch choose channels_last for the result."""
-    (n, c, h, w), (stride_n, stride_c, stride_h, stride_w) = t.shape, t.stride()
-    if stride_c == 0:
-        return False
-    least = 0
-    for size, stride in ((c, stride_c), (w, stride_w), (h, stride_h)):
-        if size == 0 or stride < least:
-            return False
-        least = stride * size if size > 1 else stride
-    return n > 0 and stride_n >= least and least != stride_c
 
 
 def as_nhwc(t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from tkernels.core import checks, plan
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Geometry, Pooling, no_pooling
 from tkernels.core.records import TENSORS, ConvBNLayer, MaxPool, StageCall
-from tkernels.cpu import conv_stage as conv_stage_cpu
+from tkernels.ops import cpu
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
 from tkernels.ops.conv_stage import triton_body as conv_stage_triton
@@ -70,7 +70,7 @@ def conv_stage(
         geometries, pooling, autocast or input.dtype, p, training, tuple(layer.activation for layer in layers)
     )
     if input.numel() == 0 or not runtime.use_triton(input, *tensors, residual):
-        y = _cpu_body(input, layers, stage) if residual is None else None
+        y = None if cpu is None or residual is not None else cpu.conv_stage(input, layers, stage)
         return y if y is not None else _torch_body(input, layers, pool, p, training, residual)
     if runtime.traced():
         return _registered(input, layers, stage, residual)
@@ -181,20 +181,6 @@ def _checked_residual(input: Tensor, residual: Tensor, g: Geometry, autocast: to
     if autocast is None or not residual.is_floating_point():
         checks.same_dtype(input=input, residual=residual)
     return residual.to(autocast or input.dtype)
-
-
-def _cpu_body(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall) -> Tensor | None:
-    """The fast way on a CPU; None where it is not taken."""
-    if not conv_stage_cpu.takes(x, layers, stage):
-        return None
-    nhwc = conv_stage_triton.channels_last(x, [layer.weight for layer in layers], stage.geometries)
-    if all(layer.measures(stage.training) for layer in layers):
-        return conv_stage_cpu.train(x, layers, stage, nhwc)
-    own = (t for layer in layers for t in layer[:4])
-    given = not any(layer.measures(stage.training) for layer in layers) and stage.p == 0
-    if given and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *own))):
-        return conv_stage_cpu.evaluate(x, layers, stage, nhwc)
-    return None
 
 
 def _torch_body(

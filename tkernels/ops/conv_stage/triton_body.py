@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, plan, targets
+from tkernels.core import autograd, geometry, plan, targets
 from tkernels.core import mode as runtime
 from tkernels.core.geometry import Geometry, Matrix, Pooling, matrix, no_pooling
 from tkernels.core.records import TENSORS, BatchNorm, ConvBNLayer, Norm, Partials, StageCall, WeightSums
@@ -31,23 +31,11 @@ __all__ = [
     "SavedLayer",
     "backward",
     "behind_residual",
-    "channels_last",
     "conv_input",
     "forward",
     "normalizes_in_next",
     "run",
 ]
-
-
-def channels_last(x: Tensor, weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[bool]:
-    """Of each layer whether torch's own calls in a row would give it a channels_last map. One of a single channel or
-    pixel is contiguous as well, and leaves an activation as that."""
-    found: list[bool] = []
-    last = conv_ops.suggests_channels_last(x)
-    for weight, g in zip(weights, geometries):
-        found.append(last or conv_ops.suggests_channels_last(weight))
-        last = found[-1] and g.out_channels > 1 and not g.out_h == g.out_w == 1
-    return found
 
 
 # the norm and the activation that a raw map has yet to go through, None where it is no raw map
@@ -87,7 +75,7 @@ def forward(
     x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, keep: bool, seed: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, list[SavedLayer]]:
     """(y, what backward needs of each layer if ``keep``). ``seed``: dropout's; ``residual``: in the maps' dtype."""
-    nhwc = channels_last(x, [layer.weight for layer in layers], stage.geometries)[-1]
+    nhwc = geometry.stage_channels_last(x, [layer.weight for layer in layers], stage.geometries)[-1]
     saved: list[SavedLayer] = []
     packed = _pack(layers, stage)
     last = len(layers) - 1
@@ -429,7 +417,7 @@ class _ConvStage(torch.autograd.Function):
         y, *kept = _planned_forward(call, x, layers, stage, seed, others[-1], ctx.needs_input_grad[3:])
         autograd.save(ctx, seed, *kept)
         ctx.stage, ctx.eps = stage, tuple(layer.eps for layer in layers)
-        ctx.input_format = x.dtype, conv_ops.suggests_channels_last(x)
+        ctx.input_format = x.dtype, geometry.suggests_channels_last(x)
         return cast(Tensor, y)
 
     @staticmethod

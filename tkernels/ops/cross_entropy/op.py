@@ -11,7 +11,7 @@ from torch import Tensor
 from tkernels.core import _torch, autograd, checks, plan
 from tkernels.core import mode as runtime
 from tkernels.core.records import LossOptions
-from tkernels.cpu import cross_entropy as cross_entropy_cpu
+from tkernels.ops import cpu
 
 if runtime.HAS_TRITON:
     from tkernels.ops.cross_entropy import kernels
@@ -109,13 +109,10 @@ def _torch_body(input: Tensor, target: Tensor, weight: Tensor | None, options: L
     """PyTorch's own call, with its autograd and autocast, but for large logits on a CPU. What it refuses is refused in
     our words."""
     ignore_index, reduction, label_smoothing = options
-    if reduction in REDUCTIONS and cross_entropy_cpu.takes(input, target, weight, options):
-        try:
-            return cross_entropy_cpu.cross_entropy(input, target, options)
-        except RuntimeError:
-            _check_range(input, target, ignore_index)
-            raise
     try:
+        loss = None if cpu is None else cpu.cross_entropy(input, target, weight, options)
+        if loss is not None:
+            return loss
         if type(input) is type(target) is Tensor and reduction in _NUMBERS:
             # what torch.nn.functional.cross_entropy comes to
             return _aten(input, target, weight, _NUMBERS[reduction], ignore_index, label_smoothing)

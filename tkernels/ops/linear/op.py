@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tkernels.core import activation as activations
 from tkernels.core import autograd, checks, plan
 from tkernels.core import mode as runtime
-from tkernels.cpu import linear as linear_cpu
+from tkernels.ops import cpu
 
 if runtime.HAS_TRITON:
     from tkernels.ops.linear import kernels
@@ -118,7 +118,7 @@ def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _torch_body(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, p: float) -> Tensor:
     """The same in ATen calls, with PyTorch's own autograd and autocast."""
-    z = None if torch.is_grad_enabled() else linear_cpu.product(input, weight, bias)
+    z = None if cpu is None else cpu.linear(input, weight, bias)
     try:
         # (on one line for all modes: torch.jit.trace compares lines)
         z = F.linear(input, weight, bias) if z is None else z

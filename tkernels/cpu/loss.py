@@ -1,7 +1,10 @@
-"""Cross entropy with class indices on the CPU in two passes: one over the logits forward, one backward.
+"""Cross entropy with class indices on the CPU in two passes over dense logits [N, C]: one forward, one backward.
 
 torch keeps the logarithm of the softmax, fills a gradient of the logits' size with zeros and passes over both again.
 ``ops.cross_entropy`` takes this where logits are large and the call is of the everyday kind.
+
+A row's softmax is exp(x - top - log_sum), with ``top`` its largest logit and ``log_sum`` the logarithm of the sum of
+exp(x - top): float32 [N], all that is kept of a row. Arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -9,17 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
-from torch.nn.functional import cross_entropy as cross_entropy_loss
 
-from tkernels.core import _torch
 from tkernels.core.autograd import composed_where_differentiated, gradients_of, save, saved
 from tkernels.core.records import LossOptions
-from tkernels.cpu import buffers, compiler, rows
+from tkernels.cpu import buffers, compiler, guard
+from tkernels.cpu.compiler import Pass
 
-PLAIN = (Tensor, torch.nn.Parameter)
-DTYPES = (torch.float32, torch.bfloat16)
 # Bytes of logits from which on the passes pay for the calls around them. (Measured: 0.9 of torch's speed at 8 MB, 1.1
 # to 6 times it from 64 MB on, where torch's memory is mapped anew at each step.)
 WORTH_IT = 1 << 24
@@ -29,46 +29,68 @@ SHORT_WORTH_IT = 1 << 15
 VECTOR = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
 
 
-def takes(x: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> bool:
-    """Whether this call goes the fast way; one that torch refuses does not. Nothing depends on what ran before."""
-    # a trace must not learn of sizes: Dynamo is gone after the first line, fake tensors after the second
-    return (
-        not is_dynamo_compiling()
-        and not _torch.is_jit_tracing()
-        and type(x) in PLAIN
-        and x.numel() >= SHORT_WORTH_IT
-        and weight is None
-        and type(target) is Tensor
+def cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor | None:
+    """The loss, in float32 under autocast, else in the logits' dtype; None where that is PyTorch's, as is what torch
+    refuses."""
+    if not (
+        weight is None
+        and guard.takes(x, 2 * SHORT_WORTH_IT)
+        and (x.nbytes >= WORTH_IT or (_short(x) and x.numel() >= SHORT_WORTH_IT))
         and x.dim() == 2
-        and x.dtype in DTYPES
-        and (x.nbytes >= WORTH_IT or _short(x))
-        and target.dtype is torch.int64
-        and target.shape == x.shape[:1]
-        and x.shape[1] < 2**31
-        and x.device.type == target.device.type == "cpu"
-        and not x.is_cuda
-        and x.layout is torch.strided
         and x.is_contiguous()
-        and not (x.is_neg() or x.is_inference())
+        and not x.is_inference()
+        and x.shape[1] < 2**31
+        and type(target) is Tensor
+        and guard.are_plain((target,), torch.int64)
+        and target.shape == x.shape[:1]
         and type(options.ignore_index) is int
+        and options.reduction in ("none", "mean", "sum")
         and type(options.smoothing) is float
         and 0.0 <= options.smoothing <= 1.0
         and compiler.enabled()
-        and compiler.plain_eager()
-    )
+    ):
+        return None
+    dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
+    try:
+        with torch.autocast("cpu", enabled=False):
+            if guard.recorded(x):
+                return _CrossEntropyCPU.apply(x, target, options, dtype)
+            return _forward(x, target, options, dtype)[0]
+    except RuntimeError:  # an index out of range: torch has the words and the class for it
+        return None
 
 
 def _short(x: Tensor) -> bool:
-    return x.shape[1] * x.itemsize < VECTOR
+    return x.dim() > 1 and x.shape[1] * x.itemsize < VECTOR
 
 
-def cross_entropy(x: Tensor, target: Tensor, options: LossOptions) -> Tensor:
-    """The loss of a call that ``takes`` agreed to, in float32 under autocast, else in the logits' dtype."""
-    dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
-    with torch.autocast("cpu", enabled=False):
-        if x.requires_grad and torch.is_grad_enabled():
-            return _CrossEntropyCPU.apply(x, target, options, dtype)
-        return _forward(x, target, options, dtype)[0]
+def _softmax_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    top = x.amax(1)
+    return top, torch.exp(x - top[:, None]).sum(1).log()
+
+
+def _softmax_statistics_and_sum(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Also each row's sum of x - top."""
+    x = x.float()
+    top = x.amax(1)
+    d = x - top[:, None]
+    return top, torch.exp(d).sum(1).log(), d.sum(1)
+
+
+def _cross_entropy_gradient(
+    x: Tensor, top: Tensor, log_sum: Tensor, target: Tensor, whole: Tensor, hot: Tensor, flat: Tensor, out: Tensor
+) -> tuple[()]:
+    """softmax * ``whole``, less ``hot`` at the row's ``target`` (int32), less ``flat`` everywhere; all three [N]."""
+    p = torch.exp(x.float() - top[:, None] - log_sum[:, None])
+    here = torch.arange(x.shape[1], dtype=torch.int32, device="cpu") == target[:, None]
+    out.copy_(p * whole[:, None] - torch.where(here, hot[:, None], 0.0) - flat[:, None])
+    return ()
+
+
+statistics = Pass(_softmax_statistics, channels=False)
+statistics_and_sum = Pass(_softmax_statistics_and_sum, channels=False)
+gradient = Pass(_cross_entropy_gradient, channels=False)
 
 
 def _forward(x: Tensor, target: Tensor, options: LossOptions, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -80,10 +102,10 @@ def _forward(x: Tensor, target: Tensor, options: LossOptions, dtype: torch.dtype
     # (Inductor takes short rows of bfloat16 value by value: 0.9 ms where a copy and its pass take 0.2)
     logits = x.float() if _short(x) else x
     if smoothing > 0:
-        top, log_sum, total = rows.softmax_statistics_and_sum(logits)
+        top, log_sum, total = statistics_and_sum(logits)
         even = log_sum - total / x.shape[1]
     else:
-        top, log_sum = rows.softmax_statistics(logits)
+        top, log_sum = statistics(logits)
     loss = log_sum - (picked - top)
     if smoothing > 0:
         loss = loss * (1.0 - smoothing) + even * smoothing
@@ -116,7 +138,7 @@ class _CrossEntropyCPU(torch.autograd.Function):
 
         def loss(x: Tensor) -> Tensor:
             x = x.to(dy.dtype)
-            return cross_entropy_loss(x, target, None, None, ignore_index, None, reduction, smoothing)
+            return F.cross_entropy(x, target, None, None, ignore_index, None, reduction, smoothing)
 
         with torch.autocast("cpu", enabled=False):
             (dx,) = gradients_of(loss, [x], [True], dy)
@@ -130,7 +152,5 @@ class _CrossEntropyCPU(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             whole = torch.where(share > 0, share * dy.float(), 0.0)
             dx = buffers.empty(x)
-            rows.cross_entropy_gradient(
-                x, top, log_sum, index, whole, whole * (1.0 - smoothing), whole * (smoothing / x.shape[1]), dx
-            )
+            gradient(x, top, log_sum, index, whole, whole * (1.0 - smoothing), whole * (smoothing / x.shape[1]), dx)
         return dx, None, None, None
