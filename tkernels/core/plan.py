@@ -8,6 +8,7 @@ later one of its kind, watched or not. Plans lie in one bounded cache.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -43,7 +44,8 @@ class Cache:
         if key is None:
             return value
         while len(self.values) >= self._most:
-            self.values.pop(next(iter(self.values)), None)  # another thread may have been here
+            with contextlib.suppress(RuntimeError, StopIteration):  # another thread adds or drops just now
+                self.values.pop(next(iter(self.values)), None)
         self.values[key] = value
         return value
 
