@@ -150,10 +150,8 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     """ctx.save_for_backward, and what :func:`saved` goes by: strides, for hooks may come later
     (SavedTensor.register_hooks); where hooks are on already, all that there is. A trace keeps nothing."""
     ctx.save_for_backward(*tensors)
-    if is_dynamo_compiling():
-        return
     ctx.kinds = ctx.strides = None
-    if _torch.count_dispatch_modes() > 0:
+    if is_dynamo_compiling() or _torch.count_dispatch_modes() > 0:
         return
     if _torch.hooks_on_saved(True) is None:
         ctx.strides = _strides(tensors)
@@ -165,8 +163,6 @@ def saved(ctx: Any) -> tuple[Any, ...]:
     """What :func:`save` was given, laid out as it was: kernels and passes rely on that, and hooks (save_on_cpu, ...)
     may give back another layout. Raises RuntimeError for another shape, dtype or device."""
     tensors: tuple[Any, ...] = ctx.saved_tensors
-    if is_dynamo_compiling():
-        return tensors
     if ctx.kinds is not None:
         return tuple(t if _kind(t) == kind else _restored(t, kind) for t, kind in zip(tensors, ctx.kinds))
     if ctx.strides is None or ctx.strides == _strides(tensors):

@@ -339,7 +339,8 @@ class Plan:
 
     def run_on(self, values: list[Any]) -> None:
         empty = self._empty
-        if empty is None or _allocates_by_torch():
+        # fresh memory is to be filled, as torch's deterministic mode wants it, or a dispatch mode watches
+        if empty is None or torch.are_deterministic_algorithms_enabled() or _torch.count_dispatch_modes() > 0:
             empty = _allocator_like(values[0])
         if self._direct is None or launch.is_watched():
             self._run_step_by_step(values, empty)
@@ -415,11 +416,6 @@ def _parameters(kernel: Any) -> list[tuple[str, Any]]:
 
 def _meta(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-
-
-def _allocates_by_torch() -> bool:
-    """Whether fresh memory is to be filled, as torch's deterministic mode wants it, or a dispatch mode watches."""
-    return torch.are_deterministic_algorithms_enabled() or _torch.count_dispatch_modes() > 0
 
 
 def _allocator_like(t: Tensor) -> Callable[..., Tensor]:

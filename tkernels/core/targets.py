@@ -39,6 +39,11 @@ class Target:
         # choosers look answers up by it at each launch; that all else is equal too is seen when they are compared
         return hash((self.name, self.multiprocessors))
 
+    @functools.cached_property
+    def facts(self) -> tuple[object, ...]:
+        """All of it, as a key that is cheap to look up."""
+        return dataclasses.astuple(self)
+
     @property
     def is_nvidia(self) -> bool:
         return self.vendor == "nvidia"
@@ -101,10 +106,10 @@ def current() -> Target:
     return _of_device(torch.cuda.current_device()) if _has_gpu() else TARGETS["sm_90"]
 
 
-def identity() -> Target | int | None:
+def identity() -> tuple[object, ...] | int | None:
     """What tells the current target from others, at less cost than the target itself."""
     if _pretended is not None:
-        return _pretended
+        return _pretended.facts
     return torch.cuda.current_device() if _has_gpu() else None
 
 

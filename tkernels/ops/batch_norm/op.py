@@ -300,8 +300,8 @@ def dense(t: Tensor) -> Tensor: ...
 @overload
 def dense(t: Tensor | None) -> Tensor | None: ...
 def dense(t: Tensor | None) -> Tensor | None:
-    """The tensor itself where it is contiguous."""
-    return t if t is None or t.is_contiguous() else t.contiguous()
+    """The tensor itself where it is contiguous. What is no tensor is refused by whoever takes it."""
+    return t if t is None or not hasattr(t, "contiguous") else t.contiguous()
 
 
 def norm_of(bn: BatchNorm, stats: Tensor | None = None) -> Norm:

@@ -155,7 +155,8 @@ def _run(
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return cast(Tensor, _Linear.apply(input, weight, bias, activation, p, seed, call))
+        y: Tensor = _Linear.apply(input, weight, bias, activation, p, seed, call)
+        return y
     return cast(Tensor, _forward.of_call(call, (input, weight, bias, seed), activation, p, (False, False, False))[0])
 
 
@@ -181,7 +182,7 @@ class _Linear(torch.autograd.Function):
         y, *kept = _forward.of_call(call, (input, weight, bias, seed), activation, p, needs)
         autograd.save(ctx, *kept)
         ctx.activation, ctx.p, ctx.needs_bias = activation, p, needs[2]
-        return cast(Tensor, y)
+        return y  # type: ignore[return-value]
 
     @staticmethod
     @autograd.once_differentiable
