@@ -94,10 +94,10 @@ def test_our_kernels_are_what_is_checked(
     checks.check(run(told), providers.load(providers.OURS), case)
     rows = [what for kind, what in told if kind == "check"]
     assert {row["status"] for row in rows} == {"ok"}
-    ways = {"again", "a third time", "side stream", "JITFunction.run", "CUDA graph"}
+    ways = {"again", "side stream", "profiled", "CUDA graph"}
     assert ways < {row["what"] for row in rows}
-    # the first run, six more as called (JITFunction.run takes three), and the graph's three, of which one is its replay
-    calls = 1 + 2 + 1 + 3 + 3
+    # the first run, three more as called, and the graph's three, of which one is its replay
+    calls = 1 + 3 + 3
     assert len(launches) % calls == 0
     assert len(launches) // calls >= 2, "forward and backward launch something each"
 

@@ -199,7 +199,8 @@ class Planner:
 
     def __init__(self, tensors: Tensors) -> None:
         first: Any = tensors[0]
-        self.device = first.device
+        # (a stand-in for a GPU may say it is one, and has no memory there)
+        self.device = first.device if first.get_device() >= 0 else torch.device("cpu")
         self._count = len(tensors)
         self._steps: list[_Step] = []
         # buffers that the next step is the first to need: index, size, stride, dtype
