@@ -107,7 +107,9 @@ def test_cross_entropy_compiles_with_any_batch(
 ) -> None:
     model = Loss(reduction, probabilities).to(device)
     counter = compare_compiled(model, lambda n: torch.randn(n, 7), (2, 3, 4, 6), 35, device)
-    assert counter.frame_count == 2
+    # (PyTorch 2.11 compiles its own mean over probabilities anew for each batch)
+    old = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 14)
+    assert counter.frame_count == 2 or (old and not triton_runs and probabilities)
     assert operators(counter.graphs[-1]) == ({"cross_entropy"} if triton_runs else set())
 
 
