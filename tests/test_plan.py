@@ -294,6 +294,19 @@ def test_any_call_of_torch_is_made_on_the_tensors_at_hand() -> None:
 
 
 @pytest.mark.gate("torch")
+def test_buffers_before_a_view_that_nobody_takes_are_made() -> None:
+    def body(x: Tensor) -> tuple[Tensor]:
+        y = x.new_empty(2, 3)
+        x.t()  # asked for its strides alone, and the last call of all
+        return (y,)
+
+    for _ in range(CALLS):
+        (y,) = toy(body)((torch.ones(4, 5),))
+        assert y is not None
+        assert y.shape == (2, 3)
+
+
+@pytest.mark.gate("torch")
 def test_a_plan_cannot_depend_on_values_or_memory() -> None:
     for body in (lambda x: (x.sum().item(),), lambda x: (x.data_ptr(),), lambda x: (x.is_cuda,)):
         with pytest.raises((RuntimeError, AttributeError)):

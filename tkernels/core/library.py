@@ -32,7 +32,8 @@ def launches(name: str, mutates: str, flops: Callable[..., int] | None = None) -
     """
 
     def decorate(function: Launches) -> Launches:
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(function)
+        parameters = signature.parameters
         places = [i for i, p in enumerate(parameters.values()) if "Tensor" in str(p.annotation)]
         positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
 
@@ -55,7 +56,7 @@ def launches(name: str, mutates: str, flops: Callable[..., int] | None = None) -
             elif mode.traced():
                 registered(*args)
             else:
-                bound = inspect.signature(function).bind(*args, **kwargs)
+                bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 run(*bound.args, **bound.kwargs)
 

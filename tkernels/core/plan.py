@@ -39,10 +39,8 @@ class Cache:
         """None for what is not there. (Not looked up for a trace, which has no keys, and would guard the cache.)"""
         return None if key is None else self.values.get(key)
 
-    def add(self, key: Hashable | None, value: Any) -> Any:
-        """Returns the value. Where there is no key it is not kept."""
-        if key is None:
-            return value
+    def add(self, key: Hashable, value: Any) -> Any:
+        """Returns the value."""
         while len(self.values) >= self._most:
             with contextlib.suppress(RuntimeError, StopIteration):  # another thread adds or drops just now
                 self.values.pop(next(iter(self.values)), None)
@@ -371,7 +369,7 @@ class Plan:
             for i in step.dead:
                 values[i] = None
         launches = [step for step in self._steps if isinstance(step, _Launch)]
-        if launches and all(step.compiled is not None for step in launches):
+        if self._direct is None and launches and all(step.compiled is not None for step in launches):
             self._direct = [
                 (s.buffers, s.direct() if isinstance(s, _Launch) else None, s, s.arguments, s.dead) for s in self._steps
             ]
@@ -382,10 +380,11 @@ def _needed(steps: Sequence[_Step], results: set[int]) -> list[_Step]:
     used = set(results)
     needed: list[_Step] = []
     for step in reversed(steps):
-        if step.result is None or step.result in used:
+        # (the last step stays with the buffers it was given: nobody behind it could take them)
+        if step.result is None or step.result in used or (step.buffers and not needed):
             used.update(step.indices)
             needed.append(step)
-        elif needed:
+        elif step.buffers:
             needed[-1].buffers = (*step.buffers, *needed[-1].buffers)
     return needed[::-1]
 
