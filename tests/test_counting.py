@@ -14,6 +14,7 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
+import tkernels.functional as TF
 from perf import host, traffic
 from tests.gates.launches import counting_driver_calls
 from tkernels.functional import linear
@@ -71,6 +72,33 @@ def test_a_launch_is_counted_once_by_triton_and_by_a_plan(made: list[host.Made],
         assert counted == ["linear_forward_kernel"] * n
         assert len(made) == n
         assert ways[PLAIN] == (n == 1)  # which compiles
+
+
+LAYER = TF.ConvBNLayer(torch.zeros(16, 16, 3, 3), running_mean=torch.zeros(16), running_var=torch.ones(16))
+MAPS, HEADS = (2, 16, 8, 8), (1, 2, 16, 16)
+OPERATORS: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "linear": ((8, 32), lambda x: linear(x, W, activation="relu")),
+    "matmul": ((2, 8, 32), lambda x: TF.matmul(x, W.t())),
+    "conv2d": (MAPS, lambda x: TF.conv2d(x, LAYER.weight, padding=1, activation="relu")),
+    "batch_norm": (MAPS, lambda x: TF.batch_norm(x, torch.zeros(16), torch.ones(16), training=True)),
+    "cross_entropy": ((8, 32), lambda x: TF.cross_entropy(x, torch.zeros(8, dtype=torch.int64))),
+    "conv_stage": (MAPS, lambda x: TF.conv_stage(x, [LAYER], training=True)),
+    "attention": (HEADS, lambda x: TF.scaled_dot_product_attention(x, x, x)),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_runs_by_plans_forward_and_backward(operator: str, made: list[host.Made]) -> None:
+    """Triton's own Python launches at the first call alone, which compiles."""
+    shape, function = OPERATORS[operator]
+    launched = []
+    for n in range(3):
+        made.clear()
+        ways = called(lambda: function(torch.zeros(shape, requires_grad=True)).sum().backward())
+        launched.append(len(made))
+        assert (ways[PLAIN] > 0) == (n == 0)
+    assert launched == launched[:1] * 3
+    assert launched[0] >= 2, "forward and backward launch something each"
 
 
 def test_a_whole_step_is_counted_alike_in_all_calls(made: list[host.Made], counted: list[str]) -> None:
