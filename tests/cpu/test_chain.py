@@ -39,6 +39,9 @@ CONVOLUTIONS: dict[str, Any] = {
         (48, 3, 1, 1), Conv((2, 2), (0, 0), (1, 1), 1), ("torch", "product"), ("torch", "product")
     ),
     "grouped": ((16, 12, 3, 3), PLAIN._replace(groups=2), None, None),
+    "grouped, dilated": (
+        (16, 12, 3, 3), PLAIN._replace(padding=(2, 2), dilation=(2, 2), groups=2), None, ("torch", "float32")
+    ),
     "depthwise": ((24, 1, 3, 3), PLAIN._replace(groups=24), None, None),
     "depthwise, strided": ((24, 1, 3, 3), Conv((2, 2), (1, 1), (1, 1), 24), None, ("float32", "float32")),
     "depthwise 5x5": ((24, 1, 5, 5), Conv((1, 1), (2, 2), (1, 1), 24), ("torch", "places"), ("torch", "places")),

@@ -193,6 +193,12 @@ MEANT = (
         and ("requires_grad of gradient" in kind or kind.endswith("None")),
     ),
     Meant(
+        "torch's own: the weight's gradient of a dilated, grouped convolution in bfloat16 is memory never written to",
+        lambda case, kind, text: not _kernels(case) and case.operator == "conv2d" and kind == "gradient of weight"
+        and case.options.get("groups", 1) > 1 and case.options.get("dilation", 1) not in (1, (1, 1))
+        and "bfloat16" in repr(case),
+    ),
+    Meant(
         "a dropped element passes a gradient of 0 behind a ReLU, even where an infinite one comes in (linear's page)",
         lambda case, kind, text: kind.startswith("gradient") and "NaN in 0 places" in text
         and bool(case.options.get("dropout_p")),

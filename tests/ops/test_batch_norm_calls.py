@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import tkernels
 from tkernels.functional import batch_norm
@@ -128,3 +129,20 @@ def test_module_adds_residual_then_activation(device: str) -> None:
     want = torch.relu(torch.nn.functional.batch_norm(x.cpu(), None, None, training=True) + residual.cpu())
     torch.testing.assert_close(module(x, residual).detach().cpu(), want)
     assert "activation='relu'" in repr(module)
+
+
+@pytest.mark.gate("torch")
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_of_another_layout_beside_a_subclass(training: bool) -> None:
+    """A sum in place of what is a view of a plain tensor would lay the residual's gradient out as the residual."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, 5, 6).to(memory_format=torch.channels_last)
+    residual = torch.randn(8, 4, 5, 6, requires_grad=True)
+    bias = torch.randn(4).as_subclass(type("Mine", (Tensor,), {}))
+    dy = torch.randn(8, 4, 5, 6)
+    given = torch.zeros(4), torch.ones(4), None, bias, training
+    (mine,) = torch.autograd.grad(batch_norm(x, *given, activation="relu", residual=residual), residual, dy)
+    theirs = torch.relu(torch.nn.functional.batch_norm(x, *given) + residual)
+    (exact,) = torch.autograd.grad(theirs, residual, dy)
+    assert mine.stride() == exact.stride()
+    torch.testing.assert_close(mine.as_subclass(Tensor), exact.as_subclass(Tensor))

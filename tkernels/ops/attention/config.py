@@ -87,13 +87,17 @@ _DKV: Table = {
 # Float32, whatever the precision: operands are twice as large, and without tensor cores a thread holds whole rows of a
 # chunk. By where a product accumulates ('' for all others) and the head dimension covered (0 for all others).
 Float32Table = dict[tuple[str, int], Tile]
-_FLOAT32_FORWARD: Float32Table = {("", 0): Tile(32, 32, 256, 16), ("", 32): Tile(32, 32, 256, 16, maxnreg=255)}
+_FLOAT32_FORWARD: Float32Table = {
+    ("", 0): Tile(32, 32, 256, 16), ("", 32): Tile(32, 32, 256, 16, maxnreg=255),
+    ("cdna", 128): Tile(32, 16, 256, 16), ("rdna", 128): Tile(32, 16, 256, 16),
+}  # fmt: skip
 _FLOAT32_DQ: Float32Table = {
     ("", 0): Tile(32, 32, 256, 16, maxnreg=255), ("", 32): Tile(32, 16, 256, 16, maxnreg=255),
     ("cdna", 0): Tile(16, 32, 256, 16), ("rdna", 0): Tile(16, 32, 256, 16),
 }  # fmt: skip
 _FLOAT32_DKV: Float32Table = {
     ("", 0): Tile(32, 32, 256, 16, maxnreg=255, apart=True),
+    ("tmem", 0): Tile(32, 32, 256, 16, stages=1, maxnreg=255, apart=True),
     ("cdna", 0): Tile(16, 32, 256, 16, apart=True),
 }
 

@@ -208,9 +208,14 @@ def _torch_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, resi
     except checks.REFUSALS as error:
         checks.explain(error, functools.partial(check, input, bn))
     if residual is not None:
-        # (in a vmap the residual may be many and y one)
-        y = y + residual if runtime.transformed() else y.add_(residual)
+        y = add_to_own(y, residual)
     return activations.apply_to_own(y, activation, y.dim())
+
+
+def add_to_own(y: Tensor, residual: Tensor) -> Tensor:
+    """y + residual where nothing else needs ``y``: in its memory, unless it is of a class of its own and so a view,
+    whose history autograd would rewrite, or in a vmap, where the residual may be many and ``y`` one."""
+    return y.add_(residual) if type(y) is Tensor and not runtime.transformed() else y + residual
 
 
 def _torch_normalize(input: Tensor, bn: BatchNorm) -> Tensor:

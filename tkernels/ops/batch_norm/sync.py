@@ -61,7 +61,7 @@ def sync_batch_norm(
         return y
     y = _TorchNorm.apply(x, weight, bias, statistics, bn.eps, group)
     if residual is not None:
-        y = y.add_(residual)
+        y = bn_ops.add_to_own(y, residual)
     return torch.relu_(y) if activation == "relu" else activations.apply(y, activation)
 
 
