@@ -327,8 +327,8 @@ class Comparison:
         if (operator, name.split()[-1]) not in CANCELLING or not name.startswith("gradient"):
             return 0.0
         y = self.theirs.outputs[0]
-        named = self.theirs.arguments.items()
-        tensors = {n: t.detach().double() if t.is_floating_point() else t for n, t in named}
+        # (made anew: one of theirs may have been written to)
+        tensors = {n: t.make(self.again, torch.float64).detach() for n, t in self.case.tensors.items()}
         incoming = cotangent(self.case, y, self.again).double()
         call = Call(operator, kwargs={**self.case.options, **tensors})
         return scales.of(call, incoming, y.detach().double()).get(name.split()[-1], 0.0)

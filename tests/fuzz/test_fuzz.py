@@ -184,6 +184,17 @@ def test_patched_cases_take_the_passes() -> None:
     assert sizes == tkernels.cpu.buffers.SMALLEST
 
 
+def test_what_was_written_to_is_not_what_was_given() -> None:
+    """The target written to between forward and backward is out of range."""
+    tensors = {
+        "input": T((64, 16, 3), dtype="bfloat16", seed=93723, special=((5671, -1e-42),), grad=True),
+        "target": T((64, 3), dtype="int64", values="index 16 5 0", layout="turned", seed=796395),
+    }
+    options = {"reduction": "mean", "label_smoothing": 0.0, "ignore_index": 5}
+    case = Case("cross_entropy", "cpu", tensors, options, mode="autocast bfloat16 off", gradient="sliced")
+    check(case.changed(mutate="target", patched=True, fresh=True, seed=948395))
+
+
 def exact_of(x: Tensor) -> numbers.Exact:
     return lambda: (x, x)
 

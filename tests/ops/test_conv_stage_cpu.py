@@ -217,6 +217,22 @@ def test_nan_goes_through() -> None:
     assert layers[0].weight.grad.isnan().all()
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_what_is_not_finite_is_laid_out_as_ever(channels_last: bool, taken: list[str]) -> None:
+    """The input is so small that torch's own calls, which take over, would lay its gradient out another way."""
+    _, layers, _ = stage(channels=3)
+    strides = []
+    for value in (1.0, float("nan")):
+        x = torch.randn(1, 3, 2, 8)
+        x[0, 0, 0, 0] = value
+        if channels_last:
+            x = x.contiguous(memory_format=CL)
+        y = conv_stage(x.requires_grad_(), layers, training=True)
+        strides.append((y.stride(), *(t.stride() for t in torch.autograd.grad(y.sum(), x))))
+    assert taken == ["train", "train"]
+    assert strides[0] == strides[1]
+
+
 # --- memory that is used again ---
 
 

@@ -184,7 +184,7 @@ def forward(
         found = passes.Measured(*passes.statistics(_rows(raw), bias, bn_weight, passes.number(layer.eps)))
         if not passes.is_sound(found.sound):
             keep = draw(x, stage)
-            return composed(x, layers, stage, keep), [], keep
+            return _in_format(composed(x, layers, stage, keep), nhwc[-1]), [], keep
         seen.append(found)
         saved.append(SavedLayer(a, w, raw, found.mean, found.scale, found.inverse, bn_bias))
     for layer, found in zip(layers, seen):
@@ -195,6 +195,10 @@ def forward(
 
 def _layout(y: Tensor, channels_last: bool) -> Tensor:
     return y if channels_last else y.contiguous()
+
+
+def _in_format(y: Tensor, channels_last: bool) -> Tensor:
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _end(layer: SavedLayer, stage: StageCall, keep: Tensor) -> Tensor:
@@ -328,7 +332,8 @@ class _ConvStageCPU(torch.autograd.Function):
             return composed(x, _with_tensors(ctx.layers, own), ctx.stage, keep)
 
         with torch.autocast("cpu", enabled=False):
-            return None, None, None, *autograd.gradients_of(body, given, ctx.needs_input_grad[3:], dy)
+            dx, *own = autograd.gradients_of(body, given, ctx.needs_input_grad[3:], dy)
+            return None, None, None, None if dx is None else _in_format(dx, ctx.nhwc[0]), *own
 
     @staticmethod
     @autograd.composed_where_differentiated(backward_composed)
