@@ -62,6 +62,17 @@ def add_bias(acc, bias):
 
 
 @triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a @ b. Float32 without tensor cores rounds in every term of a chain: short ones are summed on their own.
+    (By an fma: of a sum Triton makes a product that starts at ``acc``.)"""
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        acc = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def keep_scale(seed, row, col, n_cols, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout factors of a tile, shape [BLOCK_M, BLOCK_N]: 0 with probability p, else 1 / (1 - p).
 

@@ -64,17 +64,6 @@ def load_columns(
 
 
 @triton.jit
-def add_product(acc, a, b, PRECISION: tl.constexpr):
-    """acc + a @ b. Float32 without tensor cores rounds in every term of a chain: short ones are summed on their own.
-    (By an fma: of a sum Triton makes a product that starts at ``acc``.)"""
-    if PRECISION == "ieee" and a.dtype == tl.float32:
-        acc = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
 def chunked_scores(a_ptr, offs_a, a_stride, n_a, b_ptr, offs_b, b_stride, n_b, HEAD: tl.constexpr,
                    BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr,
                    BLOCK_B: tl.constexpr):  # fmt: skip
@@ -85,7 +74,7 @@ def chunked_scores(a_ptr, offs_a, a_stride, n_a, b_ptr, offs_b, b_stride, n_b, H
         offs_d = first + tl.arange(0, CHUNK)
         a = load_rows(a_ptr, offs_a, offs_d, a_stride, n_a, HEAD, HEAD == BLOCK, True)
         b = load_columns(b_ptr, offs_b, offs_d, b_stride, n_b, HEAD, HEAD == BLOCK, True)
-        acc = add_product(acc, a, b, PRECISION)
+        acc = common.add_product(acc, a, b, PRECISION)
     return acc
 
 
@@ -173,7 +162,7 @@ def attend(acc, row_max, row_sum, q, q_ptr, k_ptr, v_ptr, mask_ptr, seed, first_
         if seed is not None:
             weights *= common.keep_scale(seed, first_row + offs_m, first, n_k, p, BLOCK_M, BLOCK_N)
         v = load_rows(v_ptr, offs_n, offs_v, v_stride, n_k, V_HEAD, V_HEAD == BLOCK_V, MASKED)
-        acc = add_product(acc, weights.to(v.dtype), v, PRECISION)
+        acc = common.add_product(acc, weights.to(v.dtype), v, PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
 

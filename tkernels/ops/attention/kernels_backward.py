@@ -21,7 +21,6 @@ from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.ops.attention import config as tuning
 from tkernels.ops.attention.kernels import (
-    add_product,
     chunked_scores,
     like_heads,
     load_columns,
@@ -87,7 +86,7 @@ def gather_dq(dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, logsu
             k = tl.trans(kt)
         else:
             k = load_rows(k_ptr, offs_n, offs_d, k_stride, n_k, HEAD, HEAD == BLOCK_D, MASKED)
-        dq = add_product(dq, ds.to(k.dtype), k, PRECISION)
+        dq = common.add_product(dq, ds.to(k.dtype), k, PRECISION)
     return dq
 
 
@@ -221,7 +220,7 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
             dropped = weights
             if seed is not None:
                 dropped = weights * keep
-            dv = add_product(dv, dropped.to(do.dtype), do, PRECISION)
+            dv = common.add_product(dv, dropped.to(do.dtype), do, PRECISION)
         if dk_ptr is not None:
             if CHUNK == BLOCK_D:
                 dw = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -235,7 +234,7 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
                 q = tl.trans(qt)
             else:
                 q = load_rows(q_at, offs_m, offs_d, q_stride_m, n_q, HEAD, HEAD == BLOCK_D, True)
-            dk = add_product(dk, ds.to(q.dtype), q, PRECISION)
+            dk = common.add_product(dk, ds.to(q.dtype), q, PRECISION)
     rows = offs_n.to(tl.int64)[:, None]
     mask_n = (offs_n < n_k)[:, None]
     if dk_ptr is not None:

@@ -21,10 +21,15 @@ def unit(channels: int) -> int:
     return 1 if channels % 16 == 0 else math.gcd(channels, 8)
 
 
+def is_exact(dtype: torch.dtype, precision: str) -> bool:
+    """Whether products are float32's own, without tensor cores."""
+    return dtype == torch.float32 and precision == "ieee"
+
+
 def reduction_block(length: int, dtype: torch.dtype, precision: str, target: Target) -> int:
     """The step along a product's reduction axis. Long steps are for targets whose tensor cores read shared memory;
     elsewhere they hold too many operand registers."""
-    if dtype == torch.float32 and precision == "ieee":
+    if is_exact(dtype, precision):
         return 16
     return block(length, 16, 64 if reads_shared(target) and dtype != torch.float32 else 32)
 
@@ -56,7 +61,7 @@ def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, prec
 
     ``rows_long``: the rows are pixels, of images of ``rows`` each; small images make few tiles, so tiles get smaller.
     """
-    if dtype == torch.float32 and precision == "ieee":
+    if is_exact(dtype, precision):
         return (64 if rows_long else block(rows, 16, 64)), block(cols, 16, 64), 8
     if cols >= 256 and (rows_long or rows >= 256):
         return 128, 128, 8
@@ -71,9 +76,8 @@ def product_tile(rows_long: bool, rows: int, cols: int, dtype: torch.dtype, prec
 
 @functools.lru_cache(maxsize=4096)
 def _pixels_product(
-    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: Target, maps: int = 1,
-    gradient: bool = False,
-) -> Config:  # fmt: skip
+    pixels: int, cols: int, length: int, dtype: torch.dtype, precision: str, target: Target, maps: int = 1
+) -> Config:
     block_m, block_n, warps = product_tile(True, pixels, cols, dtype, precision)
     block_k = reduction_block(length, dtype, precision, target)
     if target.warp_size == 32 and not target.is_nvidia:
@@ -85,8 +89,8 @@ def _pixels_product(
         maxnreg = 255  # there of large ones too, at 96 and 128; limits between spill more
     if maps > 1 and target.name in ("sm_80", "sm_86", "sm_89") and warps == 4:
         maxnreg = maxnreg or 192  # and there at 168, where the gradient is computed on the way to the product
-    if gradient and precision == "ieee" and target.name == "sm_90" and block_m * block_n == 2048:
-        maxnreg = maxnreg or 128  # and there two at 96, which Triton 3.6's ptxas aims at
+    if is_exact(dtype, precision):
+        maxnreg = 128  # of sums in short chains ptxas spills a few to stay below 80 or 96
     n_stages = stages((maps * block_m + block_n) * block_k * dtype.itemsize, target)
     return Config.of(warps, n_stages, target.registers(maxnreg), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
 
@@ -95,7 +99,7 @@ def _pixels_product(
 def _flat_product(cols: int, reduction: int, dtype: torch.dtype, precision: str, target: Target) -> Config:
     # gathered element by element: a tall tile or a long step would hold too many addresses and masks
     block_k = reduction_block(min(reduction, 32), dtype, precision, target)
-    warps = 8 if precision == "ieee" and dtype == torch.float32 else 4
+    warps = 8 if is_exact(dtype, precision) else 4
     return Config.of(warps, min(cdiv(reduction, block_k), 2), BLOCK_M=64 if target.is_nvidia else 32,
                      BLOCK_N=block(cols, 16, 64), BLOCK_K=block_k)  # fmt: skip
 
@@ -111,7 +115,7 @@ def dgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target, maske
     """Tiles of the input gradient: BLOCK_M input pixels, BLOCK_N input channels, BLOCK_K output channels. ``masked``:
     the gradient is multiplied by an activation's derivative as it is loaded, from a second map."""
     phase = cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
-    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, target, 1 + masked, True)
+    return _pixels_product(phase, g.group_in, g.group_out, dtype, precision, target, 1 + masked)
 
 
 @functools.lru_cache(maxsize=4096)

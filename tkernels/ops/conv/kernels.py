@@ -80,7 +80,7 @@ def forward_product(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask
                     mask=inside[:, None] & mask_k[None, :], other=0.0)  # fmt: skip
         b = tl.load(w_ptr + w_rows[None, :] + (tap * group_in + offs_k)[:, None],
                     mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # fmt: skip
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = common.add_product(acc, a, b, PRECISION)
     return acc
 
 
@@ -120,9 +120,9 @@ def forward_product_flat(x_ptr, w_ptr, image, row, col, in_range, group, offs_n,
         w_mask = tl.expand_dims(mask_n, 1 - N_AXIS) & tl.expand_dims(mask_k, N_AXIS)
         w = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
         if CAST:
-            acc = tl.dot(w, tl.trans(a.to(w.dtype)), acc, input_precision=PRECISION)
+            acc = common.add_product(acc, w, tl.trans(a.to(w.dtype)), PRECISION)
         else:
-            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+            acc = common.add_product(acc, a, w, PRECISION)
     return tl.trans(acc) if CAST else acc
 
 

@@ -107,9 +107,9 @@ def dgrad_product(dy_ptr, saved_ptr, w_ptr, image, row, col, in_range, phase_h, 
         mask = tl.expand_dims(mask_n, 1 - N_AXIS) & tl.expand_dims(mask_k, N_AXIS)
         w = tl.load(w_ptr + offsets, mask=mask, other=0.0)
         if COMPUTED:
-            acc = tl.dot(w, tl.trans(a), acc, input_precision=PRECISION)
+            acc = common.add_product(acc, w, tl.trans(a), PRECISION)
         else:
-            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+            acc = common.add_product(acc, a, w, PRECISION)
     return tl.trans(acc) if COMPUTED else acc
 
 
@@ -210,9 +210,9 @@ def wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficient
         else:
             dz = load_gradient(dy_ptr, saved_ptr, dy_offsets, mask, ACTIVATION)
         if DZ_LEFT:
-            acc = tl.dot(dz, x_tile, acc, input_precision=PRECISION)
+            acc = common.add_product(acc, dz, x_tile, PRECISION)
         else:
-            acc = tl.dot(x_tile, dz, acc, input_precision=PRECISION)
+            acc = common.add_product(acc, x_tile, dz, PRECISION)
         image, row, col = advance_pixels(image, row, col, out_pixels, out_w, BLOCK_P)
     return acc if DZ_LEFT == OUT_ON_ROWS else tl.trans(acc)
 

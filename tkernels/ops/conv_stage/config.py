@@ -61,7 +61,7 @@ def normalizes_in_wgrad(g: Geometry, dtype: torch.dtype, precision: str, target:
 
 
 @functools.lru_cache(maxsize=1024)
-def _with_epilogue(config: Config, target: Target) -> Config:
+def _with_epilogue(config: Config, exact: bool, target: Target) -> Config:
     """A product's tiles where an epilogue reduces them: at most 32 accumulators a thread leave it registers enough for
     two programs a multiprocessor (64 of them spill on sm_90 and sm_100)."""
     warps = config.num_warps
@@ -70,7 +70,7 @@ def _with_epilogue(config: Config, target: Target) -> Config:
     config = _half_the_pixels(config, 64 * target.warp_size * warps)
     # a register limit that suits the plain product is too low for its epilogue; left alone ptxas aims at 168 of them
     # on sm_86 and sm_89, for three programs a multiprocessor, and spills two
-    cap = 192 if target.name in ("sm_86", "sm_89") and warps == 4 else None
+    cap = 192 if target.name in ("sm_86", "sm_89") and warps == 4 else config.maxnreg if exact else None
     return dataclasses.replace(config, num_warps=warps, maxnreg=cap)
 
 
@@ -79,7 +79,9 @@ def forward(g: Geometry, dtype: torch.dtype, precision: str, target: Target, cha
 
     An NCHW store holds an offset for every element: half the pixels where a tile would have 8192 of them.
     """
-    config = _with_epilogue(conv_tuning.forward(g, dtype, precision, target), target)
+    config = _with_epilogue(
+        conv_tuning.forward(g, dtype, precision, target), conv_tuning.is_exact(dtype, precision), target
+    )
     return config if channels_last else _half_the_pixels(config, 8192)
 
 
@@ -94,7 +96,9 @@ def _half_the_pixels(config: Config, elements: int) -> Config:
 
 def dgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target) -> Config:
     """Tiles of the input gradient with a batch norm epilogue: those of the plain one, on more warps."""
-    return _with_epilogue(conv_tuning.dgrad(g, dtype, precision, target), target)
+    return _with_epilogue(
+        conv_tuning.dgrad(g, dtype, precision, target), conv_tuning.is_exact(dtype, precision), target
+    )
 
 
 def pointwise_forward(g: Geometry, dtype: torch.dtype, precision: str, target: Target) -> Config:
@@ -102,9 +106,8 @@ def pointwise_forward(g: Geometry, dtype: torch.dtype, precision: str, target: T
     config = _with_prologue(forward(g, dtype, precision, target), "BLOCK_K", dtype, target)
     if target.name == "sm_100":  # left alone ptxas aims at 128 registers and spills two
         return dataclasses.replace(config, maxnreg=168)
-    # and here too, but not where it is told so
-    if target.name in ("sm_80", "sm_86", "sm_89") and dtype == torch.float32:
-        return dataclasses.replace(config, maxnreg=128)
+    if target.name in ("sm_80", "sm_86", "sm_89") and dtype == torch.float32:  # and here at 128 and at 168
+        return dataclasses.replace(config, maxnreg=192)
     return config
 
 

@@ -65,7 +65,7 @@ def pointwise_forward_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_pt
                             ACTIVATION, w_ptr.dtype.element_ty)  # fmt: skip
         w = tl.load(w_ptr + offs_n.to(tl.int64)[:, None] * channels_in + offs_k[None, :],
                     mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # fmt: skip
-        acc = tl.dot(w, tl.trans(a), acc, input_precision=PRECISION)
+        acc = common.add_product(acc, w, tl.trans(a), PRECISION)
     acc = tl.trans(acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -108,7 +108,7 @@ def pointwise_wgrad_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr,
         a = load_activation(x_ptr, pixel[:, None] * channels_in + offs_i[None, :], mask_p[:, None] & mask_i[None, :],
                             mean[None, :], scale[None, :], shift[None, :], ACTIVATION,
                             dy_ptr.dtype.element_ty)  # fmt: skip
-        acc = tl.dot(dy, a, acc, input_precision=PRECISION)
+        acc = common.add_product(acc, dy, a, PRECISION)
     workspace_ptr += tl.program_id(1).to(tl.int64) * channels_out * channels_in
     if OUT_ON_ROWS:
         offsets = offs_o.to(tl.int64)[:, None] * channels_in + offs_i[None, :]
