@@ -24,8 +24,8 @@ def torch_refuses_too(case: Case, error: Exception) -> bool:
 
 
 def _without(case: Case) -> Iterator[Case]:
-    """The call with a batch where it is empty, with elements on all axes; a stage with large images, and without
-    strides."""
+    """The call with a batch where it is empty, with elements on all axes; a stage with large images, with
+    several, and without strides."""
     tensors = case.tensors
     if any(0 in t.shape for t in tensors.values()):
         for axes in (1, 9):
@@ -36,5 +36,10 @@ def _without(case: Case) -> Iterator[Case]:
         n, c, h, w = tensors["input"].shape
         large = dataclasses.replace(tensors["input"], shape=(n, c, h + LARGER, w + LARGER), special=())
         yield case.changed(tensors={**tensors, "input": large}, backward="none")
+        several = {
+            name: dataclasses.replace(t, shape=(n + 2, *t.shape[1:]), special=())
+            for name, t in tensors.items() if name in ("input", "residual")
+        }  # fmt: skip
+        yield case.changed(tensors={**tensors, **several}, backward="none")
         layers = [{k: v for k, v in layer.items() if k != "stride"} for layer in case.options["layers"]]
         yield case.changed(options={**case.options, "layers": layers}, backward="none")

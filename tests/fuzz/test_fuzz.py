@@ -271,6 +271,9 @@ def test_mistakes_of_empty_batches_and_of_later_layers() -> None:
     tensors = {"input": T((2, 1, 2, 2)), "w0": T((1, 1, 3, 3)), "w1": T((1, 1, 3, 3))}
     assert torch_refuses_too(Case("conv_stage", "cpu", tensors, {"layers": layers}), RuntimeError())
     assert not torch_refuses_too(Case("conv_stage", "cpu", tensors, {"layers": layers}), TypeError())
+    tensors = {"input": T((1, 1, 3, 3)), "w0": T((1, 1, 3, 3))}
+    one_value = Case("conv_stage", "cpu", tensors, {"layers": [{}], "training": True, "pool": 2})
+    assert torch_refuses_too(one_value, RuntimeError())
 
 
 def test_torchs_other_ways() -> None:
