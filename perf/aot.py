@@ -26,7 +26,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
 from perf import hopper, sass
-from tkernels.core import targets
+from tkernels.core import plan, targets
 
 # Its default changes between releases of Triton; the facts must not.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -150,21 +150,25 @@ def gpu_target(target: targets.Target) -> GPUTarget:
 @contextlib.contextmanager
 def intercepting(target_name: str | targets.Target, launch: Callable[..., None]) -> Iterator[targets.Target]:
     """Within the block ``launch(kernel, args, kwargs, grid)`` is called for each ``kernel[grid](...)``, nothing runs,
-    and choosers and Triton believe in the target."""
-    jit = cast(Any, JITFunction)
+    and choosers, asked anew, and Triton believe in the target."""
+    jit, fake = cast(Any, JITFunction), cast(Any, FakeTensor)
     original_run = jit.run
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch(self, args, kwargs, grid)
 
     jit.run = run
+    fake.data_ptr = lambda self: 0  # aligned, as what an allocator returns; torch warns that there is none
     had_driver = triton.runtime.driver._active
     with targets.pretend(target_name) as target:
+        plan.forget()
         triton.runtime.driver.set_active(StubDriver(gpu_target(target)))
         try:
             yield target
         finally:
+            plan.forget()
             jit.run = original_run
+            del fake.data_ptr
             triton.runtime.driver._active = had_driver
 
 

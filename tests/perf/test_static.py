@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import warnings
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from perf import aot, rules, static, ttir
-from perf.cases import conv, linear
+from perf.cases import attention, conv, linear
 from tests.perf.command import refused, run
 from tkernels.core.targets import TARGETS
+from tkernels.ops.attention import config as tuning
 
 pytestmark = pytest.mark.gate("aot")
 
@@ -40,6 +45,22 @@ def _case(cases: list[aot.Case], name: str) -> aot.Case:
 def test_operations_are_read_off_the_listing(case: str, kernel: str, expected: int) -> None:
     cases = conv.cases() if case.startswith("conv") else linear.cases()
     assert _operations(_case(cases, case), kernel) == pytest.approx(expected, rel=0.1)
+
+
+def test_choosers_are_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan of the call before is run again, and nobody asks a fake tensor where it lies."""
+    run = functools.partial(attention.call, "forward", (2, 4, 4, 64, 64, 32), "causal", torch.bfloat16)
+    warps = []
+    for n in (4, 8):
+        chosen = tuning.forward
+        monkeypatch.setattr(tuning, "forward", lambda *args, n=n: dataclasses.replace(chosen(*args), num_warps=n))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with aot.recording("sm_80") as launches:
+                run()
+        warps.append(launches[-1].kwargs["num_warps"])
+        monkeypatch.undo()
+    assert warps == [4, 8]
 
 
 def test_estimates_by_formula() -> None:
