@@ -101,6 +101,18 @@ def test_every_operator_runs_by_plans_forward_and_backward(operator: str, made: 
     assert launched[0] >= 2, "forward and backward launch something each"
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_backward_that_a_tensor_class_calls(operator: str, made: list[host.Made]) -> None:
+    """Functions of tensor classes are off within it, and on for what stands for tensors while a plan is made."""
+    shape, function = OPERATORS[operator]
+    x = torch.zeros(shape, requires_grad=True)
+    y = function(x)
+    made.clear()
+    y.as_subclass(type("Mine", (torch.Tensor,), {})).sum().backward()
+    assert made
+    assert x.grad is not None
+
+
 def test_a_whole_step_is_counted_alike_in_all_calls(made: list[host.Made], counted: list[str]) -> None:
     step, found = host.step(*traffic.fused(), 8), []
     for _ in range(3):

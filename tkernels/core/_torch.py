@@ -57,6 +57,8 @@ is_profiled: Callable[[], bool] = torch.autograd._profiler_enabled
 is_wrapped: Callable[[Tensor], bool] = _functorch.is_functorch_wrapped_tensor
 # A context in which functions of a user's tensor class (__torch_function__) are not called.
 without_torch_function: Any = _C.DisableTorchFunctionSubclass
+# One in which __torch_function__ is called: a tensor class whose method runs backward has it off until that ends.
+with_torch_function: Any = _C._EnableTorchFunction
 # Whether a tensor is a batch of torch.vmap's.
 is_batched: Callable[[Tensor], bool] = _functorch.is_batchedtensor
 # The level of its transform, -1 without one; the tensor of a level with the axis of its batch; the way back.

@@ -139,7 +139,8 @@ def make(body: Callable[..., Tensors], tensors: Tensors, static: tuple[Any, ...]
     """The plan of a pass for tensors of this kind."""
     planner = Planner(tensors)
     slots: Any = planner.inputs
-    results: Any = body(slots, *static)
+    with _torch.with_torch_function():
+        results: Any = body(slots, *static)
     return planner.plan(results)
 
 
