@@ -324,14 +324,15 @@ class Comparison:
         if name.endswith(" afterwards"):
             return self._spread(name.removesuffix(" afterwards"))
         operator = {"attention": "scaled_dot_product_attention"}.get(self.case.operator, self.case.operator)
-        if (operator, name.split()[-1]) not in CANCELLING or not name.startswith("gradient"):
+        of = name.removeprefix("gradient of ").split()[0]
+        if (operator, of) not in CANCELLING or not name.startswith("gradient"):
             return 0.0
         y = self.theirs.outputs[0]
         # (made anew: one of theirs may have been written to)
         tensors = {n: t.make(self.again, torch.float64).detach() for n, t in self.case.tensors.items()}
         incoming = cotangent(self.case, y, self.again).double()
         call = Call(operator, kwargs={**self.case.options, **tensors})
-        return scales.of(call, incoming, y.detach().double()).get(name.split()[-1], 0.0)
+        return scales.of(call, incoming, y.detach().double()).get(of, 0.0)
 
     def _spread(self, mean: str) -> float:
         """The standard deviation of what a running mean is the mean of: means far below it cancel."""

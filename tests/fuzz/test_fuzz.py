@@ -195,6 +195,17 @@ def test_what_was_written_to_is_not_what_was_given() -> None:
     check(case.changed(mutate="target", patched=True, fresh=True, seed=948395))
 
 
+@pytest.mark.gate("ttsem")
+def test_the_size_of_terms_after_a_write() -> None:
+    """One query sees one key: the key's gradient is a difference of equal terms, also where torch refuses backward."""
+    tensors = {
+        "query": T((1, 4, 1, 8), seed=437129),
+        "key": T((1, 4, 8, 8), seed=791915, grad=True),
+        "value": T((1, 4, 8, 8), layout="turned", seed=919677),
+    }
+    check(Case("attention", "kernels", tensors, {"is_causal": True}, mutate="value"))
+
+
 def exact_of(x: Tensor) -> numbers.Exact:
     return lambda: (x, x)
 
