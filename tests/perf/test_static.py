@@ -50,16 +50,14 @@ def test_operations_are_read_off_the_listing(case: str, kernel: str, expected: i
 def test_choosers_are_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plan of the call before is run again, and nobody asks a fake tensor where it lies."""
     run = functools.partial(attention.call, "forward", (2, 4, 4, 64, 64, 32), "causal", torch.bfloat16)
-    warps = []
+    warps, chosen = [], tuning.forward
     for n in (4, 8):
-        chosen = tuning.forward
         monkeypatch.setattr(tuning, "forward", lambda *args, n=n: dataclasses.replace(chosen(*args), num_warps=n))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with aot.recording("sm_80") as launches:
                 run()
         warps.append(launches[-1].kwargs["num_warps"])
-        monkeypatch.undo()
     assert warps == [4, 8]
 
 
