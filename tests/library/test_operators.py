@@ -51,18 +51,70 @@ def test_conv2d(activation: str | None, groups: int, channels_last: bool, device
         )
 
 
-@slow_there
-@pytest.mark.parametrize("activation, residual, given, channels_last", [
+BN = pytest.mark.parametrize("activation, residual, given, channels_last", [
     (None, False, False, False), ("relu", True, False, True), ("gelu", True, False, False), ("relu", False, True, True),
 ])  # fmt: skip
-def test_batch_norm(activation: str | None, residual: bool, given: bool, channels_last: bool, device: str) -> None:
-    x, w, b = draw(device, 3, 4, 3, 4, channels_last=channels_last), draw(device, 4), draw(device, 4)
-    other = draw(device, 3, 4, 3, 4) if residual else None
-    running: Any = (torch.randn(4, device=device), torch.rand(4, device=device) + 0.5) if given else (None, None)
-    args = (x, other, w, b, *running, 1e-5, activation)
-    torch.library.opcheck(ops.batch_norm, args)
-    expected = F.batch_norm(x, *running, w, b, not given, 0.1, 1e-5, activation, other)
-    compare(ops.batch_norm(*args)[0], expected, [t for t in (x, other, w, b) if t is not None])
+
+
+@pytest.mark.gate("interp", "cuda")
+@BN
+def test_batch_norms_launches(
+    activation: str | None, residual: bool, given: bool, channels_last: bool, device: str
+) -> None:
+    maps = [draw(device, 3, 4, 3, 4, channels_last=channels_last).detach() for _ in range(5)]
+    x, dy, other, y, dz = maps
+    added = other if residual else None
+    weight, bias = torch.randn(4, device=device), torch.randn(4, device=device)
+    # vectors of any strides
+    running = torch.randn(4, 2, device=device)[:, 0], torch.rand(4, 2, device=device)[:, 0] + 0.5
+    counter, stats = torch.tensor(3, device=device), torch.empty(4, 4, device=device)
+    expected = F.batch_norm(x, *(t.clone() for t in running), weight, bias, not given, 0.1, 1e-5, activation, added)
+    moved = (None, None) if given else running
+    torch.library.opcheck(ops.batch_norm_statistics, (x, stats, *moved, counter, None, 1e-5))
+    norm: Any = (*running, weight, bias) if given else (stats, None, weight, bias)
+    if given:
+        norm = tuple(t.contiguous() for t in norm)
+    else:
+        ops.batch_norm_statistics(x, stats, None, None, None, 0.1, 1e-5)
+    torch.library.opcheck(ops.batch_norm_forward, (x, added, *norm, y, 1e-5, activation))
+    ops.batch_norm_forward(x, added, *norm, y, 1e-5, activation)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    saved, saved_is = (other, "residual") if residual else (None, None)
+    written = dz if residual else None, torch.empty(4, device=device), None, torch.empty(2, 4, device=device)
+    options = 1e-5, activation, saved_is
+    torch.library.opcheck(ops.batch_norm_gradients, (dy, x, saved, *norm, *written, *options))
+    for coefficients, dx, into in ((written[-1], torch.empty_like(x), None), (None, None, dz)):
+        torch.library.opcheck(
+            ops.batch_norm_input_gradient, (dy, x, saved, *norm, coefficients, dx, into, *options)
+        )  # fmt: skip
+
+
+class Normalized(torch.nn.Module):
+    def __init__(self, activation: str | None, residual: bool, given: bool, momentum: float | None) -> None:
+        super().__init__()
+        self.norm = tnn.BatchNorm2d(4, activation=activation, momentum=momentum)
+        self.residual = residual
+        self.train(not given)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x, x.sin() if self.residual else None)
+        return y
+
+
+@slow_there
+@pytest.mark.parametrize("momentum", [0.1, None])
+@BN
+def test_batch_norm_compiles_with_any_batch(
+    activation: str | None, residual: bool, given: bool, channels_last: bool, momentum: float | None, device: str,
+    triton_runs: bool,
+) -> None:  # fmt: skip
+    model = Normalized(activation, residual, given, momentum).to(device)
+    batches = (2, 3) if triton_runs and device == "cpu" else (2, 3, 4, 6)
+    counter = compare_compiled(
+        model, lambda n: draw(device, n, 4, 3, 4, channels_last=channels_last).detach(), batches, 72, device
+    )
+    assert counter.frame_count == 2
+    assert operators(counter.graphs[-1]) == ({"batch_norm"} if triton_runs else set())
 
 
 CE = pytest.mark.parametrize("reduction, probabilities", [("none", False), ("mean", True), ("sum", False)])
@@ -204,6 +256,17 @@ def test_compile_a_residual_block(training: bool, device: str, triton_runs: bool
     model = Block().to(device).train(training)
     counter = compare_compiled(model, lambda n: torch.randn(n, 4, 4, 5), (2, 3), 900, device)
     assert operators(counter.graphs[-1]) == ({"conv_stage"} if triton_runs else set())
+
+
+@slow_there
+def test_compile_with_the_same_tensor_twice(device: str) -> None:
+    x = draw(device, 4, 4)
+    weight = torch.rand(4, device=device, requires_grad=True)
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, weight, weight, True, residual=x).square()
+
+    compare(torch.compile(call, backend="aot_eager", fullgraph=True)(x, weight), call(x, weight), [x, weight])
 
 
 @slow_there

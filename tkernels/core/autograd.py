@@ -146,6 +146,17 @@ def gradients_of(
     return [next(gradients) if t is not None and need else None for t, need in zip(views, needs)]
 
 
+def apart(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors, to be given to an autograd function: torch.compile takes none that is given the same one twice, and
+    there the second is a view."""
+    if not is_dynamo_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for t in tensors:
+        found.append(t.view_as(t) if t is not None and any(t is other for other in found) else t)
+    return tuple(found)
+
+
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """ctx.save_for_backward, and what :func:`saved` goes by: strides, for hooks may come later
     (SavedTensor.register_hooks); where hooks are on already, all that there is. A trace keeps nothing."""

@@ -22,6 +22,14 @@ def something(t: Tensor) -> Tensor | None:
     return None if t.dim() == 1 and t.shape[0] == 0 else t
 
 
+def torch_statistics(x: Tensor, eps: float) -> Tensor:
+    """A batch's statistics as batch_norm's kernels give them: float32 [4, C]."""
+    axes = [0, *range(2, x.dim())]
+    exact = torch.stack([x.double().mean(axes), (x.double().var(axes, correction=0) + eps).rsqrt()])
+    rounded = exact.float()
+    return torch.cat([rounded, (exact - rounded.double()).float()])
+
+
 def dropout_factors(y: Tensor, p: float, seed: Tensor) -> Tensor:
     """0 with probability p, else 1 / (1 - p), of the shape of ``y`` and by ``seed``: the PyTorch bodies' draws, other
     than the kernels'. Waits for the device of ``seed``."""

@@ -17,7 +17,6 @@ from tkernels.core import mode as runtime
 from tkernels.core.geometry import Geometry, stage_channels_last, suggests_channels_last
 from tkernels.core.records import ConvBNLayer, StageCall
 from tkernels.library import common
-from tkernels.library.batch_norm import torch_statistics
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
 from tkernels.ops.conv_stage import op as ops
@@ -92,7 +91,7 @@ def conv_stage(
     Per layer: ``vectors`` bias, bn_weight, bn_bias, running_mean, running_var (none: the batch's statistics normalise),
     each empty where there is none, since autograd does not see into lists with None; ``windows`` stride, padding (-1
     for 'same'), dilation, groups; ``activations`` a place in activation.ACTIVATIONS. Returns y, then of each layer the
-    batch's statistics (float32 [4, C], as torch.ops.tkernels.batch_norm; empty where given ones normalise), and of each
+    batch's statistics (float32 [4, C], as batch_norm_statistics; empty where given ones normalise), and of each
     layer its input and the raw output of its convolution, each empty where not stored. Without ``keep`` all but y are
     empty, and the latter two left out.
     """
@@ -146,7 +145,7 @@ def _torch_forward(
     if not keep:
         return [y, *(common.nothing(y) for _ in maps)]
     stats = [
-        torch_statistics(raw, layer.eps) if layer.running_mean is None else common.nothing(y)
+        common.torch_statistics(raw, layer.eps) if layer.running_mean is None else common.nothing(y)
         for layer, (_, raw) in zip(call.layers, maps)
     ]
     stored = [

@@ -436,7 +436,7 @@ def input_gradient_kernel(dy_ptr, x_ptr, saved_ptr, dx_ptr, dz_ptr, coefficients
         tl.store(dx_ptr + offsets, (dz * scale).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _like(x: Tensor) -> Tensor:
+def like(x: Tensor) -> Tensor:
     """An empty tensor laid out as dense ``x``, with the strides torch gives (those of axes of size 1 included)."""
     if x.is_contiguous():
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -462,11 +462,14 @@ def launch_statistics(
     return Partials(partials, producers)
 
 
-def launch_finalize_statistics(partials: Partials, m: Matrix, bn: BatchNorm, config: Config | None = None) -> Tensor:
-    """Statistics [4, C] from partials; updates contiguous running statistics in place. ``bn.num_batches_tracked``
-    already counts this batch."""
+def launch_finalize_statistics(
+    partials: Partials, m: Matrix, bn: BatchNorm, config: Config | None = None, stats: Tensor | None = None
+) -> Tensor:
+    """Statistics [4, C] from partials, written to ``stats`` where given; updates contiguous running statistics in
+    place. ``bn.num_batches_tracked`` already counts this batch."""
     config = config or tuning.finalize(m)
-    stats = partials.data.new_empty((4, m.channels))
+    if stats is None:
+        stats = partials.data.new_empty((4, m.channels))
     counter = bn.num_batches_tracked if bn.momentum is None else None
     launch(
         finalize_statistics_kernel, (cdiv(m.channels, config["BLOCK_C"]),),
@@ -483,10 +486,12 @@ def launch_normalize(
     activation: str | None = None,
     residual: Tensor | None = None,
     config: Config | None = None,
+    y: Tensor | None = None,
 ) -> Tensor:
-    """The output, laid out as dense ``x``; ``residual`` must be laid out so too."""
+    """The output, laid out as dense ``x`` and ``residual``, written to ``y`` where given."""
     config = config or tuning.normalize(m)
-    y = _like(x)
+    if y is None:
+        y = like(x)
     launch(
         normalize_kernel, (tuning.groups(m, config) * tuning.tiles(m, config),),
         x, residual, y, norm.mean, norm.var, norm.weight, norm.bias, m.rows, norm.eps, m.channels,
@@ -506,12 +511,14 @@ def launch_gradient_sums(
     saved_is: str | None = None,
     write_dz: bool = False,
     config: Config | None = None,
+    dz: Tensor | None = None,
 ) -> tuple[Partials, Tensor | None]:
-    """Partial sums for the gradients, and dz if ``write_dz``. ``saved_is``: 'output', 'residual' or None."""
+    """Partial sums for the gradients, and dz if ``write_dz``, or where given. ``saved_is``: 'output', 'residual' or
+    None."""
     config = config or tuning.gradient(m)
     producers, each = tuning.producers(m, config, targets.current())
     partials = x.new_empty(producers * 4 * _line(m), dtype=torch.float32)
-    dz = _like(x) if write_dz else None
+    dz = like(x) if write_dz else dz
     # fusing the products' additions would count what they lose twice
     launch(
         gradient_sums_kernel, (tuning.groups(m, config) * producers,),
@@ -532,19 +539,27 @@ def launch_finalize_gradients(
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dweight, dbias, coefficients of the input gradient), each where asked for."""
-    config = config or tuning.finalize(m)
-    dweight = _gradient_like(norm.weight) if needs_weight else None
-    dbias = _gradient_like(norm.bias) if needs_bias else None
+    dweight = gradient_like(norm.weight) if needs_weight else None
+    dbias = gradient_like(norm.bias) if needs_bias else None
     coefficients = partials.data.new_empty((2, m.channels)) if needs_input else None
+    finalize_gradients(partials, m, norm, dweight, dbias, coefficients, config)
+    return dweight, dbias, coefficients
+
+
+def finalize_gradients(
+    partials: Partials, m: Matrix, norm: Norm, dweight: Tensor | None, dbias: Tensor | None,
+    coefficients: Tensor | None, config: Config | None = None,
+) -> None:  # fmt: skip
+    """Writes what launch_finalize_gradients returns."""
+    config = config or tuning.finalize(m)
     launch(
         finalize_gradients_kernel, (cdiv(m.channels, config["BLOCK_C"]),),
         partials.data, dweight, dbias, coefficients, norm.mean, norm.var, partials.producers, m.values, norm.eps,
         m.channels, SPATIAL=m.spatial, **config.options(),
     )  # fmt: skip
-    return dweight, dbias, coefficients
 
 
-def _gradient_like(parameter: Tensor | None) -> Tensor | None:
+def gradient_like(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
 
@@ -562,13 +577,21 @@ def launch_input_gradient(
     config: Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dz), each where asked for. ``coefficients``: None where the statistics were given (evaluation)."""
+    dx = like(x) if needs_input else None
+    dz = like(x) if write_dz else None
+    input_gradient(dy, x, m, norm, coefficients, dx, dz, activation, saved, saved_is, config)
+    return dx, dz
+
+
+def input_gradient(
+    dy: Tensor, x: Tensor, m: Matrix, norm: Norm, coefficients: Tensor | None, dx: Tensor | None, dz: Tensor | None,
+    activation: str | None, saved: Tensor | None, saved_is: str | None, config: Config | None = None,
+) -> None:  # fmt: skip
+    """Writes what launch_input_gradient returns."""
     config = config or tuning.gradient(m)
-    dx = _like(x) if needs_input else None
-    dz = _like(x) if write_dz else None
     launch(
         input_gradient_kernel, (tuning.groups(m, config) * tuning.tiles(m, config),),
         dy, x, saved, dx, dz, coefficients, norm.mean, norm.var, norm.weight, norm.bias, m.rows, norm.eps,
         m.channels, m.width // m.unit, UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes, ACTIVATION=activation,
         SAVED=saved_is, **config.options(),
     )  # fmt: skip
-    return dx, dz

@@ -11,12 +11,11 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import autograd, checks, plan
 from tkernels.core import mode as runtime
-from tkernels.core.geometry import Matrix, matrix
-from tkernels.core.records import BatchNorm, Norm, Partials
+from tkernels.core.records import BatchNorm, Norm
 from tkernels.ops import cpu
 
 if runtime.HAS_TRITON:
-    from tkernels.ops.batch_norm import kernels
+    from tkernels.ops.batch_norm import kernels, launches
 
 # which gradients are wanted: of input, residual, weight, bias
 Needs = tuple[bool, bool, bool, bool]
@@ -61,9 +60,7 @@ def counted_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, res
     if runtime.leaves_to_torch(input) or not _takes_triton(input, bn, residual):
         return _torch_batch_norm(input, bn, activation, residual)
     bn = _with_floats(bn)
-    if runtime.traced():
-        return _registered(input, bn, activation, residual)
-    y: Tensor = _BatchNorm.apply(input, residual, bn.weight, bn.bias, bn, activation)
+    y: Tensor = _BatchNorm.apply(*autograd.apart(input, residual, bn.weight, bn.bias), bn, activation)
     return y
 
 
@@ -82,16 +79,6 @@ def _with_floats(bn: BatchNorm) -> BatchNorm:
         return bn
     momentum = None if bn.momentum is None else checks.number("momentum", bn.momentum)
     return bn._replace(momentum=momentum, eps=checks.number("eps", bn.eps))
-
-
-def _registered(input: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None) -> Tensor:
-    """The call as torch.ops.tkernels.batch_norm, which is functional: running statistics are moved here."""
-    given = (None, None) if bn.training else (bn.running_mean, bn.running_var)
-    y, stats = torch.ops.tkernels.batch_norm(input, residual, bn.weight, bn.bias, *given, bn.eps, activation)
-    if bn.training:
-        track(stats, input.numel() // input.shape[1], bn)
-    result: Tensor = y
-    return result
 
 
 def needs_no_checks(input: Tensor, bn: BatchNorm) -> bool:
@@ -318,61 +305,6 @@ def norm_of(bn: BatchNorm, stats: Tensor | None = None) -> Norm:
     return Norm(dense(mean), dense(bn.running_var), weight, bias, bn.eps)
 
 
-def triton_statistics(x: Tensor, m: Matrix, bn: BatchNorm) -> Tensor:
-    """The batch's statistics [4, C] of dense ``x``; moves running statistics and counter in place."""
-    return merge_statistics(kernels.launch_statistics(x, m, bn.num_batches_tracked), m, bn)
-
-
-def merge_statistics(partials: Partials, m: Matrix, bn: BatchNorm) -> Tensor:
-    """triton_statistics from partials whose producer counted the batch."""
-    mean, var = dense(bn.running_mean), dense(bn.running_var)
-    in_place = mean is bn.running_mean and var is bn.running_var
-    given = bn if in_place else bn._replace(running_mean=mean, running_var=var)
-    stats = kernels.launch_finalize_statistics(partials, m, given)
-    for running, moved in ((bn.running_mean, mean), (bn.running_var, var)):
-        if running is not None and moved is not None and running is not moved:
-            running.copy_(moved)
-    plan.increment_version([t for t in (bn.running_mean, bn.running_var, bn.num_batches_tracked) if t is not None])
-    return stats
-
-
-def triton_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    saved: Tensor | None,
-    saved_is: str | None,
-    norm: Norm,
-    m: Matrix,
-    activation: str | None,
-    needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (input, residual, weight, bias), each where ``needs`` says so. ``dy`` is laid out as ``x``.
-
-    ``norm``: a Norm. ``x``: None where nothing depends on it. ``saved``: what the activation's gradient needs
-    beside x (see _BatchNorm), named by ``saved_is``.
-    """
-    needs_input, needs_residual, needs_weight, needs_bias = needs
-    if x is None:
-        x = dy  # never read: only its shape and layout count
-    from_batch = norm.var is None
-    write_dz = needs_residual and activation is not None
-    dweight = dbias = coefficients = dz = None
-    if needs_weight or needs_bias or (needs_input and from_batch):
-        partials, dz = kernels.launch_gradient_sums(dy, x, m, norm, activation, saved, saved_is, write_dz)
-        dweight, dbias, coefficients = kernels.launch_finalize_gradients(
-            partials, m, norm, needs_weight, needs_bias, needs_input and from_batch
-        )
-    dx = None
-    if dz is not None:
-        if needs_input:
-            dx, _ = kernels.launch_input_gradient(dz, x, m, norm, coefficients)
-    elif needs_input or write_dz:
-        dx, dz = kernels.launch_input_gradient(
-            dy, x, m, norm, coefficients, activation, saved, saved_is, needs_input, write_dz
-        )
-    return dx, (dy if dz is None else dz) if needs_residual else None, dweight, dbias
-
-
 def kept_for_backward(
     has_residual: bool, activation: str | None, from_batch: bool, needs: Needs
 ) -> tuple[str | None, bool]:
@@ -409,13 +341,12 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         """``weight``, ``bias``: those of ``bn``, which autograd has to be given."""
         layout, needs = memory_format(input), ctx.needs_input_grad[:4]
-        m = matrix(input.shape, layout != torch.contiguous_format)
         tensors = input, residual, *bn.vectors, bn.num_batches_tracked
-        y, *kept = _forward(tensors, bn.training, bn.momentum, bn.eps, activation, layout, m, needs)
+        y, *kept = _forward(tensors, bn.training, bn.momentum, bn.eps, activation, layout, needs)
         if any(needs):
             autograd.save(ctx, *kept)
             saved_is, _ = kept_for_backward(residual is not None, activation, bn.training, needs)
-            ctx.options = bn.eps, activation, saved_is, layout, m
+            ctx.options = bn.eps, activation, saved_is, layout
         return cast(Tensor, y)
 
     @staticmethod
@@ -427,7 +358,7 @@ class _BatchNorm(torch.autograd.Function):
 @plan.Planned
 def _forward(
     tensors: plan.Tensors, training: bool, momentum: float | None, eps: float, activation: str | None,
-    layout: torch.memory_format, m: Matrix, needs: Needs,
+    layout: torch.memory_format, needs: Needs,
 ) -> plan.Tensors:  # fmt: skip
     """y and what backward needs for the gradients of (input, residual, weight, bias) that ``needs`` asks for."""
     input, residual, running_mean, running_var, weight, bias, counter = cast(Any, tensors)
@@ -435,8 +366,13 @@ def _forward(
     x = input.contiguous(memory_format=layout)
     if residual is not None:
         residual = residual.contiguous(memory_format=layout)
-    norm = norm_of(bn, triton_statistics(x, m, bn) if training else None)
-    y = kernels.launch_normalize(x, m, norm, activation, residual)
+    stats = None
+    if training:
+        stats = x.new_empty((4, x.shape[1]), dtype=torch.float32)
+        launches.statistics(x, stats, running_mean, running_var, counter, momentum, eps)
+    norm = norm_of(bn, stats)
+    y = kernels.like(x)
+    launches.forward(x, residual, *norm[:4], y, eps, activation)
     saved_is, needs_x = kept_for_backward(residual is not None, activation, training, needs)
     saved = {"output": y, "residual": residual, None: None}[saved_is]
     return y, x if needs_x else None, saved, *norm[:4]
@@ -445,8 +381,28 @@ def _forward(
 @plan.Planned
 def _backward(
     tensors: plan.Tensors, eps: float, activation: str | None, saved_is: str | None, layout: torch.memory_format,
-    m: Matrix, needs: Needs,
+    needs: Needs,
 ) -> plan.Tensors:  # fmt: skip
-    dy, x, saved, mean, var, weight, bias = cast(Any, tensors)
+    """Gradients of (input, residual, weight, bias), where ``needs`` says so, of dy and what _forward kept."""
+    dy, x, saved, *norm = cast(Any, tensors)
+    _, var, weight, bias = norm
+    needs_input, needs_residual, needs_weight, needs_bias = needs
     dy = dy.contiguous(memory_format=layout)
-    return triton_backward(dy, x, saved, saved_is, Norm(mean, var, weight, bias, eps), m, activation, needs)
+    x = dy if x is None else x  # not kept and never read: only its shape and layout count
+    dx = dweight = dbias = coefficients = None
+    dz = unwritten = kernels.like(x) if needs_residual and activation is not None else None
+    behind = dy
+    if needs_weight or needs_bias or (needs_input and var is None):
+        dweight = kernels.gradient_like(weight) if needs_weight else None
+        dbias = kernels.gradient_like(bias) if needs_bias else None
+        if needs_input and var is None:
+            coefficients = x.new_empty((2, x.shape[1]), dtype=torch.float32)
+        launches.gradients(dy, x, saved, *norm, dz, dweight, dbias, coefficients, eps, activation, saved_is)
+        if dz is not None:  # read instead of dy and what the activation's gradient needs
+            behind, unwritten, saved, activation, saved_is = dz, None, None, None, None
+    if needs_input or unwritten is not None:
+        dx = kernels.like(x) if needs_input else None
+        launches.input_gradient(
+            behind, x, saved, *norm, coefficients, dx, unwritten, eps, activation, saved_is
+        )  # fmt: skip
+    return dx, (dy if dz is None else dz) if needs_residual else None, dweight, dbias

@@ -19,6 +19,7 @@ from tkernels.ops.conv_stage import config as tuning
 
 if runtime.HAS_TRITON:
     from tkernels.ops.batch_norm import kernels as batch_norm
+    from tkernels.ops.batch_norm import launches as batch_norm_launches
     from tkernels.ops.conv import kernels as conv
     from tkernels.ops.conv import kernels_backward as conv_backward
     from tkernels.ops.conv import kernels_depthwise as conv_depthwise
@@ -187,7 +188,7 @@ def _measured(
         raw, partials = pointwise.launch_forward(x, before[0], packed, bias, g, counter, before[1])
     else:
         raw, partials = kernels.launch_conv(x, packed, bias, g, None, counter)
-    return raw, bn_ops.norm_of(bn, bn_ops.merge_statistics(cast(Partials, partials), _matrix(raw), bn))
+    return raw, bn_ops.norm_of(bn, batch_norm_launches.merge_statistics(cast(Partials, partials), _matrix(raw), bn))
 
 
 class Wanted(NamedTuple):
