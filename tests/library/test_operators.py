@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -258,14 +259,19 @@ def test_compile_a_residual_block(training: bool, device: str, triton_runs: bool
     assert operators(counter.graphs[-1]) == ({"conv_stage"} if triton_runs else set())
 
 
-@slow_there
-def test_compile_with_the_same_tensor_twice(device: str) -> None:
-    x = draw(device, 4, 4)
+TWICE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "batch_norm": lambda x, weight: F.batch_norm(x, None, None, weight, weight, True, residual=x).square(),
+    "linear": lambda x, weight: F.linear(x, x, weight),
+    "matmul": lambda x, weight: F.matmul(x, x) * weight,
+    "cross_entropy": lambda x, weight: F.cross_entropy(x, x) * weight,
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param("batch_norm", marks=slow_there), "linear", "matmul", "cross_entropy"])
+def test_compile_with_the_same_tensor_twice(name: str, device: str) -> None:
+    x = torch.rand(4, 4, device=device, requires_grad=True)
     weight = torch.rand(4, device=device, requires_grad=True)
-
-    def call(x: Tensor, weight: Tensor) -> Tensor:
-        return F.batch_norm(x, None, None, weight, weight, True, residual=x).square()
-
+    call = TWICE[name]
     compare(torch.compile(call, backend="aot_eager", fullgraph=True)(x, weight), call(x, weight), [x, weight])
 
 

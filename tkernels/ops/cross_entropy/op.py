@@ -222,7 +222,7 @@ def _run(
 ) -> Tensor:  # fmt: skip
     """The kernels, differentiable where that is asked for."""
     if (input.requires_grad or target.requires_grad) and torch.is_grad_enabled():
-        y: Tensor = _CrossEntropy.apply(call, input, target, weight, options, loss_dtype)
+        y: Tensor = _CrossEntropy.apply(call, *autograd.apart(input, target), weight, options, loss_dtype)
         return y
     return cast(Tensor, _forward.of_call(call, (input, target, weight), options, loss_dtype)[0])
 

@@ -155,7 +155,7 @@ def _run(
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        y: Tensor = _Linear.apply(input, weight, bias, activation, p, seed, call)
+        y: Tensor = _Linear.apply(*autograd.apart(input, weight, bias), activation, p, seed, call)
         return y
     return cast(Tensor, _forward.of_call(call, (input, weight, bias, seed), activation, p, (False, False, False))[0])
 

@@ -122,7 +122,7 @@ def _as_rows(a: Tensor) -> Tensor | None:
 def _apply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """a [*, M, K] @ b [*, K, N], differentiable where that is asked for, in ``dtype`` (default: theirs)."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _Matmul.apply(a, b, dtype)
+        return _Matmul.apply(*autograd.apart(a, b), dtype)
     return forward(a, b, dtype)
 
 
