@@ -58,12 +58,12 @@ BN = pytest.mark.parametrize("activation, residual, given, channels_last", [
 
 
 @pytest.mark.gate("interp", "cuda")
-@BN
-def test_batch_norms_launches(
-    activation: str | None, residual: bool, given: bool, channels_last: bool, device: str
-) -> None:
-    maps = [draw(device, 3, 4, 3, 4, channels_last=channels_last).detach() for _ in range(5)]
-    x, dy, other, y, dz = maps
+@pytest.mark.parametrize(
+    "activation, residual, given", [(None, False, False), ("gelu", True, False), ("relu", False, True)]
+)
+def test_batch_norms_launches(activation: str | None, residual: bool, given: bool, device: str) -> None:
+    # (in the interpreter NCHW takes four times as long)
+    x, dy, other, y, dz = [draw(device, 3, 4, 3, 4, channels_last=True).detach() for _ in range(5)]
     added = other if residual else None
     weight, bias = torch.randn(4, device=device), torch.randn(4, device=device)
     # vectors of any strides
