@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Below this many channels a group, one step of the reduction would not fill the tensor cores' 16 lanes:
@@ -158,6 +159,11 @@ def matrix(shape: Sequence[int], channels_last: bool) -> Matrix:
     if spatial <= SMALL_PLANE:
         return Matrix(batch, channels, channels * spatial, spatial, False)
     return Matrix(batch, channels, spatial, 1, True)
+
+
+def as_nhwc(t: Tensor) -> Tensor:
+    """The tensor densely in NHWC order; itself where it is."""
+    return t.contiguous(memory_format=torch.channels_last)
 
 
 def suggests_channels_last(t: Tensor) -> bool:

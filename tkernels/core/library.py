@@ -46,7 +46,8 @@ def launches(name: str, mutates: str, flops: Callable[..., int] | None = None) -
             return ()
 
         def run(*arguments: Any, **keywords: Any) -> None:
-            rest = [None if i in places else a for i, a in enumerate(arguments)]
+            # (the dispatcher makes lists of tuples)
+            rest = [None if i in places else tuple(a) if isinstance(a, list) else a for i, a in enumerate(arguments)]
             planned(tuple([arguments[i] for i in places]), tuple(rest), tuple(keywords.items()))
 
         @functools.wraps(function)

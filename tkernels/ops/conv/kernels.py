@@ -235,20 +235,23 @@ def launch_pack(weight: Tensor, g: Geometry, dtype: torch.dtype, transposed: boo
                 config: Config | None = None) -> Tensor:  # fmt: skip
     """The weight as [C_out, (tap, C_in / groups)] in ``dtype``, rows g.row_pitch apart; ``transposed``: as
     [C_in, (tap, C_out / groups)]. The weight itself where it already lies so."""
-    if transposed:
-        rows, inner, group_rows = g.in_channels, g.group_out, g.group_in
-        columns = pitch = g.taps * inner
-    else:
-        rows, inner, group_rows = g.out_channels, g.group_in, g.group_out
-        columns, pitch = g.reduction, g.row_pitch
-        if not packs(weight, g, dtype):
-            return weight
-    packed = weight.new_empty((rows, pitch), dtype=dtype)
+    if not transposed and not packs(weight, g, dtype):
+        return weight
+    shape = (g.in_channels, g.taps * g.group_out) if transposed else (g.out_channels, g.row_pitch)
+    packed = weight.new_empty(shape, dtype=dtype)
+    pack(weight, packed, g, transposed, config)
+    return packed
+
+
+def pack(weight: Tensor, packed: Tensor, g: Geometry, transposed: bool = False, config: Config | None = None) -> None:
+    """Writes ``packed``, of launch_pack's shape."""
+    rows, pitch = packed.shape
+    inner, group_rows = (g.group_out, g.group_in) if transposed else (g.group_in, g.group_out)
+    columns = g.taps * inner
     config = config or tuning.pack(columns)
     grid = (cdiv(rows, config["BLOCK_R"]), cdiv(pitch, config["BLOCK_C"]))
     launch(conv_pack_kernel, grid, weight, packed, rows, columns, pitch, inner, group_rows, *weight.stride(),
                            KERNEL_W=g.kernel_w, TRANSPOSED=transposed, **config.options())  # fmt: skip
-    return packed
 
 
 def launch_forward(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, activation: str | None = None,
@@ -259,17 +262,24 @@ def launch_forward(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, 
     ``x``: [N, C, H, W], NHWC in memory and in the dtype of ``packed`` unless g.flattened (then any). ``packed``: from
     launch_pack; its dtype is the output's. ``channels_last``: the output's memory format.
     """
-    n = x.shape[0]
-    shape = (n, g.out_channels, g.out_h, g.out_w)
+    shape = (x.shape[0], g.out_channels, g.out_h, g.out_w)
     y = empty_pixels(x, shape, packed.dtype, channels_last)
     z = empty_pixels(x, shape, packed.dtype, channels_last) if keep_input else None
+    forward(x, packed, bias, y, z, g, activation, channels_last, config)
+    return y, z
+
+
+def forward(x: Tensor, packed: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, g: Geometry,
+            activation: str | None, channels_last: bool, config: Config | None = None) -> None:  # fmt: skip
+    """Writes y and z; arguments as launch_forward's."""
     if y.numel() == 0:
-        return y, z
+        return
+    n = x.shape[0]
     precision = runtime.dot_precision(packed.dtype, "conv")
     config = config or autotune.pick(
         "conv2d forward", n, (g, packed.dtype, precision, activation, channels_last),
         tuning.forward(g, packed.dtype, precision, targets.current()),
-        lambda c: launch_forward(x, packed, bias, g, activation, keep_input, channels_last, c), x,
+        lambda c: forward(x, packed, bias, y, z, g, activation, channels_last, c), x,
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     out_pixels = g.out_h * g.out_w
@@ -282,4 +292,3 @@ def launch_forward(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, 
         group_in, group_out, *strides, IN_UNIT=in_unit, OUT_UNIT=out_unit, FLAT=g.flattened, HALO=g.halo,
         NCHW=not channels_last, ACTIVATION=activation, PRECISION=precision, **window(g), **config.options(),
     )  # fmt: skip
-    return y, z

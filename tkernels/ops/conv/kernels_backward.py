@@ -382,15 +382,22 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, dtype: torch.dtype, ch
     ``dy``: NHWC. ``packed``: from launch_pack, with the same ``transposed``. ``saved``: NHWC, where dy is still to be
     multiplied by the activation's derivative.
     """
-    n = dy.shape[0]
-    dx = empty_pixels(dy, (n, g.in_channels, g.height, g.width), dtype, channels_last)
+    dx = empty_pixels(dy, (dy.shape[0], g.in_channels, g.height, g.width), dtype, channels_last)
+    input_gradient(dy, packed, dx, g, channels_last, transposed, saved, activation, config)
+    return dx
+
+
+def input_gradient(dy: Tensor, packed: Tensor, dx: Tensor, g: Geometry, channels_last: bool, transposed: bool,
+                   saved: Tensor | None, activation: str | None, config: Config | None = None) -> None:  # fmt: skip
+    """Writes dx; arguments as launch_dgrad's."""
     if dx.numel() == 0:
-        return dx
+        return
+    n = dy.shape[0]
     precision = runtime.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
         "conv2d dgrad", n, (g, dy.dtype, precision, activation, channels_last),
         tuning.dgrad(g, dy.dtype, precision, targets.current(), saved is not None),
-        lambda c: launch_dgrad(dy, packed, g, dtype, channels_last, transposed, saved, activation, c), dy,
+        lambda c: input_gradient(dy, packed, dx, g, channels_last, transposed, saved, activation, c), dy,
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
     largest = n * cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
@@ -405,7 +412,6 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, dtype: torch.dtype, ch
         TAP_STEP_W=g.stride_w // math.gcd(g.stride_w, g.dilation_w), NCHW=not channels_last,
         ACTIVATION=activation, PRECISION=precision, **window(g), **config.options(),
     )  # fmt: skip
-    return dx
 
 
 def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, needs_bias: bool = True,
@@ -453,8 +459,15 @@ def launch_merge(workspace: Tensor, g: Geometry, weight: Tensor | None, bias: Te
     """(dw, db) from a workspace, each like the given ``weight`` and ``bias`` in layout and dtype, or None."""
     dw = torch.empty_like(weight) if weight is not None else None
     db = torch.empty_like(bias) if bias is not None else None
+    merge(workspace, dw, db, g, config)
+    return dw, db
+
+
+def merge(workspace: Tensor, dw: Tensor | None, db: Tensor | None, g: Geometry,
+          config: Config | None = None) -> None:  # fmt: skip
+    """Writes dw and db, the sums of a workspace's runs."""
     runs, size = workspace.shape
-    weight_size = g.out_channels * g.reduction if weight is not None else 0
+    weight_size = g.out_channels * g.reduction if dw is not None else 0
     config = config or tuning.merge(size)
     rows, cols, out_on_rows = tuning.wgrad_sides(g)
     strides = dw.stride() if dw is not None else (0, 0, 0, 0)
@@ -463,4 +476,3 @@ def launch_merge(workspace: Tensor, g: Geometry, weight: Tensor | None, bias: Te
         workspace, dw, db, runs, size, weight_size, rows, cols, g.group_in, g.group_out,
         *strides, KERNEL_W=g.kernel_w, OUT_ON_ROWS=out_on_rows, **config.options(),
     )  # fmt: skip
-    return dw, db

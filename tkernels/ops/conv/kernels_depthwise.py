@@ -178,8 +178,15 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, 
     shape = (x.shape[0], g.out_channels, g.out_h, g.out_w)
     y = empty_pixels(x, shape, x.dtype, channels_last)
     z = empty_pixels(x, shape, x.dtype, channels_last) if keep_input else None
+    forward(x, weight, bias, y, z, g, activation, channels_last, config)
+    return y, z
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None, g: Geometry,
+            activation: str | None, channels_last: bool, config: Config | None = None) -> None:  # fmt: skip
+    """Writes y and z; arguments as launch_forward's."""
     if y.numel() == 0:
-        return y, z
+        return
     config = config or tuning.depthwise(g.out_channels, targets.current())
     channels, unit, multiplier = _unit(g)
     out_pixels = g.out_h * g.out_w
@@ -192,16 +199,22 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, 
         stride_w, UNIT=unit, MULTIPLIER=multiplier, NCHW=not channels_last, ACTIVATION=activation,
         UNROLL=g.kernel_w if g.kernel_w <= 7 else 1, **window(g), **config.options(),
     )  # fmt: skip
-    return y, z
 
 
 def launch_dgrad(dy: Tensor, weight: Tensor, g: Geometry, dtype: torch.dtype, channels_last: bool = True,
                  config: Config | None = None) -> Tensor:  # fmt: skip
     """dx, [N, C, H, W] in ``dtype``, in the memory format ``channels_last`` says. ``dy``: NHWC."""
-    n = dy.shape[0]
-    dx = empty_pixels(dy, (n, g.in_channels, g.height, g.width), dtype, channels_last)
+    dx = empty_pixels(dy, (dy.shape[0], g.in_channels, g.height, g.width), dtype, channels_last)
+    input_gradient(dy, weight, dx, g, channels_last, config)
+    return dx
+
+
+def input_gradient(dy: Tensor, weight: Tensor, dx: Tensor, g: Geometry, channels_last: bool,
+                   config: Config | None = None) -> None:  # fmt: skip
+    """Writes dx; arguments as launch_dgrad's."""
     if dx.numel() == 0:
-        return dx
+        return
+    n = dy.shape[0]
     config = config or tuning.depthwise(g.in_channels, targets.current())
     channels, unit, multiplier = _unit(g)
     largest = n * cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
@@ -216,7 +229,6 @@ def launch_dgrad(dy: Tensor, weight: Tensor, g: Geometry, dtype: torch.dtype, ch
         TAP_STEP_W=g.stride_w // math.gcd(g.stride_w, g.dilation_w), NCHW=not channels_last, **window(g),
         **config.options(),
     )  # fmt: skip
-    return dx
 
 
 def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_bias: bool = True, config: Config | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,18 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tkernels.core import _torch, autograd, autotune, checks, plan, targets
 from tkernels.core import activation as activations
-from tkernels.core import autograd, autotune, checks, plan, targets
 from tkernels.core import mode as runtime
-from tkernels.core.geometry import Geometry, suggests_channels_last
+from tkernels.core.geometry import Geometry, as_nhwc, suggests_channels_last
 from tkernels.ops.conv import routing
 
 if runtime.HAS_TRITON:
     from tkernels.ops.conv import kernels
-    from tkernels.ops.conv import kernels_backward as conv_backward
-    from tkernels.ops.conv import kernels_depthwise as conv_depthwise
+    from tkernels.ops.conv import launches
 
-__all__ = ["conv2d"]
+__all__ = ["as_nhwc", "conv2d"]
 
 IntOrPair = int | Sequence[int]
 
@@ -52,34 +52,11 @@ def conv2d(
     if runtime.leaves_to_torch(input) or not _takes_triton(input, weight, bias):
         return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
     g, autocast = _checked(input, weight, bias, stride, padding, dilation, groups)
-    if runtime.traced():
-        if input.dim() == 3:
-            return _registered(input.unsqueeze(0), weight, bias, padding, g, activation, autocast).squeeze(0)
-        return _registered(input, weight, bias, padding, g, activation, autocast)
     if runtime.get_backend() == "auto" and torch_is_faster(input, weight, bias, g, activation, autocast):
         return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
     if input.dim() == 3:
         return _triton_body(input.unsqueeze(0), weight, bias, g, activation, autocast).squeeze(0)
     return _triton_body(input, weight, bias, g, activation, autocast)
-
-
-def _registered(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: IntOrPair | str, g: Geometry, activation: str | None,
-    autocast: torch.dtype | None,
-) -> Tensor:  # fmt: skip
-    """The call as torch.ops.tkernels.conv2d, whose padding is a number a side."""
-    pad = g.pad_h, g.pad_w
-    if padding == "same":
-        both = g.dilation_h * (g.kernel_h - 1), g.dilation_w * (g.kernel_w - 1)
-        below, right = both[0] - 2 * pad[0], both[1] - 2 * pad[1]  # the odd one, where there is one
-        if below or right:
-            x = F.pad(x, (0, right, 0, below))
-    dtype = autocast or x.dtype
-    y: Tensor = torch.ops.tkernels.conv2d(
-        x.to(dtype), weight, bias, (g.stride_h, g.stride_w), pad, (g.dilation_h, g.dilation_w), g.groups, activation,
-        dtype,
-    )[0]  # fmt: skip
-    return y
 
 
 def _checked(
@@ -241,6 +218,9 @@ def torch_is_faster(
 ) -> bool:
     """Whether backend 'auto' leaves this convolution to PyTorch: by estimate, or as measured where autotuning is on."""
     dtype = autocast or x.dtype
+    if runtime.traced():
+        sizes = g.in_channels, g.out_channels, g.groups, g.kernel_h, g.kernel_w, g.stride_h, g.stride_w
+        return _torch_is_faster_in_traces(*[operator.index(size) for size in sizes], dtype, activation is not None)
     images = x.shape[0] if x.dim() == 4 else 1
     precision = runtime.dot_precision(dtype, "conv")
     if not autotune.enabled:
@@ -262,6 +242,18 @@ def torch_is_faster(
         )  # fmt: skip
 
 
+@_torch.constant_in_traces  # which has no business with facts of GPUs
+def _torch_is_faster_in_traces(
+    in_channels: int, out_channels: int, groups: int, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int,
+    dtype: torch.dtype, fused: bool,
+) -> bool:  # fmt: skip
+    """The estimate for many large maps: in a trace their sizes may be symbols, and one graph serves them all."""
+    side = 64
+    g = Geometry(in_channels, out_channels, groups, side * stride_h, side * stride_w, kernel_h, kernel_w, stride_h,
+                 stride_w, 0, 0, 1, 1, side, side)  # fmt: skip
+    return routing.compute_bound(g, 256, dtype, runtime.dot_precision(dtype, "conv"), fused, targets.current())
+
+
 def _triton_body(
     x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, activation: str | None, autocast: torch.dtype | None
 ) -> Tensor:
@@ -276,104 +268,39 @@ def _triton_body(
     return cast(Tensor, _forward((x, weight, bias), g, dtype, activation, False)[0])
 
 
-def as_nhwc(t: Tensor) -> Tensor:
-    """The tensor densely in NHWC order; itself where it is."""
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    g: Geometry,
-    dtype: torch.dtype,
-    activation: str | None,
-    keep_input: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, the activation's input if ``keep_input``, the packed weight unless depthwise)."""
+@plan.Planned
+def _forward(
+    tensors: plan.Tensors, g: Geometry, dtype: torch.dtype, activation: str | None, keep_input: bool
+) -> plan.Tensors:
+    """y, the activation's input if ``keep_input``, and the packed weight where the weight is to be packed."""
+    x, weight, bias = cast(Any, tensors)
     channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
-    if bias is not None:
-        bias = bias.contiguous()
-    if g.depthwise:
-        return *conv_depthwise.launch_forward(as_nhwc(x), weight, bias, g, activation, keep_input, channels_last), None
-    packed = kernels.launch_pack(weight, g, dtype)
-    if not g.flattened:
-        x = as_nhwc(x)
-    return *kernels.launch_forward(x, packed, bias, g, activation, keep_input, channels_last), packed
+    shape = (x.shape[0], g.out_channels, g.out_h, g.out_w)
+    y = kernels.empty_pixels(x, shape, dtype, channels_last)
+    z = kernels.empty_pixels(x, shape, dtype, channels_last) if keep_input else None
+    packed = None
+    if not g.depthwise and kernels.packs(weight, g, dtype):
+        packed = weight.new_empty((g.out_channels, g.row_pitch), dtype=dtype)
+    launches.forward(x, weight, bias, y, z, packed, tuple(g), activation, channels_last)
+    return y, z, packed
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    packed: Tensor | None,
-    saved: Tensor | None,
-    g: Geometry,
-    activation: str | None,
-    channels_last: bool,
-    needs_input: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input (in the memory format ``channels_last`` says, if ``needs_input``), weight and bias.
-
-    ``x``, ``bias``: None where the weight's, the bias's gradient is not needed. ``packed``: the weight as forward
-    packed it, if it did. ``saved``: what the activation's gradient needs.
-    """
-    dz, saved = _masked(dy, saved, g, activation, needs_input)
-    fused = activation if saved is not None else None
+@plan.Planned
+def _backward(
+    tensors: plan.Tensors, g: Geometry, activation: str | None, channels_last: bool, needs_input: bool
+) -> plan.Tensors:
+    """Gradients of input (in the memory format ``channels_last`` says, if ``needs_input``), weight (where x is given)
+    and bias (where it is)."""
+    dy, x, weight, bias, packed, saved = cast(Any, tensors)
     dx = dw = db = None
     if needs_input:
-        if g.depthwise:
-            dx = conv_depthwise.launch_dgrad(dz, weight, g, dz.dtype, channels_last)
-        else:
-            # tf32 products on tensor cores want both operands contiguous along the reduction
-            transposed = runtime.dot_precision(dz.dtype, "conv") == "tf32"
-            if transposed or packed is None:
-                packed = kernels.launch_pack(weight, g, dz.dtype, transposed)
-            dx = conv_backward.launch_dgrad(dz, packed, g, dz.dtype, channels_last, transposed, saved, fused)
-    if x is not None or bias is not None:
-        workspace = _weight_sums(x, dz, saved, g, fused, bias is not None)
-        dw, db = conv_backward.launch_merge(workspace, g, weight if x is not None else None, bias)
+        dx = kernels.empty_pixels(dy, (dy.shape[0], g.in_channels, g.height, g.width), dy.dtype, channels_last)
+    if x is not None:
+        dw = torch.empty_like(weight)
+    if bias is not None:
+        db = torch.empty_like(bias)
+    launches.gradients(dy, x, weight, packed, saved, dx, dw, db, tuple(g), activation, channels_last)
     return dx, dw, db
-
-
-def _weight_sums(
-    x: Tensor | None, dz: Tensor, saved: Tensor | None, g: Geometry, activation: str | None, needs_bias: bool
-) -> Tensor:
-    """The workspace of the weight's gradient (where ``x`` is given) and the bias's."""
-    if x is None:
-        return conv_backward.launch_wgrad(dz, dz, g, False, needs_bias, saved, activation)
-    if g.depthwise:
-        return conv_depthwise.launch_wgrad(as_nhwc(x), dz, g, needs_bias)
-    return conv_backward.launch_wgrad(x if g.flattened else as_nhwc(x), dz, g, True, needs_bias, saved, activation)
-
-
-def _masked(
-    dy: Tensor, saved: Tensor | None, g: Geometry, activation: str | None, needs_input: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dy in NHWC, and ``saved`` if the activation's derivative is left to the gradient kernels.
-
-    They apply it in their prologue where each reads dy once. The input gradient of a larger window reads every element
-    once a tap: there one pass beforehand moves fewer bytes, and it changes the layout too where that is needed.
-    """
-    if activation is None or saved is None:
-        return as_nhwc(dy), None
-    read_once = not g.depthwise and not (needs_input and g.taps > 1)
-    if read_once and kernels.is_nhwc(dy) and kernels.is_nhwc(saved):
-        return dy, saved
-    return conv_backward.launch_mask(dy, saved, activation, not kernels.is_nhwc(saved)), None
-
-
-@plan.Planned
-def _forward(tensors: plan.Tensors, *options: Any) -> plan.Tensors:
-    x, weight, bias = cast(Any, tensors)
-    return forward(x, weight, bias, *options)
-
-
-@plan.Planned
-def _backward(tensors: plan.Tensors, *options: Any) -> plan.Tensors:
-    dy, x, weight, bias, packed, saved = cast(Any, tensors)
-    return backward(dy, x, weight, bias, packed, saved, *options)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -396,7 +323,7 @@ class _Conv2d(torch.autograd.Function):
             x if needs_weight else None,
             weight,
             bias if needs_bias else None,
-            packed if needs_input and packed is not weight else None,
+            packed if needs_input else None,
             None if activation is None else z if z is not None else y,
         )
         ctx.g, ctx.activation = g, activation
