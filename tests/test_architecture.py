@@ -30,11 +30,10 @@ ALLOWED = {
     "kernels": {"core", "config", "kernels"},
     "door": {"cpu"},
     "ops": {"core", "door", "config", "kernels", "ops"},
-    "library": {"core", "config", "kernels", "ops", "library"},  # until it is deleted
     "functional": {"ops"},
     "nn": {"core", "ops", "functional", "nn"},
     "fusion": {"core", "door", "config", "ops", "functional", "fusion"},
-    "face": {"core", "functional", "library", "nn", "fusion", "face"},
+    "face": {"core", "functional", "nn", "fusion", "face"},
 }
 CONFIG = ("config", "layout", "routing")
 # What a file may not import though its layer could.
@@ -46,8 +45,8 @@ TRITON = re.compile(r"core/(device|launch|autotune|_torch)\.py|ops/\w+/kernels\w
 
 # (file, what it imports): arrows upwards that are known, and to be removed.
 UPWARDS: set[tuple[str, str]] = set()
-# Files that are to be deleted and say torch's private names until then.
-SAYS_PRIVATE = {"core/_torch.py", "library/common.py"}
+# Where torch's private names are said.
+SAYS_PRIVATE = {"core/_torch.py"}
 # What a NamedTuple offers under names with an underscore.
 NAMEDTUPLE = ("_replace", "_fields", "_make", "_asdict")
 PYTHONS = ("_operator",)  # a module of Python's
@@ -59,7 +58,7 @@ Rule = Callable[[str, ast.Module], Iterator[tuple[int, str]]]
 def layer(file: str) -> str:
     """Of a file of tkernels/, or of a module's name written as one."""
     parts = file.removesuffix(".py").split("/")
-    if parts[0] in ("core", "cpu", "library", "nn", "fusion", "functional"):
+    if parts[0] in ("core", "cpu", "nn", "fusion", "functional"):
         return parts[0]
     if parts[0] != "ops":
         return "face"

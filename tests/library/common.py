@@ -21,7 +21,9 @@ def operators(module: torch.nn.Module) -> set[str]:
     targets += [str(a) for graph in graphs for node in graph.nodes for a in node.args]
     names = [target.split(".")[1] for target in targets if target.startswith("tkernels.")]
     return {
-        re.sub("_(forward|statistics|row_sums|(input_|weight_|target_|query_|key_value_)?gradients?)$", "", name)
+        re.sub(
+            "_(forward|backward|statistics|row_sums|(input_|weight_|target_|query_|key_value_)?gradients?)$", "", name
+        )
         for name in names
     }
 

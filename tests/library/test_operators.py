@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import tkernels
 import tkernels.functional as F
 import tkernels.nn as tnn
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
-from tests.library.common import compare_compiled, operators
-from tkernels.core import activation as activations
+from tests.library.common import check_dropout_in_compile, compare_compiled, operators
 from tkernels.nn.conv_stage import layer_of
 from tkernels.ops.conv.op import geometry
 
@@ -203,50 +204,63 @@ def test_cross_entropy_compiles_with_any_batch(
     assert operators(counter.graphs[-1]) == ({"cross_entropy"} if triton_runs else set())
 
 
+class Calls(TorchDispatchMode):
+    """Notes the calls of registered operators, which a FLOP counter has passes go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "tkernels":
+            self.seen.append((func, tree_map_only(Tensor, lambda t: t.detach().clone(), args)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.gate("interp", "cuda")
 @slow_there
 @pytest.mark.parametrize("given, pool, kernel, names, adds", [
     (False, True, 3, ("relu", "relu"), False), (True, False, 1, ("silu", "relu"), True),
     (False, False, 1, ("relu", "hardswish"), True), (False, False, 3, (None, None), True),
     (False, True, 1, ("relu6", "silu"), False),
 ])  # fmt: skip
-def test_conv_stage(
+def test_conv_stages_passes(
     given: bool, pool: bool, kernel: int, names: tuple[str | None, ...], adds: bool, device: str
 ) -> None:
     x = draw(device, 2, 3, 4, 4)
-    weights = [draw(device, 8, 3, 3, 3), draw(device, 4, 8, kernel, kernel)]
-    vectors: list[Tensor] = []
-    for c in (8, 4):
-        vectors += [draw(device, c), draw(device, c), draw(device, c)]
-        vectors += [torch.randn(c), torch.rand(c) + 0.5] if given else [torch.empty(0), torch.empty(0)]
-    vectors = [t.to(device) if not t.requires_grad else t for t in vectors]
+    layers = []
+    for c_in, c_out, size, name, eps in ((3, 8, 3, names[0], 1e-5), (8, 4, kernel, names[1], 1e-4)):
+        running = torch.randn(c_out, device=device), torch.rand(c_out, device=device) + 0.5
+        counter = torch.tensor(3, device=device)
+        layers.append(
+            F.ConvBNLayer(draw(device, c_out, c_in, size, size), *(draw(device, c_out) for _ in range(3)), *running,
+                          counter, padding="same", momentum=None if size == 1 else 0.1, eps=eps, activation=name)
+        )  # fmt: skip
     residual = draw(device, 2, 4, 4, 4) if adds else None
-    args = (x, weights, vectors, [1, 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1], [1e-5, 1e-4],
-            [activations.ACTIVATIONS.index(name) for name in names], residual,
-            [2, 2, 2, 2, 0, 0] if pool else [1, 1, 1, 1, 0, 0], 0.0, None, torch.float32, True)  # fmt: skip
-    torch.library.opcheck(ops.conv_stage, args)
-    layers = [
-        F.ConvBNLayer(weights[i], *(t if t.numel() else None for t in vectors[5 * i : 5 * i + 5]), padding="same",
-                      eps=(1e-5, 1e-4)[i], activation=names[i])
-        for i in range(2)
-    ]  # fmt: skip
-    expected = F.conv_stage(x, layers, 2 if pool else None, 0.0, not given, residual)
-    leaves = [x, *weights, *(t for t in vectors if t.requires_grad), *([residual] if residual is not None else [])]
-    compare(ops.conv_stage(*args)[0], expected, leaves)
+    moved = [t for layer in layers for t in layer[4:7] if t is not None]
+    before = [t.clone() for t in moved]
+    leaves = [x, *(t for layer in layers for t in layer[:4] if t is not None)]
+    leaves += [] if residual is None else [residual]
 
+    def run(differentiates: bool) -> list[Tensor]:
+        for t, value in zip(moved, before):
+            t.copy_(value)
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(differentiates):
+            y = F.conv_stage(x, layers, 2 if pool else None, 0.5 if pool else 0.0, not given, residual)
+        gradients = torch.autograd.grad(y, leaves, torch.randn_like(y)) if differentiates else ()
+        return [y, *gradients, *(t.clone() for t in moved)]
 
-@slow_there
-def test_conv_stage_replays_dropout(device: str) -> None:
-    x, w = draw(device, 8, 3, 4, 4), draw(device, 8, 3, 1, 1)
-    none = torch.empty(0, device=device)
-    seed = torch.tensor(5, device=device)
-    y = ops.conv_stage(
-        x, [w], [none] * 5, [1, 1, 0, 0, 1, 1, 1], [1e-5], [1], None, [1, 1, 1, 1, 0, 0], 0.5, seed, torch.float32, True
-    )[0]
-    dropped = (y == 0).flatten(2).all(2)
-    assert 0.2 < dropped.float().mean() < 0.8
-    dy = torch.zeros_like(y)
-    dy[dropped] = 1.0
-    assert (torch.autograd.grad(y, w, dy)[0] == 0).all()
+    forward, backward = ops.conv_stage_forward.default, ops.conv_stage_backward.default
+    seen = []
+    for differentiates, expected_calls in ((True, [forward, backward]), (False, [forward])):
+        expected = run(differentiates)
+        with FlopCounterMode(display=False), Calls() as calls:
+            torch.testing.assert_close(run(differentiates), expected)
+        assert [call[0] for call in calls.seen] == expected_calls
+        seen += calls.seen
+    for operator, arguments in seen:
+        torch.library.opcheck(operator, arguments)
 
 
 class Everything(torch.nn.Module):
@@ -310,6 +324,11 @@ def test_compile_with_the_same_tensor_twice(name: str, device: str) -> None:
     weight = torch.rand(4, device=device, requires_grad=True)
     call = TWICE[name]
     compare(torch.compile(call, backend="aot_eager", fullgraph=True)(x, weight), call(x, weight), [x, weight])
+
+
+@slow_there
+def test_conv_stage_draws_dropout_anew_in_compile(device: str) -> None:
+    check_dropout_in_compile(tnn.ConvStage([3, 16], 1, dropout=0.5).to(device), torch.randn(8, 3, 2, 2, device=device))
 
 
 @slow_there

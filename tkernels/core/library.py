@@ -1,7 +1,8 @@
 """Launch functions as torch.library operators, for whoever traces: torch.compile, export, fake tensors, FLOP counts.
 
 What is registered is the launch, not the operator: a function that writes into tensors it is given (``mutates``), whose
-fake does nothing. The operator around it (checks, autograd, allocations) is traced as it is written.
+fake does nothing. The operator around it (checks, autograd, allocations) is traced as it is written. A pass that is too
+long to be traced, or whose workspaces depend on the batch, is registered as a whole (``whole_pass``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tkernels.core import mode
 from tkernels.core.plan import Planned, Slot
 
 Launches = Callable[..., None]
+Results = Callable[..., list[Tensor]]
 
 _library = torch.library.Library("tkernels", "FRAGMENT")
 
@@ -61,17 +63,36 @@ def launches(name: str, mutates: str, flops: Callable[..., int] | None = None) -
                 bound.apply_defaults()
                 run(*bound.args, **bound.kwargs)
 
-        if not hasattr(torch.ops.tkernels, name):  # else it is a copy of the module
-            _library.define(f"{name}{_schema(function, positional, mutates.split())}")
-            _library.impl(name, run, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"tkernels::{name}", lambda *args, **kwargs: None, lib=_library)
-            if flops is not None:
-                counted = lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs)  # noqa: E731
-                register_flop_formula(getattr(torch.ops.tkernels, name))(counted)
-        registered = getattr(torch.ops.tkernels, name)
+        schema = _schema(function, positional, mutates.split())
+        registered = _register(name, schema, run, lambda *args, **kwargs: None, flops)
         return wrapper
 
     return decorate
+
+
+def whole_pass(name: str, fake: Results, flops: Callable[..., int]) -> Callable[[Results], Results]:
+    """Decorator of a function for traces alone, which becomes torch.ops.tkernels.``name``: it returns tensors of
+    storage of their own, as many as ``fake`` makes of the same arguments and laid out as there."""
+
+    def decorate(function: Results) -> Results:
+        schema = _schema(function, list(inspect.signature(function).parameters), [])
+        registered: Results = _register(name, schema, function, fake, flops)
+        return registered
+
+    return decorate
+
+
+def _register(
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None
+) -> Any:
+    if not hasattr(torch.ops.tkernels, name):  # else it is a copy of the module
+        _library.define(f"{name}{schema}")
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tkernels::{name}", fake, lib=_library)
+        if flops is not None:
+            counted = lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs)  # noqa: E731
+            register_flop_formula(getattr(torch.ops.tkernels, name))(counted)
+    return getattr(torch.ops.tkernels, name)
 
 
 def no_flops(*args: Any, **kwargs: Any) -> int:
@@ -79,12 +100,12 @@ def no_flops(*args: Any, **kwargs: Any) -> int:
     return 0
 
 
-def _schema(function: Launches, positional: list[str], mutated: list[str]) -> str:
+def _schema(function: Callable[..., Any], positional: list[str], mutated: list[str]) -> str:
     signature = inspect.signature(function, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name in positional]
 
     def stub(*args: Any) -> None: ...
 
     stub.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-    stub.__annotations__ = {p.name: p.annotation for p in own} | {"return": None}
+    stub.__annotations__ = {p.name: p.annotation for p in own} | {"return": signature.return_annotation}
     return str(torch.library.infer_schema(stub, mutates_args=mutated))

@@ -18,8 +18,7 @@ from tkernels.core.geometry import Geometry, as_nhwc, suggests_channels_last
 from tkernels.ops.conv import routing
 
 if runtime.HAS_TRITON:
-    from tkernels.ops.conv import kernels
-    from tkernels.ops.conv import launches
+    from tkernels.ops.conv import kernels, launches
 
 __all__ = ["as_nhwc", "conv2d"]
 

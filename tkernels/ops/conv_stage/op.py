@@ -1,22 +1,24 @@
-"""A conv stage, n x (conv -> batch norm -> activation), max pooling, Dropout2d: checks, choice of a body, PyTorch's."""
+"""A conv stage, n x (conv -> batch norm -> activation), max pooling, Dropout2d: checks, choice of a body, autograd,
+PyTorch's body."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import checks, plan
+from tkernels.core import autograd, checks, plan
 from tkernels.core import mode as runtime
-from tkernels.core.geometry import Geometry, Pooling, no_pooling
+from tkernels.core.geometry import Geometry, Pooling, no_pooling, suggests_channels_last
 from tkernels.core.records import TENSORS, ConvBNLayer, MaxPool, StageCall
 from tkernels.ops import cpu
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
-from tkernels.ops.conv_stage import triton_body as conv_stage_triton
+from tkernels.ops.conv_stage import passes
 
 __all__ = ["ConvBNLayer", "MaxPool", "conv_stage"]
 
@@ -47,7 +49,7 @@ def conv_stage(
     key = None if runtime.leaves_to_torch(input) else _key(input, layers, pool, dropout_p, training, residual)
     call = _calls.get(key)
     if call is not None:
-        return conv_stage_triton.run(input, layers, call.value, residual, call)
+        return _run(input, layers, call.value, residual, call)
     checks.tensor(input=input)
     if runtime.jit_traced():  # sizes are none there
         runtime.use_triton(input)
@@ -72,10 +74,8 @@ def conv_stage(
     if input.numel() == 0 or not runtime.use_triton(input, *tensors, residual):
         y = None if cpu is None or residual is not None else cpu.conv_stage(input, layers, stage)
         return y if y is not None else _torch_body(input, layers, pool, p, training, residual)
-    if runtime.traced():
-        return _registered(input, layers, stage, residual)
     call = None if key is None else _calls.add(key, plan.Call(stage))
-    return conv_stage_triton.run(input, layers, stage, residual, call)
+    return _run(input, layers, stage, residual, call)
 
 
 # calls that passed the checks, with what they come to
@@ -87,7 +87,7 @@ def _key(
     residual: Tensor | None,
 ) -> Hashable | None:  # fmt: skip
     try:
-        tensors = conv_stage_triton.tensors(input, layers, residual)
+        tensors = passes.call_tensors(input, layers, residual)
         others = tuple([layer[TENSORS:] for layer in layers])
     except TypeError:  # layers that are none
         return None
@@ -198,34 +198,52 @@ def _torch_body(
     return torch.nn.functional.dropout2d(x, p) if p > 0 else x
 
 
-def _registered(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, residual: Tensor | None) -> Tensor:
-    """The call as torch.ops.tkernels.conv_stage, which is functional: running statistics are moved here."""
-    measured = [layer.measures(stage.training) for layer in layers]
-    vectors: list[Tensor | None] = []
-    windows: list[int] = []
-    for layer, from_batch in zip(layers, measured):
-        given = (None, None) if from_batch else (layer.running_mean, layer.running_var)
-        vectors += [layer.bias, layer.bn_weight, layer.bn_bias, *given]
-        padding = layer.padding
-        if isinstance(padding, str):
-            padding = -1 if padding == "same" else 0
-        for value in (layer.stride, padding, layer.dilation):
-            windows += conv_ops.pair("window", value)
-        windows.append(layer.groups)
-    weights = [layer.weight for layer in layers]
-    differentiates = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *weights, *vectors, residual)
-    )  # fmt: skip
-    window = stage.pool
-    pool = [window.kernel_h, window.kernel_w, window.stride_h, window.stride_w, window.pad_h, window.pad_w]
+class _ConvStage(torch.autograd.Function):
+    """Saved are, of each layer, the raw output, vectors, and the input (the activation of the layer before) unless the
+    layer formed it from the raw output before as it loaded it; and what behind_residual says."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: plan.Call | None, stage: StageCall, layers: Sequence[ConvBNLayer], x: Tensor,
+        *others: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """``others``: the layers' parameters, and the residual."""
+        seed = runtime.dropout_seed(x) if stage.p > 0 else None
+        y, *kept = _forward(call, x, layers, stage, seed, others[-1], ctx.needs_input_grad[3:])
+        autograd.save(ctx, seed, *kept)
+        ctx.stage, ctx.eps = stage, tuple(layer.eps for layer in layers)
+        ctx.input_format = x.dtype, suggests_channels_last(x)
+        return cast(Tensor, y)
+
+    @staticmethod
+    @autograd.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.stage, ctx.eps, ctx.needs_input_grad[3:], ctx.input_format
+        return None, None, None, *passes.backward((dy, *autograd.saved(ctx)), *given)
+
+
+def _forward(
+    call: plan.Call | None, x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, seed: Tensor | None,
+    residual: Tensor | None, needs: tuple[bool, ...] | None,
+) -> plan.Tensors:  # fmt: skip
+    given = (*passes.call_tensors(x, layers, residual), seed)
+    options = tuple([(layer.momentum, layer.eps, layer.counts(stage.training)) for layer in layers])
+    return passes.forward.of_call(call, given, stage, options, needs)
+
+
+def _run(
+    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, residual: Tensor | None, call: plan.Call | None
+) -> Tensor:
+    """The kernels, differentiable where that is asked for."""
+    if residual is not None:
+        residual = residual.to(stage.dtype)
+    if torch.is_grad_enabled():
+        others = [t for layer in layers for t in layer[:4]]
+        others.append(residual)
+        if x.requires_grad or any(t is not None and t.requires_grad for t in others):
+            if runtime.traced():  # names of their own: Dynamo takes no tensor twice, and a residual is often x
+                others = [t if t is None else t.view_as(t) for t in others]
+            y: Tensor = _ConvStage.apply(call, stage, layers, x, *others)
+            return y
     seed = runtime.dropout_seed(x) if stage.p > 0 else None
-    y, *stats = torch.ops.tkernels.conv_stage(
-        x, weights, [x.new_empty(0) if t is None else t for t in vectors], windows,
-        [float(layer.eps) for layer in layers], [activations.ACTIVATIONS.index(name) for name in stage.activations],
-        residual, pool, stage.p, seed, stage.dtype, differentiates or any(measured),
-    )[: 1 + len(layers)]  # fmt: skip
-    for layer, found, g in zip(layers, stats, stage.geometries):
-        if layer.counts(stage.training):
-            bn_ops.track(found, x.shape[0] * g.out_h * g.out_w, layer.batch_norm(stage.training))
-    result: Tensor = y
-    return result
+    return cast(Tensor, _forward(call, x, layers, stage, seed, residual, None)[0])

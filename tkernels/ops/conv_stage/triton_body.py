@@ -1,18 +1,18 @@
-"""A conv stage on Triton: its forward, its backward, and the autograd function of both."""
+"""A conv stage on Triton: its forward and its backward, as sequences of launches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, geometry, plan, targets
 from tkernels.core import mode as runtime
+from tkernels.core import targets
 from tkernels.core.geometry import Geometry, Matrix, Pooling, matrix, no_pooling
-from tkernels.core.records import TENSORS, BatchNorm, ConvBNLayer, Norm, Partials, StageCall, WeightSums
+from tkernels.core.records import BatchNorm, ConvBNLayer, Norm, Partials, StageCall, WeightSums
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
 from tkernels.ops.conv_stage import config as tuning
@@ -28,15 +28,7 @@ if runtime.HAS_TRITON:
     from tkernels.ops.conv_stage import kernels_pointwise as pointwise
     from tkernels.ops.conv_stage import kernels_weights as weight_kernels
 
-__all__ = [
-    "SavedLayer",
-    "backward",
-    "behind_residual",
-    "conv_input",
-    "forward",
-    "normalizes_in_next",
-    "run",
-]
+__all__ = ["SavedLayer", "backward", "behind_residual", "conv_input", "forward", "kept_maps", "wanted"]
 
 
 # the norm and the activation that a raw map has yet to go through, None where it is no raw map
@@ -73,10 +65,11 @@ class SavedLayer(NamedTuple):
 
 
 def forward(
-    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, keep: bool, seed: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor, list[SavedLayer]]:
-    """(y, what backward needs of each layer if ``keep``). ``seed``: dropout's; ``residual``: in the maps' dtype."""
-    nhwc = geometry.stage_channels_last(x, [layer.weight for layer in layers], stage.geometries)[-1]
+    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, nhwc: bool, keep: bool, seed: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, list[SavedLayer]]:  # fmt: skip
+    """(y, what backward needs of each layer if ``keep``). ``x``: conv_input's; ``nhwc``: whether y is channels_last;
+    ``seed``: dropout's; ``residual``: in the maps' dtype."""
     saved: list[SavedLayer] = []
     packed = _pack(layers, stage)
     last = len(layers) - 1
@@ -84,8 +77,6 @@ def forward(
     for i, (layer, g) in enumerate(zip(layers, stage.geometries)):
         end, activation = i == last, stage.activations[i]
         bn = layer.batch_norm(stage.training)
-        if before is None:
-            x = conv_input(x, g, stage.dtype)
         if not (bn.training or keep):
             in_nhwc = nhwc or not (end and stage.plain_end)
             x = _folded(x, packed[i], layer, bn_ops.norm_of(bn), g, in_nhwc, activation, residual if end else None)
@@ -99,7 +90,7 @@ def forward(
         if keep:
             read = x if before is None else None
             saved.append(SavedLayer(read, layer.weight, layer.bias, packed[i], raw, *norm[:4]))
-        before = (norm, activation) if not end and normalizes_in_next(layers[i + 1], stage, i + 1) else None
+        before = (norm, activation) if not end and _normalizes_in_next(layers[i + 1], stage, i + 1) else None
         if before is not None:
             x = raw
         elif end and not stage.plain_end:
@@ -124,7 +115,7 @@ def _unpooled(x: Tensor) -> Pooling:
     return no_pooling(x.shape[2], x.shape[3])
 
 
-def normalizes_in_next(layer: ConvBNLayer, stage: StageCall, i: int) -> bool:
+def _normalizes_in_next(layer: ConvBNLayer, stage: StageCall, i: int) -> bool:
     """Whether layer ``i`` normalises and activates its input itself."""
     return layer.measures(stage.training) and tuning.applies_in_prologue(
         stage.geometries[i], stage.dtype, targets.current()
@@ -204,20 +195,34 @@ class Wanted(NamedTuple):
     below: bool
 
 
-def wanted(needs: Sequence[bool], saved: Sequence[SavedLayer]) -> list[Wanted]:
-    """What each layer's backward has to do for the gradients ``needs`` asks for, as backward's."""
+def wanted(needs: Sequence[bool], measured: Sequence[bool]) -> list[Wanted]:
+    """What each layer's backward has to do for the gradients ``needs`` asks for, as backward's. ``measured``: whether
+    the batch's statistics normalised it."""
     found: list[Wanted] = []
     below = needs[0]
-    for i, layer in enumerate(saved):
+    for i, from_batch in enumerate(measured):
         weight, bias, bn_weight, bn_bias = needs[1 + 4 * i : 5 + 4 * i]
-        measured = layer.var is None
         # batch statistics take a bias away again: its gradient is zero, nothing has to be computed for it
-        bias = bias and not measured
+        bias = bias and not from_batch
         raw = weight or below or bias
-        sums = bn_weight or bn_bias or (measured and raw)
+        sums = bn_weight or bn_bias or (from_batch and raw)
         found.append(Wanted(weight, bias, bn_weight, bn_bias, raw, sums, below))
         below = below or weight or bias or bn_weight or bn_bias
     return found
+
+
+def kept_maps(
+    layers: Sequence[ConvBNLayer], stage: StageCall, tasks: Sequence[Wanted], reads_last: bool
+) -> list[tuple[bool, bool]]:
+    """Of each layer, whether backward reads its input and its raw output. ``reads_last``: whether what is behind the
+    residual makes it read the last raw output whatever its task is."""
+    formed = [i > 0 and _normalizes_in_next(layer, stage, i) for i, layer in enumerate(layers)]
+    # an input that was formed from the raw output before it is formed from that again
+    above = [formed[i] and tasks[i].weight for i in range(1, len(layers))]
+    return [
+        (task.weight and not own, task.raw or task.sums or next_reads)
+        for task, own, next_reads in zip(tasks, formed, (*above, reads_last))
+    ]
 
 
 def behind_residual(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor | None:
@@ -236,7 +241,7 @@ def backward(
     bn_weight and bn_bias of each layer, then of the residual, each where ``needs`` says so. ``behind``:
     behind_residual's."""
     gradients: list[Tensor | None] = [None] * len(needs)
-    tasks = wanted(needs, saved)
+    tasks = wanted(needs, [layer.var is None for layer in saved])
     # layers whose weight's gradient waits for its runs to be merged
     waiting: list[tuple[int, Tensor]] = []
     # the gradient of a layer's activation, or, if masked, of its batch norm's output
@@ -402,104 +407,3 @@ def _input_gradient(draw: Tensor, layer: SavedLayer, g: Geometry, dtype: torch.d
         return conv_depthwise.launch_dgrad(draw, layer.weight, g, dtype, channels_last)
     packed, transposed = _packed(draw, layer, g)
     return conv_backward.launch_dgrad(draw, packed, g, dtype, channels_last, transposed)
-
-
-class _ConvStage(torch.autograd.Function):
-    """Saved are, of each layer, the raw output, vectors, and the input (the activation of the layer before) unless the
-    layer formed it from the raw output before as it loaded it; and what behind_residual says."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: plan.Call | None, stage: StageCall, layers: Sequence[ConvBNLayer], x: Tensor,
-        *others: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """``others``: the layers' parameters, and the residual."""
-        seed = runtime.dropout_seed(x) if stage.p > 0 else None
-        y, *kept = _planned_forward(call, x, layers, stage, seed, others[-1], ctx.needs_input_grad[3:])
-        autograd.save(ctx, seed, *kept)
-        ctx.stage, ctx.eps = stage, tuple(layer.eps for layer in layers)
-        ctx.input_format = x.dtype, geometry.suggests_channels_last(x)
-        return cast(Tensor, y)
-
-    @staticmethod
-    @autograd.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.stage, ctx.eps, ctx.needs_input_grad[3:], ctx.input_format
-        return None, None, None, *_backward((dy, *autograd.saved(ctx)), *given)
-
-
-_Options = tuple[tuple[float | None, float, bool], ...]
-
-
-def tensors(x: Tensor, layers: Sequence[ConvBNLayer], residual: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All that a call is given."""
-    found: list[Any] = [x]
-    for layer in layers:
-        found += layer[:TENSORS]
-    found.append(residual)
-    return tuple(found)
-
-
-def _planned_forward(
-    call: plan.Call | None, x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, seed: Tensor | None,
-    residual: Tensor | None, needs: tuple[bool, ...] | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    given = (*tensors(x, layers, residual), seed)
-    options = tuple([(layer.momentum, layer.eps, layer.counts(stage.training)) for layer in layers])
-    return _forward.of_call(call, given, stage, options, needs)
-
-
-@plan.Planned
-def _forward(
-    tensors: tuple[Tensor | None, ...], stage: StageCall, options: _Options, needs: tuple[bool, ...] | None
-) -> tuple[Tensor | None, ...]:
-    """y and, of each layer, what backward needs for the gradients ``needs`` asks for; y alone for None."""
-    x, *rest, residual, seed = tensors
-    layers = []
-    for i, (momentum, eps, counts) in enumerate(options):
-        own: Any = dict(zip(ConvBNLayer._fields, rest[TENSORS * i : TENSORS * (i + 1)]))
-        layers.append(ConvBNLayer(**own, momentum=momentum, eps=eps, training=counts))
-    y, saved = forward(cast(Tensor, x), layers, stage, needs is not None, seed, residual)
-    if needs is None:
-        return (y,)
-    tasks = wanted(needs, saved)
-    behind = behind_residual(y, residual, stage.activations[-1])
-    reads_last = behind is not None and behind is residual  # added to what the raw map comes to
-    kept: list[Tensor | None] = [behind]
-    for i, (layer, task, needs_bias) in enumerate(zip(saved, tasks, needs[2::4])):
-        above = reads_last if i + 1 == len(saved) else saved[i + 1].x is None and tasks[i + 1].weight
-        kept += layer._replace(
-            x=layer.x if task.weight else None,
-            bias=layer.bias if needs_bias else None,
-            packed=layer.packed if task.below and layer.packed is not layer.weight else None,
-            raw=layer.raw if task.raw or task.sums or above else None,
-        )
-    return (y, *kept)
-
-
-@plan.Planned
-def _backward(
-    tensors: tuple[Tensor | None, ...], stage: StageCall, eps: tuple[float, ...], needs: tuple[bool, ...],
-    input_format: tuple[torch.dtype, bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients, of dy, dropout's seed and what _forward kept."""
-    dy, seed, behind, *kept = tensors
-    width = len(SavedLayer._fields)
-    saved = [SavedLayer._make(kept[i : i + width]) for i in range(0, len(kept), width)]
-    return tuple(backward(cast(Tensor, dy), saved, behind, seed, stage, eps, needs, input_format))
-
-
-def run(
-    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, residual: Tensor | None, call: plan.Call | None
-) -> Tensor:
-    """The stage, differentiable where that is asked for."""
-    if residual is not None:
-        residual = residual.to(stage.dtype)
-    if torch.is_grad_enabled():
-        others = [t for layer in layers for t in layer[:4]]
-        others.append(residual)
-        if x.requires_grad or any(t is not None and t.requires_grad for t in others):
-            y: Tensor = _ConvStage.apply(call, stage, layers, x, *others)
-            return y
-    seed = runtime.dropout_seed(x) if stage.p > 0 else None
-    return cast(Tensor, _planned_forward(call, x, layers, stage, seed, residual, None)[0])
