@@ -281,6 +281,31 @@ def test_two_runs_are_bitwise_equal(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("kind", ("3x3", "pointwise", "depthwise"))
+def test_a_large_bias_under_autocast(kind: str, device: str) -> None:
+    """Its rounding decides the variance of maps in 16 bits: no further from float64's than torch's is."""
+    kernel, groups, mine, theirs = (1 if kind == "pointwise" else 3), (16 if kind == "depthwise" else 1), 0.0, 0.0
+    first = ConvBNLayer(torch.randn(16, 16, 3, 3, device=device) / 12, activation="relu")
+    for _ in range(4):
+        x = torch.randn(2, 16, 6, 6, device=device)
+        weight, bias = (
+            torch.randn(16, 16 // groups, kernel, kernel, device=device),
+            1e4 * torch.randn(16, device=device),
+        )
+        var = torch.ones(16, device=device)
+        last = ConvBNLayer(weight, bias=bias, running_mean=torch.zeros_like(var), running_var=var, groups=groups,
+                           momentum=1.0)  # fmt: skip
+        with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16):
+            conv_stage(x, [first, last] if kind == "pointwise" else [last], training=True)
+        if kind == "pointwise":
+            x = F.relu(F.batch_norm(F.conv2d(x.bfloat16(), first.weight.bfloat16()), None, None, training=True))
+        y = F.conv2d(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), groups=groups)
+        exact = F.conv2d(x.double(), weight.double(), groups=groups).var((0, 2, 3))
+        mine += (var - exact).square().sum().item()
+        theirs += (y.double().var((0, 2, 3)) - exact).square().sum().item()
+    assert 0 < mine <= 1.25**2 * theirs
+
+
 def test_autocast_and_mixed_dtypes(device: str) -> None:
     """Parameters stay float32 under autocast, maps are bfloat16, gradients have their parameter's dtype."""
     layers = layers_for(16, [(8, 3, {"padding": 1})], torch.float32, device)

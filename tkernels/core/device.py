@@ -55,6 +55,13 @@ def activation_gradient(dy, saved, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def load_bias(bias_ptr, offs, mask, y_ptr):
+    """A bias [columns] as torch adds it to a convolution: in the dtype of the result, y_ptr's. (What a large one is
+    rounded to decides to which side of it sums in 16 bits are rounded, and so their variance.)"""
+    return tl.load(bias_ptr + offs, mask=mask, other=0.0).to(y_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def add_bias(acc, bias):
     """``acc`` [rows, columns] + ``bias`` [columns], as an fma: of a sum with one tl.dot Triton makes a product that
     starts at the bias, and each of its terms is rounded as coarsely as a large bias is."""

@@ -157,7 +157,7 @@ def conv_forward_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, z_ptr, pixels, tiles_m, h
                               PAD_W, DILATION_H, DILATION_W, HALO, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     channel = group * group_out + offs_n
     if bias_ptr is not None:
-        acc = common.add_bias(acc, tl.load(bias_ptr + channel, mask=mask_n, other=0.0).to(tl.float32))
+        acc = common.add_bias(acc, common.load_bias(bias_ptr, channel, mask_n, y_ptr))
     offsets = pixel_offsets(image, inside, first, out_pixels, groups * group_out, channel, NCHW, BLOCK_M)
     mask = in_range[:, None] & mask_n[None, :]
     if z_ptr is not None:

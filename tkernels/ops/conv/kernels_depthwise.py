@@ -56,7 +56,7 @@ def conv_depthwise_forward_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, z_ptr, pixels, 
         w = tl.load(w_ptr + offs_c.to(tl.int64) * w_stride_o + spot, mask=mask_c, other=0.0)
         acc += value.to(tl.float32) * w.to(tl.float32)[None, :]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+        acc += common.load_bias(bias_ptr, offs_c, mask_c, y_ptr)[None, :]
     offsets = pixel_offsets(image, inside, first, out_pixels, channels_out, offs_c, NCHW, BLOCK_P)
     mask = in_range[:, None] & mask_c[None, :]
     if z_ptr is not None:

@@ -68,7 +68,7 @@ def pointwise_forward_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_pt
         acc = common.add_product(acc, w, tl.trans(a), PRECISION)
     acc = tl.trans(acc)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += common.load_bias(bias_ptr, offs_n, mask_n, y_ptr)[None, :]
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows[:, None] * channels_out + offs_n[None, :], y, mask=in_range[:, None] & mask_n[None, :])
     tile_statistics(y, partials_ptr, pid_m, tiles_m, in_range, tl.minimum(pixels - first, BLOCK_M), channels_out,
