@@ -160,7 +160,7 @@ def _can_run(tensors: tuple[Tensor | None, ...]) -> bool:
 
 def traced() -> bool:
     """Whether torch records this call rather than runs it (compile, export, fake tensors, make_fx) or counts its FLOPs:
-    then it goes through a registered operator, torch.ops.tkernels.*, instead of an autograd function."""
+    then launches go through the operators registered for them, torch.ops.tkernels.*, and nothing is planned."""
     if torch.compiler.is_compiling():
         return True
     return _torch.count_dispatch_modes() > 0 and _recorded()
