@@ -40,7 +40,7 @@ def _empty(case: Case) -> bool:
 
 def _of_conv_bias(case: Case, kind: str) -> bool:
     """Whether this is the gradient of a convolution's bias in front of batch norm."""
-    name = kind.removeprefix("gradient of ")
+    name = kind.removeprefix("gradient of ").removesuffix(" after a write")
     if case.operator == "conv_stage":
         return name in {f"b{i}" for i in range(9)}
     if case.operator == "fused":
@@ -128,6 +128,15 @@ MEANT = (
         "a key behind a mask counts for nothing, an infinite one too: torch's own composition adds -inf to inf",
         lambda case, kind, text: _kernels(case) and case.operator == "attention" and _infinite(case)
         and bool(case.options.get("is_causal") or "attn_mask" in case.tensors) and _fewer_nan(text),
+    ),
+    Meant(
+        "a row whose scores are all NaN is NaN: torch's flash attention on a CPU takes it for one that is masked",
+        lambda case, kind, text: _kernels(case) and _attends(case) and _infinite(case) and "torch in 0, of" in text,
+    ),
+    Meant(
+        "of a map that is dense in both formats torch's batch norm keeps one or the other, as its vectors are dense",
+        lambda case, kind, text: _kernels(case) and case.operator == "batch_norm" and kind == "strides of output"
+        and case.tensors["input"].shape[0] == 1 and 1 in case.tensors["input"].shape[2:],
     ),
     Meant(
         "probabilities or weights of classes that are infinite: a sum of differences is taken as a difference of sums",
