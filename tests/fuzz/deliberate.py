@@ -130,6 +130,11 @@ MEANT = (
         and bool(case.options.get("is_causal") or "attn_mask" in case.tensors) and _fewer_nan(text),
     ),
     Meant(
+        "in evaluation a pooling's gradient of 0 times an infinite pixel that it did not choose: kernels multiply nothing",
+        lambda case, kind, text: _kernels(case) and "pool" in repr(case.options) and kind.startswith("gradient")
+        and _infinite(case) and _fewer_nan(text),
+    ),
+    Meant(
         "a row whose scores are all NaN is NaN: torch's flash attention on a CPU takes it for one that is masked",
         lambda case, kind, text: _kernels(case) and _attends(case) and _infinite(case) and "torch in 0, of" in text,
     ),
