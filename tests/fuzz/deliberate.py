@@ -135,7 +135,7 @@ MEANT = (
         and _infinite(case) and _fewer_nan(text),
     ),
     Meant(
-        "a large bias in 16 bits before the batch's statistics: what is normalised is its rounding, and dropout leaves no "
+        "a large bias in 16 bits before the batch's statistics: its rounding is normalised, and dropout leaves no "
         "float64 to compare with",
         lambda case, kind, text: _kernels(case) and "no float64" in text and "normal 10000" in repr(case.tensors)
         and "float16" in repr(case) and case.operator in ("conv_stage", "module", "fused"),
