@@ -310,15 +310,20 @@ def test_compile_a_residual_block(training: bool, device: str, triton_runs: bool
     assert operators(counter.graphs[-1]) == ({"conv_stage"} if triton_runs else set())
 
 
+def _twice(x: Tensor) -> Tensor:
+    return F.conv2d(x, x)
+
+
 TWICE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "batch_norm": lambda x, weight: F.batch_norm(x, None, None, weight, weight, True, residual=x).square(),
     "linear": lambda x, weight: F.linear(x, x, weight),
+    "conv2d": lambda x, weight: _twice(x[:, :, None, None]).flatten(1) * weight,
     "matmul": lambda x, weight: F.matmul(x, x) * weight,
     "cross_entropy": lambda x, weight: F.cross_entropy(x, x) * weight,
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("batch_norm", marks=slow_there), "linear", "matmul", "cross_entropy"])
+@pytest.mark.parametrize("name", [pytest.param("batch_norm", marks=slow_there), "linear", "conv2d", "matmul", "cross_entropy"])
 def test_compile_with_the_same_tensor_twice(name: str, device: str) -> None:
     x = torch.rand(4, 4, device=device, requires_grad=True)
     weight = torch.rand(4, device=device, requires_grad=True)

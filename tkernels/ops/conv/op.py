@@ -263,7 +263,7 @@ def _triton_body(
     if x.dtype != dtype and not (g.flattened and not g.depthwise and not (differentiates and x.requires_grad)):
         x = x.to(dtype)
     if differentiates and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Conv2d.apply(x, weight, bias, g, dtype, activation)
+        return _Conv2d.apply(*autograd.apart(x, weight), bias, g, dtype, activation)
     return cast(Tensor, _forward((x, weight, bias), g, dtype, activation, False)[0])
 
 
