@@ -323,7 +323,9 @@ TWICE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param("batch_norm", marks=slow_there), "linear", "conv2d", "matmul", "cross_entropy"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("batch_norm", marks=slow_there), "linear", "conv2d", "matmul", "cross_entropy"]
+)
 def test_compile_with_the_same_tensor_twice(name: str, device: str) -> None:
     x = torch.rand(4, 4, device=device, requires_grad=True)
     weight = torch.rand(4, device=device, requires_grad=True)
