@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
 # seconds after which one draw counts as hanging
 PATIENCE = 300
+# the exit status of a worker that leaves the rest to another
+FULL = 75
 
 
 def work(arguments: argparse.Namespace) -> int:
@@ -75,8 +77,8 @@ def work(arguments: argparse.Namespace) -> int:
     for name in ("tkernels", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with bodies.opened(arguments.body):
-        session.Session(arguments, Path(arguments.worker), PATIENCE).run()
-    return 0
+        over = session.Session(arguments, Path(arguments.worker), PATIENCE).run()
+    return 0 if over else FULL
 
 
 def supervise(arguments: argparse.Namespace) -> int:
@@ -96,6 +98,9 @@ def supervise(arguments: argparse.Namespace) -> int:
             ran.update(found.get("ran", {}))
             if code == 0 or not found:
                 break
+            if code == FULL:
+                first = found["index"]
+                continue
             total["failures"] += 1
             print(session.died(arguments, found["index"], code), flush=True)
             first = found["index"] + 1

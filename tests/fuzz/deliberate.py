@@ -141,8 +141,8 @@ MEANT = (
         and "float16" in repr(case) and case.operator in ("conv_stage", "module", "fused"),
     ),
     Meant(
-        "a row whose scores are NaN, or beyond float32 before they are scaled, is NaN: torch's flash attention on a CPU "
-        "takes it for one that is masked, and its composition scales first",
+        "a row whose scores are NaN, or beyond float32 before they are scaled, is NaN: to torch's flash attention on a "
+        "CPU it is one that is masked, and torch's composition scales first",
         lambda case, kind, text: _kernels(case) and _attends(case) and _infinite(case) and "torch in 0, of" in text,
     ),
     Meant(

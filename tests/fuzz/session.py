@@ -6,6 +6,7 @@ import argparse
 import collections
 import faulthandler
 import json
+import resource
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from tests.fuzz.check import differences
 from tests.fuzz.drawing import SHARES, case_of
 from tests.fuzz.simplify import simplified
 
+# Bytes from which on a worker makes room for another: compiled kernels stay, some 0.6 MB each.
+MOST_MEMORY = 4 << 30
 # of failures of one kind so many are printed; the others are counted
 PRINTED = 2
 # draws of an operator from which on its fast way must have run, and what that is called, for each body
@@ -33,20 +36,24 @@ class Session:
         self.printed: collections.Counter[str] = collections.Counter()
         self.index = arguments.first
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Whether the time, or the draws, are over: else another worker is to go on at the next index."""
         arguments, end = self.arguments, time.monotonic() + 60 * self.arguments.minutes
         try:
             if arguments.only is not None:
                 self.index = arguments.only
                 self.draw()
-                return
+                return True
             while time.monotonic() < end and (arguments.draws is None or self.index < arguments.draws):
                 self.draw()
                 self.index += 1
+                if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > MOST_MEMORY:
+                    return False
         except KeyboardInterrupt:
             pass
         finally:
             self.save()
+        return True
 
     def draw(self) -> None:
         self.save()

@@ -345,6 +345,24 @@ def test_a_draw_that_kills_the_process_is_a_failure(
     assert "4 passes" in said
 
 
+def test_a_worker_that_has_grown_makes_room_for_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Which goes on at the next index, with nothing counted as a failure."""
+    monkeypatch.setattr(session, "MOST_MEMORY", 0)
+    started = []
+
+    def worker(given: argparse.Namespace, progress: Path, first: int, minutes: float) -> int:
+        started.append(first)
+        given = argparse.Namespace(**{**vars(given), "first": first})
+        return command.FULL if not session.Session(given, progress, 300).run() else 0
+
+    monkeypatch.setattr(command, "_worker", worker)
+    assert command.supervise(arguments(op=["matmul"], draws=3)) == 0
+    assert started == [0, 1, 2, 3]
+    assert "3 calls" in capfd.readouterr().out
+
+
 def test_the_command() -> None:
     """A few draws in a process of their own; the help; an operator that there is not."""
     run = [sys.executable, "-m", "tests.fuzz"]
