@@ -198,6 +198,8 @@ def _layout(y: Tensor, channels_last: bool) -> Tensor:
 
 
 def _in_format(y: Tensor, channels_last: bool) -> Tensor:
+    if _torch.is_legacy_batched(y) or _torch.is_wrapped(y):  # a batch of them, which knows of no formats
+        return y
     return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
