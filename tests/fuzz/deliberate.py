@@ -141,6 +141,12 @@ MEANT = (
         and "float16" in repr(case) and case.operator in ("conv_stage", "module", "fused"),
     ),
     Meant(
+        "where a product with an infinite or huge value overflows: kernels subtract the row sums of dO * O, as torch's "
+        "flash attention does, its composition those of the weights and their gradients, inf - inf",
+        lambda case, kind, text: _kernels(case) and _attends(case) and _infinite(case) and kind.startswith("gradient")
+        and _fewer_nan(text),
+    ),
+    Meant(
         "a row whose scores are NaN, or beyond float32 before they are scaled, is NaN: to torch's flash attention on a "
         "CPU it is one that is masked, and torch's composition scales first",
         lambda case, kind, text: _kernels(case) and _attends(case) and _infinite(case) and "torch in 0, of" in text,
