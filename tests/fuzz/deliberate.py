@@ -135,12 +135,6 @@ MEANT = (
         and _infinite(case) and _fewer_nan(text),
     ),
     Meant(
-        "a large bias in 16 bits before the batch's statistics: its rounding is normalised, and dropout leaves no "
-        "float64 to compare with",
-        lambda case, kind, text: _kernels(case) and "no float64" in text and "normal 10000" in repr(case.tensors)
-        and "float16" in repr(case) and case.operator in ("conv_stage", "module", "fused"),
-    ),
-    Meant(
         "where a product with an infinite or huge value overflows: kernels subtract the row sums of dO * O, as torch's "
         "flash attention does, its composition those of the weights and their gradients, inf - inf",
         lambda case, kind, text: _kernels(case) and _attends(case) and _infinite(case) and kind.startswith("gradient")

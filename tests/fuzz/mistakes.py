@@ -24,14 +24,16 @@ def torch_refuses_too(case: Case, error: Exception) -> bool:
 
 
 def _without(case: Case) -> Iterator[Case]:
-    """The call with a batch where it is empty, with elements on all axes; a stage with large images, with
-    several, and without strides."""
+    """The call with a batch where it is empty, with elements on all axes; attention without grouped heads; a stage with
+    large images, with several, and without strides."""
     tensors = case.tensors
     if any(0 in t.shape for t in tensors.values()):
         for axes in (1, 9):
             shapes = {n: (*(size or 2 for size in t.shape[:axes]), *t.shape[axes:]) for n, t in tensors.items()}
             filled = {n: dataclasses.replace(t, shape=shapes[n]) for n, t in tensors.items()}
             yield case.changed(tensors=filled, backward="none")
+    if case.options.get("enable_gqa"):
+        yield case.changed(options={**case.options, "enable_gqa": False}, backward="none")
     if case.operator == "conv_stage":
         n, c, h, w = tensors["input"].shape
         large = dataclasses.replace(tensors["input"], shape=(n, c, h + LARGER, w + LARGER), special=())

@@ -196,6 +196,18 @@ def test_what_was_written_to_is_not_what_was_given() -> None:
 
 
 @pytest.mark.gate("ttsem")
+def test_float64_drops_what_kernels_drop() -> None:
+    """The next layer's statistics take the scale of one channel away: its gradient is rounding of large terms."""
+    tensors = {
+        "input": T((3, 1, 7, 6), seed=867165), "w0": T((1, 1, 2, 3), seed=1031641),
+        "g0": T((1,), seed=785441, grad=True), "w1": T((1, 1, 5, 3), seed=359984), "w2": T((4, 1, 3, 1), seed=95257),
+    }  # fmt: skip
+    layers = [{"padding": "valid", "dilation": (1, 2)}, {"padding": 2}, {"padding": (1, 0), "dilation": 2}]
+    options = {"layers": layers, "training": True, "pool": 2, "dropout_p": 0.5}
+    check(Case("conv_stage", "kernels", tensors, options, seed=180070))
+
+
+@pytest.mark.gate("ttsem")
 def test_the_size_of_terms_after_a_write() -> None:
     """One query sees one key: the key's gradient is a difference of equal terms, also where torch refuses backward."""
     tensors = {
@@ -285,6 +297,9 @@ def test_mistakes_of_empty_batches_and_of_later_layers() -> None:
     tensors = {"input": T((1, 1, 3, 3)), "w0": T((1, 1, 3, 3))}
     one_value = Case("conv_stage", "cpu", tensors, {"layers": [{}], "training": True, "pool": 2})
     assert torch_refuses_too(one_value, RuntimeError())
+    tensors = {name: T((3, 4)) for name in ("query", "key", "value")}
+    grouped = Case("attention", "kernels", tensors, {"enable_gqa": True, "dropout_p": 1.5})
+    assert torch_refuses_too(grouped, RuntimeError())
 
 
 def test_torchs_other_ways() -> None:
