@@ -322,7 +322,10 @@ class Comparison:
         """Attention's gradients of query and key and the loss's of logits are differences of what may be equal: the
         size of its terms."""
         if self.case.options.get("module") in ("MultiheadAttention", "CrossEntropyLoss"):
-            return 1.0 if name.startswith("gradient") else 0.0  # their draws are about that large
+            if not name.startswith("gradient"):
+                return 0.0
+            # their draws are about 1, but for a few values
+            return max([1.0, *(abs(value) for t in self.case.tensors.values() for _, value in t.special)])
         if name.endswith(" afterwards"):
             return self._spread(name.removesuffix(" afterwards"))
         operator = {"attention": "scaled_dot_product_attention"}.get(self.case.operator, self.case.operator)

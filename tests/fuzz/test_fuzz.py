@@ -208,6 +208,21 @@ def test_float64_drops_what_kernels_drop() -> None:
 
 
 @pytest.mark.gate("ttsem")
+def test_the_size_of_terms_of_a_module() -> None:
+    """One key: the gradient of its scores is a difference of equal terms, here of 1e38."""
+    tensors = {
+        "query": T((3, 2, 4), seed=648016),
+        "key": T((1, 2, 4), seed=585377, grad=True),
+        "value": T((1, 2, 4), seed=809679, special=((50131, 3.4e38),), grad=True),
+    }
+    options = {
+        "seed": 586263, "training": False, "arguments": {"embed_dim": 4, "num_heads": 1, "bias": True},
+        "call": {"need_weights": False}, "module": "MultiheadAttention",
+    }  # fmt: skip
+    check(Case("module", "kernels", tensors, options, gradient="stepped", seed=155800))
+
+
+@pytest.mark.gate("ttsem")
 def test_the_size_of_terms_after_a_write() -> None:
     """One query sees one key: the key's gradient is a difference of equal terms, also where torch refuses backward."""
     tensors = {
