@@ -184,6 +184,11 @@ MEANT = (
         and "expected all tensors to have the same dtype" in text,
     ),
     Meant(
+        "a bias of as many axes as the result: torch's CPU refuses it in bfloat16, where it multiplies matrices",
+        lambda case, kind, text: _kernels(case) and case.operator == "linear" and kind == "torch raises in forward"
+        and "the number of sizes provided" in text,
+    ),
+    Meant(
         "no keys give the shape that broadcasting says",
         lambda case, kind, text: case.operator == "attention" and _empty(case) and ("shape" in kind or "shape" in text),
     ),
