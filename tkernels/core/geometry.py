@@ -161,6 +161,11 @@ def matrix(shape: Sequence[int], channels_last: bool) -> Matrix:
     return Matrix(batch, channels, spatial, 1, True)
 
 
+def matrix_of(t: Tensor) -> Matrix:
+    """Of a tensor that is dense in one of the two formats."""
+    return matrix(t.shape, not t.is_contiguous())
+
+
 def as_nhwc(t: Tensor) -> Tensor:
     """The tensor densely in NHWC order; itself where it is."""
     return t.contiguous(memory_format=torch.channels_last)

@@ -10,13 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from tkernels.core import library, plan
-from tkernels.core.geometry import Matrix, matrix
+from tkernels.core.geometry import Matrix, matrix_of
 from tkernels.core.records import BatchNorm, Norm, Partials
 from tkernels.ops.batch_norm import kernels
-
-
-def _matrix(x: Tensor) -> Matrix:
-    return matrix(x.shape, not x.is_contiguous())
 
 
 def merge_statistics(partials: Partials, m: Matrix, bn: BatchNorm, stats: Tensor | None = None) -> Tensor:
@@ -41,7 +37,7 @@ def statistics(
 ) -> None:  # fmt: skip
     """Writes the batch's statistics, float32 [4, C]: mean, 1 / std, and what rounding to float32 took from each. Moves
     the running ones and counts the batch, where given."""
-    m = _matrix(x)
+    m = matrix_of(x)
     bn = BatchNorm(running_mean, running_var, None, None, True, momentum, eps, num_batches_tracked)
     merge_statistics(kernels.launch_statistics(x, m, num_batches_tracked), m, bn, stats)
 
@@ -52,7 +48,7 @@ def forward(
     y: Tensor, eps: float, activation: str | None,
 ) -> None:  # fmt: skip
     """Writes y = activation(batch norm of x + residual)."""
-    kernels.launch_normalize(x, _matrix(x), Norm(mean, var, weight, bias, eps), activation, residual, y=y)
+    kernels.launch_normalize(x, matrix_of(x), Norm(mean, var, weight, bias, eps), activation, residual, y=y)
 
 
 @library.launches("batch_norm_gradients", mutates="dz dweight dbias coefficients", flops=library.no_flops)
@@ -65,7 +61,7 @@ def gradients(
 
     ``saved``: what the activation's gradient needs beside x, by ``saved_is``: 'output', 'residual' or None.
     """
-    m, norm = _matrix(x), Norm(mean, var, weight, bias, eps)
+    m, norm = matrix_of(x), Norm(mean, var, weight, bias, eps)
     partials, _ = kernels.launch_gradient_sums(dy, x, m, norm, activation, saved, saved_is, dz=dz)
     kernels.finalize_gradients(partials, m, norm, dweight, dbias, coefficients)
 
@@ -78,4 +74,4 @@ def input_gradient(
 ) -> None:  # fmt: skip
     """Writes dx and dz, where given; ``coefficients``: None where the statistics were given (evaluation)."""
     norm = Norm(mean, var, weight, bias, eps)
-    kernels.input_gradient(dy, x, _matrix(x), norm, coefficients, dx, dz, activation, saved, saved_is)
+    kernels.input_gradient(dy, x, matrix_of(x), norm, coefficients, dx, dz, activation, saved, saved_is)

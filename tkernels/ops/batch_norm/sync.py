@@ -15,7 +15,7 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import autograd
 from tkernels.core import mode as runtime
-from tkernels.core.geometry import Matrix, matrix
+from tkernels.core.geometry import matrix_of
 from tkernels.core.records import BatchNorm, Norm
 from tkernels.ops.batch_norm import op as bn_ops
 
@@ -111,7 +111,7 @@ def _torch_statistics(x: Tensor) -> Tensor:
 
 def _triton_statistics(x: Tensor) -> Tensor:
     """The same by the kernels of batch_norm."""
-    m = _matrix(x)
+    m = matrix_of(x)
     # without eps 1 / std and its remainder hold the variance to more than float32
     alone = BatchNorm(None, None, None, None, training=True, momentum=0.0, eps=0.0)
     stats = kernels.launch_finalize_statistics(kernels.launch_statistics(x, m), m, alone)
@@ -123,10 +123,6 @@ def _triton_statistics(x: Tensor) -> Tensor:
 
 def _row(mean: Tensor, m2: Tensor, count: int) -> Tensor:
     return torch.cat([mean, m2, mean.new_full((1,), count)])
-
-
-def _matrix(x: Tensor) -> Matrix:
-    return matrix(x.shape, not x.is_contiguous())
 
 
 def _track(statistics: Statistics, bn: BatchNorm) -> None:
@@ -210,7 +206,7 @@ class _TritonNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
         statistics: Statistics, eps: float, activation: str | None, layout: torch.memory_format, group: Group,
     ) -> Tensor:  # fmt: skip
-        m = _matrix(x)
+        m = matrix_of(x)
         invstd = (statistics.var + eps).rsqrt()
         pairs = torch.stack([statistics.mean, invstd])
         stats = pairs.float()

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from tkernels.core import _torch, autograd, autotune, checks, plan, targets
 from tkernels.core import activation as activations
 from tkernels.core import mode as runtime
-from tkernels.core.geometry import Geometry, as_nhwc, suggests_channels_last
+from tkernels.core.geometry import Geometry, suggests_channels_last
 from tkernels.ops.conv import routing
 
 if runtime.HAS_TRITON:
     from tkernels.ops.conv import kernels, launches
 
-__all__ = ["as_nhwc", "conv2d"]
+__all__ = ["conv2d"]
 
 IntOrPair = int | Sequence[int]
 

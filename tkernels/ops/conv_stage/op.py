@@ -241,9 +241,7 @@ def _run(
         others = [t for layer in layers for t in layer[:4]]
         others.append(residual)
         if x.requires_grad or any(t is not None and t.requires_grad for t in others):
-            if runtime.traced():  # names of their own: Dynamo takes no tensor twice, and a residual is often x
-                others = [t if t is None else t.view_as(t) for t in others]
-            y: Tensor = _ConvStage.apply(call, stage, layers, x, *others)
+            y: Tensor = _ConvStage.apply(call, stage, layers, *autograd.apart(x, *others))
             return y
     seed = runtime.dropout_seed(x) if stage.p > 0 else None
     return cast(Tensor, _forward(call, x, layers, stage, seed, residual, None)[0])

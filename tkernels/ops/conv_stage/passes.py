@@ -18,6 +18,9 @@ from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv_stage import triton_body as body
 from tkernels.ops.conv_stage.triton_body import SavedLayer
 
+if runtime.HAS_TRITON:
+    from tkernels.ops.conv.kernels import empty_pixels
+
 __all__ = ["Options", "backward", "call_tensors", "forward"]
 
 # of each layer: momentum, eps, whether the batch moves the running statistics
@@ -162,23 +165,18 @@ def _forward_results(*arguments: Any) -> list[Tensor]:
     x: Any = tensors[0]
     layers, end, dtype = _layers(tensors, options), stage.pool, stage.dtype
     n, channels = x.shape[0], stage.geometries[-1].out_channels
-    results = [_empty(x, (n, channels, end.out_h, end.out_w), dtype, _channels_last(x, layers, stage))]
+    results = [empty_pixels(x, (n, channels, end.out_h, end.out_w), dtype, _channels_last(x, layers, stage))]
     if needs is None:
         return results
     measured = [layer.measures(False) for layer in layers]
     maps = body.kept_maps(layers, stage, body.wanted(needs, measured), _reads_last(tensors[-2], stage))
     for i, (g, from_batch, (reads_x, reads_raw)) in enumerate(zip(stage.geometries, measured, maps)):
         stored = reads_x and (i > 0 or body.conv_input(x, g, dtype) is not x)
-        results.append(_empty(x, (n, g.in_channels, g.height, g.width), dtype, True) if stored else _nothing(x))
+        results.append(empty_pixels(x, (n, g.in_channels, g.height, g.width), dtype, True) if stored else _nothing(x))
         out = n, g.out_channels, g.out_h, g.out_w
-        results.append(_empty(x, out, dtype, True) if reads_raw else _nothing(x))
+        results.append(empty_pixels(x, out, dtype, True) if reads_raw else _nothing(x))
         results.append(x.new_empty((4, g.out_channels), dtype=torch.float32) if from_batch else _nothing(x))
     return results
-
-
-def _empty(like: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -235,11 +233,11 @@ def _gradients(
     found = []
     if needs[0]:
         shape = dy.shape[0], g.in_channels, g.height, g.width
-        found.append(_empty(dy, shape, input_dtype, channels_last))
+        found.append(empty_pixels(dy, shape, input_dtype, channels_last))
     leaves = [t for s in _saved(kept) for t in (s.weight, s.bias, s.bn_weight, s.bn_bias)]
     found += [torch.empty_like(t) for t, need in zip(leaves, needs[1:]) if need and t is not None]
     if needs[-1]:
-        found.append(_empty(dy, tuple(dy.shape), dtype, True))
+        found.append(empty_pixels(dy, tuple(dy.shape), dtype, True))
     return found
 
 

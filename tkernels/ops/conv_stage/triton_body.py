@@ -11,10 +11,9 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import mode as runtime
 from tkernels.core import targets
-from tkernels.core.geometry import Geometry, Matrix, Pooling, matrix, no_pooling
+from tkernels.core.geometry import Geometry, Matrix, Pooling, as_nhwc, matrix, no_pooling
 from tkernels.core.records import BatchNorm, ConvBNLayer, Norm, Partials, StageCall, WeightSums
 from tkernels.ops.batch_norm import op as bn_ops
-from tkernels.ops.conv import op as conv_ops
 from tkernels.ops.conv_stage import config as tuning
 
 if runtime.HAS_TRITON:
@@ -106,7 +105,7 @@ def _normalized(
     """activation(batch_norm(raw) + residual) of an NHWC map, in either layout."""
     if residual is None and not channels_last:
         return kernels.launch_end(raw, _unpooled(raw), norm, channels_last=False, activation=activation)
-    added = None if residual is None else conv_ops.as_nhwc(residual)
+    added = None if residual is None else as_nhwc(residual)
     y = batch_norm.launch_normalize(raw, _matrix(raw), norm, activation, added)
     return y if channels_last else kernels.launch_end(y, _unpooled(y), None, channels_last=False)
 
@@ -136,7 +135,7 @@ def conv_input(x: Tensor, g: Geometry, dtype: torch.dtype) -> Tensor:
     """The input as the convolution's kernels read it: with few channels any, else NHWC in ``dtype``."""
     if g.flattened and not g.depthwise:
         return x
-    return conv_ops.as_nhwc(x.to(dtype))
+    return as_nhwc(x.to(dtype))
 
 
 def _matrix(raw: Tensor) -> Matrix:
@@ -151,7 +150,7 @@ def _folded(
     if g.depthwise:
         return _normalized(_given(x, packed, layer, g), norm, activation, residual, channels_last)
     if residual is not None:
-        residual = conv_ops.as_nhwc(residual) if channels_last else residual.contiguous()
+        residual = as_nhwc(residual) if channels_last else residual.contiguous()
     return kernels.launch_conv(
         x, packed, bn_ops.dense(layer.bias), g, norm, channels_last=channels_last, activation=activation,
         residual=residual,
@@ -245,7 +244,7 @@ def backward(
     # layers whose weight's gradient waits for its runs to be merged
     waiting: list[tuple[int, Tensor]] = []
     # the gradient of a layer's activation, or, if masked, of its batch norm's output
-    d = conv_ops.as_nhwc(dy) if stage.plain_end else dy
+    d = as_nhwc(dy) if stage.plain_end else dy
     partials: Partials | None = None
     masked = False
     if behind is not None:
@@ -318,7 +317,7 @@ def _behind_activation(
     norm, m = layer.norm(eps), _matrix(d)
     partials: Partials | None = None
     raw = d if layer.raw is None else layer.raw  # where it is not kept it is not read
-    saved, saved_is = conv_ops.as_nhwc(behind), "residual" if activations.needs_input(activation) else "output"
+    saved, saved_is = as_nhwc(behind), "residual" if activations.needs_input(activation) else "output"
     if sums:
         partials, dz = batch_norm.launch_gradient_sums(d, raw, m, norm, activation, saved, saved_is, write_dz=True)
     else:
