@@ -249,8 +249,8 @@ def test_convolutions_before_a_batch_norm() -> None:
 def test_under_triton_no_convolution_goes_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     went: list[str] = []
     monkeypatch.setattr(routing, "compute_bound", lambda *_: True)
-    monkeypatch.setattr(conv_ops, "_torch_body", lambda *_: went.append("torch"))
-    monkeypatch.setattr(conv_ops, "_triton_body", lambda *_: went.append("triton"))
+    monkeypatch.setattr(conv_ops._operator, "reference", lambda *_: went.append("torch"))
+    monkeypatch.setattr(conv_ops._operator, "run", lambda *_: went.append("triton"))
     monkeypatch.setattr(runtime, "_can_run", lambda tensors: True)
     x, weight = torch.zeros(2, 8, 4, 4), torch.zeros(8, 8, 3, 3)
     for backend in ("auto", "triton", "torch"):

@@ -42,6 +42,11 @@ def floating(**named: Tensor | None) -> None:
             raise RuntimeError(f"{name} must have a floating-point dtype, got {t.dtype}")
 
 
+def are_floats(*tensors: Tensor | None) -> bool:
+    """Whether each is a dense tensor of floating-point numbers: neither integers, complex, sparse nor nested."""
+    return all(t is None or (t.is_floating_point() and t.layout is torch.strided and not t.is_nested) for t in tensors)
+
+
 def same_device(**named: Tensor | None) -> None:
     """Raise RuntimeError unless all tensors are on one device."""
     devices = {name: t.device for name, t in named.items() if t is not None}

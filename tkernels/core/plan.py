@@ -55,13 +55,13 @@ class Cache:
 
 
 class Call:
-    """A call of an operator that passed the checks: what it comes to. It is a cache key of its own, cheap to look up,
-    that stands for the long one."""
+    """A call of an operator that passed the checks: what it comes to, and whether autograd records it. It is a cache
+    key of its own, cheap to look up, that stands for the long one."""
 
-    __slots__ = ("value",)
+    __slots__ = ("differentiates", "value")
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, value: Any, differentiates: bool) -> None:
+        self.value, self.differentiates = value, differentiates
 
 
 _caches: list[Cache] = []
@@ -84,16 +84,18 @@ def tensors_key(tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
     ])  # fmt: skip
 
 
-def call_key(tensors: Sequence[Tensor | None], *arguments: Any) -> Hashable | None:
-    """The cache key of an operator's call, backend, autocast and transforms included: where one call passed the checks
-    and went to Triton, others of its key do. None for what has no key (a trace, arguments that are not what they should
-    be)."""
+def call_key(tensors: Sequence[Tensor | None], arguments: tuple[Any, ...]) -> Hashable | None:
+    """The cache key of an operator's call, backend, autocast, transforms and who wants gradients included: where one
+    call passed the checks and went to Triton, others of its key do. None for what has no key (a trace, arguments that
+    are not what they should be)."""
     if mode.traced():
         return None
     first: Any = tensors[0]
     try:
+        recorded = torch.is_grad_enabled() and tuple([t.requires_grad for t in tensors if t is not None])
         key = (
-            tensors_key(tensors), arguments, mode.autocast_dtype(first), mode.get_backend(), mode.transformed(),
+            tensors_key(tensors), arguments, recorded, mode.autocast_dtype(first), mode.get_backend(),
+            mode.transformed(),
         )  # fmt: skip
         hash(key)
     except (AttributeError, TypeError, RuntimeError):

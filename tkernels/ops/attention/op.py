@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from tkernels.core import _torch, autograd, checks, plan, targets
-from tkernels.core import mode as runtime
+from tkernels.core import _torch, checks, mode, plan, targets
+from tkernels.core.operator import KernelCall, Operator, Passes
 from tkernels.ops.attention import config as tuning
 
-if runtime.HAS_TRITON:
+if mode.HAS_TRITON:
     from tkernels.ops.attention import kernels
     from tkernels.ops.attention import kernels_backward as backward_kernels
 
@@ -47,31 +46,41 @@ def scaled_dot_product_attention(
     Raises TypeError for an argument of another type, IndexError for an attn_mask of one dimension, RuntimeError for
     shapes, dtypes or devices that do not go together, a ``dropout_p`` outside [0, 1], or a mask beside ``is_causal``.
     """
-    if runtime.leaves_to_torch(query) or not _takes_triton(query, key, value, attn_mask):
-        return _torch_body(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    scale = None if scale is None else checks.number("scale", scale)
-    _check_options(attn_mask, dropout_p, is_causal)
-    _check_shapes(query, key, value, attn_mask, enable_gqa)
-    cast = runtime.autocast_dtype(query)
-    if cast is not None:
-        query, key, value, attn_mask = runtime.cast_for_autocast(cast, query, key, value, attn_mask)  # type: ignore[assignment]
-    _check_kinds(query, key, value, attn_mask)
-    reason = why_not(query, value, attn_mask, dropout_p)
+    return _operator((query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, gqa: bool,
+) -> KernelCall | None:  # fmt: skip
+    """Integers, complex numbers, sparse and nested tensors are PyTorch's, and what why_not names."""
+    checks.tensor(query=query, key=key, value=value)
+    checks.optional_tensor(attn_mask=attn_mask)
+    if not (checks.are_floats(query, key, value) and mode.use_triton(query, key, value, attn_mask)):
+        return None
+    _check_options(attn_mask, dropout_p, is_causal, scale)
+    _check_shapes(query, key, value, attn_mask, gqa)
+    dtype = mode.autocast_dtype(query)
+    _check_kinds(query, key, value, attn_mask, dtype)
+    reason = why_not(query, value, attn_mask, dropout_p, dtype)
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         reason = "attn_mask requires a gradient, which is a matrix of queries by keys"
     if reason is not None:
         if not torch.compiler.is_compiling():
-            runtime.log_once(f"scaled_dot_product_attention runs on PyTorch: {reason}")
-        return _torch_body(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return _triton_body(query, key, value, attn_mask, float(dropout_p), bool(is_causal), scale, enable_gqa)
+            mode.log_once(f"scaled_dot_product_attention runs on PyTorch: {reason}")
+        return None
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return KernelCall((float(dropout_p), bool(is_causal), scale, gqa), dtype, float(dropout_p))
 
 
-def why_not(query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float) -> str | None:
+def why_not(
+    query: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, autocast: torch.dtype | None
+) -> str | None:
     """Why heads of this size are left to PyTorch, or None where they are not."""
     # (index and if make constants of what a trace has as symbols)
     head, v_head = operator.index(query.shape[-1]), operator.index(value.shape[-1])
     extras = True if attn_mask is not None or dropout_p > 0 else False  # noqa: SIM210
-    return _why_not(head, v_head, query.element_size(), extras)
+    return _why_not(head, v_head, (autocast or query.dtype).itemsize, extras)
 
 
 @_torch.constant_in_traces  # which has no business with facts of GPUs
@@ -79,8 +88,10 @@ def _why_not(head: int, v_head: int, itemsize: int, extras: bool) -> str | None:
     return tuning.why_not(head, v_head, itemsize, extras, targets.current())
 
 
-def _check_options(attn_mask: Tensor | None, dropout_p: float, is_causal: bool) -> None:
-    """Raise RuntimeError for options torch refuses."""
+def _check_options(attn_mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None) -> None:
+    """Raise RuntimeError, TypeError for a scale, for options torch refuses."""
+    if scale is not None:
+        checks.number("scale", scale)
     if not 0.0 <= dropout_p <= 1.0:
         raise RuntimeError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     if is_causal and attn_mask is not None:
@@ -127,34 +138,23 @@ def _lead(query: Tensor, key: Tensor, value: Tensor, gqa: bool) -> torch.Size:
     return torch.Size((*torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value))), query.shape[-3]))
 
 
-def _check_kinds(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
-    """Raise RuntimeError for devices or dtypes that do not go together."""
+def _check_kinds(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, autocast: torch.dtype | None
+) -> None:
+    """Raise RuntimeError for devices or dtypes that do not go together (autocast makes floating dtypes agree)."""
     checks.same_device(query=query, key=key, value=value, attn_mask=attn_mask)
-    checks.same_dtype(query=query, key=key, value=value)
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+    if autocast is None:
+        checks.same_dtype(query=query, key=key, value=value)
+    if attn_mask is None or (autocast is not None and attn_mask.is_floating_point()):
+        return
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(f"attn_mask must be bool, float32 or of query's dtype {query.dtype}, got {attn_mask.dtype}")
 
 
-def _takes_triton(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
-    """The backend decision; integers, complex numbers, sparse and nested tensors are PyTorch's."""
-    checks.tensor(query=query, key=key, value=value)
-    checks.optional_tensor(attn_mask=attn_mask)
-    for t in (query, key, value):
-        if not (t.is_floating_point() and t.layout is torch.strided) or t.is_nested:
-            return False
-    return runtime.use_triton(query, key, value, attn_mask)
-
-
-def _torch_body(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    gqa: bool,
-) -> Tensor:
+def _reference(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, gqa: bool,
+) -> Tensor:  # fmt: skip
     try:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=gqa
@@ -164,26 +164,18 @@ def _torch_body(
         def check() -> None:
             checks.tensor(query=query, key=key, value=value)
             checks.optional_tensor(attn_mask=attn_mask)
-            if scale is not None:
-                checks.number("scale", scale)
-            _check_options(attn_mask, dropout_p, is_causal)
+            _check_options(attn_mask, dropout_p, is_causal, scale)
             _check_shapes(query, key, value, attn_mask, gqa)
-            if runtime.autocast_dtype(query) is None:
-                _check_kinds(query, key, value, attn_mask)
+            if mode.autocast_dtype(query) is None:
+                _check_kinds(query, key, value, attn_mask, None)
 
         checks.explain(error, check)
 
 
-def _triton_body(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    p: float,
-    causal: bool,
-    scale: float | None,
-    gqa: bool,
-) -> Tensor:
+def _run(call: plan.Call | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
+    """The kernels, which take four dimensions."""
+    query, key, value, mask, seed = cast(Any, tensors)
+    *options, gqa = static
     lead = _lead(query, key, value, gqa)
     q = _four_dimensions(query.expand(*lead, *query.shape[-2:]))
     k, v = (_four_dimensions(_broadcast_heads(t, lead, gqa)) for t in (key, value))
@@ -191,12 +183,7 @@ def _triton_body(
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     if mask is not None and len(lead) > 2:
         mask = _four_dimensions(mask.expand(*lead, *mask.shape[-2:]))
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    seed = runtime.dropout_seed(q) if p > 0 else None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        o = _Attention.apply(q, k, v, mask, p, causal, scale, seed)
-    else:
-        o = _forward((q, k, v, mask, seed), p, causal, scale, False)[0]
+    o = _passes(call, (q, k, v, mask, seed), tuple(options))
     return o if len(lead) == 2 else o.reshape(*lead, *o.shape[-2:])
 
 
@@ -213,60 +200,23 @@ def _four_dimensions(t: Tensor) -> Tensor:
 
 
 @plan.Planned
-def _forward(tensors: plan.Tensors, p: float, causal: bool, scale: float, save_lse: bool) -> plan.Tensors:
-    """The output and its log-sum-exp, and what backward takes for q, k and v."""
+def _forward(
+    tensors: plan.Tensors, p: float, causal: bool, scale: float, needs: tuple[bool, ...] | None
+) -> plan.Tensors:
+    """The output, and what backward takes."""
     q, k, v, mask, seed = cast(Any, tensors)
     q, k, v = (kernels.dense_heads(t) for t in (q, k, v))
-    return *kernels.launch_forward(q, k, v, mask, p, causal, scale, seed, save_lse), q, k, v
+    o, lse = kernels.launch_forward(q, k, v, mask, p, causal, scale, seed, needs is not None)
+    return o, q, k, v, mask, o, lse, seed
 
 
 @plan.Planned
-def _backward(tensors: plan.Tensors, p: float, causal: bool, scale: float, needs: tuple[bool, ...]) -> plan.Tensors:
+def _backward(
+    tensors: plan.Tensors, p: float, causal: bool, scale: float, needs: tuple[bool, ...]
+) -> plan.Tensors:  # fmt: skip
+    """Gradients of q, k and v."""
     do, q, k, v, mask, o, lse, seed = cast(Any, tensors)
-    return backward(do, q, k, v, mask, o, lse, p, causal, scale, seed, needs)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        p: float,
-        causal: bool,
-        scale: float,
-        seed: Tensor | None,
-    ) -> Tensor:
-        o, lse, q, k, v = cast(Any, _forward((q, k, v, mask, seed), p, causal, scale, True))
-        ctx.options = p, causal, scale
-        autograd.save(ctx, q, k, v, mask, o, lse, seed)
-        return cast(Tensor, o)
-
-    @staticmethod
-    @autograd.once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        found = _backward((do, *autograd.saved(ctx)), *ctx.options, ctx.needs_input_grad[:3])
-        return *found, None, None, None, None, None
-
-
-def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    p: float,
-    causal: bool,
-    scale: float,
-    seed: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k and v by kernels, each where ``needs`` says so."""
-    needs_q, needs_k, needs_v = needs
+    needs_q, needs_k, needs_v = needs[:3]
     do = kernels.dense_heads(do)
     dq = dk = dv = None
     delta = backward_kernels.launch_delta(o, do) if needs_q or needs_k else lse
@@ -276,3 +226,7 @@ def backward(
     if needs_k or needs_v:
         dk, dv = backward_kernels.launch_dkv(*given, needs_k, needs_v, needs_q)
     return dq, dk, dv
+
+
+_passes = Passes("Attention", _forward, _backward)
+_operator = Operator(_reference, _check, _run)

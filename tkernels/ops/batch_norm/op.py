@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, checks, plan
-from tkernels.core import mode as runtime
+from tkernels.core import checks, mode, plan
+from tkernels.core.operator import KernelCall, Operator, Passes
 from tkernels.core.records import BatchNorm, Norm
 from tkernels.ops import cpu
 
-if runtime.HAS_TRITON:
+if mode.HAS_TRITON:
     from tkernels.ops.batch_norm import kernels, launches
-
-# which gradients are wanted: of input, residual, weight, bias
-Needs = tuple[bool, bool, bool, bool]
 
 
 def batch_norm(
@@ -53,55 +50,30 @@ def batch_norm(
 
 def counted_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None) -> Tensor:
     """batch_norm for modules, which count batches and may average over all of them."""
-    if activation not in activations.ACTIVATIONS:
-        activations.check(activation)
+    activations.check(activation)
     if residual is not None:
         residual = checked_residual(input, residual)
-    if runtime.leaves_to_torch(input) or not _takes_triton(input, bn, residual):
-        return _torch_batch_norm(input, bn, activation, residual)
-    bn = _with_floats(bn)
-    y: Tensor = _BatchNorm.apply(*autograd.apart(input, residual, bn.weight, bn.bias), bn, activation)
-    return y
+    options = bn.training, bn.momentum, bn.eps, activation
+    vectors = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    return _operator((input, residual, *vectors, bn.num_batches_tracked), *options)
 
 
-def _takes_triton(input: Tensor, bn: BatchNorm, residual: Tensor | None) -> bool:
-    """The backend decision; empty input is PyTorch's. Raises for a bad call before any kernel runs."""
+def _check_call(input: Tensor, residual: Tensor | None, *given: Any) -> KernelCall | None:
+    """Empty input is PyTorch's."""
+    bn, activation = _batch_norm_of(given)
     if isinstance(input, Tensor) and input.numel() == 0:
-        return False
-    if not needs_no_checks(input, bn):
-        check(input, bn)
-    return runtime.use_triton(input, *bn.vectors, residual)
-
-
-def _with_floats(bn: BatchNorm) -> BatchNorm:
-    """Numbers of other types as Python's."""
-    if type(bn.eps) is float and (bn.momentum is None or type(bn.momentum) is float):
-        return bn
+        return None
+    check(input, bn)
+    if not mode.use_triton(input, *bn.vectors, residual):
+        return None
     momentum = None if bn.momentum is None else checks.number("momentum", bn.momentum)
-    return bn._replace(momentum=momentum, eps=checks.number("eps", bn.eps))
+    return KernelCall((bn.training, momentum, checks.number("eps", bn.eps), activation, memory_format(input)))
 
 
-def needs_no_checks(input: Tensor, bn: BatchNorm) -> bool:
-    """Whether a call is of the everyday kind, which needs no further checks: every vector there, of one dtype."""
-    running_mean, running_var, weight, bias = bn.vectors
-    if not (isinstance(input, Tensor) and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)):
-        return False
-    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor) and input.ndim > 1 and input.shape[0] > 1):
-        return False
-    shape, dtype, device = input.shape[1:2], input.dtype, input.device
-    wide = running_mean.dtype
-    return (
-        (dtype == wide or (wide == torch.float32 and dtype in (torch.float16, torch.bfloat16)))
-        and input.is_floating_point()
-        and running_mean.shape == running_var.shape == weight.shape == bias.shape == shape
-        and running_var.dtype == weight.dtype == bias.dtype == wide
-        and running_mean.device == running_var.device == weight.device == bias.device == device
-        and not (running_mean.requires_grad or running_var.requires_grad)
-        and (bn.momentum is None or type(bn.momentum) is float)
-        and type(bn.eps) is float
-        and bn.eps > 0.0
-        and type(bn.training) is bool
-    )
+def _batch_norm_of(given: tuple[Any, ...]) -> tuple[BatchNorm, str | None]:
+    """Of vectors, counter and options as the operator has them: batch norm and activation."""
+    weight, bias, running_mean, running_var, counter, training, momentum, eps, activation = given
+    return BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps, counter), activation
 
 
 def check(input: Tensor, bn: BatchNorm) -> None:
@@ -170,17 +142,18 @@ def checked_residual(input: Tensor, residual: Tensor) -> Tensor:
         raise RuntimeError(f"residual must have the input's shape {checks.shape(input)}, got {checks.shape(residual)}")
     checks.same_device(input=input, residual=residual)
     if residual.dtype != input.dtype:
-        if runtime.autocast_dtype(input) is None or not residual.is_floating_point():
+        if mode.autocast_dtype(input) is None or not residual.is_floating_point():
             checks.same_dtype(input=input, residual=residual)
         residual = residual.to(input.dtype)
     return residual
 
 
-def _torch_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, residual: Tensor | None) -> Tensor:
+def _reference(input: Tensor, residual: Tensor | None, *given: Any) -> Tensor:
     """The PyTorch body: torch's own batch norm, differentiated by torch; residual and ReLU in place of its output.
 
     What torch refuses is refused in our words.
     """
+    bn, activation = _batch_norm_of(given)
     if bn.training is True and activation is not None and cpu is not None:  # else there is nothing to fuse
         fast = cpu.batch_norm(input, bn, activation, residual)
         if fast is not None:
@@ -202,7 +175,7 @@ def _torch_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, resi
 def add_to_own(y: Tensor, residual: Tensor) -> Tensor:
     """y + residual where nothing else needs ``y``: in its memory, unless it is of a class of its own and so a view,
     whose history autograd would rewrite, or in a vmap, where the residual may be many and ``y`` one."""
-    return y.add_(residual) if type(y) is Tensor and not runtime.transformed() else y + residual
+    return y.add_(residual) if type(y) is Tensor and not mode.transformed() else y + residual
 
 
 def _torch_normalize(input: Tensor, bn: BatchNorm) -> Tensor:
@@ -214,12 +187,12 @@ def _torch_normalize(input: Tensor, bn: BatchNorm) -> Tensor:
     counter = bn.num_batches_tracked if training else None
     if momentum is None:
         if counter is not None:
-            if (counter.is_cuda or runtime.traced() or runtime.transformed()) and running_mean is not None:
+            if (counter.is_cuda or mode.traced() or mode.transformed()) and running_mean is not None:
                 return _average_on_device(input, running_mean, running_var, weight, bias, bn.eps, counter)
             momentum = 1.0 / (float(counter) + 1.0)
         else:
             momentum = 0.0  # torch's modules stand still where there is nothing to average by
-    if type(input) is Tensor and input.dim() > 1 and not runtime.jit_traced() and input.shape[0] > 1:
+    if type(input) is Tensor and input.dim() > 1 and not mode.jit_traced() and input.shape[0] > 1:
         # what torch.nn.functional.batch_norm comes to once it has looked at each size of the input
         cudnn = input.is_cuda and torch.backends.cudnn.enabled
         y = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, bn.eps, cudnn)
@@ -251,19 +224,19 @@ def _average_on_device(
     return y
 
 
-def track(stats: Tensor, values: int, bn: BatchNorm) -> None:
-    """Move the running statistics, where given, to the batch's; add one to the counter. ``values``: a channel's."""
+def move_running(bn: BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
+    """Count the batch, and move the running statistics, where given, to its mean and (biased) variance, both float64,
+    of ``count`` values a channel; nothing waits for the device. What too few values do not tell stays as it is."""
     with torch.no_grad():
         if bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
         if bn.running_mean is None or bn.running_var is None:
             return
-        mean, invstd = stats[:2].double() + stats[2:].double()
-        unbiased = (invstd.square().reciprocal() - bn.eps).clamp(min=0.0) * (values / (values - 1))
         factor = share_of_batch(bn)
-        for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
-            before = running.double()
-            running.copy_(before + (batch - before) * factor)
+        for running, batch, least in ((bn.running_mean, mean, 1), (bn.running_var, var * (count / (count - 1)), 2)):
+            old = running.double()
+            moved = old * (1 - factor) + batch * factor
+            running.copy_(torch.where(count >= least, moved, old) if isinstance(count, Tensor) else moved)
 
 
 def share_of_batch(bn: BatchNorm) -> float | Tensor:
@@ -272,6 +245,12 @@ def share_of_batch(bn: BatchNorm) -> float | Tensor:
         return bn.momentum
     # torch's modules stand still where there is nothing to average by
     return 0.0 if bn.num_batches_tracked is None else bn.num_batches_tracked.double().reciprocal()
+
+
+def unpacked(stats: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The batch's mean and (biased) variance, float64 [C], of its statistics [4, C]."""
+    mean, invstd = stats[:2].double() + stats[2:].double()
+    return mean, (invstd.square().reciprocal() - eps).clamp(min=0.0)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -305,12 +284,12 @@ def norm_of(bn: BatchNorm, stats: Tensor | None = None) -> Norm:
     return Norm(dense(mean), dense(bn.running_var), weight, bias, bn.eps)
 
 
-def kept_for_backward(
-    has_residual: bool, activation: str | None, from_batch: bool, needs: Needs
+def _kept_for_backward(
+    has_residual: bool, activation: str | None, from_batch: bool, needs: tuple[bool, ...]
 ) -> tuple[str | None, bool]:
     """(what the activation's gradient needs beside the input: 'output', 'residual' or None; whether the input is
-    needed); see _BatchNorm."""
-    needs_input, _, needs_weight, needs_bias = needs
+    needed); see _forward."""
+    needs_input, _, needs_weight, needs_bias = needs[:4]
     saved_is = None
     needs_sums = needs_weight or needs_bias or (from_batch and needs_input)
     if activation in activations.FROM_OUTPUT and (has_residual or not needs_sums):
@@ -320,48 +299,19 @@ def kept_for_backward(
     return saved_is, needs_sums or (activation is not None and saved_is != "output")
 
 
-class _BatchNorm(torch.autograd.Function):
-    """Batch norm on Triton.
+@plan.Planned
+def _forward(
+    tensors: plan.Tensors, training: bool, momentum: float | None, eps: float, activation: str | None,
+    layout: torch.memory_format, needs: tuple[bool, ...] | None,
+) -> plan.Tensors:  # fmt: skip
+    """y and what backward needs.
 
     Saved are the input and C-sized vectors: with batch statistics x is needed for dx anyway, so the activation's
     input is computed again from it, which also reads less than a saved output. A residual hides that input: where
     the output tells the derivative it is read instead (the next layer keeps it alive), else the residual is.
     With given statistics and frozen parameters the output alone does, and x is not kept.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        bn: BatchNorm,
-        activation: str | None,
-    ) -> Tensor:
-        """``weight``, ``bias``: those of ``bn``, which autograd has to be given."""
-        layout, needs = memory_format(input), ctx.needs_input_grad[:4]
-        tensors = input, residual, *bn.vectors, bn.num_batches_tracked
-        y, *kept = _forward(tensors, bn.training, bn.momentum, bn.eps, activation, layout, needs)
-        if any(needs):
-            autograd.save(ctx, *kept)
-            saved_is, _ = kept_for_backward(residual is not None, activation, bn.training, needs)
-            ctx.options = bn.eps, activation, saved_is, layout
-        return cast(Tensor, y)
-
-    @staticmethod
-    @autograd.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward((dy, *autograd.saved(ctx)), *ctx.options, ctx.needs_input_grad[:4]), None, None
-
-
-@plan.Planned
-def _forward(
-    tensors: plan.Tensors, training: bool, momentum: float | None, eps: float, activation: str | None,
-    layout: torch.memory_format, needs: Needs,
-) -> plan.Tensors:  # fmt: skip
-    """y and what backward needs for the gradients of (input, residual, weight, bias) that ``needs`` asks for."""
-    input, residual, running_mean, running_var, weight, bias, counter = cast(Any, tensors)
+    input, residual, weight, bias, running_mean, running_var, counter = cast(Any, tensors)
     bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps, counter)
     x = input.contiguous(memory_format=layout)
     if residual is not None:
@@ -373,20 +323,28 @@ def _forward(
     norm = norm_of(bn, stats)
     y = kernels.like(x)
     launches.forward(x, residual, *norm[:4], y, eps, activation)
-    saved_is, needs_x = kept_for_backward(residual is not None, activation, training, needs)
+    if needs is None:
+        return (y,)
+    saved_is, needs_x = _kept_for_backward(residual is not None, activation, training, needs)
     saved = {"output": y, "residual": residual, None: None}[saved_is]
     return y, x if needs_x else None, saved, *norm[:4]
 
 
+def _keep(tensors: plan.Tensors, static: tuple[Any, ...]) -> tuple[Any, ...]:
+    _, _, eps, activation, layout = static
+    return eps, activation, layout, tensors[1] is not None
+
+
 @plan.Planned
 def _backward(
-    tensors: plan.Tensors, eps: float, activation: str | None, saved_is: str | None, layout: torch.memory_format,
-    needs: Needs,
+    tensors: plan.Tensors, eps: float, activation: str | None, layout: torch.memory_format, has_residual: bool,
+    needs: tuple[bool, ...],
 ) -> plan.Tensors:  # fmt: skip
     """Gradients of (input, residual, weight, bias), where ``needs`` says so, of dy and what _forward kept."""
     dy, x, saved, *norm = cast(Any, tensors)
     _, var, weight, bias = norm
-    needs_input, needs_residual, needs_weight, needs_bias = needs
+    needs_input, needs_residual, needs_weight, needs_bias = needs[:4]
+    saved_is, _ = _kept_for_backward(has_residual, activation, var is None, needs)
     dy = dy.contiguous(memory_format=layout)
     x = dy if x is None else x  # not kept and never read: only its shape and layout count
     dx = dweight = dbias = coefficients = None
@@ -406,3 +364,6 @@ def _backward(
             behind, x, saved, *norm, coefficients, dx, unwritten, eps, activation, saved_is
         )  # fmt: skip
     return dx, (dy if dz is None else dz) if needs_residual else None, dweight, dbias
+
+
+_operator = Operator(_reference, _check_call, Passes("BatchNorm", _forward, _backward, _keep))

@@ -13,16 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd
-from tkernels.core import mode as runtime
-from tkernels.core.geometry import matrix_of
-from tkernels.core.records import BatchNorm, Norm
+from tkernels.core import autograd, mode
+from tkernels.core.records import BatchNorm
 from tkernels.ops.batch_norm import op as bn_ops
 
 Group: TypeAlias = "dist.ProcessGroup | None"
 
-if runtime.HAS_TRITON:
-    from tkernels.ops.batch_norm import kernels
+if mode.HAS_TRITON:
+    from tkernels.ops.batch_norm import kernels, launches
 
 
 class Statistics(NamedTuple):
@@ -49,11 +47,11 @@ def sync_batch_norm(
     layout = bn_ops.memory_format(input)
     x = input.contiguous(memory_format=layout)
     weight, bias = bn_ops.dense(bn.weight), bn_ops.dense(bn.bias)
-    triton = input.numel() > 0 and runtime.use_triton(input, *bn.vectors, residual)
+    triton = input.numel() > 0 and mode.use_triton(input, *bn.vectors, residual)
     with torch.no_grad():
         local = _triton_statistics(x) if triton else _torch_statistics(x)
         statistics = merge(_gathered(local, group))
-        _track(statistics, bn)
+        bn_ops.move_running(bn, *statistics)
     if triton:
         if residual is not None:
             residual = residual.contiguous(memory_format=layout)
@@ -69,8 +67,7 @@ def _check(input: Tensor, bn: BatchNorm) -> None:
     """Raise what batch_norm raises in training."""
     # few values are enough here: to the check they are two rows of them
     two = input.expand(2, *input.shape[1:]) if isinstance(input, Tensor) and input.shape[:1] == (1,) else input
-    if not bn_ops.needs_no_checks(two, bn):
-        bn_ops.check(two, bn)
+    bn_ops.check(two, bn)
 
 
 def merge(parts: Tensor) -> Statistics:
@@ -111,32 +108,17 @@ def _torch_statistics(x: Tensor) -> Tensor:
 
 def _triton_statistics(x: Tensor) -> Tensor:
     """The same by the kernels of batch_norm."""
-    m = matrix_of(x)
+    count = x.numel() // x.shape[1]
+    stats = x.new_empty((4, x.shape[1]), dtype=torch.float32)
     # without eps 1 / std and its remainder hold the variance to more than float32
-    alone = BatchNorm(None, None, None, None, training=True, momentum=0.0, eps=0.0)
-    stats = kernels.launch_finalize_statistics(kernels.launch_statistics(x, m), m, alone)
-    mean, invstd, mean_rest, invstd_rest = stats.double()
-    var = (invstd + invstd_rest).square().reciprocal()
+    launches.statistics(x, stats, None, None, None, momentum=0.0, eps=0.0)
+    mean, var = bn_ops.unpacked(stats, 0.0)
     # a variance of 0: 1 / std is infinite and its remainder NaN
-    return _row(mean + mean_rest, var.where(invstd.isfinite() | invstd.isnan(), 0.0) * m.values, m.values)
+    return _row(mean, var.where(stats[1].isfinite() | stats[1].isnan(), 0.0) * count, count)
 
 
 def _row(mean: Tensor, m2: Tensor, count: int) -> Tensor:
     return torch.cat([mean, m2, mean.new_full((1,), count)])
-
-
-def _track(statistics: Statistics, bn: BatchNorm) -> None:
-    """Count the batch and move the running statistics; nothing waits for the device."""
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    if bn.running_mean is None or bn.running_var is None:
-        return
-    mean, var, count = statistics
-    factor = bn_ops.share_of_batch(bn)
-    # too few values have no statistics, and nobody waits to be told so: what is there stays
-    for running, value, least in ((bn.running_mean, mean, 1), (bn.running_var, var * (count / (count - 1)), 2)):
-        old = running.double()
-        running.copy_(torch.where(count >= least, old * (1 - factor) + value * factor, old))
 
 
 def _merged_sums(dz: Tensor, dz_x: Tensor, group: Group) -> tuple[Tensor, Tensor]:
@@ -206,18 +188,17 @@ class _TritonNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
         statistics: Statistics, eps: float, activation: str | None, layout: torch.memory_format, group: Group,
     ) -> Tensor:  # fmt: skip
-        m = matrix_of(x)
         invstd = (statistics.var + eps).rsqrt()
         pairs = torch.stack([statistics.mean, invstd])
         stats = pairs.float()
-        norm = Norm(torch.cat([stats, (pairs - stats).float()]), None, weight, bias, eps)
-        y = kernels.launch_normalize(x, m, norm, activation, residual)
+        stats = torch.cat([stats, (pairs - stats).float()])
+        y = kernels.like(x)
+        launches.forward(x, residual, stats, None, weight, bias, y, eps, activation)
         saved, saved_is = None, None
         if residual is not None and activation is not None:
             saved, saved_is = (y, "output") if activation in activations.FROM_OUTPUT else (residual, "residual")
-        autograd.save(ctx, x, saved, norm.mean, weight, bias, invstd, statistics.values)
-        ctx.matrix, ctx.eps, ctx.activation, ctx.saved_is = m, eps, activation, saved_is
-        ctx.layout, ctx.group = layout, group
+        autograd.save(ctx, x, saved, stats, weight, bias, invstd, statistics.values)
+        ctx.options = eps, activation, saved_is, layout, group
         return y
 
     @staticmethod
@@ -225,28 +206,21 @@ class _TritonNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, saved, stats, weight, bias, invstd, count = autograd.saved(ctx)
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        norm = Norm(stats, None, weight, bias, ctx.eps)
-        dy = dy.contiguous(memory_format=ctx.layout)
-        activation, saved_is = ctx.activation, ctx.saved_is
-        partials, dz = kernels.launch_gradient_sums(
-            dy, x, ctx.matrix, norm, activation, saved, saved_is, needs_residual and activation is not None
-        )
-        # vectors of float32 to take the sums: weight and bias may be of another dtype, or not there
-        sums = norm._replace(weight=stats[0], bias=stats[0])
-        scaled: Any
-        plain: Any
-        scaled, plain, _ = kernels.launch_finalize_gradients(partials, ctx.matrix, sums, True, True, False)
-        total, total_x = _merged_sums(plain, scaled, ctx.group)
+        eps, activation, saved_is, layout, group = ctx.options
+        norm = stats, None, weight, bias
+        dy = dy.contiguous(memory_format=layout)
+        dz = kernels.like(x) if needs_residual and activation is not None else None
+        # the sums in float32: weight and bias may be of another dtype, or not there
+        scaled, plain = torch.empty_like(stats[0]), torch.empty_like(stats[0])
+        launches.gradients(dy, x, saved, *norm, dz, scaled, plain, None, eps, activation, saved_is)
+        total, total_x = _merged_sums(plain, scaled, group)
         dx = None
         if needs_input:
             second = total_x * invstd / count
             coefficients = torch.stack([total / count - stats[2] * second, second]).float()
-            if dz is not None:
-                dx, _ = kernels.launch_input_gradient(dz, x, ctx.matrix, norm, coefficients)
-            else:
-                dx, _ = kernels.launch_input_gradient(
-                    dy, x, ctx.matrix, norm, coefficients, activation, saved, saved_is
-                )
+            dx = kernels.like(x)
+            behind = (dy, saved, activation, saved_is) if dz is None else (dz, None, None, None)
+            launches.input_gradient(behind[0], x, behind[1], *norm, coefficients, dx, None, eps, *behind[2:])
         dweight = scaled.to(weight.dtype) if needs_weight else None
         dbias = plain.to(bias.dtype) if needs_bias else None
         dresidual = (dy if dz is None else dz) if needs_residual else None

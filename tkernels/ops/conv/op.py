@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tkernels.core import _torch, autograd, autotune, checks, plan, targets
+from tkernels.core import _torch, autotune, checks, mode, plan, targets
 from tkernels.core import activation as activations
-from tkernels.core import mode as runtime
 from tkernels.core.geometry import Geometry, suggests_channels_last
+from tkernels.core.operator import KernelCall, Operator, Passes
 from tkernels.ops.conv import routing
 
-if runtime.HAS_TRITON:
+if mode.HAS_TRITON:
     from tkernels.ops.conv import kernels, launches
 
 __all__ = ["conv2d"]
@@ -46,16 +46,27 @@ def conv2d(
     Raises TypeError for an argument of the wrong type, ValueError for an unknown activation, RuntimeError for values,
     shapes, dtypes or devices that do not go together.
     """
-    if activation not in activations.ACTIVATIONS:
-        activations.check(activation)
-    if runtime.leaves_to_torch(input) or not _takes_triton(input, weight, bias):
-        return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
+    return _operator((input, weight, bias), stride, padding, dilation, groups, activation)
+
+
+def _check(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntOrPair, padding: IntOrPair | str,
+    dilation: IntOrPair, groups: int, activation: str | None,
+) -> KernelCall | None:  # fmt: skip
+    """Integers, complex numbers, sparse tensors and zero channels are PyTorch's, and under 'auto' what is faster
+    there. Parameters keep their dtype under autocast: kernels cast them as they read them, and write their gradients
+    in it."""
+    activations.check(activation)
+    checks.tensor(input=input, weight=weight)
+    checks.optional_tensor(bias=bias)
+    channels = input.shape[-3] if input.dim() > 2 else 1
+    if not (checks.are_floats(input, weight, bias) and channels > 0 and mode.use_triton(input, weight, bias)):
+        return None
     g, autocast = _checked(input, weight, bias, stride, padding, dilation, groups)
-    if runtime.get_backend() == "auto" and torch_is_faster(input, weight, bias, g, activation, autocast):
-        return _torch_body(input, weight, bias, stride, padding, dilation, groups, activation)
-    if input.dim() == 3:
-        return _triton_body(input.unsqueeze(0), weight, bias, g, activation, autocast).squeeze(0)
-    return _triton_body(input, weight, bias, g, activation, autocast)
+    static = g, autocast or input.dtype, activation
+    if mode.get_backend() == "auto" and torch_is_faster(input, weight, bias, *static):
+        return None
+    return KernelCall(static)
 
 
 def _checked(
@@ -70,7 +81,7 @@ def _checked(
     """What the call describes, and autocast's dtype. Raises what torch raises."""
     if not isinstance(padding, str):
         padding = pair("padding", padding)
-    g = (described if runtime.traced() else geometry)(
+    g = (described if mode.traced() else geometry)(
         tuple(input.shape), tuple(weight.shape), pair("stride", stride), padding, pair("dilation", dilation),
         checks.integer("groups", groups),
     )  # fmt: skip
@@ -79,22 +90,17 @@ def _checked(
             f"bias must have shape [{g.out_channels}], one element for each output channel of weight "
             f"{checks.shape(weight)}, got {checks.shape(bias)}"
         )
-    autocast = runtime.autocast_dtype(input)
+    autocast = mode.autocast_dtype(input)
     checks.matching_kinds(input, weight, bias, autocast)
     return g, autocast
 
 
-def _torch_body(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: IntOrPair,
-    padding: IntOrPair | str,
-    dilation: IntOrPair,
-    groups: int,
-    activation: str | None,
-) -> Tensor:
+def _reference(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntOrPair, padding: IntOrPair | str,
+    dilation: IntOrPair, groups: int, activation: str | None,
+) -> Tensor:  # fmt: skip
     """PyTorch's own call, with its autograd and autocast. What it refuses is refused in our words."""
+    activations.check(activation)
     try:
         z = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     except checks.REFUSALS as error:
@@ -201,27 +207,15 @@ def _padding(
     return padding, (2 * padding[0], 2 * padding[1])
 
 
-def _takes_triton(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """The backend decision; integers, complex numbers, sparse tensors and zero channels are PyTorch's."""
-    checks.tensor(input=input, weight=weight)
-    checks.optional_tensor(bias=bias)
-    for t in (input, weight, bias):
-        if t is not None and not (t.is_floating_point() and t.layout is torch.strided):
-            return False
-    channels = input.shape[-3] if input.dim() > 2 else 1
-    return channels > 0 and runtime.use_triton(input, weight, bias)
-
-
 def torch_is_faster(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, activation: str | None, autocast: torch.dtype | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, dtype: torch.dtype, activation: str | None
 ) -> bool:
     """Whether backend 'auto' leaves this convolution to PyTorch: by estimate, or as measured where autotuning is on."""
-    dtype = autocast or x.dtype
-    if runtime.traced():
+    if mode.traced():
         sizes = g.in_channels, g.out_channels, g.groups, g.kernel_h, g.kernel_w, g.stride_h, g.stride_w
         return _torch_is_faster_in_traces(*[operator.index(size) for size in sizes], dtype, activation is not None)
     images = x.shape[0] if x.dim() == 4 else 1
-    precision = runtime.dot_precision(dtype, "conv")
+    precision = mode.dot_precision(dtype, "conv")
     if not autotune.enabled:
         return routing.compute_bound(g, images, dtype, precision, activation is not None, targets.current())
     if x.dim() == 3:
@@ -237,7 +231,7 @@ def torch_is_faster(
     with torch.no_grad():
         return autotune.torch_is_faster(
             "conv2d", images, (g, dtype, precision, activation, suggests_channels_last(x)),
-            lambda: _triton_body(x, weight, bias, g, activation, autocast), theirs,
+            lambda: _passes(None, (x, weight, bias), (g, dtype, activation)), theirs,
         )  # fmt: skip
 
 
@@ -250,88 +244,64 @@ def _torch_is_faster_in_traces(
     side = 64
     g = Geometry(in_channels, out_channels, groups, side * stride_h, side * stride_w, kernel_h, kernel_w, stride_h,
                  stride_w, 0, 0, 1, 1, side, side)  # fmt: skip
-    return routing.compute_bound(g, 256, dtype, runtime.dot_precision(dtype, "conv"), fused, targets.current())
+    return routing.compute_bound(g, 256, dtype, mode.dot_precision(dtype, "conv"), fused, targets.current())
 
 
-def _triton_body(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, activation: str | None, autocast: torch.dtype | None
-) -> Tensor:
-    """One convolution on Triton. Parameters keep their dtype under autocast: kernels cast them as they read them, and
-    write their gradients in it."""
-    dtype = autocast or x.dtype
-    differentiates = torch.is_grad_enabled()
-    if x.dtype != dtype and not (g.flattened and not g.depthwise and not (differentiates and x.requires_grad)):
-        x = x.to(dtype)
-    if differentiates and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Conv2d.apply(*autograd.apart(x, weight), bias, g, dtype, activation)
-    return cast(Tensor, _forward((x, weight, bias), g, dtype, activation, False)[0])
+def _run(call: plan.Call | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
+    """The kernels, which take a batch."""
+    x, *parameters = cast(Any, tensors)
+    if x.dim() == 3:
+        return _passes(call, (x.unsqueeze(0), *parameters), static).squeeze(0)
+    return _passes(call, tensors, static)
 
 
 @plan.Planned
 def _forward(
-    tensors: plan.Tensors, g: Geometry, dtype: torch.dtype, activation: str | None, keep_input: bool
+    tensors: plan.Tensors, g: Geometry, dtype: torch.dtype, activation: str | None, needs: tuple[bool, ...] | None
 ) -> plan.Tensors:
-    """y, the activation's input if ``keep_input``, and the packed weight where the weight is to be packed."""
+    """y, and what backward needs."""
     x, weight, bias = cast(Any, tensors)
+    needs_input, needs_weight, needs_bias = needs or (False, False, False)
+    if x.dtype != dtype and (needs_input or g.depthwise or not g.flattened):
+        x = x.to(dtype)
     channels_last = suggests_channels_last(x) or suggests_channels_last(weight)
     shape = (x.shape[0], g.out_channels, g.out_h, g.out_w)
     y = kernels.empty_pixels(x, shape, dtype, channels_last)
-    z = kernels.empty_pixels(x, shape, dtype, channels_last) if keep_input else None
+    keeps = needs is not None and activations.needs_input(activation)
+    z = kernels.empty_pixels(x, shape, dtype, channels_last) if keeps else None
     packed = None
     if not g.depthwise and kernels.packs(weight, g, dtype):
         packed = weight.new_empty((g.out_channels, g.row_pitch), dtype=dtype)
     launches.forward(x, weight, bias, y, z, packed, tuple(g), activation, channels_last)
-    return y, z, packed
+    saved = None if activation is None else z if z is not None else y
+    # the weight itself is saved beside its packed form so that autograd notices if it is changed in place
+    kept = x if needs_weight else None, weight, bias if needs_bias else None, packed if needs_input else None, saved
+    return y, *kept
+
+
+def _keep(tensors: plan.Tensors, static: tuple[Any, ...]) -> tuple[Any, ...]:
+    x: Any = tensors[0]
+    g, _, activation = static
+    return g, activation, suggests_channels_last(x), x.dtype
 
 
 @plan.Planned
 def _backward(
-    tensors: plan.Tensors, g: Geometry, activation: str | None, channels_last: bool, needs_input: bool
-) -> plan.Tensors:
-    """Gradients of input (in the memory format ``channels_last`` says, if ``needs_input``), weight (where x is given)
-    and bias (where it is)."""
+    tensors: plan.Tensors, g: Geometry, activation: str | None, channels_last: bool, dtype: torch.dtype,
+    needs: tuple[bool, ...],
+) -> plan.Tensors:  # fmt: skip
+    """Gradients of input (of ``dtype``, in the memory format ``channels_last`` says), weight and bias."""
     dy, x, weight, bias, packed, saved = cast(Any, tensors)
     dx = dw = db = None
-    if needs_input:
+    if needs[0]:
         dx = kernels.empty_pixels(dy, (dy.shape[0], g.in_channels, g.height, g.width), dy.dtype, channels_last)
     if x is not None:
         dw = torch.empty_like(weight)
     if bias is not None:
         db = torch.empty_like(bias)
     launches.gradients(dy, x, weight, packed, saved, dx, dw, db, tuple(g), activation, channels_last)
-    return dx, dw, db
+    return dx if dx is None else dx.to(dtype), dw, db
 
 
-class _Conv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        g: Geometry,
-        dtype: torch.dtype,
-        activation: str | None,
-    ) -> Tensor:
-        keep_input = activations.needs_input(activation)
-        y, z, packed = cast(Any, _forward((x, weight, bias), g, dtype, activation, keep_input))
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # the weight itself is saved beside its packed form so that autograd notices if it is changed in place
-        autograd.save(
-            ctx,
-            x if needs_weight else None,
-            weight,
-            bias if needs_bias else None,
-            packed if needs_input else None,
-            None if activation is None else z if z is not None else y,
-        )
-        ctx.g, ctx.activation = g, activation
-        ctx.channels_last = suggests_channels_last(x)
-        return cast(Tensor, y)
-
-    @staticmethod
-    @autograd.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        options = ctx.g, ctx.activation, ctx.channels_last, ctx.needs_input_grad[0]
-        gradients = _backward((dy, *autograd.saved(ctx)), *options)
-        return *gradients, None, None, None
+_passes = Passes("Conv2d", _forward, _backward, _keep)
+_operator = Operator(_reference, _check, _run)

@@ -4,16 +4,16 @@ PyTorch's body."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import autograd, checks, plan
-from tkernels.core import mode as runtime
-from tkernels.core.geometry import Geometry, Pooling, no_pooling, suggests_channels_last
+from tkernels.core import checks, mode
+from tkernels.core.geometry import Geometry, Pooling, no_pooling
+from tkernels.core.operator import KernelCall, Operator, Passes
 from tkernels.core.records import TENSORS, ConvBNLayer, MaxPool, StageCall
 from tkernels.ops import cpu
 from tkernels.ops.batch_norm import op as bn_ops
@@ -46,63 +46,78 @@ def conv_stage(
     activation, a residual beside pool or dropout, or a probability outside [0, 1]; TypeError for arguments of the wrong
     type; RuntimeError for values, shapes, dtypes or devices that do not go together.
     """
-    key = None if runtime.leaves_to_torch(input) else _key(input, layers, pool, dropout_p, training, residual)
-    call = _calls.get(key)
-    if call is not None:
-        return _run(input, layers, call.value, residual, call)
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, ConvBNLayer) for layer in layers):
+        raise TypeError(f"layers must be a sequence of ConvBNLayer, got {type(layers).__name__}")
+    if isinstance(residual, Tensor) and isinstance(input, Tensor) and residual.is_floating_point():
+        residual = mode.cast_for_autocast(mode.autocast_dtype(input), residual)[0]
+    tensors = passes.call_tensors(input, layers, residual)
+    return _operator(tensors, tuple([layer[TENSORS:] for layer in layers]), pool, dropout_p, training)
+
+
+class _Arguments(NamedTuple):
+    """conv_stage's, as :meth:`of` makes them of the operator's."""
+
+    input: Tensor
+    layers: Sequence[ConvBNLayer]
+    residual: Tensor | None
+    pool: Pool
+    dropout_p: float
+    training: bool
+
+    @classmethod
+    def of(cls, given: tuple[Any, ...]) -> _Arguments:
+        *tensors, others, pool, dropout_p, training = given
+        layers = [
+            ConvBNLayer._make((*tensors[1 + TENSORS * i : 1 + TENSORS * (i + 1)], *other))
+            for i, other in enumerate(others)
+        ]
+        return cls(tensors[0], layers, tensors[-1], pool, dropout_p, training)
+
+
+def _check(*given: Any) -> KernelCall | None:
+    """Empty input is PyTorch's, and a call that torch.jit.trace records."""
+    if mode.jit_traced():
+        mode.use_triton(given[0])
+        return None
+    call = _Arguments.of(given)
+    stage = _described(call)
+    if call.input.numel() == 0 or not mode.use_triton(*given[:-_OTHERS]):
+        return None
+    options = tuple([(layer.momentum, layer.eps, layer.counts(call.training)) for layer in call.layers])
+    return KernelCall((stage, options), None, stage.p)
+
+
+_OTHERS = 4  # arguments of the operator behind its tensors
+
+
+def _described(call: _Arguments) -> StageCall:
+    """What the call comes to. Raises what torch raises."""
+    input, layers, residual, pool, dropout_p, training = call
     checks.tensor(input=input)
-    if runtime.jit_traced():  # sizes are none there
-        runtime.use_triton(input)
-        return _torch_body(input, layers, pool, float(dropout_p) if training else 0.0, training, residual)
     checks.probability("dropout_p", dropout_p)
     if input.dim() != 4:
         raise ValueError(f"input must be 4-D (N, C, H, W), got shape {checks.shape(input)}")
     geometries = _geometries(input, layers)
     pooling = _pooling(geometries[-1], pool)
-    autocast = runtime.autocast_dtype(input)
+    autocast = mode.autocast_dtype(input)
     for i, (layer, g) in enumerate(zip(layers, geometries)):
         _check_layer(i, layer, input, g, training, autocast)
+    dtype = autocast or input.dtype
     if residual is not None:
         if pool is not None or dropout_p > 0:
             raise ValueError(f"residual goes with neither pool nor dropout, got pool={pool} and dropout_p={dropout_p}")
-        residual = _checked_residual(input, residual, geometries[-1], autocast)
+        _check_residual(input, residual, geometries[-1], dtype)
     p = float(dropout_p) if training else 0.0
-    tensors = [t for layer in layers for t in layer[:6] if t is not None]
-    stage = StageCall(
-        geometries, pooling, autocast or input.dtype, p, training, tuple(layer.activation for layer in layers)
-    )
-    if input.numel() == 0 or not runtime.use_triton(input, *tensors, residual):
-        y = None if cpu is None or residual is not None else cpu.conv_stage(input, layers, stage)
-        return y if y is not None else _torch_body(input, layers, pool, p, training, residual)
-    call = None if key is None else _calls.add(key, plan.Call(stage))
-    return _run(input, layers, stage, residual, call)
-
-
-# calls that passed the checks, with what they come to
-_calls = plan.Cache(plan.MOST_PLANS)
-
-
-def _key(
-    input: Tensor, layers: Sequence[ConvBNLayer], pool: Pool, dropout_p: float, training: bool,
-    residual: Tensor | None,
-) -> Hashable | None:  # fmt: skip
-    try:
-        tensors = passes.call_tensors(input, layers, residual)
-        others = tuple([layer[TENSORS:] for layer in layers])
-    except TypeError:  # layers that are none
-        return None
-    return plan.call_key(tensors, others, pool, dropout_p, training)
+    return StageCall(geometries, pooling, dtype, p, training, tuple([layer.activation for layer in layers]))
 
 
 def _geometries(input: Tensor, layers: Sequence[ConvBNLayer]) -> tuple[Geometry, ...]:
     """The convolutions, one after the other. Raises TypeError, ValueError or RuntimeError where torch refuses one."""
-    if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, ConvBNLayer) for layer in layers):
-        raise TypeError(f"layers must be a sequence of ConvBNLayer, got {type(layers).__name__}")
     if not layers:
         raise ValueError("layers must hold at least one ConvBNLayer, got none")
     found: list[Geometry] = []
     shape = tuple(input.shape)
-    geometry = conv_ops.described if runtime.traced() else conv_ops.geometry
+    geometry = conv_ops.described if mode.traced() else conv_ops.geometry
     for layer in layers:
         checks.tensor(weight=layer.weight)
         padding = layer.padding if isinstance(layer.padding, str) else conv_ops.pair("padding", layer.padding)
@@ -123,7 +138,7 @@ def _pooling(g: Geometry, pool: Pool) -> Pooling:
         pool = MaxPool(pool)
     kernel = conv_ops.pair("pool", pool.kernel_size)
     stride = kernel if pool.stride is None else conv_ops.pair("the pool's stride", pool.stride)
-    pooling = described_pooling if runtime.traced() else _checked_pooling
+    pooling = described_pooling if mode.traced() else _checked_pooling
     return pooling(g.out_h, g.out_w, kernel, stride, conv_ops.pair("the pool's padding", pool.padding))
 
 
@@ -171,23 +186,27 @@ def _check_layer(
         raise ValueError(f"eps of layer {i} must be positive, got {layer.eps}")
 
 
-def _checked_residual(input: Tensor, residual: Tensor, g: Geometry, autocast: torch.dtype | None) -> Tensor:
-    """The residual in the dtype of the maps. Raises where it does not fit the last layer's."""
+def _check_residual(input: Tensor, residual: Tensor, g: Geometry, dtype: torch.dtype) -> None:
+    """Raise where it does not fit the last layer's map."""
     checks.tensor(residual=residual)
     shape = (input.shape[0], g.out_channels, g.out_h, g.out_w)
     if tuple(residual.shape) != shape:
         raise RuntimeError(f"residual must have the result's shape {list(shape)}, got {checks.shape(residual)}")
     checks.same_device(input=input, residual=residual)
-    if autocast is None or not residual.is_floating_point():
-        checks.same_dtype(input=input, residual=residual)
-    return residual.to(autocast or input.dtype)
+    if residual.dtype != dtype:
+        raise RuntimeError(f"residual must have the maps' dtype {dtype}, got {residual.dtype}")
 
 
-def _torch_body(
-    x: Tensor, layers: Sequence[ConvBNLayer], pool: Pool, p: float, training: bool,
-    residual: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The same in torch's own calls, differentiated and cast by torch; Dropout2d draws as torch.nn's would."""
+def _reference(*given: Any) -> Tensor:
+    """On a CPU its passes, else torch's own calls, differentiated and cast by torch; Dropout2d draws as torch.nn's."""
+    call = _Arguments.of(given)
+    x, layers, residual, pool, dropout_p, training = call
+    p = float(dropout_p) if training else 0.0
+    if not mode.jit_traced():  # sizes are none there
+        stage = _described(call)
+        y = None if cpu is None or residual is not None else cpu.conv_stage(x, layers, stage)
+        if y is not None:
+            return y
     for i, layer in enumerate(layers):
         window = layer.stride, layer.padding, layer.dilation, layer.groups
         x = torch.nn.functional.conv2d(x, layer.weight, layer.bias, *window)  # type: ignore[arg-type]
@@ -198,50 +217,4 @@ def _torch_body(
     return torch.nn.functional.dropout2d(x, p) if p > 0 else x
 
 
-class _ConvStage(torch.autograd.Function):
-    """Saved are, of each layer, the raw output, vectors, and the input (the activation of the layer before) unless the
-    layer formed it from the raw output before as it loaded it; and what behind_residual says."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: plan.Call | None, stage: StageCall, layers: Sequence[ConvBNLayer], x: Tensor,
-        *others: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """``others``: the layers' parameters, and the residual."""
-        seed = runtime.dropout_seed(x) if stage.p > 0 else None
-        y, *kept = _forward(call, x, layers, stage, seed, others[-1], ctx.needs_input_grad[3:])
-        autograd.save(ctx, seed, *kept)
-        ctx.stage, ctx.eps = stage, tuple(layer.eps for layer in layers)
-        ctx.input_format = x.dtype, suggests_channels_last(x)
-        return cast(Tensor, y)
-
-    @staticmethod
-    @autograd.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.stage, ctx.eps, ctx.needs_input_grad[3:], ctx.input_format
-        return None, None, None, *passes.backward((dy, *autograd.saved(ctx)), *given)
-
-
-def _forward(
-    call: plan.Call | None, x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, seed: Tensor | None,
-    residual: Tensor | None, needs: tuple[bool, ...] | None,
-) -> plan.Tensors:  # fmt: skip
-    given = (*passes.call_tensors(x, layers, residual), seed)
-    options = tuple([(layer.momentum, layer.eps, layer.counts(stage.training)) for layer in layers])
-    return passes.forward.of_call(call, given, stage, options, needs)
-
-
-def _run(
-    x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, residual: Tensor | None, call: plan.Call | None
-) -> Tensor:
-    """The kernels, differentiable where that is asked for."""
-    if residual is not None:
-        residual = residual.to(stage.dtype)
-    if torch.is_grad_enabled():
-        others = [t for layer in layers for t in layer[:4]]
-        others.append(residual)
-        if x.requires_grad or any(t is not None and t.requires_grad for t in others):
-            y: Tensor = _ConvStage.apply(call, stage, layers, *autograd.apart(x, *others))
-            return y
-    seed = runtime.dropout_seed(x) if stage.p > 0 else None
-    return cast(Tensor, _forward(call, x, layers, stage, seed, residual, None)[0])
+_operator = Operator(_reference, _check, Passes("ConvStage", passes.forward, passes.backward, passes.keep))

@@ -21,7 +21,7 @@ from tkernels.ops.conv_stage.triton_body import SavedLayer
 if runtime.HAS_TRITON:
     from tkernels.ops.conv.kernels import empty_pixels
 
-__all__ = ["Options", "backward", "call_tensors", "forward"]
+__all__ = ["Options", "backward", "call_tensors", "forward", "keep"]
 
 # of each layer: momentum, eps, whether the batch moves the running statistics
 Options = tuple[tuple[float | None, float, bool], ...]
@@ -41,8 +41,10 @@ def call_tensors(x: Tensor, layers: Sequence[ConvBNLayer], residual: Tensor | No
 def forward(
     tensors: plan.Tensors, stage: StageCall, options: Options, needs: tuple[bool, ...] | None
 ) -> plan.Tensors:  # fmt: skip
-    """y and, for the gradients ``needs`` asks for, what is behind a residual and the SavedLayer of each layer; y alone
-    for None. ``tensors``: call_tensors', and dropout's seed."""
+    """y and, for the gradients ``needs`` asks for, the seed, what is behind a residual and the SavedLayer of each
+    layer; y alone for None. ``tensors``: call_tensors', and dropout's seed."""
+    if needs is not None:
+        needs = _of_leaves(needs)
     if runtime.traced():
         return _traced_forward(tensors, stage, options, needs)
     x, *_, residual, seed = cast(Any, tensors)
@@ -54,7 +56,7 @@ def forward(
         return (y,)
     tasks = body.wanted(needs, [layer.var is None for layer in saved])
     behind = body.behind_residual(y, residual, stage.activations[-1])
-    kept: list[Tensor | None] = [behind]
+    kept: list[Tensor | None] = [seed, behind]
     maps = body.kept_maps(layers, stage, tasks, _reads_last(residual, stage))
     for layer, task, needs_bias, (reads_x, reads_raw) in zip(saved, tasks, needs[2::4], maps):
         kept += layer._replace(
@@ -64,6 +66,25 @@ def forward(
             raw=layer.raw if reads_raw else None,
         )
     return (y, *kept)
+
+
+def _of_leaves(needs: Sequence[bool]) -> tuple[bool, ...]:
+    """Of call_tensors and a seed the input, weight, bias, bn_weight and bn_bias of each layer, and the residual."""
+    layers = range(1, len(needs) - 2, TENSORS)
+    return needs[0], *[need for i in layers for need in needs[i : i + 4]], needs[-2]
+
+
+def _among_all(leaves: Sequence[Any], none: Any) -> tuple[Any, ...]:
+    """Those where they are among call_tensors and a seed, between ``none``."""
+    rest = [none] * (TENSORS - 4)
+    return leaves[0], *[t for i in range(1, len(leaves) - 1, 4) for t in (*leaves[i : i + 4], *rest)], leaves[-1], none
+
+
+def keep(tensors: plan.Tensors, static: tuple[Any, ...]) -> tuple[Any, ...]:
+    """backward's static arguments of a call's."""
+    x: Any = tensors[0]
+    stage, options = static
+    return stage, tuple([eps for _, eps, _ in options]), (x.dtype, geometry.suggests_channels_last(x))
 
 
 def _layers(tensors: Sequence[Tensor | None], options: Options) -> list[ConvBNLayer]:
@@ -85,13 +106,15 @@ def _reads_last(residual: Tensor | None, stage: StageCall) -> bool:
 
 @plan.Planned
 def backward(
-    tensors: plan.Tensors, stage: StageCall, eps: tuple[float, ...], needs: tuple[bool, ...], input_format: InputFormat
+    tensors: plan.Tensors, stage: StageCall, eps: tuple[float, ...], input_format: InputFormat, needs: tuple[bool, ...]
 ) -> plan.Tensors:
-    """body.backward's gradients, of dy, dropout's seed and what forward kept."""
+    """body.backward's gradients among call_tensors, of dy and what forward kept."""
+    wanted = _of_leaves(needs)
     if runtime.traced():
-        return _traced_backward(tensors, stage, eps, needs, input_format)
+        return _among_all(_traced_backward(tensors, stage, eps, wanted, input_format), None)
     dy, seed, behind, *kept = tensors
-    return tuple(body.backward(cast(Tensor, dy), _saved(kept), behind, seed, stage, eps, needs, input_format))
+    found = body.backward(cast(Tensor, dy), _saved(kept), behind, seed, stage, eps, wanted, input_format)
+    return _among_all(found, None)
 
 
 def _saved(kept: Sequence[Tensor | None]) -> list[SavedLayer]:
@@ -135,14 +158,14 @@ def _traced_forward(
     y, *found = torch.ops.tkernels.conv_stage_forward(
         [*call_tensors(x, unmoved, residual), seed], *_numbers(stage), [float(eps) for _, eps, _ in options], asked
     )
-    kept: list[Tensor | None] = [body.behind_residual(y, residual, stage.activations[-1])]
+    kept: list[Tensor | None] = [seed, body.behind_residual(y, residual, stage.activations[-1])]
     for i, (layer, g) in enumerate(zip(layers, stage.geometries)):
         if not asked:
             break
         own_x, raw, stats = [None if t.dim() == 1 else t for t in found[3 * i : 3 * i + 3]]
         bn = layer.batch_norm(False)
         if layer.training and stats is not None:
-            bn_ops.track(stats, x.shape[0] * g.out_h * g.out_w, bn)
+            bn_ops.move_running(bn, *bn_ops.unpacked(stats, bn.eps), x.shape[0] * g.out_h * g.out_w)
         if i == 0 and own_x is None and asked[1]:
             own_x = x
         kept += SavedLayer(own_x, layer.weight, layer.bias if asked[2 + 4 * i] else None, None, raw,
@@ -200,9 +223,10 @@ def _forward_operator(
 ) -> list[Tensor]:  # fmt: skip
     """forward's, of the same tensors: y and, where ``needs`` is not empty, of each layer its input, its raw output and
     the batch's statistics [4, C], each empty where backward reads none, or, of the input, where it is x itself."""
-    y, *kept = cast(Any, forward(*_call(tensors, geometries, pool, names, dtype, p, eps, needs)))
+    given, stage, options, asked = _call(tensors, geometries, pool, names, dtype, p, eps, needs)
+    y, *kept = cast(Any, forward(given, stage, options, asked and _among_all(asked, False)))
     results = [y]
-    for i, layer in enumerate(_saved(kept[1:])):
+    for i, layer in enumerate(_saved(kept[2:])):
         x = None if i == 0 and layer.x is tensors[0] else layer.x
         stats = layer.mean if layer.var is None else None
         results += [_nothing(y) if t is None else t for t in (x, layer.raw, stats)]
@@ -257,5 +281,5 @@ def _backward_operator(
 ) -> list[Tensor]:  # fmt: skip
     """backward's gradients, those that are needed."""
     stage, input_format = _stage(geometries, pool, names, dtype, p), (input_dtype, channels_last)
-    found = backward(tuple(tensors), stage, tuple(eps), tuple(needs), input_format)
+    found = backward(tuple(tensors), stage, tuple(eps), input_format, _among_all(needs, False))
     return [t for t in found if t is not None]

@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tkernels.core import _torch, autograd, checks, plan
-from tkernels.core import mode as runtime
+from tkernels.core import _torch, checks, mode, plan
+from tkernels.core.operator import KernelCall, Operator, Passes
 from tkernels.core.records import LossOptions
 from tkernels.ops import cpu
 
-if runtime.HAS_TRITON:
+if mode.HAS_TRITON:
     from tkernels.ops.cross_entropy import kernels
     from tkernels.ops.cross_entropy import layout as class_layout
 
@@ -53,24 +53,21 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _torch.reduction_of_old_arguments(size_average, reduce)
     options = LossOptions(ignore_index, reduction, label_smoothing)
-    if runtime.leaves_to_torch(input):
-        return _torch_body(input, target, weight, options)
-    key = None
-    if weight is None:  # what a weight may be depends on more than its cache key
-        key = plan.call_key((input, target), options)
-        call = _calls.get(key)
-        if call is not None:
-            return _run(call, input, target, None, *call.value)
-    if not _takes_triton(input, target, weight):
-        return _torch_body(input, target, weight, options)
-    options = _checked_options(input, target, weight, options)
-    loss_dtype = _loss_dtype(input, target, weight)
-    call = None if key is None else _calls.add(key, plan.Call((options, loss_dtype)))
-    return _run(call, input, target, weight, options, loss_dtype)
+    return _operator((input, target, weight), options)
 
 
-# calls that passed the checks, with the options that _run takes
-_calls = plan.Cache(plan.MOST_PLANS)
+def _check_call(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> KernelCall | None:
+    """Empty input, and class weights that are learned, are PyTorch's."""
+    _check_tensors(input, target, weight)
+    if not input.is_floating_point() or input.numel() == 0 or input.dim() == 0:
+        return None
+    if any(t is not None and (t.layout is not torch.strided or t.is_complex()) for t in (input, target, weight)):
+        return None
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled() and target.is_floating_point():
+        return None
+    if not mode.use_triton(input, target, weight):
+        return None
+    return KernelCall((_checked_options(input, target, weight, options), _loss_dtype(input, target, weight)))
 
 
 def _checked_options(input: Tensor, target: Tensor, weight: Tensor | None, given: LossOptions) -> LossOptions:
@@ -86,26 +83,13 @@ def _checked_options(input: Tensor, target: Tensor, weight: Tensor | None, given
     return LossOptions(ignore_index, reduction, smoothing if smoothing > 0 else 0.0)
 
 
-def _takes_triton(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """The backend decision. Empty input, and class weights that are learned, are PyTorch's."""
-    _check_tensors(input, target, weight)
-    if not input.is_floating_point() or input.numel() == 0 or input.dim() == 0:
-        return False
-    for t in (input, target, weight):
-        if t is not None and (t.layout is not torch.strided or t.is_complex()):
-            return False
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled() and target.is_floating_point():
-        return False
-    return runtime.use_triton(input, target, weight)
-
-
 def _check_tensors(input: Any, target: Any, weight: Any) -> None:
     if not (isinstance(input, Tensor) and isinstance(target, Tensor) and isinstance(weight, (Tensor, NoneType))):
         checks.tensor(input=input, target=target)
         checks.optional_tensor(weight=weight)
 
 
-def _torch_body(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+def _reference(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
     """PyTorch's own call, with its autograd and autocast, but for large logits on a CPU. What it refuses is refused in
     our words."""
     ignore_index, reduction, label_smoothing = options
@@ -198,7 +182,7 @@ def _check_weight(input: Tensor, target: Tensor, weight: Tensor) -> None:
         return
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("weight must not require grad where target holds class indices: it has no gradient")
-    if weight.dtype != input.dtype and runtime.autocast_dtype(input) is None:
+    if weight.dtype != input.dtype and mode.autocast_dtype(input) is None:
         raise RuntimeError(f"weight must have the input's dtype {input.dtype}, got {weight.dtype}")
 
 
@@ -216,19 +200,8 @@ def _check_range(input: Tensor, target: Tensor, ignore_index: int) -> None:
         )
 
 
-def _run(
-    call: plan.Call | None, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
-    loss_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The kernels, differentiable where that is asked for."""
-    if (input.requires_grad or target.requires_grad) and torch.is_grad_enabled():
-        y: Tensor = _CrossEntropy.apply(call, *autograd.apart(input, target), weight, options, loss_dtype)
-        return y
-    return cast(Tensor, _forward.of_call(call, (input, target, weight), options, loss_dtype)[0])
-
-
 def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    dtype = torch.float32 if runtime.autocast_dtype(input) is not None else input.dtype
+    dtype = torch.float32 if mode.autocast_dtype(input) is not None else input.dtype
     if target.is_floating_point():
         if target.dtype != dtype:
             dtype = torch.promote_types(dtype, target.dtype)
@@ -237,28 +210,10 @@ def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.d
     return dtype
 
 
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, call: plan.Call | None, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
-        loss_dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        loss, *kept = _forward.of_call(call, (input, target, weight), options, loss_dtype)
-        autograd.save(ctx, *kept)
-        ctx.options = options
-        return cast(Tensor, loss)
-
-    @staticmethod
-    @autograd.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _backward((grad, *autograd.saved(ctx)), ctx.options, ctx.needs_input_grad[1:3])
-        return None, *gradients, None, None, None
-
-
 @plan.Planned
 def _forward(
-    tensors: tuple[Tensor | None, ...], options: LossOptions, loss_dtype: torch.dtype
-) -> tuple[Tensor | None, ...]:
+    tensors: plan.Tensors, options: LossOptions, loss_dtype: torch.dtype, needs: tuple[bool, ...] | None
+) -> plan.Tensors:
     """The loss, and what the gradients are made of."""
     input, target, weight = cast(Any, tensors)
     x = class_layout.readable(input)
@@ -270,9 +225,9 @@ def _forward(
 
 @plan.Planned
 def _backward(
-    tensors: tuple[Tensor | None, ...], options: LossOptions, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of logits and of probabilities, where ``needs`` says so."""
+    tensors: plan.Tensors, options: LossOptions, loss_dtype: torch.dtype, needs: tuple[bool, ...]
+) -> plan.Tensors:
+    """Gradients of logits and of probabilities."""
     grad, x, target, weight, stats, count = cast(Any, tensors)
     dx = dp = None
     if needs[0]:
@@ -280,3 +235,6 @@ def _backward(
     if needs[1]:
         dp = kernels.launch_target_backward(grad, x, target, weight, stats, count, options)
     return dx, dp
+
+
+_operator = Operator(_reference, _check_call, Passes("CrossEntropy", _forward, _backward))

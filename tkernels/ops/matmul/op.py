@@ -9,10 +9,10 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from tkernels.core import _torch, autograd, checks, plan
-from tkernels.core import mode as runtime
+from tkernels.core import _torch, autograd, checks, mode, plan
+from tkernels.core.operator import KernelCall, Operator, differentiates
 
-if runtime.HAS_TRITON:
+if mode.HAS_TRITON:
     from tkernels.ops.matmul import kernels
 
 __all__ = ["matmul"]
@@ -27,14 +27,18 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     Raises TypeError for an argument that is not a tensor, RuntimeError for a scalar, and for shapes, dtypes or devices
     that do not go together.
     """
-    if runtime.leaves_to_torch(a) or not _takes_triton(a, b):
-        return _torch_body(a, b)
+    return _operator((a, b))
+
+
+def _check(a: Tensor, b: Tensor) -> KernelCall | None:
+    """Integers, complex numbers and sparse tensors are PyTorch's."""
+    checks.tensor(a=a, b=b)
+    if not (checks.are_floats(a, b) and mode.use_triton(a, b)):
+        return None
     _check_shapes(a, b)
-    cast = runtime.autocast_dtype(a)
-    if cast is not None:
-        a, b = runtime.cast_for_autocast(cast, a, b)  # type: ignore[assignment]
-    _check_kinds(a, b)
-    return _triton_body(a, b)
+    dtype = mode.autocast_dtype(a)
+    _check_kinds(a, b, dtype)
+    return KernelCall((), dtype)
 
 
 def _check_shapes(a: Tensor, b: Tensor) -> None:
@@ -53,22 +57,14 @@ def _check_shapes(a: Tensor, b: Tensor) -> None:
         refuse("the batch dimensions of a and b must broadcast")
 
 
-def _check_kinds(a: Tensor, b: Tensor) -> None:
-    """Raise RuntimeError for devices or dtypes that do not go together."""
+def _check_kinds(a: Tensor, b: Tensor, autocast: torch.dtype | None) -> None:
+    """Raise RuntimeError for devices or dtypes that do not go together (autocast makes dtypes agree)."""
     checks.same_device(a=a, b=b)
-    checks.same_dtype(a=a, b=b)
+    if autocast is None:
+        checks.same_dtype(a=a, b=b)
 
 
-def _takes_triton(a: Tensor, b: Tensor) -> bool:
-    """The backend decision; integers, complex numbers and sparse tensors are PyTorch's."""
-    checks.tensor(a=a, b=b)
-    for t in (a, b):
-        if not (t.is_floating_point() and t.layout is torch.strided):
-            return False
-    return runtime.use_triton(a, b)
-
-
-def _torch_body(a: Tensor, b: Tensor) -> Tensor:
+def _reference(a: Tensor, b: Tensor) -> Tensor:
     try:
         return torch.matmul(a, b)
     except checks.REFUSALS as error:
@@ -76,18 +72,18 @@ def _torch_body(a: Tensor, b: Tensor) -> Tensor:
         def check() -> None:
             checks.tensor(a=a, b=b)
             _check_shapes(a, b)
-            _check_kinds(a, b)
+            _check_kinds(a, b, None)
 
         checks.explain(error, check)
 
 
-def _triton_body(a: Tensor, b: Tensor) -> Tensor:
-    if a.dim() == 1:
-        return _triton_body(a.unsqueeze(0), b if b.dim() > 1 else b.unsqueeze(1)).squeeze(
-            (-2, -1) if b.dim() == 1 else -2
-        )
+def _run(call: plan.Call | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
+    """Vectors as matrices of one row or column."""
+    a, b = cast(Any, tensors)
     if b.dim() == 1:
-        return _triton_body(a, b.unsqueeze(1)).squeeze(-1)
+        return _run(call, (a, b.unsqueeze(1)), static).squeeze(-1)
+    if a.dim() == 1:
+        return _apply(a.unsqueeze(0), b).squeeze(-2)
     return _apply(a, b)
 
 
@@ -121,7 +117,7 @@ def _as_rows(a: Tensor) -> Tensor | None:
 
 def _apply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """a [*, M, K] @ b [*, K, N], differentiable where that is asked for, in ``dtype`` (default: theirs)."""
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+    if differentiates((a, b)):
         return _Matmul.apply(*autograd.apart(a, b), dtype)
     return forward(a, b, dtype)
 
@@ -165,3 +161,6 @@ def _summed(product: Callable[..., Tensor], a: Tensor, b: Tensor, shape: torch.S
         return product(a.movedim(-2, 0).reshape(m, terms), b.reshape(terms, n), None).reshape(shape)
     # added in float32, as the terms of a product are
     return product(a, b, torch.float32).sum_to_size(shape).to(a.dtype)
+
+
+_operator = Operator(_reference, _check, _run)

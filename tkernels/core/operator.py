@@ -1,0 +1,98 @@
+"""An operator's call, in one order for all of them: PyTorch's body, or the checks (once a kind of call), autocast,
+dropout's seed, autograd, and the passes by kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from tkernels.core import autograd, mode, plan
+
+Keep = Callable[..., tuple[Any, ...]] | None
+
+
+class KernelCall(NamedTuple):
+    """A call that passed the checks and goes to kernels. ``static``: what the passes take beside tensors; ``cast``:
+    autocast's dtype, where floating tensors are cast to it first; ``dropout``: its probability, where the passes take
+    a seed behind the other tensors (None at 0)."""
+
+    static: tuple[Hashable, ...]
+    cast: torch.dtype | None = None
+    dropout: float | None = None
+
+
+class Passes:
+    """Forward and backward by kernels, differentiable where that is asked for.
+
+    ``forward(tensors, *static, needs)`` gives (y, *kept); ``needs``: which tensors want a gradient, None where nothing
+    is differentiated. ``backward((dy, *kept), *static, needs)`` gives the first tensors' gradients; ``keep(tensors,
+    static)`` says its static arguments where they are others. Both are plan.Planned.
+    """
+
+    def __init__(self, name: str, forward: plan.Planned, backward: plan.Planned, keep: Keep = None) -> None:
+        self._forward = forward
+        self._function = _function(name, forward, backward, keep)
+
+    def __call__(self, call: plan.Call | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
+        """``call``: what the tensors' kinds follow from, where that is known."""
+        if differentiates(tensors) if call is None else call.differentiates:
+            y: Tensor = self._function.apply(call, static, *autograd.apart(*tensors))
+            return y
+        return cast(Tensor, self._forward.of_call(call, tensors, *static, None)[0])
+
+
+def differentiates(tensors: plan.Tensors) -> bool:
+    """Whether autograd records a call with these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _function(name: str, forward_pass: plan.Planned, backward_pass: plan.Planned, keep: Keep) -> Any:
+    def forward(ctx: Any, call: plan.Call | None, static: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        y, *kept = forward_pass.of_call(call, tensors, *static, ctx.needs_input_grad[2:])
+        autograd.save(ctx, *kept)
+        ctx.static = static if keep is None else keep(tensors, static)
+        return y
+
+    @autograd.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[2:]
+        gradients = backward_pass((dy, *autograd.saved(ctx)), *ctx.static, needs)
+        return None, None, *gradients, *[None] * (len(needs) - len(gradients))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "__module__": __name__}
+    return type(f"_{name}", (torch.autograd.Function,), methods)
+
+
+class Operator:
+    """A public function of ``tensors`` (Nones among them) and hashable ``arguments``.
+
+    ``reference(*tensors, *arguments)``: the PyTorch body. ``check(*tensors, *arguments)``: raises what torch raises
+    before anything is launched, and decides: a KernelCall, or None for what is PyTorch's. It may go by what is in
+    plan.call_key alone, since its answer is kept. ``run(call, tensors, static)``: Passes, or what calls them.
+    """
+
+    def __init__(
+        self, reference: Callable[..., Tensor], check: Callable[..., KernelCall | None], run: Callable[..., Tensor]
+    ) -> None:
+        self.reference, self.check, self.run = reference, check, run
+        self._calls = plan.Cache(plan.MOST_PLANS)
+
+    def __call__(self, tensors: tuple[Any, ...], *arguments: Any) -> Tensor:
+        if mode.leaves_to_torch(tensors[0]):
+            return self.reference(*tensors, *arguments)
+        key = plan.call_key(tensors, arguments)
+        call = self._calls.get(key)
+        found = self.check(*tensors, *arguments) if call is None else call.value
+        if call is None and key is not None:
+            call = self._calls.add(key, plan.Call(found, differentiates(tensors)))
+        if found is None:
+            return self.reference(*tensors, *arguments)
+        static, dtype, dropout = found
+        if dtype is not None:
+            tensors = mode.cast_for_autocast(dtype, *tensors)
+        if dropout is not None:
+            tensors = (*tensors, mode.dropout_seed(tensors[0]) if dropout > 0 else None)
+        return self.run(call, tensors, static)
