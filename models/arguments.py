@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import tkernels
 from models import data, recipes
-from tkernels.core import mode as runtime
+from tkernels.core import mode
 
 PROGRAM = "python -m models.train"
 MODELS = ("fused", "plain", "attention")
@@ -111,7 +111,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         help="channels of the CNN's first stage; the later layers scale with it (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--backend", choices=runtime.BACKENDS, default=tkernels.get_backend(),
+        "--backend", choices=mode.BACKENDS, default=tkernels.get_backend(),
         help="how fused modules run: triton, torch, or auto: Triton on a GPU, PyTorch elsewhere "
         "(default: %(default)s; TKERNELS_BACKEND sets it)",
     )  # fmt: skip

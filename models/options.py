@@ -14,7 +14,7 @@ import torch
 
 from models import arguments, distributed, recipes
 from models.arguments import PROGRAM, Parser
-from tkernels.core import mode as runtime
+from tkernels.core import mode
 
 __all__ = ["PROGRAM", "Options", "parse"]
 
@@ -152,7 +152,7 @@ def _check(parser: Parser, args: Any) -> None:
     if args.backend == "triton":
         if args.model == "plain":
             parser.error("argument --backend: 'triton' needs --model fused or attention: plain is all PyTorch")
-        reason = runtime.why_not_triton(torch.empty(0, device=args.device))
+        reason = mode.why_not_triton(torch.empty(0, device=args.device))
         if reason is not None:
             parser.error(f"argument --backend: 'triton' cannot run here: {reason}")
 

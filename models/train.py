@@ -27,7 +27,7 @@ from models.engine import EpochResult
 from models.interrupt import Stopped
 from models.loader import Feed, TrainLoader, ValLoader
 from models.trainer import Loaders, Trainer, TrainingError
-from tkernels.core import mode as runtime
+from tkernels.core import mode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,7 +180,7 @@ def _headline(chosen: options.Options, trainer: Trainer, parts: Data) -> str:
     if chosen.model == "plain":
         how = "torch.nn"
     else:
-        how = "Triton kernels" if runtime.use_triton(next(trainer.model.parameters())) else "PyTorch"
+        how = "Triton kernels" if mode.use_triton(next(trainer.model.parameters())) else "PyTorch"
     if chosen.amp is not None:
         how += f", {str(chosen.amp).removeprefix('torch.')}"
     if distributed.size() > 1:

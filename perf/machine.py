@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from perf import options, providers
-from tkernels.core import mode as runtime
-from tkernels.core import targets
+from tkernels.core import mode, targets
 
 # bytes read and written by the copies that a CPU's bandwidth is measured with
 SMALLEST_COPY, LARGEST_COPY = 1 << 18, 1 << 26
@@ -83,7 +82,7 @@ def _ask_smi(field: str) -> list[str]:
     return told.stdout.strip().splitlines()
 
 
-def peaks(device: str, dtype: torch.dtype, kind: runtime.Op, moved: int) -> tuple[float, float]:
+def peaks(device: str, dtype: torch.dtype, kind: mode.Op, moved: int) -> tuple[float, float]:
     """Peak 10^12 operations and 10^9 bytes a second: a GPU's from its data sheet, a CPU's as measured.
 
     ``kind``: whose float32 switch of torch decides between tf32 and IEEE products. ``moved``: bytes of the problem;
@@ -94,7 +93,7 @@ def peaks(device: str, dtype: torch.dtype, kind: runtime.Op, moved: int) -> tupl
         if dtype != torch.float32:
             return target.tflops, target.gbps
         # tf32 runs at half the rate of bf16
-        return target.tflops / 2 if runtime.dot_precision(dtype, kind) == "tf32" else target.tflops_fp32, target.gbps
+        return target.tflops / 2 if mode.dot_precision(dtype, kind) == "tf32" else target.tflops_fp32, target.gbps
     # the best of all copies as large or larger: a cache is no slower than what is behind it, and one copy of them may
     # have been disturbed
     least = min(max(moved, SMALLEST_COPY), LARGEST_COPY)

@@ -15,8 +15,7 @@ import tkernels
 from perf import host
 from perf.cases.conv import LAYERS, window3x3
 from perf.cases.networks import geometry, layers
-from tkernels.core import autotune, targets
-from tkernels.core import mode as runtime
+from tkernels.core import autotune, mode, targets
 from tkernels.core.autotune import Tuner
 from tkernels.core.config import Config
 from tkernels.ops.conv import op as conv_ops
@@ -148,7 +147,7 @@ def test_a_user_without_a_home_measures_in_each_process(
     monkeypatch.setattr(Path, "home", home)
     monkeypatch.delenv("TKERNELS_CACHE_DIR", raising=False)
     with caplog.at_level(logging.INFO, "tkernels"):
-        runtime.log_once.cache_clear()
+        mode.log_once.cache_clear()
         assert [autotune._folder(), autotune._folder()] == [None, None]
     assert [record.getMessage() for record in caplog.records] == [
         "measured choices are not kept: Could not determine home directory."
@@ -251,7 +250,7 @@ def test_under_triton_no_convolution_goes_to_pytorch(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(routing, "compute_bound", lambda *_: True)
     monkeypatch.setattr(conv_ops._operator, "reference", lambda *_: went.append("torch"))
     monkeypatch.setattr(conv_ops._operator, "run", lambda *_: went.append("triton"))
-    monkeypatch.setattr(runtime, "_can_run", lambda tensors: True)
+    monkeypatch.setattr(mode, "_can_run", lambda tensors: True)
     x, weight = torch.zeros(2, 8, 4, 4), torch.zeros(8, 8, 3, 3)
     for backend in ("auto", "triton", "torch"):
         with tkernels.backend(backend):

@@ -17,8 +17,7 @@ import tkernels.nn as tnn
 from models.cifar_cnn import FusedCNNClassifier
 from perf import host, traffic
 from tests.watch import AtenWatch
-from tkernels.core import autotune, plan, targets
-from tkernels.core import mode as runtime
+from tkernels.core import autotune, mode, plan, targets
 from tkernels.functional import ConvBNLayer, conv_stage, cross_entropy, linear
 
 CALLS = 3  # the first plans and compiles
@@ -401,13 +400,13 @@ def test_refusals_come_on_every_call(made: list[host.Made]) -> None:
             _linear(X, weight=torch.ones(16, 31))
         with pytest.raises(ValueError, match="activation"):
             _linear(X, activation="tanh")
-        with runtime.backend("auto"):
+        with mode.backend("auto"):
             _linear(X)
             made.clear()
             for t in (X.to_sparse(), torch._neg_view(X)):
                 assert _linear(t).shape == (8, 16)
             assert not made
-        with runtime.backend("torch"):
+        with mode.backend("torch"):
             made.clear()
             _linear(X)
             assert not made

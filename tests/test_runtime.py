@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import tkernels
-from tkernels.core import mode as runtime
-from tkernels.core import settings, targets
+from tkernels.core import mode, settings, targets
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -116,15 +115,15 @@ def test_a_flag_says_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_backend_says_why_it_cannot_run() -> None:
     x = torch.ones(2)
     with tkernels.backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was asked for, but .*on cpu"):
-        runtime.use_triton(x)
+        mode.use_triton(x)
     with tkernels.backend("auto"):
-        assert not runtime.use_triton(x)
+        assert not mode.use_triton(x)
 
 
 def test_float64_goes_to_pytorch_under_every_backend() -> None:
-    for name in runtime.BACKENDS:
+    for name in mode.BACKENDS:
         with tkernels.backend(name):
-            assert not runtime.use_triton(torch.ones(2, dtype=torch.float64), None)
+            assert not mode.use_triton(torch.ones(2, dtype=torch.float64), None)
 
 
 @pytest.mark.parametrize("library, op", (("cuda", "matmul"), ("cudnn", "conv")))
@@ -132,29 +131,29 @@ def test_float32_products_follow_torchs_switches(library: str, op: str) -> None:
     switch = getattr(getattr(torch.backends, library), op)
     with targets.pretend("sm_80"):
         switch.fp32_precision = "tf32"
-        assert runtime.dot_precision(torch.float32, op) == "tf32"
-        assert runtime.dot_precision(torch.bfloat16, op) == "ieee"
+        assert mode.dot_precision(torch.float32, op) == "tf32"
+        assert mode.dot_precision(torch.bfloat16, op) == "ieee"
         switch.fp32_precision = "ieee"
-        assert runtime.dot_precision(torch.float32, op) == "ieee"
+        assert mode.dot_precision(torch.float32, op) == "ieee"
     switch.fp32_precision = "tf32"
     with targets.pretend("gfx1100"):  # where tf32 does not compile
-        assert runtime.dot_precision(torch.float32, op) == "ieee"
+        assert mode.dot_precision(torch.float32, op) == "ieee"
 
 
 def test_torchs_defaults_are_ieee_products_and_tf32_convolutions() -> None:
     code = (
-        "import torch; from tkernels.core import mode as runtime; "
-        "print(runtime.dot_precision(torch.float32, 'conv'), runtime.dot_precision(torch.float32, 'matmul'))"
+        "import torch; from tkernels.core import mode; "
+        "print(mode.dot_precision(torch.float32, 'conv'), mode.dot_precision(torch.float32, 'matmul'))"
     )
     assert run_python(code).stdout.split() == ["tf32", "ieee"]
 
 
 def test_autocast_dtype_and_casts() -> None:
     x, ids, exact = torch.ones(2), torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.float64)
-    assert runtime.autocast_dtype(x) is None
+    assert mode.autocast_dtype(x) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        dtype = runtime.autocast_dtype(x)
-        cast = runtime.cast_for_autocast(dtype, x, ids, exact, None)
+        dtype = mode.autocast_dtype(x)
+        cast = mode.cast_for_autocast(dtype, x, ids, exact, None)
     assert dtype == torch.bfloat16
     assert [t.dtype if t is not None else None for t in cast] == [torch.bfloat16, torch.int64, torch.float64, None]
 
@@ -162,9 +161,9 @@ def test_autocast_dtype_and_casts() -> None:
 def test_seeds_follow_torchs_generator() -> None:
     x = torch.ones(1)
     torch.manual_seed(3)
-    first, second = runtime.dropout_seed(x), runtime.dropout_seed(x)
+    first, second = mode.dropout_seed(x), mode.dropout_seed(x)
     torch.manual_seed(3)
-    assert first == runtime.dropout_seed(x)
+    assert first == mode.dropout_seed(x)
     assert first != second
     assert first.dtype == torch.int64
     assert first.shape == ()

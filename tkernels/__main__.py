@@ -14,8 +14,7 @@ from torch import Tensor
 
 import tkernels
 import tkernels.functional as F
-from tkernels.core import autotune, settings, targets
-from tkernels.core import mode as runtime
+from tkernels.core import autotune, mode, settings, targets
 
 
 def environment() -> Iterator[tuple[str, str]]:
@@ -39,12 +38,12 @@ def environment() -> Iterator[tuple[str, str]]:
         yield "tuned for", targets.current().name
     yield "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     yield "backend", f"{tkernels.get_backend()!r}"
-    yield "Triton's interpreter", "on" if runtime.interpreting() else "off"
+    yield "Triton's interpreter", "on" if mode.interpreting() else "off"
     yield "autotuning", "on" if autotune.enabled else "off"
     yield (
         "float32 products",
-        f"conv {runtime.dot_precision(torch.float32, 'conv')}, "
-        + (f"matmul {runtime.dot_precision(torch.float32, 'matmul')}"),
+        f"conv {mode.dot_precision(torch.float32, 'conv')}, "
+        + (f"matmul {mode.dot_precision(torch.float32, 'matmul')}"),
     )
     yield from settings.others("TKERNELS_", "TRITON_")
 
@@ -81,10 +80,10 @@ def _operators(device: str, dtype: torch.dtype) -> dict[str, tuple[Callable[...,
 def backends(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
     """(operator, the backend a small call of it takes and why, or how it fails)."""
     for name, (call, tensors) in _operators(device, dtype).items():
-        if runtime.get_backend() == "torch":
+        if mode.get_backend() == "torch":
             taken = "PyTorch: backend 'torch' was asked for"
         else:
-            reason = runtime.why_not_triton(*tensors)
+            reason = mode.why_not_triton(*tensors)
             taken = "Triton" if reason is None else f"PyTorch: {reason}"
         try:
             call(*tensors)

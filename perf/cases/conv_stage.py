@@ -8,8 +8,7 @@ import torch
 
 from perf.aot import Case
 from perf.cases.conv import BATCH, LAYERS, image, window3x3
-from tkernels.core import mode as runtime
-from tkernels.core import targets
+from tkernels.core import mode, targets
 from tkernels.core.geometry import Geometry, Pooling, no_pooling
 from tkernels.core.records import Norm, WeightSums
 from tkernels.ops.conv import kernels as conv
@@ -69,7 +68,7 @@ def wgrad(g: Geometry, dtype: torch.dtype) -> None:
     norm = norm_of_batch(g.out_channels)
     through = (norm.mean, norm.weight, torch.empty(2, g.out_channels, device="cuda"))
     x = image(g.in_channels, g.height, dtype)
-    config = tuning.wgrad(g, dtype, runtime.dot_precision(dtype, "conv"), targets.current())
+    config = tuning.wgrad(g, dtype, mode.dot_precision(dtype, "conv"), targets.current())
     conv_backward.launch_wgrad(x, dz, g, True, False, raw, config=config, through=through)
 
 

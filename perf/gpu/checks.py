@@ -18,7 +18,7 @@ from perf.gpu.session import Item, Run
 from perf.measure import Subject
 from perf.operators import Tensors
 from perf.providers import Provider
-from tkernels.core import mode as runtime
+from tkernels.core import mode
 
 # Against float64 a result is wrong beyond these times PyTorch's error and roundings, in relative norm and at the
 # maximum, and less exact beyond the project's own bounds (tests/numerics.py), errors below one rounding counted as one.
@@ -129,7 +129,7 @@ def _clear_of_kinks(case: Case, device: str) -> Tensor | None:
 def _product_eps(case: Case) -> float:
     """The roundings of what a case's products take: tf32 has bf16's range and float16's digits."""
     dtype, precision = operators.DTYPES[case.dtype], operators.get(case.operator).precision
-    return 2.0**-10 if runtime.dot_precision(dtype, precision) == "tf32" else torch.finfo(dtype).eps
+    return 2.0**-10 if mode.dot_precision(dtype, precision) == "tf32" else torch.finfo(dtype).eps
 
 
 def compare(actual: Tensor, torchs: Tensor, exact: Tensor, dtype: torch.dtype, least: float = 0.0) -> dict[str, Any]:

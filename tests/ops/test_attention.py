@@ -16,8 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention as torchs
 import tkernels
 from tests import tolerance
 from tests.conftest import GATE
-from tkernels.core import autotune, targets
-from tkernels.core import mode as runtime
+from tkernels.core import autotune, mode, targets
 from tkernels.functional import scaled_dot_product_attention
 from tkernels.ops.attention import config as tuning
 
@@ -344,7 +343,7 @@ def test_left_to_pytorch(
     why: str, device: str, triton_runs: bool, launches: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The same results, no kernel, and the reason once in the log."""
-    runtime.log_once.cache_clear()
+    mode.log_once.cache_clear()
     dtype = torch.float64 if why == "float64" else F32
     q = torch.randn(1, 1, 5, 300 if why == "wide" else 16, device=device, dtype=dtype)
     mask = torch.randn(5, 5, device=device, dtype=dtype, requires_grad=why == "mask gradient")

@@ -13,12 +13,11 @@ from torch import Tensor
 from tests import tolerance
 from tests.conftest import GATE
 from tkernels.core import activation as activations
-from tkernels.core import mode as runtime
-from tkernels.core import targets
+from tkernels.core import mode, targets
 from tkernels.core.config import Config
 from tkernels.ops.linear import config as tuning
 
-if not runtime.HAS_TRITON:
+if not mode.HAS_TRITON:
     pytest.skip("needs triton", allow_module_level=True)
 
 from tkernels.ops.linear import kernels

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from tkernels.core import checks
-from tkernels.core import mode as runtime
+from tkernels.core import checks, mode
 
 ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu", "relu6", "hardswish")
 # Their output tells the derivative; the others need their input.
@@ -48,9 +47,9 @@ def apply(z: Tensor, activation: str | None) -> Tensor:
 def apply_to_own(z: Tensor, activation: str | None, dims: int) -> Tensor:
     """:func:`apply` where nothing else needs ``z``: ReLU takes its memory. Not where it has another number of
     dimensions than ``dims``: then it is a view, and autograd would rewrite the history of what it is a view of. Nor in
-    training below the size that is mapped anew each time: backward is glad of the memory that ``z`` leaves in cache.
+    training below the size that is mapped anew each time: backward finds the memory that ``z`` frees still in cache.
     Nor in torch.jit.trace, whose check compares what is recorded with gradients and without."""
-    if activation == "relu" and z.dim() == dims and (not z.requires_grad or _is_large(z)) and not runtime.jit_traced():
+    if activation == "relu" and z.dim() == dims and (not z.requires_grad or _is_large(z)) and not mode.jit_traced():
         return torch.relu_(z)
     return apply(z, activation)
 

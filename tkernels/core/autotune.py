@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 
-from tkernels.core import mode as runtime
-from tkernels.core import settings
+from tkernels.core import mode, settings
 from tkernels.core.config import Config, next_power_of_two
 
 # A choice of the closed form stays unless another is faster by this: timings of the same kernel differ by as much.
@@ -154,7 +153,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except Exception as error:  # a parser's limits too: nesting, digits, memory
-        runtime.log_once(f"{path} is no cache of choices, they are measured again: {type(error).__name__}: {error}")
+        mode.log_once(f"{path} is no cache of choices, they are measured again: {type(error).__name__}: {error}")
         return {}
     return {
         key: {"best": value["best"], "ms": _times(value.get("ms"))}
@@ -199,7 +198,7 @@ def _folder() -> Path | None:
     try:
         return Path(chosen) if chosen else Path.home() / ".cache" / "tkernels"
     except RuntimeError as error:  # no HOME, and a user whom the system does not know
-        runtime.log_once(f"measured choices are not kept: {error}")
+        mode.log_once(f"measured choices are not kept: {error}")
         return None
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from tkernels.core import _torch
-from tkernels.core import mode as runtime
+from tkernels.core import _torch, mode
 
-if runtime.HAS_TRITON:
+if mode.HAS_TRITON:
     from triton import __version__ as _version
     from triton import knobs
     from triton.compiler import CompiledKernel
@@ -61,7 +60,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if planner is not None:
         planner.launch(kernel, grid, args, options)
     else:
-        guard = runtime.device_guard(args[0]) if runtime.several_gpus() else contextlib.nullcontext()
+        guard = mode.device_guard(args[0]) if mode.several_gpus() else contextlib.nullcontext()
         with guard, named(kernel):
             kernel[grid](*args, **options)
 

@@ -91,7 +91,7 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def leaves_to_torch(first: Any) -> bool:
+def is_torch_call(first: Any) -> bool:
     """Whether a call whose first argument is ``first``, a tensor or not, is PyTorch's whatever the others are.
 
     The everyday answer on a CPU, in a tenth of use_triton's time: a small layer takes 10 us there.
@@ -131,7 +131,7 @@ def transformed() -> bool:
 def plain_eager() -> bool:
     """Whether calls run as they are: no tracing, no transforms, no modes that want to see each ATen call.
 
-    Ask torch.compiler.is_compiling() first of all, lest a trace learns of sizes and modes it has no business with.
+    Ask torch.compiler.is_compiling() first of all, or a trace is guarded by sizes and modes that it need not know.
     """
     return not (
         _torch.is_jit_tracing()

@@ -81,7 +81,7 @@ class Operator:
         self._calls = plan.Cache(plan.MOST_PLANS)
 
     def __call__(self, tensors: tuple[Any, ...], *arguments: Any) -> Tensor:
-        if mode.leaves_to_torch(tensors[0]):
+        if mode.is_torch_call(tensors[0]):
             return self.reference(*tensors, *arguments)
         key = plan.call_key(tensors, arguments)
         call = self._calls.get(key)

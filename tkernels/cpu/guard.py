@@ -16,7 +16,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def takes(x: Any, smallest: int = 0) -> bool:
+def supports(x: Any, smallest: int = 0) -> bool:
     """Whether a call whose first tensor ``x`` has at least ``smallest`` bytes may go a fast way. Nothing depends on
     what ran before."""
     # in this order: a trace must not learn of sizes (Dynamo is gone after the first line, fake tensors and subclasses

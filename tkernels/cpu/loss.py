@@ -34,7 +34,7 @@ def cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None, options: Los
     refuses."""
     if not (
         weight is None
-        and guard.takes(x, 2 * SHORT_WORTH_IT)
+        and guard.supports(x, 2 * SHORT_WORTH_IT)
         and (x.nbytes >= WORTH_IT or (_short(x) and x.numel() >= SHORT_WORTH_IT))
         and x.dim() == 2
         and x.is_contiguous()

@@ -31,7 +31,7 @@ FASTER, MEASURED, TURNS = 1.15, (2048, 384, 512), 5
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """F.linear of what nobody differentiates, by oneDNN; None where that is not faster, or the call is one that torch
     refuses or casts. (oneDNN's ReLU as a last step is not ours to use: it makes 0 of NaN.)"""
-    if torch.is_grad_enabled() or not guard.takes(x, ROWS * FEATURES * torch.float32.itemsize):
+    if torch.is_grad_enabled() or not guard.supports(x, ROWS * FEATURES * torch.float32.itemsize):
         return None
     if not guard.are_plain((x, weight, bias), torch.float32) or torch.is_autocast_enabled("cpu"):
         return None

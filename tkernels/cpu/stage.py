@@ -32,7 +32,7 @@ def conv_stage(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall) -> Te
     # (a trace must not learn of sizes; for small stages the guard's other questions would cost too much)
     if is_dynamo_compiling() or type(x) not in guard.PLAIN or not _is_large(x, stage):
         return None
-    if not (guard.takes(x) and _is_right(x, layers, stage)):
+    if not (guard.supports(x) and _is_right(x, layers, stage)):
         return None
     nhwc = stage_channels_last(x, [layer.weight for layer in layers], stage.geometries)
     from_batch = [layer.measures(stage.training) for layer in layers]

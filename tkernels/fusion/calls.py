@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from tkernels.core import mode as runtime
-from tkernels.core import targets
+from tkernels.core import mode, targets
 from tkernels.fusion.chains import Chain, disturbed, incomplete
 from tkernels.fusion.steps import Step, value
 from tkernels.ops import cpu
@@ -59,9 +58,9 @@ def call_of(chain: Chain, eager: bool) -> Call | str:
 def _on_kernels() -> bool:
     """Whether tensors on a CPU go through kernels: where that is asked for, under Triton's interpreter, or standing for
     those of a GPU that is not there."""
-    if runtime.get_backend() == "auto":
-        return runtime.interpreting() or targets.pretending()
-    return runtime.get_backend() == "triton"
+    if mode.get_backend() == "auto":
+        return mode.interpreting() or targets.pretending()
+    return mode.get_backend() == "triton"
 
 
 def _cpu_call(chain: Chain) -> Call | str:
@@ -174,13 +173,13 @@ def _conv_call(chain: Chain) -> Call | str:
 
 def _of_pytorch(chain: Chain) -> bool:
     """Whether a chain's convolution is PyTorch's, at the sizes of this call."""
-    if runtime.get_backend() != "auto" or runtime.interpreting():
+    if mode.get_backend() != "auto" or mode.interpreting():
         return False
     conv = chain.first
     x, weight = _sizes(value(conv.input)), _sizes(value(conv.arguments["weight"]))
     g = described(x, weight, *_windows(conv), conv.arguments["groups"])
     dtype = value(conv.node).dtype
-    precision = runtime.dot_precision(dtype, "conv")
+    precision = mode.dot_precision(dtype, "conv")
     images = x[0] if len(x) == 4 else 1
     return routing.before_batch_norm(
         g, images, dtype, precision, value(chain.last.node).requires_grad, targets.current()

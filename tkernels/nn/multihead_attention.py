@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tkernels.core import mode as runtime
+from tkernels.core import mode
 from tkernels.ops.attention.multihead import Parameters, multi_head_attention
 
 
@@ -31,7 +31,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if not runtime.use_triton(query, key, value, key_padding_mask, attn_mask, *self.parameters()):
+        if not mode.use_triton(query, key, value, key_padding_mask, attn_mask, *self.parameters()):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -109,13 +109,13 @@ def _converted_norm(cls: type[SyncBatchNorm], norm: AnyBatchNorm, group: Any) ->
 def _keep_ours() -> None:
     """torch's own conversion makes a torch.nn.SyncBatchNorm of whatever is a batch norm, by the arguments that torch's
     has: of ours it would drop the activation without a word. It asks for ours here instead."""
-    torchs = torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__  # type: ignore[attr-defined]
+    torch_convert = torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__  # type: ignore[attr-defined]
 
-    @functools.wraps(torchs)
+    @functools.wraps(torch_convert)
     def convert(cls: Any, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
         if isinstance(module, FusedBatchNorm):
             return SyncBatchNorm.convert_sync_batchnorm(module, process_group)
-        converted: torch.nn.Module = torchs(cls, module, process_group)
+        converted: torch.nn.Module = torch_convert(cls, module, process_group)
         return converted
 
     torch.nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(convert)  # type: ignore[assignment]

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tkernels.core import library
-from tkernels.core import mode as runtime
+from tkernels.core import library, mode
 from tkernels.core.geometry import Geometry, as_nhwc
 from tkernels.ops.conv import kernels, kernels_backward, kernels_depthwise
 
@@ -70,7 +69,7 @@ def gradients(
         kernels_depthwise.input_gradient(dz, weight, dx, g, channels_last)
     elif dx is not None:
         # tf32 products on tensor cores want both operands contiguous along the reduction
-        transposed = runtime.dot_precision(dz.dtype, "conv") == "tf32"
+        transposed = mode.dot_precision(dz.dtype, "conv") == "tf32"
         if transposed or packed is None:
             packed = kernels.launch_pack(weight, g, dz.dtype, transposed)
         kernels_backward.input_gradient(dz, packed, dx, g, channels_last, transposed, saved, fused)

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import geometry, library, plan
-from tkernels.core import mode as runtime
+from tkernels.core import geometry, library, mode, plan
 from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.records import TENSORS, ConvBNLayer, StageCall
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv_stage import triton_body as body
 from tkernels.ops.conv_stage.triton_body import SavedLayer
 
-if runtime.HAS_TRITON:
+if mode.HAS_TRITON:
     from tkernels.ops.conv.kernels import empty_pixels
 
 __all__ = ["Options", "backward", "call_tensors", "forward", "keep"]
@@ -45,7 +44,7 @@ def forward(
     layer; y alone for None. ``tensors``: call_tensors', and dropout's seed."""
     if needs is not None:
         needs = _of_leaves(needs)
-    if runtime.traced():
+    if mode.traced():
         return _traced_forward(tensors, stage, options, needs)
     x, *_, residual, seed = cast(Any, tensors)
     layers = _layers(tensors, options)
@@ -110,7 +109,7 @@ def backward(
 ) -> plan.Tensors:
     """body.backward's gradients among call_tensors, of dy and what forward kept."""
     wanted = _of_leaves(needs)
-    if runtime.traced():
+    if mode.traced():
         return _among_all(_traced_backward(tensors, stage, eps, wanted, input_format), None)
     dy, seed, behind, *kept = tensors
     found = body.backward(cast(Tensor, dy), _saved(kept), behind, seed, stage, eps, wanted, input_format)

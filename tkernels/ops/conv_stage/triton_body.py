@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
-from tkernels.core import mode as runtime
-from tkernels.core import targets
+from tkernels.core import mode, targets
 from tkernels.core.geometry import Geometry, Matrix, Pooling, as_nhwc, matrix, no_pooling
 from tkernels.core.records import BatchNorm, ConvBNLayer, Norm, Partials, StageCall, WeightSums
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv_stage import config as tuning
 
-if runtime.HAS_TRITON:
+if mode.HAS_TRITON:
     from tkernels.ops.batch_norm import kernels as batch_norm
     from tkernels.ops.batch_norm import launches as batch_norm_launches
     from tkernels.ops.conv import kernels as conv
@@ -268,7 +267,7 @@ def backward(
         of_norm = activation is None and end is None  # d is the gradient of batch norm's output as it stands
         if of_norm and not (task.below or task.bias or recomputes) and _normalizes_in_wgrad(g, coefficients, d):
             through = (layer.mean, layer.bn_weight, coefficients)
-            config = tuning.wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"), targets.current())
+            config = tuning.wgrad(g, d.dtype, mode.dot_precision(d.dtype, "conv"), targets.current())
             workspace = conv_backward.launch_wgrad(
                 layer.input, d, g, True, False, layer.raw, config=config, through=through
             )  # fmt: skip
@@ -376,7 +375,7 @@ def _normalizes_in_wgrad(g: Geometry, coefficients: Tensor | None, d: Tensor) ->
     """Whether the weight's gradient alone is left to compute and takes batch norm's into its own loop."""
     if coefficients is None or g.depthwise:
         return False
-    return tuning.normalizes_in_wgrad(g, d.dtype, runtime.dot_precision(d.dtype, "conv"), targets.current())
+    return tuning.normalizes_in_wgrad(g, d.dtype, mode.dot_precision(d.dtype, "conv"), targets.current())
 
 
 def _weight_sums(draw: Tensor, layer: SavedLayer, g: Geometry, task: Wanted) -> Tensor:
@@ -394,7 +393,7 @@ def _to_merge(workspace: Tensor, layer: SavedLayer, g: Geometry, task: Wanted, n
 def _packed(dy: Tensor, layer: SavedLayer, g: Geometry) -> tuple[Tensor, bool]:
     """The weight as the input gradient's product reads it, and whether that is transposed."""
     # tf32 products on tensor cores want both operands contiguous along the reduction
-    transposed = runtime.dot_precision(dy.dtype, "conv") == "tf32"
+    transposed = mode.dot_precision(dy.dtype, "conv") == "tf32"
     if transposed or layer.packed is None:
         return conv.launch_pack(layer.weight, g, dy.dtype, transposed), transposed
     return layer.packed, False
