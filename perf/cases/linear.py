@@ -7,12 +7,16 @@ import functools
 import torch
 
 from perf.aot import Case
+from tkernels.core import activation as activations
 from tkernels.ops.linear import kernels as linear
 
 BATCH = 256
 # (in features, out features, activation, dropout)
 LAYERS = ((2048, 256, "relu", 0.5), (256, 128, "relu", 0.5), (128, 10, None, 0.0))
-WIDE = ((1024, 4096, "gelu", 0.1), (1024, 8192, "relu", 0.0), (1000, 24, "silu", 0.0))
+WIDE = (
+    (1024, 4096, "gelu", 0.1), (1024, 8192, "relu", 0.0),
+    *((1000, 24, name, 0.0) for name in activations.ACTIVATIONS[2:]),
+)  # fmt: skip
 
 
 def _seed(activation: str | None, p: float, backward: bool) -> torch.Tensor | None:
@@ -24,7 +28,7 @@ def _seed(activation: str | None, p: float, backward: bool) -> torch.Tensor | No
 
 def forward(k: int, n: int, activation: str | None, p: float, dtype: torch.dtype, batch: int = BATCH) -> None:
     make = functools.partial(torch.empty, device="cuda", dtype=dtype)
-    save_z = activation in ("gelu", "silu")
+    save_z = activations.needs_input(activation, p)
     linear.launch_forward(make(batch, k), make(n, k), make(n), activation, p, _seed(activation, p, False), save_z)
 
 

@@ -13,6 +13,12 @@ import tkernels
 from tkernels.fusion import FusionReport
 from tkernels.fusion.in_place import _fused
 
+# by the names that operators have for them
+ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
+    "relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish,
+    "gelu": nn.GELU,
+}  # fmt: skip
+
 
 def both(make: Callable[[], nn.Module], device: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     """(a model, a fused copy), channels_last."""

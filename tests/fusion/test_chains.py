@@ -10,14 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fusion.pairs import assert_alike, both, chains, gradients_alike, images, report
+from tests.fusion.pairs import ACTIVATIONS, assert_alike, both, chains, gradients_alike, images, report
+from tkernels.core import activation as activations
 
 pytestmark = pytest.mark.gate("torch", "cuda")
 
-MODULES = {
-    "relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish,
-    "gelu": nn.GELU,
-}  # fmt: skip
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
     "relu": (F.relu, torch.relu, lambda x: x.relu(), lambda x: x.relu_(), lambda x: F.relu(x, True), torch.relu_),
     "relu6": (F.relu6, lambda x: F.hardtanh(x, 0.0, 6.0), lambda x: F.hardtanh(x, 0, 6, inplace=True)),
@@ -44,10 +41,14 @@ class Layers(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("name", list(MODULES))
+def test_every_activation_is_among_the_chains() -> None:
+    assert ACTIVATIONS.keys() == FUNCTIONS.keys() == set(activations.ACTIVATIONS) - {None}
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
 @pytest.mark.parametrize("training", [True, False])
 def test_activations_as_modules(name: str, training: bool, device: str) -> None:
-    make = MODULES[name]
+    make = ACTIVATIONS[name]
 
     def network() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), make(), nn.BatchNorm2d(8), make())

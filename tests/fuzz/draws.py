@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from tests.fuzz.cases import DEFAULTS, GRADIENTS, HOOKS, Case
 from tests.fuzz.recipes import T
+from tkernels.core import activation as activations
 
 Value = TypeVar("Value")
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -16,7 +17,7 @@ SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 31, 32, 33, 64)
 # squares of the largest overflow in float32, in which batch norm sums on a GPU, torch's too
 SPECIALS = (float("nan"), float("inf"), -float("inf"), 1e-40, -1e-42, 1e-7, 0.0, -0.0, 65504.0, 1e4)
 HUGE = (1e30, -1e30, 3.4e38)
-ACTIVATIONS = (None, None, "relu", "relu", "relu", "relu", "leaky_relu", "gelu", "silu", "relu6", "hardswish")
+ACTIVATIONS = (None, "relu", "relu", "relu", *activations.ACTIVATIONS)
 
 
 class Draw:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import tkernels
 from perf.rewritten import Rewritten
+from tests.fusion.pairs import ACTIVATIONS
 from tests.fuzz.bodies import RAN, replaced
 from tests.fuzz.operators import OPERATORS, Operator, Side, Tensors
 from tkernels.core import activation as activations
@@ -155,11 +156,9 @@ class Model(nn.Module):
 
 
 def _activation(name: str | None, inplace: bool) -> list[nn.Module]:
-    made = {"relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU,
-            "hardswish": nn.Hardswish}  # fmt: skip
     if name is None:
         return []
-    return [nn.GELU()] if name == "gelu" else [made[name](inplace=inplace)]
+    return [nn.GELU()] if name == "gelu" else [ACTIVATIONS[name](inplace=inplace)]
 
 
 def _block(b: Options) -> nn.Sequential:

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from tkernels.core import checks, mode
 
-ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "silu", "relu6", "hardswish")
+LEAKY_SLOPE = 0.01  # torch.nn.functional.leaky_relu's default
+aten = torch.ops.aten
+
+
+class Activation(NamedTuple):
+    """``function(z)``; ``gradient(dy, saved)``: ``dy`` times the derivative; ``from_output``: whether ``saved`` may be
+    the output as well as the input ``z``."""
+
+    function: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Any], Tensor]
+    from_output: bool = False
+
+
+# (traces number them: new ones go to the end)
+_TABLE: dict[str | None, Activation] = {
+    None: Activation(lambda z: z, lambda dy, saved: dy),
+    "relu": Activation(torch.relu, lambda dy, saved: aten.threshold_backward(dy, saved, 0), True),
+    "leaky_relu": Activation(
+        lambda z: F.leaky_relu(z, LEAKY_SLOPE),
+        lambda dy, saved: aten.leaky_relu_backward(dy, saved, LEAKY_SLOPE, True), True,
+    ),
+    "gelu": Activation(F.gelu, aten.gelu_backward),
+    "silu": Activation(F.silu, aten.silu_backward),
+    "relu6": Activation(F.relu6, lambda dy, saved: aten.hardtanh_backward(dy, saved, 0, 6), True),
+    "hardswish": Activation(F.hardswish, aten.hardswish_backward),
+}  # fmt: skip
+ACTIVATIONS = tuple(_TABLE)
 # Their output tells the derivative; the others need their input.
-FROM_OUTPUT = ("relu", "leaky_relu", "relu6")
+FROM_OUTPUT = tuple(name for name, activation in _TABLE.items() if activation.from_output)
 # Bytes from which on ReLU in place pays in training; glibc maps larger buffers anew each time. (Measured: 0.93 to 0.97
 # of the speed at 8 MB, 1.1 to 1.2 times it from 32 MB on.)
 IN_PLACE = 1 << 25
-LEAKY_SLOPE = 0.01  # torch.nn.functional.leaky_relu's default
-aten = torch.ops.aten
 
 
 def check(activation: str | None) -> None:
@@ -31,17 +59,7 @@ def needs_input(activation: str | None, p: float = 0.0) -> bool:
 
 def apply(z: Tensor, activation: str | None) -> Tensor:
     """The activation of ``z``, any shape; the tensor itself for None."""
-    if activation is None:
-        return z
-    if activation == "relu":
-        return torch.relu(z)
-    if activation == "leaky_relu":
-        return torch.nn.functional.leaky_relu(z, LEAKY_SLOPE)
-    if activation == "gelu":
-        return torch.nn.functional.gelu(z)
-    if activation == "silu":
-        return torch.nn.functional.silu(z)
-    return torch.nn.functional.relu6(z) if activation == "relu6" else torch.nn.functional.hardswish(z)
+    return _TABLE[activation].function(z)
 
 
 def apply_to_own(z: Tensor, activation: str | None, dims: int) -> Tensor:
@@ -62,14 +80,4 @@ def _is_large(z: Tensor) -> bool:
 def gradient(dy: Tensor, saved: Tensor | None, activation: str | None) -> Tensor:
     """``dy`` times the derivative. ``saved``: the output for FROM_OUTPUT (or the input: it tells the same),
     the input for the others."""
-    if activation is None:
-        return dy
-    if activation == "relu":
-        return aten.threshold_backward(dy, saved, 0)
-    if activation == "leaky_relu":
-        return aten.leaky_relu_backward(dy, saved, LEAKY_SLOPE, True)
-    if activation == "gelu":
-        return aten.gelu_backward(dy, saved)
-    if activation == "silu":
-        return aten.silu_backward(dy, saved)
-    return aten.hardtanh_backward(dy, saved, 0, 6) if activation == "relu6" else aten.hardswish_backward(dy, saved)
+    return _TABLE[activation].gradient(dy, saved)

@@ -14,10 +14,10 @@ from tkernels.core import autograd, mode, plan
 Keep = Callable[..., tuple[Any, ...]] | None
 
 
-class KernelCall(NamedTuple):
-    """A call that passed the checks and goes to kernels. ``static``: what the passes take beside tensors; ``cast``:
-    autocast's dtype, where floating tensors are cast to it first; ``dropout``: its probability, where the passes take
-    a seed behind the other tensors (None at 0)."""
+class Decision(NamedTuple):
+    """How a call goes to kernels. ``static``: what the passes take beside tensors; ``cast``: autocast's dtype, where
+    floating tensors are cast to it first; ``dropout``: its probability, where the passes take a seed behind the other
+    tensors (None at 0)."""
 
     static: tuple[Hashable, ...]
     cast: torch.dtype | None = None
@@ -28,16 +28,17 @@ class Passes:
     """Forward and backward by kernels, differentiable where that is asked for.
 
     ``forward(tensors, *static, needs)`` gives (y, *kept); ``needs``: which tensors want a gradient, None where nothing
-    is differentiated. ``backward((dy, *kept), *static, needs)`` gives the first tensors' gradients; ``keep(tensors,
-    static)`` says its static arguments where they are others. Both are plan.Planned.
+    is differentiated. ``backward((dy, *kept), *static, needs)`` gives the gradients of the first tensors, as many as
+    it likes. ``keep(tensors, static)``: what backward takes as static arguments, if not forward's.
     """
 
     def __init__(self, name: str, forward: plan.Planned, backward: plan.Planned, keep: Keep = None) -> None:
         self._forward = forward
         self._function = _function(name, forward, backward, keep)
 
-    def __call__(self, call: plan.Call | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
-        """``call``: what the tensors' kinds follow from, where that is known."""
+    def __call__(self, call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
+        """``call``: whose tensors these are, or are made of in one way only. (Plans are kept by pass, static arguments
+        and call.)"""
         if differentiates(tensors) if call is None else call.differentiates:
             y: Tensor = self._function.apply(call, static, *autograd.apart(*tensors))
             return y
@@ -50,8 +51,8 @@ def differentiates(tensors: plan.Tensors) -> bool:
 
 
 def _function(name: str, forward_pass: plan.Planned, backward_pass: plan.Planned, keep: Keep) -> Any:
-    def forward(ctx: Any, call: plan.Call | None, static: tuple[Any, ...], *tensors: Tensor | None) -> Any:
-        y, *kept = forward_pass.of_call(call, tensors, *static, ctx.needs_input_grad[2:])
+    def forward(ctx: Any, call: plan.KnownCall | None, static: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        y, *kept = forward_pass.of_call(call, tensors, *static, ctx.needs_input_grad[2:])  # behind call and static
         autograd.save(ctx, *kept)
         ctx.static = static if keep is None else keep(tensors, static)
         return y
@@ -59,9 +60,11 @@ def _function(name: str, forward_pass: plan.Planned, backward_pass: plan.Planned
     @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[2:]
+        # (a call says nothing of dy: this plan is looked up by the tensors)
         gradients = backward_pass((dy, *autograd.saved(ctx)), *ctx.static, needs)
         return None, None, *gradients, *[None] * (len(needs) - len(gradients))
 
+    # (its name is what grad_fn shows)
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "__module__": __name__}
     return type(f"_{name}", (torch.autograd.Function,), methods)
 
@@ -70,12 +73,12 @@ class Operator:
     """A public function of ``tensors`` (Nones among them) and hashable ``arguments``.
 
     ``reference(*tensors, *arguments)``: the PyTorch body. ``check(*tensors, *arguments)``: raises what torch raises
-    before anything is launched, and decides: a KernelCall, or None for what is PyTorch's. It may go by what is in
-    plan.call_key alone, since its answer is kept. ``run(call, tensors, static)``: Passes, or what calls them.
+    before anything is launched, and gives a Decision, or None for what is PyTorch's. Its answer is kept for all calls
+    of one plan.call_key: it may depend on nothing else. ``run(call, tensors, static)``: Passes, or what calls them.
     """
 
     def __init__(
-        self, reference: Callable[..., Tensor], check: Callable[..., KernelCall | None], run: Callable[..., Tensor]
+        self, reference: Callable[..., Tensor], check: Callable[..., Decision | None], run: Callable[..., Tensor]
     ) -> None:
         self.reference, self.check, self.run = reference, check, run
         self._calls = plan.Cache(plan.MOST_PLANS)
@@ -85,12 +88,15 @@ class Operator:
             return self.reference(*tensors, *arguments)
         key = plan.call_key(tensors, arguments)
         call = self._calls.get(key)
-        found = self.check(*tensors, *arguments) if call is None else call.value
-        if call is None and key is not None:
-            call = self._calls.add(key, plan.Call(found, differentiates(tensors)))
-        if found is None:
+        if call is not None:
+            decision = call.decision
+        else:
+            decision = self.check(*tensors, *arguments)
+            if key is not None:
+                call = self._calls.add(key, plan.KnownCall(decision, differentiates(tensors)))
+        if decision is None:
             return self.reference(*tensors, *arguments)
-        static, dtype, dropout = found
+        static, dtype, dropout = decision
         if dtype is not None:
             tensors = mode.cast_for_autocast(dtype, *tensors)
         if dropout is not None:

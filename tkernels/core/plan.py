@@ -54,14 +54,14 @@ class Cache:
         return len(self.values)
 
 
-class Call:
-    """A call of an operator that passed the checks: what it comes to, and whether autograd records it. It is a cache
-    key of its own, cheap to look up, that stands for the long one."""
+class KnownCall:
+    """What was decided of all calls of one call_key, and whether autograd records them. The object is a cache key
+    itself, cheap to look up, that stands for the long one."""
 
-    __slots__ = ("differentiates", "value")
+    __slots__ = ("decision", "differentiates")
 
-    def __init__(self, value: Any, differentiates: bool) -> None:
-        self.value, self.differentiates = value, differentiates
+    def __init__(self, decision: Any, differentiates: bool) -> None:
+        self.decision, self.differentiates = decision, differentiates
 
 
 _caches: list[Cache] = []
@@ -118,7 +118,7 @@ class Planned:
     def __call__(self, tensors: Tensors, *static: Any) -> Tensors:
         return self.of_call(None, tensors, *static)
 
-    def of_call(self, call: Call | None, tensors: Tensors, *static: Any) -> Tensors:
+    def of_call(self, call: KnownCall | None, tensors: Tensors, *static: Any) -> Tensors:
         """The same where the tensors are those of a call that may be known (None: is not)."""
         if call is None and mode.traced():
             return self.body(tensors, *static)
@@ -127,7 +127,7 @@ class Planned:
                 return self._run(call, tensors, static)
         return self._run(call, tensors, static)
 
-    def _run(self, call: Call | None, tensors: Tensors, static: tuple[Any, ...]) -> Tensors:
+    def _run(self, call: KnownCall | None, tensors: Tensors, static: tuple[Any, ...]) -> Tensors:
         whole = self, static, call or tensors_key(tensors)
         plan = _plans.values.get(whole)
         if plan is None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tkernels.core import _torch
-from tkernels.core.activation import LEAKY_SLOPE
+from tkernels.core.activation import ACTIVATIONS, LEAKY_SLOPE
 
 _nn = _torch.nn_functions
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -175,18 +175,19 @@ _leaky_relu = _activation(
     "leaky_relu", ("negative_slope", "inplace"), lambda args: args["negative_slope"] == LEAKY_SLOPE,
     negative_slope=0.01,
 )  # fmt: skip
+# of the activations whose functions take nothing else (the readers of others come behind these)
+_by_name = {getattr(F, name): _activation(name, ("inplace",), _always) for name in ACTIVATIONS if name}
 _gelu = _activation("gelu", ("approximate",), lambda args: args["approximate"] == "none", approximate="none")
 
 _READERS: dict[Any, Callable[[fx.Node], Step | None]] = {
     torch.conv2d: _conv, F.conv2d: _conv,
     F.linear: _linear, _nn.linear: _linear,
-    F.batch_norm: _norm,
+    F.batch_norm: _norm, **_by_name,
     **dict.fromkeys(_ADDITIONS, _addition),
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"), _relu),
-    F.relu6: _activation("relu6", ("inplace",), _always), F.hardtanh: _relu6, F.hardtanh_: _relu6,
+    F.hardtanh: _relu6, F.hardtanh_: _relu6,
     F.leaky_relu: _leaky_relu, F.leaky_relu_: _leaky_relu, _nn.leaky_relu: _leaky_relu,
-    F.silu: _activation("silu", ("inplace",), _always), _nn.silu: _activation("silu", (), _always),
-    F.hardswish: _activation("hardswish", ("inplace",), _always),
+    _nn.silu: _activation("silu", (), _always),
     F.gelu: _gelu, _nn.gelu: _gelu,
     F.max_pool2d: _pool, torch.max_pool2d: _pool,
     F.dropout: _dropout("dropout"), F.dropout2d: _dropout("dropout2d"),

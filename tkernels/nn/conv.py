@@ -17,9 +17,8 @@ class Conv2d(torch.nn.Conv2d):
     """torch.nn.Conv2d followed by ``activation``, in one kernel on a GPU: (N, C_in, H, W) or (C_in, H, W) to
     (N, C_out, H_out, W_out) or without N.
 
-    Parameters, their initialisation and the state_dict are torch.nn.Conv2d's. activation: None, 'relu', 'leaky_relu',
-    'gelu', 'silu', 'relu6' or 'hardswish'; ValueError for another, otherwise errors as
-    :func:`tkernels.functional.conv2d`. Padding modes other than 'zeros' pad in a pass of their own.
+    Parameters, their initialisation and the state_dict are torch.nn.Conv2d's. Activation and errors as
+    :func:`tkernels.functional.conv2d`'s. Padding modes other than 'zeros' pad in a pass of their own.
     """
 
     activation: str | None = None  # what a torch.nn.Conv2d turned into this class does

@@ -15,10 +15,9 @@ from tkernels.ops.linear.op import linear
 class Linear(torch.nn.Linear):
     """torch.nn.Linear followed by an activation and dropout, as one call: (\\*, in_features) to (\\*, out_features).
 
-    Parameters, their initialisation and the state_dict are torch.nn.Linear's. ``activation``: None, 'relu',
-    'leaky_relu', 'gelu', 'silu', 'relu6' or 'hardswish'; ``dropout``: the probability of an output to be zeroed in
-    training. Raises ValueError for another activation or a probability outside [0, 1]; otherwise errors as
-    :func:`tkernels.functional.linear`.
+    Parameters, their initialisation and the state_dict are torch.nn.Linear's. ``activation``: as
+    :func:`tkernels.functional.linear`'s; ``dropout``: the probability of an output to be zeroed in training. Raises
+    ValueError for a probability outside [0, 1]; otherwise errors as that function.
     """
 
     activation: str | None = None  # what a torch.nn.Linear turned into this class does

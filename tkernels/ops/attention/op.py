@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import _torch, checks, mode, plan, targets
-from tkernels.core.operator import KernelCall, Operator, Passes
+from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.ops.attention import config as tuning
 
 if mode.HAS_TRITON:
@@ -52,7 +52,7 @@ def scaled_dot_product_attention(
 def _check(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, gqa: bool,
-) -> KernelCall | None:  # fmt: skip
+) -> Decision | None:  # fmt: skip
     """Integers, complex numbers, sparse and nested tensors are PyTorch's, and what why_not names."""
     checks.tensor(query=query, key=key, value=value)
     checks.optional_tensor(attn_mask=attn_mask)
@@ -70,7 +70,7 @@ def _check(
             mode.log_once(f"scaled_dot_product_attention runs on PyTorch: {reason}")
         return None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return KernelCall((float(dropout_p), bool(is_causal), scale, gqa), dtype, float(dropout_p))
+    return Decision((float(dropout_p), bool(is_causal), scale, gqa), cast=dtype, dropout=float(dropout_p))
 
 
 def why_not(
@@ -172,7 +172,7 @@ def _reference(
         checks.explain(error, check)
 
 
-def _run(call: plan.Call | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
+def _run(call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
     """The kernels, which take four dimensions."""
     query, key, value, mask, seed = cast(Any, tensors)
     *options, gqa = static

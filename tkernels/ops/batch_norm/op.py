@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tkernels.core import activation as activations
 from tkernels.core import checks, mode, plan
-from tkernels.core.operator import KernelCall, Operator, Passes
+from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.core.records import BatchNorm, Norm
 from tkernels.ops import cpu
 
@@ -58,7 +58,7 @@ def counted_batch_norm(input: Tensor, bn: BatchNorm, activation: str | None, res
     return _operator((input, residual, *vectors, bn.num_batches_tracked), *options)
 
 
-def _check_call(input: Tensor, residual: Tensor | None, *given: Any) -> KernelCall | None:
+def _check_call(input: Tensor, residual: Tensor | None, *given: Any) -> Decision | None:
     """Empty input is PyTorch's."""
     bn, activation = _batch_norm_of(given)
     if isinstance(input, Tensor) and input.numel() == 0:
@@ -67,7 +67,7 @@ def _check_call(input: Tensor, residual: Tensor | None, *given: Any) -> KernelCa
     if not mode.use_triton(input, *bn.vectors, residual):
         return None
     momentum = None if bn.momentum is None else checks.number("momentum", bn.momentum)
-    return KernelCall((bn.training, momentum, checks.number("eps", bn.eps), activation, memory_format(input)))
+    return Decision((bn.training, momentum, checks.number("eps", bn.eps), activation, memory_format(input)))
 
 
 def _batch_norm_of(given: tuple[Any, ...]) -> tuple[BatchNorm, str | None]:

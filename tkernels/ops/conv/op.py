@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tkernels.core import _torch, autotune, checks, mode, plan, targets
 from tkernels.core import activation as activations
 from tkernels.core.geometry import Geometry, suggests_channels_last
-from tkernels.core.operator import KernelCall, Operator, Passes
+from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.ops.conv import routing
 
 if mode.HAS_TRITON:
@@ -40,7 +40,7 @@ def conv2d(
     input: (N, C_in, H, W) or (C_in, H, W); weight: (C_out, C_in / groups, kernel_h, kernel_w); bias: (C_out).
     Result: (N, C_out, H_out, W_out) or without N, in the input's dtype or the autocast dtype; channels_last where the
     input or the weight is. stride, padding, dilation: an int or a pair; padding also 'same' or 'valid'.
-    activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf), 'silu', 'relu6' or 'hardswish'.
+    activation: as :func:`linear`'s.
     Padding is of zeros that take part: times an infinite weight or gradient they are NaN, as in a map padded by hand.
 
     Raises TypeError for an argument of the wrong type, ValueError for an unknown activation, RuntimeError for values,
@@ -52,7 +52,7 @@ def conv2d(
 def _check(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntOrPair, padding: IntOrPair | str,
     dilation: IntOrPair, groups: int, activation: str | None,
-) -> KernelCall | None:  # fmt: skip
+) -> Decision | None:  # fmt: skip
     """Integers, complex numbers, sparse tensors and zero channels are PyTorch's, and under 'auto' what is faster
     there. Parameters keep their dtype under autocast: kernels cast them as they read them, and write their gradients
     in it."""
@@ -66,7 +66,7 @@ def _check(
     static = g, autocast or input.dtype, activation
     if mode.get_backend() == "auto" and torch_is_faster(input, weight, bias, *static):
         return None
-    return KernelCall(static)
+    return Decision(static)
 
 
 def _checked(
@@ -247,7 +247,7 @@ def _torch_is_faster_in_traces(
     return routing.compute_bound(g, 256, dtype, mode.dot_precision(dtype, "conv"), fused, targets.current())
 
 
-def _run(call: plan.Call | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
+def _run(call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
     """The kernels, which take a batch."""
     x, *parameters = cast(Any, tensors)
     if x.dim() == 3:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import checks, mode
 from tkernels.core.geometry import Geometry, Pooling, no_pooling
-from tkernels.core.operator import KernelCall, Operator, Passes
+from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.core.records import TENSORS, ConvBNLayer, MaxPool, StageCall
 from tkernels.ops import cpu
 from tkernels.ops.batch_norm import op as bn_ops
@@ -74,7 +74,7 @@ class _Arguments(NamedTuple):
         return cls(tensors[0], layers, tensors[-1], pool, dropout_p, training)
 
 
-def _check(*given: Any) -> KernelCall | None:
+def _check(*given: Any) -> Decision | None:
     """Empty input is PyTorch's, and a call that torch.jit.trace records."""
     if mode.jit_traced():
         mode.use_triton(given[0])
@@ -84,7 +84,7 @@ def _check(*given: Any) -> KernelCall | None:
     if call.input.numel() == 0 or not mode.use_triton(*given[:-_OTHERS]):
         return None
     options = tuple([(layer.momentum, layer.eps, layer.counts(call.training)) for layer in call.layers])
-    return KernelCall((stage, options), None, stage.p)
+    return Decision((stage, options), dropout=stage.p)
 
 
 _OTHERS = 4  # arguments of the operator behind its tensors

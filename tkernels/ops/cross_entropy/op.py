@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import _torch, checks, mode, plan
-from tkernels.core.operator import KernelCall, Operator, Passes
+from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.core.records import LossOptions
 from tkernels.ops import cpu
 
@@ -56,7 +56,7 @@ def cross_entropy(
     return _operator((input, target, weight), options)
 
 
-def _check_call(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> KernelCall | None:
+def _check_call(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Decision | None:
     """Empty input, and class weights that are learned, are PyTorch's."""
     _check_tensors(input, target, weight)
     if not input.is_floating_point() or input.numel() == 0 or input.dim() == 0:
@@ -67,7 +67,7 @@ def _check_call(input: Tensor, target: Tensor, weight: Tensor | None, options: L
         return None
     if not mode.use_triton(input, target, weight):
         return None
-    return KernelCall((_checked_options(input, target, weight, options), _loss_dtype(input, target, weight)))
+    return Decision((_checked_options(input, target, weight, options), _loss_dtype(input, target, weight)))
 
 
 def _checked_options(input: Tensor, target: Tensor, weight: Tensor | None, given: LossOptions) -> LossOptions:

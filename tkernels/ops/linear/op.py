@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tkernels.core import activation as activations
 from tkernels.core import checks, mode, plan
-from tkernels.core.operator import KernelCall, Operator, Passes
+from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.ops import cpu
 
 if mode.HAS_TRITON:
@@ -55,7 +55,7 @@ def _probability(activation: str | None, dropout_p: float, training: bool) -> fl
 
 def _check(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dropout_p: float, training: bool
-) -> KernelCall | None:
+) -> Decision | None:
     """Integers, complex numbers and sparse tensors are PyTorch's."""
     p = _probability(activation, dropout_p, training)
     checks.tensor(input=input, weight=weight)
@@ -63,9 +63,9 @@ def _check(
     if not (checks.are_floats(input, weight, bias) and mode.use_triton(input, weight, bias)):
         return None
     _check_shapes(input, weight, bias)
-    cast = mode.autocast_dtype(input)
-    checks.matching_kinds(input, weight, bias, cast)
-    return KernelCall((activation, p), cast, p)
+    autocast = mode.autocast_dtype(input)
+    checks.matching_kinds(input, weight, bias, autocast)
+    return Decision((activation, p), cast=autocast, dropout=p)
 
 
 def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -122,13 +122,13 @@ def _check_all(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     checks.matching_kinds(input, weight, bias, mode.autocast_dtype(input))
 
 
-def _run(call: plan.Call | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
+def _run(call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
     """The kernels, which take a weight of two axes and a bias of one."""
     input, weight, bias, seed = cast(Any, tensors)
     if weight.dim() == 1:
         return _run(call, (input, weight.unsqueeze(0), bias, seed), static).squeeze(-1)
     if bias is not None and bias.dim() > 1:
-        # rows of their own: the sum is a separate pass, and what follows it too
+        # rows of their own: the sum is a separate pass, and what follows it too, with dropout as torch draws it
         activation, p = static
         y = activations.apply(_passes(call, (input, weight, None, None), (None, 0.0)) + bias, activation)
         return F.dropout(y, p) if p > 0 else y

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import _torch, autograd, checks, mode, plan
-from tkernels.core.operator import KernelCall, Operator, differentiates
+from tkernels.core.operator import Decision, Operator, differentiates
 
 if mode.HAS_TRITON:
     from tkernels.ops.matmul import kernels
@@ -30,7 +30,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return _operator((a, b))
 
 
-def _check(a: Tensor, b: Tensor) -> KernelCall | None:
+def _check(a: Tensor, b: Tensor) -> Decision | None:
     """Integers, complex numbers and sparse tensors are PyTorch's."""
     checks.tensor(a=a, b=b)
     if not (checks.are_floats(a, b) and mode.use_triton(a, b)):
@@ -38,7 +38,7 @@ def _check(a: Tensor, b: Tensor) -> KernelCall | None:
     _check_shapes(a, b)
     dtype = mode.autocast_dtype(a)
     _check_kinds(a, b, dtype)
-    return KernelCall((), dtype)
+    return Decision((), cast=dtype)
 
 
 def _check_shapes(a: Tensor, b: Tensor) -> None:
@@ -77,7 +77,7 @@ def _reference(a: Tensor, b: Tensor) -> Tensor:
         checks.explain(error, check)
 
 
-def _run(call: plan.Call | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
+def _run(call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
     """Vectors as matrices of one row or column."""
     a, b = cast(Any, tensors)
     if b.dim() == 1:
