@@ -7,7 +7,9 @@ input channels. Outputs may be stored in either memory format.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -22,6 +24,34 @@ from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
 from tkernels.ops.conv import config as tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A convolution's or a pooling's window, one compile-time argument of kernels: WINDOW."""
+
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int = 1
+    dilation_w: int = 1
+
+    @property
+    def taps(self) -> int:
+        return self.kernel_h * self.kernel_w
+
+    @property
+    def tap_step_h(self) -> int:
+        """Every how manieth row of taps joins the same phase of input rows to outputs."""
+        return self.stride_h // math.gcd(self.stride_h, self.dilation_h)
+
+    @property
+    def tap_step_w(self) -> int:
+        """The same of columns."""
+        return self.stride_w // math.gcd(self.stride_w, self.dilation_w)
 
 
 @triton.jit
@@ -52,25 +82,22 @@ def row_pitch(reduction, PADDED: tl.constexpr):
 
 @triton.jit
 def forward_product(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask_n, height, width, group_in, channels,
-                    group_out, PADDED: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-                    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-                    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, HALO: tl.constexpr,
-                    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_K: tl.constexpr):  # fmt: skip
+                    group_out, PADDED: tl.constexpr, WINDOW: tl.constexpr, HALO: tl.constexpr, PRECISION: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """Float32 tile [BLOCK_M output pixels, BLOCK_N output channels]: one loop over taps and blocks of channels."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     origin = image * height * width
-    top = row * STRIDE_H - PAD_H
-    left = col * STRIDE_W - PAD_W
-    w_rows = (group * group_out + offs_n).to(tl.int64) * row_pitch(KERNEL_H * KERNEL_W * group_in, PADDED)
+    top = row * WINDOW.stride_h - WINDOW.pad_h
+    left = col * WINDOW.stride_w - WINDOW.pad_w
+    w_rows = (group * group_out + offs_n).to(tl.int64) * row_pitch(WINDOW.taps * group_in, PADDED)
     steps = tl.cdiv(group_in, BLOCK_K)
     tl.assume(steps > 0)  # no channels at all are PyTorch's: ops/conv.py
-    for step in range(KERNEL_H * KERNEL_W * steps):
+    for step in range(WINDOW.taps * steps):
         tap = step // steps
         offs_k = (step - tap * steps) * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_k = offs_k < group_in
-        y = top + tap // KERNEL_W * DILATION_H
-        x = left + tap % KERNEL_W * DILATION_W
+        y = top + tap // WINDOW.kernel_w * WINDOW.dilation_h
+        x = left + tap % WINDOW.kernel_w * WINDOW.dilation_w
         inside = in_range
         if HALO:
             inside = in_range & (y >= 0) & (y < height) & (x >= 0) & (x < width)
@@ -87,20 +114,18 @@ def forward_product(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask
 @triton.jit
 def forward_product_flat(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask_n, height, width, group_in,
                          group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, PADDED: tl.constexpr,
-                         KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
-                         STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-                         DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PRECISION: tl.constexpr,
-                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+                         WINDOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                         BLOCK_K: tl.constexpr):  # fmt: skip
     """As forward_product for few channels a group: taps and channels are one axis of the reduction, and the image is
     read through its strides in its own dtype, so that it need be neither transposed nor cast. An image that is cast on
     the way is a computed operand, and the right one (kernels/linear.py's input gradient says why)."""
     CAST: tl.constexpr = x_ptr.dtype.element_ty != w_ptr.dtype.element_ty
     N_AXIS: tl.constexpr = 0 if CAST else 1  # of the weight's tile
     acc = tl.zeros((BLOCK_N, BLOCK_M) if CAST else (BLOCK_M, BLOCK_N), dtype=tl.float32)
-    reduction = KERNEL_H * KERNEL_W * group_in
+    reduction = WINDOW.taps * group_in
     origin = tl.where(in_range, image, 0) * x_stride_n
-    top = row * STRIDE_H - PAD_H
-    left = col * STRIDE_W - PAD_W
+    top = row * WINDOW.stride_h - WINDOW.pad_h
+    left = col * WINDOW.stride_w - WINDOW.pad_w
     w_rows = (group * group_out + offs_n).to(tl.int64) * row_pitch(reduction, PADDED)
     if w_ptr.dtype.element_ty != tl.float32 or PRECISION != "ieee":  # no wgmma, and ptxas spills on sm_80
         tl.assume(reduction > 0)
@@ -109,8 +134,8 @@ def forward_product_flat(x_ptr, w_ptr, image, row, col, in_range, group, offs_n,
         mask_k = offs_k < reduction
         tap = offs_k // group_in
         channel = group * group_in + offs_k % group_in
-        y = top[:, None] + (tap // KERNEL_W * DILATION_H)[None, :]
-        x = left[:, None] + (tap % KERNEL_W * DILATION_W)[None, :]
+        y = top[:, None] + (tap // WINDOW.kernel_w * WINDOW.dilation_h)[None, :]
+        x = left[:, None] + (tap % WINDOW.kernel_w * WINDOW.dilation_w)[None, :]
         inside = in_range[:, None] & mask_k[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         spot = tl.where(inside, y.to(tl.int64) * x_stride_h + x.to(tl.int64) * x_stride_w, 0)
         a = tl.load(
@@ -126,18 +151,14 @@ def forward_product_flat(x_ptr, w_ptr, image, row, col, in_range, group, offs_n,
     return tl.trans(acc) if CAST else acc
 
 
-# One program: a [BLOCK_M output pixels, BLOCK_N channels of one group] tile of y = activation(conv(x, w) + bias) and,
-# where z_ptr is given, of the activation's input. Grid: (pixel tiles x channel tiles,), grouped for L2.
-@triton.jit(do_not_specialize=["pixels", "tiles_m", "height", "width", "out_w", "x_stride_n"])
-def conv_forward_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, z_ptr, pixels, tiles_m, height, width, out_w, out_pixels,
-                        groups, group_in, group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-                        IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, FLAT: tl.constexpr, KERNEL_H: tl.constexpr,
-                        KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
-                        PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, HALO: tl.constexpr,
-                        NCHW: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    group_in *= IN_UNIT
-    group_out *= OUT_UNIT
+@triton.jit
+def forward_tile(x_ptr, w_ptr, bias_ptr, y_ptr, pixels, tiles_m, height, width, out_w, out_pixels, groups, group_in,
+                 group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT: tl.constexpr, WINDOW: tl.constexpr,
+                 HALO: tl.constexpr, NCHW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The program's float32 tile [BLOCK_M output pixels, BLOCK_N channels of one group] of conv(x, w) + bias; where its
+    elements lie in y, and which of them exist; the channels, and which of them exist; which pixels exist; the tile's
+    numbers (pid_m, pid_n). Grid: (pixel tiles x channel tiles,), grouped for L2."""
     tiles_n = tl.cdiv(group_out, BLOCK_N)
     pid_m, pid_n = common.grouped_tile(tl.program_id(0), tiles_m, groups * tiles_n)
     group = pid_n // tiles_n
@@ -148,18 +169,30 @@ def conv_forward_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, z_ptr, pixels, tiles_m, h
     mask_n = offs_n < group_out
     if FLAT:
         acc = forward_product_flat(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask_n, height, width,
-                                   group_in, group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT,
-                                   KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
+                                   group_in, group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT, WINDOW,
                                    PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     else:
         acc = forward_product(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask_n, height, width, group_in,
-                              groups * group_in, group_out, FLAT, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H,
-                              PAD_W, DILATION_H, DILATION_W, HALO, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+                              groups * group_in, group_out, FLAT, WINDOW, HALO, PRECISION, BLOCK_M, BLOCK_N,
+                              BLOCK_K)  # fmt: skip
     channel = group * group_out + offs_n
     if bias_ptr is not None:
         acc = common.add_bias(acc, common.load_bias(bias_ptr, channel, mask_n, y_ptr))
     offsets = pixel_offsets(image, inside, first, out_pixels, groups * group_out, channel, NCHW, BLOCK_M)
-    mask = in_range[:, None] & mask_n[None, :]
+    return acc, offsets, in_range[:, None] & mask_n[None, :], channel, mask_n, in_range, pid_m, pid_n
+
+
+# One program: forward_tile of y = activation(conv(x, w) + bias) and, where z_ptr is given, of the activation's input.
+@triton.jit(do_not_specialize=["pixels", "tiles_m", "height", "width", "out_w", "x_stride_n"])
+def conv_forward_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, z_ptr, pixels, tiles_m, height, width, out_w, out_pixels, groups,
+                        group_in, group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, IN_UNIT: tl.constexpr,
+                        OUT_UNIT: tl.constexpr, FLAT: tl.constexpr, WINDOW: tl.constexpr, HALO: tl.constexpr,
+                        NCHW: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    acc, offsets, mask, _channel, _mask_n, _in_range, _pid_m, _pid_n = forward_tile(
+        x_ptr, w_ptr, bias_ptr, y_ptr, pixels, tiles_m, height, width, out_w, out_pixels, groups, group_in * IN_UNIT,
+        group_out * OUT_UNIT, x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT, WINDOW, HALO, NCHW, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     if z_ptr is not None:
         tl.store(z_ptr + offsets, acc.to(z_ptr.dtype.element_ty), mask=mask)
     tl.store(y_ptr + offsets, common.activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
@@ -199,11 +232,9 @@ def conv_pack_kernel(w_ptr, packed_ptr, rows, columns, pitch, inner, group_rows,
 
 @functools.lru_cache(maxsize=4096)
 def window(g: Geometry) -> dict[str, Any]:
-    """The compile-time arguments that describe the kernel's window."""
-    return {
-        "KERNEL_H": g.kernel_h, "KERNEL_W": g.kernel_w, "STRIDE_H": g.stride_h, "STRIDE_W": g.stride_w,
-        "PAD_H": g.pad_h, "PAD_W": g.pad_w, "DILATION_H": g.dilation_h, "DILATION_W": g.dilation_w,
-    }  # fmt: skip
+    """The compile-time argument that describes the kernel's window."""
+    window = Window(g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.dilation_h, g.dilation_w)
+    return {"WINDOW": window}
 
 
 def channel_units(g: Geometry) -> tuple[int, int, int, int]:

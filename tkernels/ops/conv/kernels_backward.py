@@ -7,7 +7,6 @@ float32 workspace; a second kernel adds the runs in a fixed order, so that resul
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -63,21 +62,38 @@ def phase_taps(phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.conste
 
 
 @triton.jit
-def dgrad_product(dy_ptr, saved_ptr, w_ptr, image, row, col, in_range, phase_h, phase_w, group, offs_n, mask_n, out_h,
-                  out_w, group_in, group_out, channels, PADDED: tl.constexpr, TRANSPOSED: tl.constexpr,
-                  ACTIVATION: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
-                  STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr,
-                  DILATION_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
-                  PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr):  # fmt: skip
-    """Float32 tile [BLOCK_M input pixels of a phase, BLOCK_N input channels]: one loop over the phase's taps and
-    blocks of output channels. ``row``, ``col``: pixels counted within the phase. Where dy is multiplied by the
-    activation's derivative it is the right operand (kernels/linear.py's input gradient says why)."""
+def phase_of(pid, images, height, width, PHASES_W: tl.constexpr, WINDOW: tl.constexpr):
+    """The phase numbered ``pid``: its first row and column, its pixels and columns in an image, its pixels in all."""
+    phase_h = pid // PHASES_W
+    phase_w = pid % PHASES_W
+    rows = (height - phase_h + WINDOW.stride_h - 1) // WINDOW.stride_h
+    cols = (width - phase_w + WINDOW.stride_w - 1) // WINDOW.stride_w
+    return phase_h, phase_w, rows * cols, cols, rows * cols * images.to(tl.int64)
+
+
+@triton.jit
+def dgrad_tile(dy_ptr, saved_ptr, w_ptr, pid_m, pid_n, phase_h, phase_w, phase_pixels, cols, pixels, width, out_h,
+               out_w, in_pixels, groups, group_in, group_out, PADDED: tl.constexpr, TRANSPOSED: tl.constexpr,
+               WINDOW: tl.constexpr, NCHW: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """Float32 tile [BLOCK_M input pixels of a phase, BLOCK_N channels of one group] of the input gradient: one loop
+    over the phase's taps and blocks of output channels. Then where its elements lie in dx, and which of them exist;
+    its channels, and which of them exist. Where dy is multiplied by the activation's derivative it is the right operand
+    (kernels/linear.py's input gradient says why)."""
+    tiles_n = tl.cdiv(group_in, BLOCK_N)
+    group = pid_n // tiles_n
+    first = pid_m.to(tl.int64) * BLOCK_M
+    image, inside, row, col = locate_pixels(first, phase_pixels, cols, BLOCK_M)
+    in_range = first + tl.arange(0, BLOCK_M) < pixels
+    offs_n = (pid_n - group * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < group_in
     COMPUTED: tl.constexpr = saved_ptr is not None
     N_AXIS: tl.constexpr = 0 if COMPUTED else 1  # of the weight's tile
     acc = tl.zeros((BLOCK_N, BLOCK_M) if COMPUTED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
-    first_h, count_h, base_h = phase_taps(phase_h, KERNEL_H, STRIDE_H, PAD_H, DILATION_H, TAP_STEP_H)
-    first_w, count_w, base_w = phase_taps(phase_w, KERNEL_W, STRIDE_W, PAD_W, DILATION_W, TAP_STEP_W)
+    first_h, count_h, base_h = phase_taps(phase_h, WINDOW.kernel_h, WINDOW.stride_h, WINDOW.pad_h,
+                                           WINDOW.dilation_h, WINDOW.tap_step_h)  # fmt: skip
+    first_w, count_w, base_w = phase_taps(phase_w, WINDOW.kernel_w, WINDOW.stride_w, WINDOW.pad_w,
+                                           WINDOW.dilation_w, WINDOW.tap_step_w)  # fmt: skip
     origin = image * out_h * out_w
     bottom = row + base_h
     right = col + base_w
@@ -91,18 +107,19 @@ def dgrad_product(dy_ptr, saved_ptr, w_ptr, image, row, col, in_range, phase_h, 
         tap_h = tap // count_w
         tap_w = tap - tap_h * count_w
         # from one tap of the phase to the next, the output moves back by dilation / gcd(dilation, stride)
-        y = bottom - tap_h * (TAP_STEP_H * DILATION_H // STRIDE_H)
-        x = right - tap_w * (TAP_STEP_W * DILATION_W // STRIDE_W)
-        inside = in_range & (y >= 0) & (y < out_h) & (x >= 0) & (x < out_w)
-        pixel = tl.where(inside, origin + y * out_w + x, 0)
-        a = load_gradient(dy_ptr, saved_ptr, pixel[:, None] * channels + (group * group_out + offs_k)[None, :],
-                          inside[:, None] & mask_k[None, :], ACTIVATION)  # fmt: skip
-        tap = (first_h + tap_h * TAP_STEP_H) * KERNEL_W + first_w + tap_w * TAP_STEP_W
+        y = bottom - tap_h * (WINDOW.tap_step_h * WINDOW.dilation_h // WINDOW.stride_h)
+        x = right - tap_w * (WINDOW.tap_step_w * WINDOW.dilation_w // WINDOW.stride_w)
+        joined = in_range & (y >= 0) & (y < out_h) & (x >= 0) & (x < out_w)
+        pixel = tl.where(joined, origin + y * out_w + x, 0)
+        a = load_gradient(dy_ptr, saved_ptr,
+                          pixel[:, None] * (groups * group_out) + (group * group_out + offs_k)[None, :],
+                          joined[:, None] & mask_k[None, :], ACTIVATION)  # fmt: skip
+        tap = (first_h + tap_h * WINDOW.tap_step_h) * WINDOW.kernel_w + first_w + tap_w * WINDOW.tap_step_w
         if TRANSPOSED:
-            w_rows = (group * group_in + offs_n).to(tl.int64) * (KERNEL_H * KERNEL_W * group_out)
+            w_rows = (group * group_in + offs_n).to(tl.int64) * (WINDOW.taps * group_out)
             offsets = tl.expand_dims(w_rows, 1 - N_AXIS) + tl.expand_dims(tap * group_out + offs_k, N_AXIS)
         else:
-            w_rows = (group * group_out + offs_k).to(tl.int64) * row_pitch(KERNEL_H * KERNEL_W * group_in, PADDED)
+            w_rows = (group * group_out + offs_k).to(tl.int64) * row_pitch(WINDOW.taps * group_in, PADDED)
             offsets = tl.expand_dims(w_rows, N_AXIS) + tl.expand_dims(tap * group_in + offs_n, 1 - N_AXIS)
         mask = tl.expand_dims(mask_n, 1 - N_AXIS) & tl.expand_dims(mask_k, N_AXIS)
         w = tl.load(w_ptr + offsets, mask=mask, other=0.0)
@@ -110,65 +127,48 @@ def dgrad_product(dy_ptr, saved_ptr, w_ptr, image, row, col, in_range, phase_h, 
             acc = common.add_product(acc, w, tl.trans(a), PRECISION)
         else:
             acc = common.add_product(acc, a, w, PRECISION)
-    return tl.trans(acc) if COMPUTED else acc
-
-
-# One program: a [BLOCK_M input pixels of one phase, BLOCK_N channels of one group] tile of dx. Pixels no output
-# touches get 0. Grid: (pixel tiles of the largest phase x channel tiles, phases); programs past their phase leave.
-@triton.jit(do_not_specialize=["images", "tiles_m", "height", "width", "out_h", "out_w"])
-def conv_dgrad_kernel(dy_ptr, saved_ptr, w_ptr, dx_ptr, images, tiles_m, height, width, out_h, out_w, in_pixels,
-                      groups, group_in, group_out, PHASES_W: tl.constexpr, IN_UNIT: tl.constexpr,
-                      OUT_UNIT: tl.constexpr, PADDED: tl.constexpr, TRANSPOSED: tl.constexpr,
-                      KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-                      PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-                      TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr, NCHW: tl.constexpr,
-                      ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    group_in *= IN_UNIT
-    group_out *= OUT_UNIT
-    phase_h = tl.program_id(1) // PHASES_W
-    phase_w = tl.program_id(1) % PHASES_W
-    rows = (height - phase_h + STRIDE_H - 1) // STRIDE_H
-    cols = (width - phase_w + STRIDE_W - 1) // STRIDE_W
-    tiles_n = tl.cdiv(group_in, BLOCK_N)
-    pid_m, pid_n = common.grouped_tile(tl.program_id(0), tiles_m, groups * tiles_n)
-    group = pid_n // tiles_n
-    first = pid_m.to(tl.int64) * BLOCK_M
-    pixels = rows * cols * images.to(tl.int64)
-    if first >= pixels:
-        return
-    if STRIDE_H == 1 and STRIDE_W == 1:
-        image, inside, row, col = locate_pixels(first, in_pixels, width, BLOCK_M)
-    else:
-        image, inside, row, col = locate_pixels(first, rows * cols, cols, BLOCK_M)
-    in_range = first + tl.arange(0, BLOCK_M) < pixels
-    offs_n = (pid_n - group * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < group_in
-    acc = dgrad_product(dy_ptr, saved_ptr, w_ptr, image, row, col, in_range, phase_h, phase_w, group, offs_n, mask_n,
-                        out_h, out_w, group_in, group_out, groups * group_out, PADDED, TRANSPOSED, ACTIVATION,
-                        KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, TAP_STEP_H,
-                        TAP_STEP_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     channel = group * group_in + offs_n
     channels = groups * group_in
-    if STRIDE_H == 1 and STRIDE_W == 1:
+    if WINDOW.stride_h == 1 and WINDOW.stride_w == 1:
         offsets = pixel_offsets(image, inside, first, in_pixels, channels, channel, NCHW, BLOCK_M)
     else:
-        spot = (phase_h + row * STRIDE_H) * width + phase_w + col * STRIDE_W
+        spot = (phase_h + row * WINDOW.stride_h) * width + phase_w + col * WINDOW.stride_w
         if NCHW:
             offsets = (image * in_pixels * channels + spot)[:, None] + channel.to(tl.int64)[None, :] * in_pixels
         else:
             offsets = (image * in_pixels + spot)[:, None] * channels + channel[None, :]
-    tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=in_range[:, None] & mask_n[None, :])
+    return tl.trans(acc) if COMPUTED else acc, offsets, in_range[:, None] & mask_n[None, :], channel, mask_n
+
+
+# One program: a tile of dx. Pixels no output touches get 0. Grid: (pixel tiles of the largest phase x channel tiles,
+# phases); programs past their phase leave.
+@triton.jit(do_not_specialize=["images", "tiles_m", "height", "width", "out_h", "out_w"])
+def conv_dgrad_kernel(dy_ptr, saved_ptr, w_ptr, dx_ptr, images, tiles_m, height, width, out_h, out_w, in_pixels, groups,
+                      group_in, group_out, PHASES_W: tl.constexpr, IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
+                      PADDED: tl.constexpr, TRANSPOSED: tl.constexpr, WINDOW: tl.constexpr, NCHW: tl.constexpr,
+                      ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_K: tl.constexpr):  # fmt: skip
+    group_in *= IN_UNIT
+    group_out *= OUT_UNIT
+    phase_h, phase_w, phase_pixels, cols, pixels = phase_of(tl.program_id(1), images, height, width, PHASES_W, WINDOW)
+    pid_m, pid_n = common.grouped_tile(tl.program_id(0), tiles_m, groups * tl.cdiv(group_in, BLOCK_N))
+    if pid_m.to(tl.int64) * BLOCK_M >= pixels:
+        return
+    if WINDOW.stride_h == 1 and WINDOW.stride_w == 1:
+        phase_pixels, cols = in_pixels, width
+    acc, offsets, mask, _channel, _mask_n = dgrad_tile(
+        dy_ptr, saved_ptr, w_ptr, pid_m, pid_n, phase_h, phase_w, phase_pixels, cols, pixels, width, out_h, out_w,
+        in_pixels, groups, group_in, group_out, PADDED, TRANSPOSED, WINDOW, NCHW, ACTIVATION, PRECISION, BLOCK_M,
+        BLOCK_N, BLOCK_K)  # fmt: skip
+    tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr, first, last, group, offs_r,
                   mask_r, offs_o, mask_o, height, width, out_w, out_pixels, group_in, channels_in, channels_out,
                   x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT: tl.constexpr, OUT_ON_ROWS: tl.constexpr,
-                  ACTIVATION: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-                  PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-                  PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_P: tl.constexpr):  # fmt: skip
+                  ACTIVATION: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):  # fmt: skip
     """Float32 tile of the weight gradient, summed over pixels first .. last - 1: (tap, input channel) ``offs_r``
     against output channel ``offs_o``, the latter along M if OUT_ON_ROWS. The left operand is loaded through transposed
     pointers: the one along M, unless that one alone is computed (kernels/linear.py's input gradient says why)."""
@@ -179,8 +179,8 @@ def wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficient
     R_AXIS: tl.constexpr = 1 if DZ_LEFT else 0
     P_AXIS: tl.constexpr = 1 - R_AXIS  # the pixels' axis of x's tile; dy's tile has it on the other one
     tap = offs_r // group_in
-    shift_h = tl.expand_dims(tap // KERNEL_W * DILATION_H - PAD_H, P_AXIS)
-    shift_w = tl.expand_dims(tap % KERNEL_W * DILATION_W - PAD_W, P_AXIS)
+    shift_h = tl.expand_dims(tap // WINDOW.kernel_w * WINDOW.dilation_h - WINDOW.pad_h, P_AXIS)
+    shift_w = tl.expand_dims(tap % WINDOW.kernel_w * WINDOW.dilation_w - WINDOW.pad_w, P_AXIS)
     x_channel = tl.expand_dims(group * group_in + offs_r % group_in, P_AXIS)
     x_mask = tl.expand_dims(mask_r, P_AXIS)
     dy_channel = tl.expand_dims(offs_o, R_AXIS)
@@ -191,8 +191,8 @@ def wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficient
     for p in range(0, pixels, BLOCK_P):
         pixel = first + p + tl.arange(0, BLOCK_P)
         mask_p = pixel < last
-        y = tl.expand_dims(row * STRIDE_H, R_AXIS) + shift_h
-        x = tl.expand_dims(col * STRIDE_W, R_AXIS) + shift_w
+        y = tl.expand_dims(row * WINDOW.stride_h, R_AXIS) + shift_h
+        x = tl.expand_dims(col * WINDOW.stride_w, R_AXIS) + shift_w
         in_image = x_mask & tl.expand_dims(mask_p, R_AXIS) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         if FLAT:
             origin = tl.expand_dims(tl.where(mask_p, image, 0) * x_stride_n, R_AXIS)
@@ -242,10 +242,8 @@ def conv_wgrad_kernel(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coeffic
                       weight_tiles, workspace_size, weight_size, height, width, out_w, out_pixels, groups, group_in,
                       group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, IN_UNIT: tl.constexpr,
                       OUT_UNIT: tl.constexpr, FLAT: tl.constexpr, OUT_ON_ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
-                      KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-                      PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-                      PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-                      BLOCK_B: tl.constexpr):  # fmt: skip
+                      WINDOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_P: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
     group_in *= IN_UNIT
     group_out *= OUT_UNIT
     channels_out = groups * group_out
@@ -253,7 +251,7 @@ def conv_wgrad_kernel(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coeffic
     last = tl.minimum(first + run, pixels)
     workspace_ptr += tl.program_id(1).to(tl.int64) * workspace_size
     tile = tl.program_id(0)
-    reduction = KERNEL_H * KERNEL_W * group_in
+    reduction = WINDOW.taps * group_in
     if tile >= weight_tiles:
         offs_b = (tile - weight_tiles) * BLOCK_B + tl.arange(0, BLOCK_B)
         sums = channel_sums(dy_ptr, saved_ptr, first, last, offs_b, channels_out, ACTIVATION, BLOCK_P, BLOCK_B)
@@ -269,18 +267,13 @@ def conv_wgrad_kernel(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coeffic
     offs_n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < rows
     mask_n = offs_n < cols
+    offs_r, mask_r, offs_o, mask_o = offs_m, mask_m, offs_n, mask_n
     if OUT_ON_ROWS:
-        acc = wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr, first, last, group,
-                            offs_n, mask_n, group * group_out + offs_m, mask_m, height, width, out_w, out_pixels,
-                            group_in, groups * group_in, channels_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-                            FLAT, OUT_ON_ROWS, ACTIVATION, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H,
-                            DILATION_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_P)  # fmt: skip
-    else:
-        acc = wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr, first, last, group,
-                            offs_m, mask_m, group * group_out + offs_n, mask_n, height, width, out_w, out_pixels,
-                            group_in, groups * group_in, channels_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w,
-                            FLAT, OUT_ON_ROWS, ACTIVATION, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H,
-                            DILATION_W, PRECISION, BLOCK_M, BLOCK_N, BLOCK_P)  # fmt: skip
+        offs_r, mask_r, offs_o, mask_o = offs_n, mask_n, offs_m, mask_m
+    acc = wgrad_product(x_ptr, dy_ptr, saved_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr, first, last, group, offs_r,
+                        mask_r, group * group_out + offs_o, mask_o, height, width, out_w, out_pixels, group_in,
+                        groups * group_in, channels_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT,
+                        OUT_ON_ROWS, ACTIVATION, WINDOW, PRECISION, BLOCK_M, BLOCK_N, BLOCK_P)  # fmt: skip
     offsets = (group * rows + offs_m).to(tl.int64)[:, None] * cols + offs_n[None, :]
     tl.store(workspace_ptr + offsets, acc, mask=mask_m[:, None] & mask_n[None, :])
 
@@ -408,9 +401,8 @@ def input_gradient(dy: Tensor, packed: Tensor, dx: Tensor, g: Geometry, channels
         conv_dgrad_kernel, grid,
         dy, saved, packed, dx, n, tiles_m, g.height, g.width, g.out_h, g.out_w, g.height * g.width, g.groups,
         group_in, group_out, PHASES_W=phases_w, IN_UNIT=in_unit, OUT_UNIT=out_unit, PADDED=g.flattened,
-        TRANSPOSED=transposed, TAP_STEP_H=g.stride_h // math.gcd(g.stride_h, g.dilation_h),
-        TAP_STEP_W=g.stride_w // math.gcd(g.stride_w, g.dilation_w), NCHW=not channels_last,
-        ACTIVATION=activation, PRECISION=precision, **window(g), **config.options(),
+        TRANSPOSED=transposed, NCHW=not channels_last, ACTIVATION=activation, PRECISION=precision, **window(g),
+        **config.options(),
     )  # fmt: skip
 
 

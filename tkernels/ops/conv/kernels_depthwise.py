@@ -7,7 +7,6 @@ channel o // MULTIPLIER. Weights are read through their strides, in their own dt
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import triton
@@ -21,7 +20,7 @@ from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
 from tkernels.ops.conv import config as tuning
 from tkernels.ops.conv.kernels import empty_pixels, locate_pixels, pixel_offsets, window
-from tkernels.ops.conv.kernels_backward import advance_pixels, phase_taps
+from tkernels.ops.conv.kernels_backward import advance_pixels, phase_of, phase_taps
 
 
 # One program: a [BLOCK_P output pixels, BLOCK_C output channels] tile of y = activation(conv(x, w) + bias) and, where
@@ -29,11 +28,9 @@ from tkernels.ops.conv.kernels_backward import advance_pixels, phase_taps
 @triton.jit(do_not_specialize=["pixels", "height", "width", "out_w"])
 def conv_depthwise_forward_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, z_ptr, pixels, height, width, out_w, out_pixels,
                                   channels_in, w_stride_o, w_stride_h, w_stride_w, UNIT: tl.constexpr,
-                                  MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-                                  STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
-                                  PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-                                  NCHW: tl.constexpr, ACTIVATION: tl.constexpr, UNROLL: tl.constexpr,
-                                  BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                                  MULTIPLIER: tl.constexpr, WINDOW: tl.constexpr, NCHW: tl.constexpr,
+                                  ACTIVATION: tl.constexpr, UNROLL: tl.constexpr, BLOCK_P: tl.constexpr,
+                                  BLOCK_C: tl.constexpr):  # fmt: skip
     channels_in *= UNIT
     channels_out = channels_in * MULTIPLIER
     first = tl.program_id(0).to(tl.int64) * BLOCK_P
@@ -42,17 +39,17 @@ def conv_depthwise_forward_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, z_ptr, pixels, 
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels_out
     origin = image * height * width
-    top = row * STRIDE_H - PAD_H
-    left = col * STRIDE_W - PAD_W
+    top = row * WINDOW.stride_h - WINDOW.pad_h
+    left = col * WINDOW.stride_w - WINDOW.pad_w
     acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    for tap in tl.range(0, KERNEL_H * KERNEL_W, loop_unroll_factor=UNROLL):
-        y = top + tap // KERNEL_W * DILATION_H
-        x = left + tap % KERNEL_W * DILATION_W
+    for tap in tl.range(0, WINDOW.taps, loop_unroll_factor=UNROLL):
+        y = top + tap // WINDOW.kernel_w * WINDOW.dilation_h
+        x = left + tap % WINDOW.kernel_w * WINDOW.dilation_w
         ok = in_range & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         pixel = tl.where(ok, origin + y * width + x, 0)
         value = tl.load(x_ptr + pixel[:, None] * channels_in + (offs_c // MULTIPLIER)[None, :],
                         mask=ok[:, None] & mask_c[None, :], other=0.0)  # fmt: skip
-        spot = tap // KERNEL_W * w_stride_h + tap % KERNEL_W * w_stride_w
+        spot = tap // WINDOW.kernel_w * w_stride_h + tap % WINDOW.kernel_w * w_stride_w
         w = tl.load(w_ptr + offs_c.to(tl.int64) * w_stride_o + spot, mask=mask_c, other=0.0)
         acc += value.to(tl.float32) * w.to(tl.float32)[None, :]
     if bias_ptr is not None:
@@ -69,27 +66,22 @@ def conv_depthwise_forward_kernel(x_ptr, w_ptr, bias_ptr, y_ptr, z_ptr, pixels, 
 @triton.jit(do_not_specialize=["images", "height", "width", "out_h", "out_w"])
 def conv_depthwise_dgrad_kernel(dy_ptr, w_ptr, dx_ptr, images, height, width, out_h, out_w, in_pixels, channels_in,
                                 w_stride_o, w_stride_h, w_stride_w, PHASES_W: tl.constexpr, UNIT: tl.constexpr,
-                                MULTIPLIER: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-                                STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
-                                PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-                                TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr, NCHW: tl.constexpr,
+                                MULTIPLIER: tl.constexpr, WINDOW: tl.constexpr, NCHW: tl.constexpr,
                                 BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     channels_in *= UNIT
     channels_out = channels_in * MULTIPLIER
-    phase_h = tl.program_id(2) // PHASES_W
-    phase_w = tl.program_id(2) % PHASES_W
-    rows = (height - phase_h + STRIDE_H - 1) // STRIDE_H
-    cols = (width - phase_w + STRIDE_W - 1) // STRIDE_W
+    phase_h, phase_w, phase_pixels, cols, pixels = phase_of(tl.program_id(2), images, height, width, PHASES_W, WINDOW)
     first = tl.program_id(0).to(tl.int64) * BLOCK_P
-    pixels = rows * cols * images.to(tl.int64)
     if first >= pixels:
         return
-    image, inside, row, col = locate_pixels(first, rows * cols, cols, BLOCK_P)
+    image, inside, row, col = locate_pixels(first, phase_pixels, cols, BLOCK_P)
     in_range = first + tl.arange(0, BLOCK_P) < pixels
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels_in
-    first_h, count_h, base_h = phase_taps(phase_h, KERNEL_H, STRIDE_H, PAD_H, DILATION_H, TAP_STEP_H)
-    first_w, count_w, base_w = phase_taps(phase_w, KERNEL_W, STRIDE_W, PAD_W, DILATION_W, TAP_STEP_W)
+    first_h, count_h, base_h = phase_taps(phase_h, WINDOW.kernel_h, WINDOW.stride_h, WINDOW.pad_h,
+                                           WINDOW.dilation_h, WINDOW.tap_step_h)  # fmt: skip
+    first_w, count_w, base_w = phase_taps(phase_w, WINDOW.kernel_w, WINDOW.stride_w, WINDOW.pad_w,
+                                           WINDOW.dilation_w, WINDOW.tap_step_w)  # fmt: skip
     origin = image * out_h * out_w
     acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     for step in range(count_h * count_w * MULTIPLIER):
@@ -97,17 +89,17 @@ def conv_depthwise_dgrad_kernel(dy_ptr, w_ptr, dx_ptr, images, height, width, ou
         channel = offs_c * MULTIPLIER + step % MULTIPLIER
         tap_h = tap // count_w
         tap_w = tap - tap_h * count_w
-        y = row + base_h - tap_h * (TAP_STEP_H * DILATION_H // STRIDE_H)
-        x = col + base_w - tap_w * (TAP_STEP_W * DILATION_W // STRIDE_W)
+        y = row + base_h - tap_h * (WINDOW.tap_step_h * WINDOW.dilation_h // WINDOW.stride_h)
+        x = col + base_w - tap_w * (WINDOW.tap_step_w * WINDOW.dilation_w // WINDOW.stride_w)
         ok = in_range & (y >= 0) & (y < out_h) & (x >= 0) & (x < out_w)
         pixel = tl.where(ok, origin + y * out_w + x, 0)
         dy = tl.load(dy_ptr + pixel[:, None] * channels_out + channel[None, :],
                      mask=ok[:, None] & mask_c[None, :], other=0.0)  # fmt: skip
-        spot = (first_h + tap_h * TAP_STEP_H) * w_stride_h + (first_w + tap_w * TAP_STEP_W) * w_stride_w
+        spot = (first_h + tap_h * WINDOW.tap_step_h) * w_stride_h + (first_w + tap_w * WINDOW.tap_step_w) * w_stride_w
         w = tl.load(w_ptr + channel.to(tl.int64) * w_stride_o + spot, mask=mask_c, other=0.0)
         acc += dy.to(tl.float32) * w.to(tl.float32)[None, :]
-    if STRIDE_H != 1 or STRIDE_W != 1:
-        inside = (phase_h + row * STRIDE_H) * width + phase_w + col * STRIDE_W
+    if WINDOW.stride_h != 1 or WINDOW.stride_w != 1:
+        inside = (phase_h + row * WINDOW.stride_h) * width + phase_w + col * WINDOW.stride_w
     if NCHW:
         offsets = (image * in_pixels * channels_in + inside)[:, None] + offs_c.to(tl.int64)[None, :] * in_pixels
     else:
@@ -121,21 +113,18 @@ def conv_depthwise_dgrad_kernel(dy_ptr, w_ptr, dx_ptr, images, height, width, ou
 @triton.jit(do_not_specialize=["pixels", "run", "height", "width", "out_w"])
 def conv_depthwise_wgrad_kernel(x_ptr, dy_ptr, workspace_ptr, pixels, run, workspace_size, height, width, out_w,
                                 out_pixels, channels_in, UNIT: tl.constexpr, MULTIPLIER: tl.constexpr,
-                                HAS_BIAS: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-                                STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
-                                PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-                                BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                                HAS_BIAS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_T: tl.constexpr,
+                                BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     channels_in *= UNIT
     channels_out = channels_in * MULTIPLIER
-    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     first = tl.program_id(2).to(tl.int64) * run
     last = tl.minimum(first + run, pixels)
     workspace_ptr += tl.program_id(2).to(tl.int64) * workspace_size
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < channels_out
-    shift_h = (offs_t // KERNEL_W * DILATION_H - PAD_H)[:, None]
-    shift_w = (offs_t % KERNEL_W * DILATION_W - PAD_W)[:, None]
+    shift_h = (offs_t // WINDOW.kernel_w * WINDOW.dilation_h - WINDOW.pad_h)[:, None]
+    shift_w = (offs_t % WINDOW.kernel_w * WINDOW.dilation_w - WINDOW.pad_w)[:, None]
     acc = tl.zeros((BLOCK_T, BLOCK_P, BLOCK_C), dtype=tl.float32)
     acc_b = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     image, _inside, row, col = locate_pixels(first, out_pixels, out_w, BLOCK_P)
@@ -144,9 +133,9 @@ def conv_depthwise_wgrad_kernel(x_ptr, dy_ptr, workspace_ptr, pixels, run, works
         mask_p = pixel < last
         dy = tl.load(dy_ptr + pixel[:, None] * channels_out + offs_c[None, :], mask=mask_p[:, None] & mask_c[None, :],
                      other=0.0).to(tl.float32)  # fmt: skip
-        y = row[None, :] * STRIDE_H + shift_h
-        x = col[None, :] * STRIDE_W + shift_w
-        ok = (offs_t < TAPS)[:, None] & mask_p[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        y = row[None, :] * WINDOW.stride_h + shift_h
+        x = col[None, :] * WINDOW.stride_w + shift_w
+        ok = (offs_t < WINDOW.taps)[:, None] & mask_p[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         source = tl.where(ok, (image * height * width)[None, :] + y * width + x, 0)
         value = tl.load(x_ptr + source[:, :, None] * channels_in + (offs_c // MULTIPLIER)[None, None, :],
                         mask=ok[:, :, None] & mask_c[None, None, :], other=0.0)  # fmt: skip
@@ -155,9 +144,9 @@ def conv_depthwise_wgrad_kernel(x_ptr, dy_ptr, workspace_ptr, pixels, run, works
             acc_b += dy
         image, row, col = advance_pixels(image, row, col, out_pixels, out_w, BLOCK_P)
     offsets = offs_t.to(tl.int64)[:, None] * channels_out + offs_c[None, :]
-    tl.store(workspace_ptr + offsets, tl.sum(acc, axis=1), mask=(offs_t < TAPS)[:, None] & mask_c[None, :])
+    tl.store(workspace_ptr + offsets, tl.sum(acc, axis=1), mask=(offs_t < WINDOW.taps)[:, None] & mask_c[None, :])
     if HAS_BIAS:
-        bias_ptr = workspace_ptr + channels_out.to(tl.int64) * TAPS
+        bias_ptr = workspace_ptr + channels_out.to(tl.int64) * WINDOW.taps
         tl.store(bias_ptr + offs_c, tl.sum(acc_b, axis=0), mask=mask_c & (tl.program_id(0) == 0))
 
 
@@ -224,9 +213,7 @@ def input_gradient(dy: Tensor, weight: Tensor, dx: Tensor, g: Geometry, channels
     launch(
         conv_depthwise_dgrad_kernel, grid,
         dy, weight, dx, n, g.height, g.width, g.out_h, g.out_w, g.height * g.width, channels, stride_o, stride_h,
-        stride_w, PHASES_W=phases_w, UNIT=unit, MULTIPLIER=multiplier,
-        TAP_STEP_H=g.stride_h // math.gcd(g.stride_h, g.dilation_h),
-        TAP_STEP_W=g.stride_w // math.gcd(g.stride_w, g.dilation_w), NCHW=not channels_last, **window(g),
+        stride_w, PHASES_W=phases_w, UNIT=unit, MULTIPLIER=multiplier, NCHW=not channels_last, **window(g),
         **config.options(),
     )  # fmt: skip
 

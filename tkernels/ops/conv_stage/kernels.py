@@ -24,15 +24,7 @@ from tkernels.core.launch import launch
 from tkernels.core.records import Norm, Partials
 from tkernels.ops.batch_norm.kernels import SMALL, load_scale, squared_deviations, tile_sum
 from tkernels.ops.conv import config as conv_tuning
-from tkernels.ops.conv.kernels import (
-    channel_units,
-    empty_pixels,
-    forward_product,
-    forward_product_flat,
-    locate_pixels,
-    pixel_offsets,
-    window,
-)
+from tkernels.ops.conv.kernels import Window, channel_units, empty_pixels, forward_tile, window
 from tkernels.ops.conv_stage import config as tuning
 
 UNROLLED_TAPS = tl.constexpr(tuning.UNROLLED_TAPS)
@@ -59,39 +51,18 @@ def column_sums(tile, EXACT: tl.constexpr):
 def conv_stage_kernel(x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, partials_ptr, counter_ptr, mean_ptr, var_ptr,
                       bn_weight_ptr, bn_bias_ptr, eps, pixels, tiles_m, height, width, out_w, out_pixels, groups,
                       group_in, group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, IN_UNIT: tl.constexpr,
-                      OUT_UNIT: tl.constexpr, FLAT: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-                      STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-                      DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, HALO: tl.constexpr, NCHW: tl.constexpr,
-                      ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_K: tl.constexpr):  # fmt: skip
-    group_in *= IN_UNIT
+                      OUT_UNIT: tl.constexpr, FLAT: tl.constexpr, WINDOW: tl.constexpr, HALO: tl.constexpr,
+                      NCHW: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     group_out *= OUT_UNIT
     channels = groups * group_out
     if counter_ptr is not None:
         if tl.program_id(0) == 0:
             tl.store(counter_ptr, tl.load(counter_ptr) + 1)
-    tiles_n = tl.cdiv(group_out, BLOCK_N)
-    pid_m, pid_n = common.grouped_tile(tl.program_id(0), tiles_m, groups * tiles_n)
-    group = pid_n // tiles_n
-    first = pid_m.to(tl.int64) * BLOCK_M
-    image, inside, row, col = locate_pixels(first, out_pixels, out_w, BLOCK_M)
-    in_range = first + tl.arange(0, BLOCK_M) < pixels
-    offs_n = (pid_n - group * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < group_out
-    if FLAT:
-        acc = forward_product_flat(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask_n, height, width,
-                                   group_in, group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT,
-                                   KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
-                                   PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
-    else:
-        acc = forward_product(x_ptr, w_ptr, image, row, col, in_range, group, offs_n, mask_n, height, width, group_in,
-                              groups * group_in, group_out, FLAT, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PAD_H,
-                              PAD_W, DILATION_H, DILATION_W, HALO, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
-    channel = group * group_out + offs_n
-    if bias_ptr is not None:
-        acc = common.add_bias(acc, common.load_bias(bias_ptr, channel, mask_n, y_ptr))
-    offsets = pixel_offsets(image, inside, first, out_pixels, channels, channel, NCHW, BLOCK_M)
-    mask = in_range[:, None] & mask_n[None, :]
+    acc, offsets, mask, channel, mask_n, in_range, pid_m, pid_n = forward_tile(
+        x_ptr, w_ptr, bias_ptr, y_ptr, pixels, tiles_m, height, width, out_w, out_pixels, groups, group_in * IN_UNIT,
+        group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT, WINDOW, HALO, NCHW, PRECISION, BLOCK_M,
+        BLOCK_N, BLOCK_K)  # fmt: skip
     if partials_ptr is None:
         mean, scale, shift = load_scale(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, channel, mask_n, channels, eps)
         acc = tl.fma(acc - mean[None, :], scale[None, :], shift[None, :])
@@ -101,8 +72,8 @@ def conv_stage_kernel(x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, partials_ptr,
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, y, mask=mask)
     if partials_ptr is not None:
-        tile_statistics(y, partials_ptr, pid_m, tiles_m, in_range, tl.minimum(pixels - first, BLOCK_M), channels,
-                        channel, mask_n, pid_n == 0)  # fmt: skip
+        rows = tl.minimum(pixels - pid_m.to(tl.int64) * BLOCK_M, BLOCK_M)
+        tile_statistics(y, partials_ptr, pid_m, tiles_m, in_range, rows, channels, channel, mask_n, pid_n == 0)
 
 
 @triton.jit
@@ -203,11 +174,11 @@ def load_pixels(x_ptr, origin, row, col, inside, width, channels, offs_c, mask_c
 
 @triton.jit
 def window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, height, width, channels, offs_c, mask_c,
-                mean, scale, shift, KERNEL_W: tl.constexpr, BORDER: tl.constexpr, NORMALIZE: tl.constexpr,
+                mean, scale, shift, WINDOW: tl.constexpr, BORDER: tl.constexpr, NORMALIZE: tl.constexpr,
                 ACTIVATION: tl.constexpr):  # fmt: skip
     """One tap of window_best."""
-    row = top + tap // KERNEL_W
-    col = left + tap % KERNEL_W
+    row = top + tap // WINDOW.kernel_w
+    col = left + tap % WINDOW.kernel_w
     if BORDER:
         inside = inside & (row >= 0) & (row < height) & (col >= 0) & (col < width)
     value = load_pixels(x_ptr, origin, row, col, inside, width, channels, offs_c, mask_c)
@@ -225,8 +196,8 @@ def window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, hei
 
 @triton.jit
 def window_best(x_ptr, origin, top, left, inside, height, width, channels, offs_c, mask_c, mean, scale, shift,
-                KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, BORDER: tl.constexpr, NORMALIZE: tl.constexpr,
-                ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                WINDOW: tl.constexpr, BORDER: tl.constexpr, NORMALIZE: tl.constexpr, ACTIVATION: tl.constexpr,
+                BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """For windows at (top, left): the largest activation, the tap it is at, and x - mean there, [BLOCK_P, BLOCK_C].
 
     Of equals the first in window order, and NaN above all, as torch.max_pool2d.
@@ -236,15 +207,16 @@ def window_best(x_ptr, origin, top, left, inside, height, width, channels, offs_
     centred = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     # the arithmetic of some activations on many taps at once would spill
     COSTLY: tl.constexpr = ACTIVATION == "gelu" or ACTIVATION == "silu" or ACTIVATION == "hardswish"
-    if KERNEL_H * KERNEL_W <= (1 if COSTLY else UNROLLED_TAPS):
-        for tap in tl.static_range(KERNEL_H * KERNEL_W):
+    TAPS: tl.constexpr = WINDOW.taps
+    if TAPS <= (1 if COSTLY else UNROLLED_TAPS):
+        for tap in tl.static_range(TAPS):
             best, which, centred = window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, height,
-                                               width, channels, offs_c, mask_c, mean, scale, shift, KERNEL_W, BORDER,
+                                               width, channels, offs_c, mask_c, mean, scale, shift, WINDOW, BORDER,
                                                NORMALIZE, ACTIVATION)  # fmt: skip
     else:
-        for tap in range(KERNEL_H * KERNEL_W):
+        for tap in range(TAPS):
             best, which, centred = window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, height,
-                                               width, channels, offs_c, mask_c, mean, scale, shift, KERNEL_W, BORDER,
+                                               width, channels, offs_c, mask_c, mean, scale, shift, WINDOW, BORDER,
                                                NORMALIZE, ACTIVATION)  # fmt: skip
     return best, which, centred
 
@@ -260,9 +232,8 @@ def keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C: tl.const
 # Grid: (images x tiles, channel tiles).
 @triton.jit(do_not_specialize=["eps", "p", "tiles", "height", "width", "out_w", "out_pixels"])
 def stage_end_kernel(x_ptr, y_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, p, tiles, height, width,
-                     out_w, out_pixels, channels, UNIT: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
-                     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-                     BORDER: tl.constexpr, NCHW: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr,
+                     out_w, out_pixels, channels, UNIT: tl.constexpr, WINDOW: tl.constexpr, BORDER: tl.constexpr,
+                     NCHW: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr,
                      BLOCK_C: tl.constexpr):  # fmt: skip
     channels *= UNIT
     NORMALIZE: tl.constexpr = mean_ptr is not None
@@ -276,11 +247,11 @@ def stage_end_kernel(x_ptr, y_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias
         mean, scale, shift = load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, offs_c, mask_c, channels, eps)
     else:
         mean, scale, shift = 0.0, 1.0, 0.0
-    top = offs_p // out_w * STRIDE_H - PAD_H
-    left = offs_p % out_w * STRIDE_W - PAD_W
-    y, _which, _centred = window_best(x_ptr, image * height * width, top, left, mask_p, height, width, channels,
-                                      offs_c, mask_c, mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, NORMALIZE,
-                                      ACTIVATION, BLOCK_P, BLOCK_C)  # fmt: skip
+    top = offs_p // out_w * WINDOW.stride_h - WINDOW.pad_h
+    left = offs_p % out_w * WINDOW.stride_w - WINDOW.pad_w
+    y, _which, _centred = window_best(x_ptr, image * height * width, top, left, mask_p, height, width, channels, offs_c,
+                                      mask_c, mean, scale, shift, WINDOW, BORDER, NORMALIZE, ACTIVATION, BLOCK_P,
+                                      BLOCK_C)  # fmt: skip
     if seed_ptr is not None:
         y *= keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C)
     if NCHW:
@@ -293,10 +264,8 @@ def stage_end_kernel(x_ptr, y_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias
 @functools.lru_cache(maxsize=4096)
 def pooling_window(pool: Pooling) -> dict[str, Any]:
     """The compile-time arguments that describe the pooling window."""
-    return {
-        "KERNEL_H": pool.kernel_h, "KERNEL_W": pool.kernel_w, "STRIDE_H": pool.stride_h, "STRIDE_W": pool.stride_w,
-        "PAD_H": pool.pad_h, "PAD_W": pool.pad_w, "BORDER": pool.border,
-    }  # fmt: skip
+    window = Window(pool.kernel_h, pool.kernel_w, pool.stride_h, pool.stride_w, pool.pad_h, pool.pad_w)
+    return {"WINDOW": window, "BORDER": pool.border}
 
 
 def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, norm: Norm | None = None,

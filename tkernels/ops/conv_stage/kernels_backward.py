@@ -7,9 +7,7 @@ batch_norm's gradient_sums_kernel.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
 
 import torch
 import triton
@@ -25,8 +23,8 @@ from tkernels.core.launch import launch
 from tkernels.core.records import Norm, Partials
 from tkernels.ops.batch_norm.kernels import load_scale
 from tkernels.ops.conv import config as conv_tuning
-from tkernels.ops.conv.kernels import channel_units, empty_pixels, is_nhwc, locate_pixels, pixel_offsets, window
-from tkernels.ops.conv.kernels_backward import dgrad_product
+from tkernels.ops.conv.kernels import channel_units, empty_pixels, is_nhwc, window
+from tkernels.ops.conv.kernels_backward import dgrad_tile, phase_of
 from tkernels.ops.conv_stage import config as tuning
 from tkernels.ops.conv_stage.kernels import (
     column_sums,
@@ -79,9 +77,8 @@ def pooled_gradient(dy, best, centred, scale, shift, ACTIVATION: tl.constexpr):
 def stage_sums_kernel(dy_ptr, x_ptr, partials_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, p, units,
                       units_each, producers, tiles, height, width, out_w, out_pixels, channels, dy_stride_n,
                       dy_stride_c, dy_stride_h, dy_stride_w, UNIT: tl.constexpr, DENSE: tl.constexpr,
-                      KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
-                      STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, BORDER: tl.constexpr,
-                      ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                      WINDOW: tl.constexpr, BORDER: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr,
+                      BLOCK_C: tl.constexpr):  # fmt: skip
     channels *= UNIT
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     first_channel = tl.program_id(1) * BLOCK_C
@@ -98,9 +95,9 @@ def stage_sums_kernel(dy_ptr, x_ptr, partials_ptr, seed_ptr, mean_ptr, var_ptr, 
         mask_p = offs_p < out_pixels
         row = offs_p // out_w
         col = offs_p % out_w
-        best, _which, centred = window_best(x_ptr, image * height * width, row * STRIDE_H - PAD_H,
-                                            col * STRIDE_W - PAD_W, mask_p, height, width, channels, offs_c, mask_c,
-                                            mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, True, ACTIVATION,
+        best, _which, centred = window_best(x_ptr, image * height * width, row * WINDOW.stride_h - WINDOW.pad_h,
+                                            col * WINDOW.stride_w - WINDOW.pad_w, mask_p, height, width, channels,
+                                            offs_c, mask_c, mean, scale, shift, WINDOW, BORDER, True, ACTIVATION,
                                             BLOCK_P, BLOCK_C)  # fmt: skip
         dz = load_pooled(dy_ptr, image, row, col, mask_p, out_w, out_pixels, channels, offs_c, mask_c, dy_stride_n,
                          dy_stride_c, dy_stride_h, dy_stride_w, DENSE)  # fmt: skip
@@ -122,9 +119,8 @@ def stage_sums_kernel(dy_ptr, x_ptr, partials_ptr, seed_ptr, mean_ptr, var_ptr, 
 def stage_gradient_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr,
                           eps, p, tiles, height, width, out_h, out_w, cells, cells_w, channels, dy_stride_n,
                           dy_stride_c, dy_stride_h, dy_stride_w, UNIT: tl.constexpr, DENSE: tl.constexpr,
-                          KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr,
-                          STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, BORDER: tl.constexpr,
-                          ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                          WINDOW: tl.constexpr, BORDER: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr,
+                          BLOCK_C: tl.constexpr):  # fmt: skip
     channels *= UNIT
     image = (tl.program_id(0) // tiles).to(tl.int64)
     offs_p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -136,26 +132,27 @@ def stage_gradient_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mea
     row = offs_p // cells_w
     col = offs_p % cells_w
     has_window = mask_p & (row < out_h) & (col < out_w)
-    top = row * STRIDE_H - PAD_H
-    left = col * STRIDE_W - PAD_W
+    top = row * WINDOW.stride_h - WINDOW.pad_h
+    left = col * WINDOW.stride_w - WINDOW.pad_w
     origin = image * height * width
     best, which, centred = window_best(x_ptr, origin, top, left, has_window, height, width, channels, offs_c, mask_c,
-                                       mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, True, ACTIVATION, BLOCK_P,
+                                       mean, scale, shift, WINDOW, BORDER, True, ACTIVATION, BLOCK_P,
                                        BLOCK_C)  # fmt: skip
     dz = load_pooled(dy_ptr, image, row, col, has_window, out_w, out_h * out_w, channels, offs_c, mask_c, dy_stride_n,
                      dy_stride_c, dy_stride_h, dy_stride_w, DENSE)  # fmt: skip
     if seed_ptr is not None:
         dz *= keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C)
     dz = pooled_gradient(dz, best, centred, scale, shift, ACTIVATION)
-    UNROLL: tl.constexpr = STRIDE_H * STRIDE_W if STRIDE_H * STRIDE_W <= 16 else 1
-    for tap in tl.range(0, STRIDE_H * STRIDE_W, loop_unroll_factor=UNROLL):
-        in_row = tap // STRIDE_W
-        in_col = tap % STRIDE_W
+    UNROLL: tl.constexpr = WINDOW.stride_h * WINDOW.stride_w if WINDOW.stride_h * WINDOW.stride_w <= 16 else 1
+    for tap in tl.range(0, WINDOW.stride_h * WINDOW.stride_w, loop_unroll_factor=UNROLL):
+        in_row = tap // WINDOW.stride_w
+        in_col = tap % WINDOW.stride_w
         y = top + in_row
         x = left + in_col
         inside = mask_p & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         centred = load_pixels(x_ptr, origin, y, x, inside, width, channels, offs_c, mask_c) - mean[None, :]
-        tap_in_window = tl.where((in_row < KERNEL_H) & (in_col < KERNEL_W), in_row * KERNEL_W + in_col, -1)
+        covered = (in_row < WINDOW.kernel_h) & (in_col < WINDOW.kernel_w)
+        tap_in_window = tl.where(covered, in_row * WINDOW.kernel_w + in_col, -1)
         here = tl.where(which == tap_in_window, dz, 0.0)
         dx = raw_gradient(here, centred, coefficients_ptr, scale, offs_c, mask_c, channels)
         pixel = tl.where(inside, origin + y * width + x, 0)
@@ -168,10 +165,9 @@ def stage_gradient_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mea
 @triton.jit(do_not_specialize=["eps", "p", "tiles", "height", "width", "out_h", "out_w", "dy_stride_n"])
 def stage_overlap_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr,
                          eps, p, tiles, height, width, out_h, out_w, channels, dy_stride_n, dy_stride_c, dy_stride_h,
-                         dy_stride_w, UNIT: tl.constexpr, DENSE: tl.constexpr, KERNEL_H: tl.constexpr,
-                         KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-                         PAD_H: tl.constexpr, PAD_W: tl.constexpr, BORDER: tl.constexpr, ACTIVATION: tl.constexpr,
-                         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+                         dy_stride_w, UNIT: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr,
+                         BORDER: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr,
+                         BLOCK_C: tl.constexpr):  # fmt: skip
     channels *= UNIT
     image = (tl.program_id(0) // tiles).to(tl.int64)
     offs_p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -184,21 +180,21 @@ def stage_overlap_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean
     x = offs_p % width
     origin = image * height * width
     dz = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    WINDOWS_H: tl.constexpr = (KERNEL_H + STRIDE_H - 1) // STRIDE_H
-    WINDOWS_W: tl.constexpr = (KERNEL_W + STRIDE_W - 1) // STRIDE_W
+    WINDOWS_H: tl.constexpr = (WINDOW.kernel_h + WINDOW.stride_h - 1) // WINDOW.stride_h
+    WINDOWS_W: tl.constexpr = (WINDOW.kernel_w + WINDOW.stride_w - 1) // WINDOW.stride_w
     for i in range(WINDOWS_H * WINDOWS_W):
-        row = (y + PAD_H) // STRIDE_H - i // WINDOWS_W
-        col = (x + PAD_W) // STRIDE_W - i % WINDOWS_W
-        top = row * STRIDE_H - PAD_H
-        left = col * STRIDE_W - PAD_W
-        covers = mask_p & (row >= 0) & (row < out_h) & (y - top < KERNEL_H)
-        covers = covers & (col >= 0) & (col < out_w) & (x - left < KERNEL_W)
+        row = (y + WINDOW.pad_h) // WINDOW.stride_h - i // WINDOWS_W
+        col = (x + WINDOW.pad_w) // WINDOW.stride_w - i % WINDOWS_W
+        top = row * WINDOW.stride_h - WINDOW.pad_h
+        left = col * WINDOW.stride_w - WINDOW.pad_w
+        covers = mask_p & (row >= 0) & (row < out_h) & (y - top < WINDOW.kernel_h)
+        covers = covers & (col >= 0) & (col < out_w) & (x - left < WINDOW.kernel_w)
         best, which, at_best = window_best(x_ptr, origin, top, left, covers, height, width, channels, offs_c, mask_c,
-                                           mean, scale, shift, KERNEL_H, KERNEL_W, BORDER, True, ACTIVATION, BLOCK_P,
+                                           mean, scale, shift, WINDOW, BORDER, True, ACTIVATION, BLOCK_P,
                                            BLOCK_C)  # fmt: skip
         dy = load_pooled(dy_ptr, image, row, col, covers, out_w, out_h * out_w, channels, offs_c, mask_c,
                          dy_stride_n, dy_stride_c, dy_stride_h, dy_stride_w, DENSE)  # fmt: skip
-        tap = (y - top) * KERNEL_W + x - left
+        tap = (y - top) * WINDOW.kernel_w + x - left
         chosen = covers[:, None] & (which == tap[:, None])
         dz += tl.where(chosen, pooled_gradient(dy, best, at_best, scale, shift, ACTIVATION), 0.0)
     if seed_ptr is not None:
@@ -215,41 +211,21 @@ def stage_overlap_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean
 @triton.jit(do_not_specialize=["eps", "images", "tiles_m", "height", "width", "out_h", "out_w"])
 def conv_stage_dgrad_kernel(dy_ptr, w_ptr, x_ptr, dz_ptr, partials_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps,
                             images, tiles_m, height, width, out_h, out_w, in_pixels, groups, group_in, group_out,
-                            PHASES_W: tl.constexpr, IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr,
-                            PADDED: tl.constexpr, TRANSPOSED: tl.constexpr, KERNEL_H: tl.constexpr,
-                            KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-                            PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr,
-                            DILATION_W: tl.constexpr, TAP_STEP_H: tl.constexpr, TAP_STEP_W: tl.constexpr,
-                            ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+                            PHASES_W: tl.constexpr, IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, PADDED: tl.constexpr,
+                            TRANSPOSED: tl.constexpr, WINDOW: tl.constexpr, ACTIVATION: tl.constexpr,
+                            PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                            BLOCK_K: tl.constexpr):  # fmt: skip
     group_in *= IN_UNIT
     group_out *= OUT_UNIT
     channels = groups * group_in
     EXACT: tl.constexpr = dz_ptr.dtype.element_ty == tl.float32
-    phase_h = tl.program_id(1) // PHASES_W
-    phase_w = tl.program_id(1) % PHASES_W
-    rows = (height - phase_h + STRIDE_H - 1) // STRIDE_H
-    cols = (width - phase_w + STRIDE_W - 1) // STRIDE_W
-    tiles_n = tl.cdiv(group_in, BLOCK_N)
-    pid_m, pid_n = common.grouped_tile(tl.program_id(0), tiles_m, groups * tiles_n)
-    group = pid_n // tiles_n
-    first = pid_m.to(tl.int64) * BLOCK_M
-    image, inside, row, col = locate_pixels(first, rows * cols, cols, BLOCK_M)
+    phase_h, phase_w, phase_pixels, cols, pixels = phase_of(tl.program_id(1), images, height, width, PHASES_W, WINDOW)
+    pid_m, pid_n = common.grouped_tile(tl.program_id(0), tiles_m, groups * tl.cdiv(group_in, BLOCK_N))
     # in a tile past the end of a smaller phase all rows are masked: its sums come out as 0
-    in_range = first + tl.arange(0, BLOCK_M) < rows * cols * images.to(tl.int64)
-    offs_n = (pid_n - group * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < group_in
-    channel = group * group_in + offs_n
-    acc = dgrad_product(dy_ptr, None, w_ptr, image, row, col, in_range, phase_h, phase_w, group, offs_n, mask_n,
-                        out_h, out_w, group_in, group_out, groups * group_out, PADDED, TRANSPOSED, None, KERNEL_H,
-                        KERNEL_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, TAP_STEP_H, TAP_STEP_W,
-                        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
-    if STRIDE_H == 1 and STRIDE_W == 1:
-        offsets = pixel_offsets(image, inside, first, in_pixels, channels, channel, False, BLOCK_M)
-    else:
-        spot = image * in_pixels + (phase_h + row * STRIDE_H) * width + phase_w + col * STRIDE_W
-        offsets = spot[:, None] * channels + channel[None, :]
-    mask = in_range[:, None] & mask_n[None, :]
+    acc, offsets, mask, channel, mask_n = dgrad_tile(
+        dy_ptr, None, w_ptr, pid_m, pid_n, phase_h, phase_w, phase_pixels, cols, pixels, width, out_h, out_w, in_pixels,
+        groups, group_in, group_out, PADDED, TRANSPOSED, WINDOW, False, None, PRECISION, BLOCK_M, BLOCK_N,
+        BLOCK_K)  # fmt: skip
     mean, scale, shift = load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, mask_n, channels, eps)
     centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
     z = tl.fma(centred, scale[None, :], shift[None, :])
@@ -263,15 +239,6 @@ def conv_stage_dgrad_kernel(dy_ptr, w_ptr, x_ptr, dz_ptr, partials_ptr, mean_ptr
     total_x, rest_x = column_sums(tl.where(mask, value * centred, 0.0), EXACT)
     store_sums(partials_ptr, tl.program_id(1) * tiles_m + pid_m, tiles_m * tl.num_programs(1), channels, channel,
                mask_n, total, rest, total_x, rest_x)  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def _strides_of_phases(g: Geometry) -> dict[str, Any]:
-    """The compile-time arguments of the input gradient beside its window."""
-    return {
-        "PHASES_W": g.phases[1], "TAP_STEP_H": g.stride_h // math.gcd(g.stride_h, g.dilation_h),
-        "TAP_STEP_W": g.stride_w // math.gcd(g.stride_w, g.dilation_w),
-    }  # fmt: skip
 
 
 def launch_end_sums(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, p: float = 0.0, seed: Tensor | None = None,
@@ -346,8 +313,7 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, x: Tensor, norm: Norm,
     launch(
         conv_stage_dgrad_kernel, grid,
         dy, packed, x, dz, partials, *norm, n, tiles_m, g.height, g.width, g.out_h, g.out_w, g.height * g.width,
-        g.groups, group_in, group_out, IN_UNIT=in_unit, OUT_UNIT=out_unit, PADDED=g.flattened,
-        TRANSPOSED=transposed, ACTIVATION=activation, PRECISION=precision, **_strides_of_phases(g), **window(g),
-        **config.options(),
+        g.groups, group_in, group_out, PHASES_W=g.phases[1], IN_UNIT=in_unit, OUT_UNIT=out_unit, PADDED=g.flattened,
+        TRANSPOSED=transposed, ACTIVATION=activation, PRECISION=precision, **window(g), **config.options(),
     )  # fmt: skip
     return dz, launch_fold(Partials(partials, tiles_m * phases), g.in_channels, fold_sums_kernel)
