@@ -64,18 +64,34 @@ def load_columns(
 
 
 @triton.jit
-def chunked_scores(a_ptr, offs_a, a_stride, n_a, b_ptr, offs_b, b_stride, n_b, HEAD: tl.constexpr,
-                   BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr,
-                   BLOCK_B: tl.constexpr):  # fmt: skip
-    """a[BLOCK_A, HEAD] @ b[BLOCK_B, HEAD]^T, CHUNK features at a time: a thread that held whole rows of wide heads, or
-    any without tensor cores, would run out of registers."""
-    acc = tl.zeros((BLOCK_A, BLOCK_B), dtype=tl.float32)
-    for first in range(0, BLOCK, CHUNK):
-        offs_d = first + tl.arange(0, CHUNK)
-        a = load_rows(a_ptr, offs_a, offs_d, a_stride, n_a, HEAD, HEAD == BLOCK, True)
-        b = load_columns(b_ptr, offs_b, offs_d, b_stride, n_b, HEAD, HEAD == BLOCK, True)
-        acc = common.add_product(acc, a, b, PRECISION)
-    return acc
+def program_of(tiles, heads, LAST_FIRST: tl.constexpr):
+    """This program's tile, the number of its head over all batches, its batch, and its head there. LAST_FIRST: the last
+    tiles, of causal attention the longest, come first."""
+    tile = tl.program_id(0) % tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    index = (tl.program_id(0) // tiles).to(tl.int64)
+    return tile, index, index // heads, index % heads
+
+
+@triton.jit
+def products(a, a_ptr, offs_a, a_stride, n_a, b_ptr, offs_b, b_stride, n_b, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+             CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr,
+             BLOCK_B: tl.constexpr):  # fmt: skip
+    """(a[BLOCK_A, HEAD] @ b[BLOCK_B, HEAD]^T, b^T) of a tile ``a``. Where that is None, CHUNK features at a time, and
+    0 for b^T: a thread that held whole rows of wide heads, or any without tensor cores, would run out of registers."""
+    if a is not None:
+        bt = load_columns(b_ptr, offs_b, tl.arange(0, BLOCK), b_stride, n_b, HEAD, HEAD == BLOCK, MASKED)
+        acc = tl.dot(a, bt, input_precision=PRECISION)
+    else:
+        bt = 0
+        acc = tl.zeros((BLOCK_A, BLOCK_B), dtype=tl.float32)
+        for first in range(0, BLOCK, CHUNK):
+            offs_d = first + tl.arange(0, CHUNK)
+            rows = load_rows(a_ptr, offs_a, offs_d, a_stride, n_a, HEAD, HEAD == BLOCK, True)
+            columns = load_columns(b_ptr, offs_b, offs_d, b_stride, n_b, HEAD, HEAD == BLOCK, True)
+            acc = common.add_product(acc, rows, columns, PRECISION)
+    return acc, bt
 
 
 @triton.jit
@@ -140,16 +156,11 @@ def attend(acc, row_max, row_sum, q, q_ptr, k_ptr, v_ptr, mask_ptr, seed, first_
            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Take the keys in [first_key, end_key) into a tile's running output, maximum and sum."""
     ADDED: tl.constexpr = mask_ptr is not None and not BOOLEAN
-    offs_d = tl.arange(0, BLOCK_D)
     offs_v = tl.arange(0, BLOCK_V)
     for first in range(first_key, end_key, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        if CHUNK == BLOCK_D:
-            kt = load_columns(k_ptr, offs_n, offs_d, k_stride, n_k, HEAD, HEAD == BLOCK_D, MASKED)
-            s = tl.dot(q, kt, input_precision=PRECISION)
-        else:
-            s = chunked_scores(q_ptr, offs_m, q_stride, n_q, k_ptr, offs_n, k_stride, n_k, HEAD, BLOCK_D, CHUNK,
-                               PRECISION, BLOCK_M, BLOCK_N)  # fmt: skip
+        s, _kt = products(q, q_ptr, offs_m, q_stride, n_q, k_ptr, offs_n, k_stride, n_k, HEAD, BLOCK_D, CHUNK, MASKED,
+                          PRECISION, BLOCK_M, BLOCK_N)  # fmt: skip
         s = masked_scores(s, mask_ptr, offs_m[:, None], offs_n[None, :], mask_stride_m, mask_stride_n, n_q, n_k, scale,
                           CAUSAL, BOOLEAN, MASKED)  # fmt: skip
         new_max = tl.maximum(row_max, tl.max(s, axis=1))
@@ -180,12 +191,7 @@ def attention_forward_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, o_ptr, lse
                              BOOLEAN: tl.constexpr, PRECISION: tl.constexpr, HEAD: tl.constexpr, V_HEAD: tl.constexpr,
                              BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
                              BLOCK_N: tl.constexpr):  # fmt: skip
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    if CAUSAL:  # the longest rows first
-        tile = tiles - 1 - tile
-    index = (pid // tiles).to(tl.int64)
-    batch, head = index // heads, index % heads
+    tile, index, batch, head = program_of(tiles, heads, CAUSAL)
     q_ptr += (batch * q_stride_b + head * q_stride_h) * UNIT
     k_ptr += (batch * k_stride_b + head // group * k_stride_h) * UNIT
     v_ptr += (batch * v_stride_b + head // group * v_stride_h) * UNIT
@@ -210,14 +216,11 @@ def attention_forward_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, seed_ptr, o_ptr, lse
     if CAUSAL:
         end = tl.minimum(n_k, (tile + 1) * BLOCK_M)
         whole = tl.minimum(whole, tile * BLOCK_M // BLOCK_N * BLOCK_N)
-    acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, q_ptr, k_ptr, v_ptr, mask_ptr, seed, first_row, offs_m, 0, whole, n_q, n_k,
-        q_stride_m, k_stride_n, v_stride_n, mask_stride_m, mask_stride_n, scale, p, CAUSAL, BOOLEAN, False, PRECISION,
-        HEAD, V_HEAD, BLOCK_D, BLOCK_V, CHUNK, BLOCK_M, BLOCK_N)  # fmt: skip
-    acc, row_max, row_sum = attend(
-        acc, row_max, row_sum, q, q_ptr, k_ptr, v_ptr, mask_ptr, seed, first_row, offs_m, whole, end, n_q, n_k,
-        q_stride_m, k_stride_n, v_stride_n, mask_stride_m, mask_stride_n, scale, p, CAUSAL, BOOLEAN, True, PRECISION,
-        HEAD, V_HEAD, BLOCK_D, BLOCK_V, CHUNK, BLOCK_M, BLOCK_N)  # fmt: skip
+    for MASKED in tl.static_range(2):
+        acc, row_max, row_sum = attend(
+            acc, row_max, row_sum, q, q_ptr, k_ptr, v_ptr, mask_ptr, seed, first_row, offs_m, whole if MASKED else 0,
+            end if MASKED else whole, n_q, n_k, q_stride_m, k_stride_n, v_stride_n, mask_stride_m, mask_stride_n, scale,
+            p, CAUSAL, BOOLEAN, MASKED, PRECISION, HEAD, V_HEAD, BLOCK_D, BLOCK_V, CHUNK, BLOCK_M, BLOCK_N)  # fmt: skip
     nothing = row_sum == 0
     acc /= tl.where(nothing, 1.0, row_sum)[:, None]
     if lse_ptr is not None:

@@ -21,14 +21,14 @@ from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.ops.attention import config as tuning
 from tkernels.ops.attention.kernels import (
-    chunked_scores,
     like_heads,
-    load_columns,
     load_lse,
     load_rows,
     mask_of,
     masked_scores,
     product_flops,
+    products,
+    program_of,
     score_factor,
     strides_of,
     unit_of,
@@ -42,9 +42,8 @@ from tkernels.ops.attention.kernels import (
 def attention_delta_kernel(o_ptr, do_ptr, delta_ptr, heads, n_q, tiles, o_stride_b, o_stride_h, o_stride_m, do_stride_b,
                            do_stride_h, do_stride_m, UNIT: tl.constexpr, V_HEAD: tl.constexpr, BLOCK_V: tl.constexpr,
                            BLOCK_M: tl.constexpr):  # fmt: skip
-    index = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = index // heads, index % heads
-    offs_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile, index, batch, head = program_of(tiles, heads, False)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_v = tl.arange(0, BLOCK_V)
     o_ptr += (batch * o_stride_b + head * o_stride_h) * UNIT
     do_ptr += (batch * do_stride_b + head * do_stride_h) * UNIT
@@ -63,19 +62,12 @@ def gather_dq(dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, logsu
     """``dq`` plus what the keys in [first_key, end_key) give, the scale left out."""
     ADDED: tl.constexpr = mask_ptr is not None and not BOOLEAN
     offs_d = tl.arange(0, BLOCK_D)
-    offs_v = tl.arange(0, BLOCK_V)
     for first in range(first_key, end_key, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
-        if CHUNK == BLOCK_D:
-            kt = load_columns(k_ptr, offs_n, offs_d, k_stride, n_k, HEAD, HEAD == BLOCK_D, MASKED)
-            s = tl.dot(q, kt, input_precision=PRECISION)
-            vt = load_columns(v_ptr, offs_n, offs_v, v_stride, n_k, V_HEAD, V_HEAD == BLOCK_V, MASKED)
-            dw = tl.dot(do, vt, input_precision=PRECISION)
-        else:
-            s = chunked_scores(q_ptr, offs_m, q_stride, n_q, k_ptr, offs_n, k_stride, n_k, HEAD, BLOCK_D, CHUNK,
-                               PRECISION, BLOCK_M, BLOCK_N)  # fmt: skip
-            dw = chunked_scores(do_ptr, offs_m, do_stride, n_q, v_ptr, offs_n, v_stride, n_k, V_HEAD, BLOCK_V, CHUNK,
-                                PRECISION, BLOCK_M, BLOCK_N)  # fmt: skip
+        s, kt = products(q, q_ptr, offs_m, q_stride, n_q, k_ptr, offs_n, k_stride, n_k, HEAD, BLOCK_D, CHUNK, MASKED,
+                         PRECISION, BLOCK_M, BLOCK_N)  # fmt: skip
+        dw, _vt = products(do, do_ptr, offs_m, do_stride, n_q, v_ptr, offs_n, v_stride, n_k, V_HEAD, BLOCK_V, CHUNK,
+                           MASKED, PRECISION, BLOCK_M, BLOCK_N)  # fmt: skip
         s = masked_scores(s, mask_ptr, offs_m[:, None], offs_n[None, :], mask_stride_m, mask_stride_n, n_q, n_k, scale,
                           CAUSAL, BOOLEAN, MASKED)  # fmt: skip
         weights = weights_of(s, lse, logsum, 1, ADDED)
@@ -102,12 +94,7 @@ def attention_dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_ptr
                         UNIT: tl.constexpr, CAUSAL: tl.constexpr, BOOLEAN: tl.constexpr, PRECISION: tl.constexpr,
                         HEAD: tl.constexpr, V_HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                         CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    if CAUSAL:  # the longest rows first
-        tile = tiles - 1 - tile
-    index = (pid // tiles).to(tl.int64)
-    batch, head = index // heads, index % heads
+    tile, index, batch, head = program_of(tiles, heads, CAUSAL)
     q_ptr += (batch * q_stride_b + head * q_stride_h) * UNIT
     k_ptr += (batch * k_stride_b + head // group * k_stride_h) * UNIT
     v_ptr += (batch * v_stride_b + head // group * v_stride_h) * UNIT
@@ -135,14 +122,12 @@ def attention_dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_ptr
     if CAUSAL:
         end = tl.minimum(n_k, (tile + 1) * BLOCK_M)
         whole = tl.minimum(whole, tile * BLOCK_M // BLOCK_N * BLOCK_N)
-    dq = gather_dq(
-        dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, logsum, delta, first_row, offs_m, 0, whole, n_q,
-        n_k, q_stride_m, do_stride_m, k_stride_n, v_stride_n, mask_stride_m, mask_stride_n, score_scale, p, CAUSAL,
-        BOOLEAN, False, PRECISION, HEAD, V_HEAD, BLOCK_D, BLOCK_V, CHUNK, BLOCK_M, BLOCK_N)  # fmt: skip
-    dq = gather_dq(
-        dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, logsum, delta, first_row, offs_m, whole, end, n_q,
-        n_k, q_stride_m, do_stride_m, k_stride_n, v_stride_n, mask_stride_m, mask_stride_n, score_scale, p, CAUSAL,
-        BOOLEAN, True, PRECISION, HEAD, V_HEAD, BLOCK_D, BLOCK_V, CHUNK, BLOCK_M, BLOCK_N)  # fmt: skip
+    for MASKED in tl.static_range(2):
+        dq = gather_dq(
+            dq, q, do, q_ptr, do_ptr, k_ptr, v_ptr, mask_ptr, seed, lse, logsum, delta, first_row, offs_m,
+            whole if MASKED else 0, end if MASKED else whole, n_q, n_k, q_stride_m, do_stride_m, k_stride_n, v_stride_n,
+            mask_stride_m, mask_stride_n, score_scale, p, CAUSAL, BOOLEAN, MASKED, PRECISION, HEAD, V_HEAD, BLOCK_D,
+            BLOCK_V, CHUNK, BLOCK_M, BLOCK_N)  # fmt: skip
     offsets = offs_m.to(tl.int64)[:, None] * (dq_stride_m * UNIT) + offs_d[None, :]
     mask = (offs_m < n_q)[:, None] & (offs_d < HEAD)[None, :]
     tl.store(dq_ptr + offsets, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
@@ -164,9 +149,7 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
                          BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
                          BLOCK_N: tl.constexpr):  # fmt: skip
     ADDED: tl.constexpr = mask_ptr is not None and not BOOLEAN
-    tile = tl.program_id(0) % tiles
-    index = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, kv_head = index // kv_heads, index % kv_heads
+    tile, _index, batch, kv_head = program_of(tiles, kv_heads, False)
     k_ptr += (batch * k_stride_b + kv_head * k_stride_h) * UNIT
     v_ptr += (batch * v_stride_b + kv_head * v_stride_h) * UNIT
     q_stride_m *= UNIT
@@ -176,6 +159,7 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_v = tl.arange(0, BLOCK_V)
+    k = None
     if CHUNK == BLOCK_D:
         k = load_rows(k_ptr, offs_n, offs_d, k_stride_n, n_k, HEAD, HEAD == BLOCK_D, True)
         v = load_rows(v_ptr, offs_n, offs_v, v_stride_n, n_k, V_HEAD, V_HEAD == BLOCK_V, True)
@@ -202,12 +186,8 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
         lse, logsum = load_lse(lse_ptr, first_row, offs_m, n_q, ADDED)
         if CHUNK == BLOCK_D or dv_ptr is not None:
             do = load_rows(do_at, offs_m, offs_v, do_stride_m, n_q, V_HEAD, V_HEAD == BLOCK_V, True)
-        if CHUNK == BLOCK_D:
-            qt = load_columns(q_at, offs_m, offs_d, q_stride_m, n_q, HEAD, HEAD == BLOCK_D, True)
-            s = tl.dot(k, qt, input_precision=PRECISION)
-        else:
-            s = chunked_scores(k_ptr, offs_n, k_stride_n, n_k, q_at, offs_m, q_stride_m, n_q, HEAD, BLOCK_D, CHUNK,
-                               PRECISION, BLOCK_N, BLOCK_M)  # fmt: skip
+        s, qt = products(k, k_ptr, offs_n, k_stride_n, n_k, q_at, offs_m, q_stride_m, n_q, HEAD, BLOCK_D, CHUNK, True,
+                         PRECISION, BLOCK_N, BLOCK_M)  # fmt: skip
         mask_at = None
         if mask_ptr is not None:
             mask_at = mask_ptr + (batch * mask_stride_b + head * mask_stride_h)
@@ -225,8 +205,8 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
             if CHUNK == BLOCK_D:
                 dw = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             else:
-                dw = chunked_scores(v_ptr, offs_n, v_stride_n, n_k, do_at, offs_m, do_stride_m, n_q, V_HEAD, BLOCK_V,
-                                    CHUNK, PRECISION, BLOCK_N, BLOCK_M)  # fmt: skip
+                dw, _dot = products(None, v_ptr, offs_n, v_stride_n, n_k, do_at, offs_m, do_stride_m, n_q, V_HEAD,
+                                    BLOCK_V, CHUNK, True, PRECISION, BLOCK_N, BLOCK_M)  # fmt: skip
             if seed is not None:
                 dw *= keep
             ds = weights * (dw - tl.load(delta_ptr + first_row + offs_m, mask=offs_m < n_q, other=0.0)[None, :])
