@@ -37,8 +37,10 @@ def group_of(pid, channels, width, BLOCK_C: tl.constexpr, PLANES: tl.constexpr):
 
 
 @triton.jit
-def tile_origin(tile, group, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr):
-    """First row and column of a tile. PLANES: tiles of one channel's plane; else of a block of columns."""
+def tile_of(tile, group, n_rows, channels, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+            PLANES: tl.constexpr):  # fmt: skip
+    """Offsets (int64) and mask of a tile [BLOCK_R, BLOCK_C], and how many values a channel (a column, if not PLANES)
+    has in it. PLANES: tiles of one channel's plane; else of a block of columns."""
     if PLANES:
         across = tl.cdiv(width, BLOCK_C)
         row = tile // across * BLOCK_R
@@ -46,56 +48,47 @@ def tile_origin(tile, group, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
     else:
         row = tile * BLOCK_R
         col = group * BLOCK_C
-    return row, col
-
-
-@triton.jit
-def tile_offsets(row, col, group, n_rows, channels, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-                 PLANES: tl.constexpr):  # fmt: skip
-    """Offsets (int64) and mask of the tile [BLOCK_R, BLOCK_C] that starts at (row, col)."""
     rows = row + tl.arange(0, BLOCK_R)
     cols = col + tl.arange(0, BLOCK_C)
+    count = tl.minimum(n_rows - row, BLOCK_R)
+    if PLANES:
+        count *= tl.minimum(width - col, BLOCK_C)
     mask = (rows < n_rows)[:, None] & (cols < width)[None, :]
     starts = rows.to(tl.int64) * width
     if PLANES:
         starts = starts * channels + group.to(tl.int64) * width
-    return starts[:, None] + cols[None, :], mask
+    return starts[:, None] + cols[None, :], mask, count
 
 
 @triton.jit
-def tile_count(row, col, n_rows, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr):
-    """Values a channel (a column, if not PLANES) has in a tile."""
-    count = tl.minimum(n_rows - row, BLOCK_R)
+def column_of(group, width, BLOCK_C: tl.constexpr, PLANES: tl.constexpr):
+    """Columns of a program and which of them exist: a channel, a scalar, if PLANES, else [BLOCK_C]."""
     if PLANES:
-        count *= tl.minimum(width - col, BLOCK_C)
-    return count
-
-
-@triton.jit
-def channel_of(group, width, SPATIAL: tl.constexpr, BLOCK_C: tl.constexpr, PLANES: tl.constexpr):
-    """Channel numbers of a program and which of them exist: a scalar if PLANES, else [BLOCK_C]."""
-    if PLANES:
-        channel = group
-        ok = group >= 0
-    else:
-        cols = group * BLOCK_C + tl.arange(0, BLOCK_C)
-        channel = cols // SPATIAL
-        ok = cols < width
-    return channel, ok
-
-
-@triton.jit
-def partial_slots(group, producer, producers, channels, width, BLOCK_C: tl.constexpr, PLANES: tl.constexpr):
-    """Where a program's partials lie in an array [producers, line], that array's size, and which of them exist."""
-    if PLANES:
-        line = channels
         col = group
         ok = group >= 0
     else:
-        line = width
         col = group * BLOCK_C + tl.arange(0, BLOCK_C)
         ok = col < width
-    return producer.to(tl.int64) * line + col, producers.to(tl.int64) * line, ok
+    return col, ok
+
+
+@triton.jit
+def count_batch(counter_ptr):
+    """One batch more, where they are counted: nobody reads num_batches_tracked before the next kernel."""
+    if counter_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+
+
+@triton.jit
+def store_sums(partials_ptr, producer, producers, line, col, ok, total, rest, total_x, rest_x):
+    """One producer's sums of dz and of dz * (x - mean), with their remainders: [4, producers, line]."""
+    slot = producer.to(tl.int64) * line + col
+    size = producers.to(tl.int64) * line
+    tl.store(partials_ptr + slot, total, mask=ok)
+    tl.store(partials_ptr + size + slot, rest, mask=ok)
+    tl.store(partials_ptr + 2 * size + slot, total_x, mask=ok)
+    tl.store(partials_ptr + 3 * size + slot, rest_x, mask=ok)
 
 
 @triton.jit
@@ -190,26 +183,33 @@ def gradient_of_sum(dy_ptr, saved_ptr, x, mean, scale, shift, offsets, mask, ACT
     return dz
 
 
+@triton.jit
+def raw_gradient(dz, x, mean, scale, coefficients_ptr, channel, ok, channels):
+    """The gradient of batch norm's input x from that of its output, in float32. ``coefficients_ptr``:
+    finalize_gradients_kernel's, None where the statistics were given."""
+    if coefficients_ptr is not None:
+        first = tl.load(coefficients_ptr + channel, mask=ok, other=0.0)
+        second = tl.load(coefficients_ptr + channels + channel, mask=ok, other=0.0)
+        dz = tl.fma(mean - x, second, dz - first)
+    return dz * scale
+
+
 # Statistics of a run of tiles_each tiles [BLOCK_R, BLOCK_C]: of each of BLOCK_C columns, or of one channel's planes.
 # Grid: groups * producers. Writes shift, mean - shift, M2 [3, producers, line] and counts [producers] as one array.
-# Program 0 also counts the batch: nobody reads num_batches_tracked before the next kernel.
+# Program 0 also counts the batch.
 @triton.jit(do_not_specialize=_BATCH_ARGS)
 def statistics_kernel(x_ptr, partials_ptr, counter_ptr, n_rows, n_tiles, tiles_each, producers, channels, units,
                       UNIT: tl.constexpr, PLANES: tl.constexpr, BLOCK_R: tl.constexpr,
                       BLOCK_C: tl.constexpr):  # fmt: skip
     pid = tl.program_id(0)
     width = units * UNIT
-    if counter_ptr is not None:
-        if pid == 0:
-            tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    count_batch(counter_ptr)
     group, producer = group_of(pid, channels, width, BLOCK_C, PLANES)
     tile = producer * tiles_each
     end = tl.minimum(tile + tiles_each, n_tiles)
 
-    row, col = tile_origin(tile, group, width, BLOCK_R, BLOCK_C, PLANES)
-    offsets, mask = tile_offsets(row, col, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
+    offsets, mask, count = tile_of(tile, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    count = tile_count(row, col, n_rows, width, BLOCK_R, BLOCK_C, PLANES)
     # any finite shift is right; near the mean it keeps sum(d^2) - sum(d)^2 / n from cancelling
     shift = tl.sum(x * SMALL, axis=0)
     if PLANES:
@@ -220,20 +220,22 @@ def statistics_kernel(x_ptr, partials_ptr, counter_ptr, n_rows, n_tiles, tiles_e
     first = d
     second = d * d
     for t in range(tile + 1, end):
-        row, col = tile_origin(t, group, width, BLOCK_R, BLOCK_C, PLANES)
-        offsets, mask = tile_offsets(row, col, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
+        offsets, mask, more = tile_of(t, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         d = tl.where(mask, x - shift, 0.0)
         first += d
         second += d * d
-        count += tile_count(row, col, n_rows, width, BLOCK_R, BLOCK_C, PLANES)
+        count += more
 
     total, rest = tile_sum(first, PLANES)
     squares, squares_rest = tile_sum(second, PLANES)
     n = count.to(tl.float32)
     mean = (total + rest) / n
     m2 = squared_deviations(squares, squares_rest, total, rest, mean)
-    slot, size, ok = partial_slots(group, producer, producers, channels, width, BLOCK_C, PLANES)
+    col, ok = column_of(group, width, BLOCK_C, PLANES)
+    line = channels if PLANES else width
+    slot = producer.to(tl.int64) * line + col
+    size = producers.to(tl.int64) * line
     tl.store(partials_ptr + slot, shift, mask=ok)
     tl.store(partials_ptr + size + slot, mean, mask=ok)
     tl.store(partials_ptr + 2 * size + slot, m2, mask=ok)
@@ -304,10 +306,9 @@ def normalize_kernel(x_ptr, residual_ptr, y_ptr, mean_ptr, var_ptr, weight_ptr, 
     pid = tl.program_id(0)
     width = units * UNIT
     group, tile = group_of(pid, channels, width, BLOCK_C, PLANES)
-    row, col = tile_origin(tile, group, width, BLOCK_R, BLOCK_C, PLANES)
-    offsets, mask = tile_offsets(row, col, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
-    channel, ok = channel_of(group, width, SPATIAL, BLOCK_C, PLANES)
-    mean, scale, shift = load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, ok, channels, eps)
+    offsets, mask, _count = tile_of(tile, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
+    col, ok = column_of(group, width, BLOCK_C, PLANES)
+    mean, scale, shift = load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, col // SPATIAL, ok, channels, eps)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     z = tl.fma(x - mean, scale, shift)
     if residual_ptr is not None:
@@ -329,16 +330,15 @@ def gradient_sums_kernel(dy_ptr, x_ptr, saved_ptr, dz_ptr, partials_ptr, mean_pt
     group, producer = group_of(pid, channels, width, BLOCK_C, PLANES)
     start = producer * tiles_each
     end = tl.minimum(start + tiles_each, n_tiles)
-    channel, ok = channel_of(group, width, SPATIAL, BLOCK_C, PLANES)
-    mean, scale, shift = load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, ok, channels, eps)
+    col, ok = column_of(group, width, BLOCK_C, PLANES)
+    mean, scale, shift = load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, col // SPATIAL, ok, channels, eps)
     plain = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     times_x = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     # float32 products round at the precision asked for; what they lose is summed beside them
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     lost = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for t in range(start, end):
-        row, col = tile_origin(t, group, width, BLOCK_R, BLOCK_C, PLANES)
-        offsets, mask = tile_offsets(row, col, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
+        offsets, mask, _count = tile_of(t, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         dz = gradient_of_sum(dy_ptr, saved_ptr, x, mean, scale, shift, offsets, mask, ACTIVATION, SAVED)
         if dz_ptr is not None:
@@ -360,11 +360,7 @@ def gradient_sums_kernel(dy_ptr, x_ptr, saved_ptr, dz_ptr, partials_ptr, mean_pt
     if EXACT:
         lost_x, _ = tile_sum(lost, PLANES)
         rest_x += tl.where(lost_x == lost_x, lost_x, 0.0)
-    slot, size, ok = partial_slots(group, producer, producers, channels, width, BLOCK_C, PLANES)
-    tl.store(partials_ptr + slot, total, mask=ok)
-    tl.store(partials_ptr + size + slot, rest, mask=ok)
-    tl.store(partials_ptr + 2 * size + slot, total_x, mask=ok)
-    tl.store(partials_ptr + 3 * size + slot, rest_x, mask=ok)
+    store_sums(partials_ptr, producer, producers, channels if PLANES else width, col, ok, total, rest, total_x, rest_x)
 
 
 # Merges the sums of BLOCK_C channels in float64. Grid: channel blocks. Writes the gradients of weight and bias and,
@@ -416,10 +412,9 @@ def input_gradient_kernel(dy_ptr, x_ptr, saved_ptr, dx_ptr, dz_ptr, coefficients
     pid = tl.program_id(0)
     width = units * UNIT
     group, tile = group_of(pid, channels, width, BLOCK_C, PLANES)
-    row, col = tile_origin(tile, group, width, BLOCK_R, BLOCK_C, PLANES)
-    offsets, mask = tile_offsets(row, col, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
-    channel, ok = channel_of(group, width, SPATIAL, BLOCK_C, PLANES)
-    mean, scale, shift = load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, ok, channels, eps)
+    offsets, mask, _count = tile_of(tile, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
+    col, ok = column_of(group, width, BLOCK_C, PLANES)
+    mean, scale, shift = load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, col // SPATIAL, ok, channels, eps)
     # without coefficients, and where the activation does not ask for it, x is never read
     if coefficients_ptr is not None or (ACTIVATION is not None and SAVED != "output"):
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -429,11 +424,9 @@ def input_gradient_kernel(dy_ptr, x_ptr, saved_ptr, dx_ptr, dz_ptr, coefficients
     if dz_ptr is not None:
         tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if dx_ptr is not None:
-        if coefficients_ptr is not None:
-            first = tl.load(coefficients_ptr + channel, mask=ok, other=0.0)
-            second = tl.load(coefficients_ptr + channels + channel, mask=ok, other=0.0)
-            dz = tl.fma(mean - x, second, dz - first)
-        tl.store(dx_ptr + offsets, (dz * scale).to(dx_ptr.dtype.element_ty), mask=mask)
+        ptrs = dx_ptr + offsets
+        dx = raw_gradient(dz, x, mean, scale, coefficients_ptr, col // SPATIAL, ok, channels)
+        tl.store(ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def like(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
-from tkernels.ops.batch_norm.kernels import load_scale
+from tkernels.ops.batch_norm.kernels import load_scale, raw_gradient
 from tkernels.ops.conv import config as tuning
 from tkernels.ops.conv.kernels import channel_units, empty_pixels, locate_pixels, pixel_offsets, row_pitch, window
 
@@ -43,9 +43,8 @@ def load_raw_gradient(dz_ptr, raw_ptr, mean_ptr, bn_weight_ptr, coefficients_ptr
     dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     raw = tl.load(raw_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     mean, scale, _shift = load_scale(mean_ptr, None, bn_weight_ptr, None, channel, mask_c, channels, 0.0)
-    first = tl.load(coefficients_ptr + channel, mask=mask_c, other=0.0)
-    second = tl.load(coefficients_ptr + channels + channel, mask=mask_c, other=0.0)
-    return (tl.fma(mean - raw, second, dz - first) * scale).to(dz_ptr.dtype.element_ty)
+    dz = raw_gradient(dz, raw, mean, scale, coefficients_ptr, channel, mask_c, channels)
+    return dz.to(dz_ptr.dtype.element_ty)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.launch import launch
 from tkernels.core.records import Norm, Partials
-from tkernels.ops.batch_norm.kernels import SMALL, load_scale, squared_deviations, tile_sum
+from tkernels.ops.batch_norm.kernels import SMALL, count_batch, load_scale, squared_deviations, store_sums, tile_sum
 from tkernels.ops.conv import config as conv_tuning
 from tkernels.ops.conv.kernels import Window, channel_units, empty_pixels, forward_tile, window
 from tkernels.ops.conv_stage import config as tuning
@@ -56,9 +56,7 @@ def conv_stage_kernel(x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, partials_ptr,
                       BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     group_out *= OUT_UNIT
     channels = groups * group_out
-    if counter_ptr is not None:
-        if tl.program_id(0) == 0:
-            tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    count_batch(counter_ptr)
     acc, offsets, mask, channel, mask_n, in_range, pid_m, pid_n = forward_tile(
         x_ptr, w_ptr, bias_ptr, y_ptr, pixels, tiles_m, height, width, out_w, out_pixels, groups, group_in * IN_UNIT,
         group_out, x_stride_n, x_stride_c, x_stride_h, x_stride_w, FLAT, WINDOW, HALO, NCHW, PRECISION, BLOCK_M,
@@ -151,17 +149,6 @@ def fold_sums_kernel(partials_ptr, folded_ptr, producers, channels, BLOCK_R: tl.
     rest_x += tl.sum(tl.load(partials_ptr + 3 * size + slots, mask=mask, other=0.0), axis=0)
     store_sums(folded_ptr, tl.program_id(0), tl.num_programs(0), channels, offs_c, mask_c, total, rest, total_x,
                rest_x)  # fmt: skip
-
-
-@triton.jit
-def store_sums(partials_ptr, producer, producers, channels, channel, mask, total, rest, total_x, rest_x):
-    """One producer's sums of dz and of dz * (x - mean), with their remainders: [4, producers, channels]."""
-    slot = producer.to(tl.int64) * channels + channel
-    size = producers.to(tl.int64) * channels
-    tl.store(partials_ptr + slot, total, mask=mask)
-    tl.store(partials_ptr + size + slot, rest, mask=mask)
-    tl.store(partials_ptr + 2 * size + slot, total_x, mask=mask)
-    tl.store(partials_ptr + 3 * size + slot, rest_x, mask=mask)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.launch import launch
 from tkernels.core.records import Norm, Partials
-from tkernels.ops.batch_norm.kernels import load_scale
+from tkernels.ops.batch_norm.kernels import load_scale, raw_gradient, store_sums
 from tkernels.ops.conv import config as conv_tuning
 from tkernels.ops.conv.kernels import channel_units, empty_pixels, is_nhwc, window
 from tkernels.ops.conv.kernels_backward import dgrad_tile, phase_of
@@ -33,7 +33,6 @@ from tkernels.ops.conv_stage.kernels import (
     launch_fold,
     load_pixels,
     pooling_window,
-    store_sums,
     window_best,
 )
 
@@ -49,16 +48,6 @@ def load_pooled(dy_ptr, image, row, col, mask, out_w, out_pixels, channels, offs
         spot = image * dy_stride_n + row.to(tl.int64) * dy_stride_h + col.to(tl.int64) * dy_stride_w
         offsets = tl.where(mask, spot, 0)[:, None] + offs_c.to(tl.int64)[None, :] * dy_stride_c
     return tl.load(dy_ptr + offsets, mask=mask[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def raw_gradient(dz, centred, coefficients_ptr, scale, offs_c, mask_c, channels):
-    """The raw output's gradient from that of batch norm's output, in float32 (batch_norm's input_gradient_kernel)."""
-    if coefficients_ptr is not None:
-        first = tl.load(coefficients_ptr + offs_c, mask=mask_c, other=0.0)
-        second = tl.load(coefficients_ptr + channels + offs_c, mask=mask_c, other=0.0)
-        dz = tl.fma(-centred, second[None, :], dz - first[None, :])
-    return dz * scale[None, :]
 
 
 @triton.jit
@@ -150,11 +139,11 @@ def stage_gradient_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mea
         y = top + in_row
         x = left + in_col
         inside = mask_p & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        centred = load_pixels(x_ptr, origin, y, x, inside, width, channels, offs_c, mask_c) - mean[None, :]
+        raw = load_pixels(x_ptr, origin, y, x, inside, width, channels, offs_c, mask_c)
         covered = (in_row < WINDOW.kernel_h) & (in_col < WINDOW.kernel_w)
         tap_in_window = tl.where(covered, in_row * WINDOW.kernel_w + in_col, -1)
         here = tl.where(which == tap_in_window, dz, 0.0)
-        dx = raw_gradient(here, centred, coefficients_ptr, scale, offs_c, mask_c, channels)
+        dx = raw_gradient(here, raw, mean, scale, coefficients_ptr, offs_c, mask_c, channels)
         pixel = tl.where(inside, origin + y * width + x, 0)
         tl.store(dx_ptr + pixel[:, None] * channels + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty),
                  mask=inside[:, None] & mask_c[None, :])  # fmt: skip
@@ -199,8 +188,8 @@ def stage_overlap_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean
         dz += tl.where(chosen, pooled_gradient(dy, best, at_best, scale, shift, ACTIVATION), 0.0)
     if seed_ptr is not None:
         dz *= keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C)
-    centred = load_pixels(x_ptr, origin, y, x, mask_p, width, channels, offs_c, mask_c) - mean[None, :]
-    dx = raw_gradient(dz, centred, coefficients_ptr, scale, offs_c, mask_c, channels)
+    raw = load_pixels(x_ptr, origin, y, x, mask_p, width, channels, offs_c, mask_c)
+    dx = raw_gradient(dz, raw, mean, scale, coefficients_ptr, offs_c, mask_c, channels)
     tl.store(dx_ptr + (origin + offs_p)[:, None] * channels + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty),
              mask=mask_p[:, None] & mask_c[None, :])  # fmt: skip
 

@@ -20,7 +20,7 @@ from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
 from tkernels.core.records import Norm, Partials
-from tkernels.ops.batch_norm.kernels import load_scale
+from tkernels.ops.batch_norm.kernels import count_batch, load_scale
 from tkernels.ops.conv import config as conv_tuning
 from tkernels.ops.conv.kernels import channel_units, empty_pixels
 from tkernels.ops.conv_stage import config as tuning
@@ -44,9 +44,7 @@ def pointwise_forward_kernel(x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_pt
                              BLOCK_K: tl.constexpr):  # fmt: skip
     channels_in *= IN_UNIT
     channels_out *= OUT_UNIT
-    if counter_ptr is not None:
-        if tl.program_id(0) == 0:
-            tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+    count_batch(counter_ptr)
     pid_m, pid_n = common.grouped_tile(tl.program_id(0), tiles_m, tl.cdiv(channels_out, BLOCK_N))
     first = pid_m.to(tl.int64) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
