@@ -35,32 +35,20 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(ptr, offs_r, offs_d, stride, n_rows, HEAD: tl.constexpr, FULL_HEAD: tl.constexpr, MASKED: tl.constexpr):
-    """A tile [rows, head] of a matrix whose rows are dense, 0 outside it. FULL_HEAD: offs_d stays below HEAD;
-    MASKED false: offs_r stays below n_rows."""
-    ptrs = ptr + offs_r.to(tl.int64)[:, None] * stride + offs_d[None, :]
+def load_rows(ptr, offs_r, offs_d, stride, n_rows, HEAD: tl.constexpr, FULL_HEAD: tl.constexpr, MASKED: tl.constexpr,
+              TRANSPOSED: tl.constexpr = False):  # fmt: skip
+    """A tile [rows, head] of a matrix whose rows are dense, 0 outside it; TRANSPOSED: the same as [head, rows].
+    FULL_HEAD: offs_d stays below HEAD; MASKED false: offs_r stays below n_rows."""
+    R_AXIS: tl.constexpr = 0 if TRANSPOSED else 1
+    ptrs = ptr + tl.expand_dims(offs_r.to(tl.int64), R_AXIS) * stride + tl.expand_dims(offs_d, 1 - R_AXIS)
     if MASKED:
-        if FULL_HEAD:
-            return tl.load(ptrs, mask=(offs_r < n_rows)[:, None], other=0.0)
-        return tl.load(ptrs, mask=(offs_r < n_rows)[:, None] & (offs_d < HEAD)[None, :], other=0.0)
+        mask = tl.expand_dims(offs_r < n_rows, R_AXIS)
+        if not FULL_HEAD:
+            mask = mask & tl.expand_dims(offs_d < HEAD, 1 - R_AXIS)
+        return tl.load(ptrs, mask=mask, other=0.0)
     if FULL_HEAD:
         return tl.load(ptrs)
-    return tl.load(ptrs, mask=(offs_d < HEAD)[None, :], other=0.0)
-
-
-@triton.jit
-def load_columns(
-    ptr, offs_r, offs_d, stride, n_rows, HEAD: tl.constexpr, FULL_HEAD: tl.constexpr, MASKED: tl.constexpr
-):
-    """The same tile transposed, [head, rows]."""
-    ptrs = ptr + offs_r.to(tl.int64)[None, :] * stride + offs_d[:, None]
-    if MASKED:
-        if FULL_HEAD:
-            return tl.load(ptrs, mask=(offs_r < n_rows)[None, :], other=0.0)
-        return tl.load(ptrs, mask=(offs_r < n_rows)[None, :] & (offs_d < HEAD)[:, None], other=0.0)
-    if FULL_HEAD:
-        return tl.load(ptrs)
-    return tl.load(ptrs, mask=(offs_d < HEAD)[:, None], other=0.0)
+    return tl.load(ptrs, mask=tl.expand_dims(offs_d < HEAD, 1 - R_AXIS), other=0.0)
 
 
 @triton.jit
@@ -81,7 +69,7 @@ def products(a, a_ptr, offs_a, a_stride, n_a, b_ptr, offs_b, b_stride, n_b, HEAD
     """(a[BLOCK_A, HEAD] @ b[BLOCK_B, HEAD]^T, b^T) of a tile ``a``. Where that is None, CHUNK features at a time, and
     0 for b^T: a thread that held whole rows of wide heads, or any without tensor cores, would run out of registers."""
     if a is not None:
-        bt = load_columns(b_ptr, offs_b, tl.arange(0, BLOCK), b_stride, n_b, HEAD, HEAD == BLOCK, MASKED)
+        bt = load_rows(b_ptr, offs_b, tl.arange(0, BLOCK), b_stride, n_b, HEAD, HEAD == BLOCK, MASKED, True)
         acc = tl.dot(a, bt, input_precision=PRECISION)
     else:
         bt = 0
@@ -89,7 +77,7 @@ def products(a, a_ptr, offs_a, a_stride, n_a, b_ptr, offs_b, b_stride, n_b, HEAD
         for first in range(0, BLOCK, CHUNK):
             offs_d = first + tl.arange(0, CHUNK)
             rows = load_rows(a_ptr, offs_a, offs_d, a_stride, n_a, HEAD, HEAD == BLOCK, True)
-            columns = load_columns(b_ptr, offs_b, offs_d, b_stride, n_b, HEAD, HEAD == BLOCK, True)
+            columns = load_rows(b_ptr, offs_b, offs_d, b_stride, n_b, HEAD, HEAD == BLOCK, True, True)
             acc = common.add_product(acc, rows, columns, PRECISION)
     return acc, bt
 
