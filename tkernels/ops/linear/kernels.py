@@ -36,6 +36,16 @@ def tile_of_program(pid, rows, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
+def both_strides(stride, TRANSPOSED: tl.constexpr):
+    """Strides of rows and columns of a matrix with a dense dimension: the second, or the first if TRANSPOSED."""
+    if TRANSPOSED:
+        rows, cols = 1, stride
+    else:
+        rows, cols = stride, 1
+    return rows, cols
+
+
+@triton.jit
 def load_tile(ptr, rows, cols, row_stride, col_stride, n_rows, n_cols):
     """A [rows, cols] tile of a matrix, 0 outside it. ``rows`` and ``cols``: indices; strides: in elements."""
     offsets = rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
@@ -131,12 +141,9 @@ def linear_forward_kernel(x_ptr, w_ptr, b_ptr, y_ptr, z_ptr, seed_ptr, partials_
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     first_step = tl.program_id(1) * steps
     end_step = tl.minimum(first_step + steps, tl.cdiv(K, BLOCK_K))
-    if W_TRANSPOSED:
-        acc = product_tile(x_ptr, w_ptr, offs_m, offs_n, M, N, K, x_stride, 1, w_stride, 1, first_step, end_step,
-                           PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
-    else:
-        acc = product_tile(x_ptr, w_ptr, offs_m, offs_n, M, N, K, x_stride, 1, 1, w_stride, first_step, end_step,
-                           PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    w_stride_n, w_stride_k = both_strides(w_stride, W_TRANSPOSED)
+    acc = product_tile(x_ptr, w_ptr, offs_m, offs_n, M, N, K, x_stride, 1, w_stride_k, w_stride_n, first_step, end_step,
+                       PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     if partials_ptr is not None:
         store_partial(partials_ptr, acc, offs_m, offs_n, M, N)
     else:
@@ -162,10 +169,7 @@ def linear_dgrad_kernel(dy_ptr, saved_ptr, seed_ptr, w_ptr, dx_ptr, partials_ptr
     first_step = tl.program_id(1) * steps
     end_step = tl.minimum(first_step + steps, tl.cdiv(N, BLOCK_N))
     seed = None if seed_ptr is None else tl.load(seed_ptr)
-    if W_TRANSPOSED:
-        w_stride_n, w_stride_k = 1, w_stride
-    else:
-        w_stride_n, w_stride_k = w_stride, 1
+    w_stride_n, w_stride_k = both_strides(w_stride, W_TRANSPOSED)
     # without tensor cores the transposed tile only costs registers
     LEFT: tl.constexpr = PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_K) if LEFT else (BLOCK_K, BLOCK_M), dtype=tl.float32)

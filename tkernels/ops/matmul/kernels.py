@@ -23,7 +23,7 @@ from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.ops.linear import config as linear_tuning
 from tkernels.ops.linear import kernels as linear
-from tkernels.ops.linear.kernels import load_tile, product_tile, tile_of_program
+from tkernels.ops.linear.kernels import both_strides, load_tile, product_tile, tile_of_program
 from tkernels.ops.matmul import config as tuning
 
 
@@ -53,16 +53,8 @@ def matmul_kernel(a_ptr, b_ptr, out_ptr, M, N, K, tiles, inner, batches, a_strid
     M *= M_UNIT
     N *= N_UNIT
     K *= K_UNIT
-    a_stride *= A_UNIT
-    b_stride *= B_UNIT
-    if A_TRANSPOSED:
-        a_stride_m, a_stride_k = 1, a_stride
-    else:
-        a_stride_m, a_stride_k = a_stride, 1
-    if B_TRANSPOSED:
-        b_stride_k, b_stride_n = 1, b_stride
-    else:
-        b_stride_k, b_stride_n = b_stride, 1
+    a_stride_m, a_stride_k = both_strides(a_stride * A_UNIT, A_TRANSPOSED)
+    b_stride_k, b_stride_n = both_strides(b_stride * B_UNIT, B_TRANSPOSED)
     pid_m, pid_n = tile_of_program(tl.program_id(0) % tiles, M, N, BLOCK_M, BLOCK_N)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,13 +77,11 @@ def vector_matmul_kernel(a_ptr, b_ptr, out_ptr, N, K, tiles, inner, batches, a_s
                          B_TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     a_ptr, b_ptr, batch = matrices_of_program(a_ptr, b_ptr, tiles, inner, a_stride_outer, a_stride_inner,
                                               b_stride_outer, b_stride_inner, 1, B_UNIT)  # fmt: skip
-    b_stride *= B_UNIT
+    b_stride_k, b_stride_n = both_strides(b_stride * B_UNIT, B_TRANSPOSED)
     if B_TRANSPOSED:
         K *= B_UNIT
-        b_stride_k, b_stride_n = 1, b_stride
     else:
         N *= B_UNIT
-        b_stride_k, b_stride_n = b_stride, 1
     offs_n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     first_step = tl.program_id(1) * steps
     end_step = tl.minimum(first_step + steps, tl.cdiv(K, BLOCK_K))
