@@ -273,17 +273,9 @@ def like_flash(q: Tensor, head: int) -> Tensor:
 
 
 def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    p: float = 0.0,
-    causal: bool = False,
-    scale: float = 1.0,
-    seed: Tensor | None = None,
-    save_lse: bool = True,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0, causal: bool = False,
+    scale: float = 1.0, seed: Tensor | None = None, save_lse: bool = True, config: Config | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(o [B, H, n_q, V], LSE in float32 of lse_shape, or None) for q [B, H, n_q, D], k [B, G, n_k, D] and
     v [B, G, n_k, V], all with dense last dimensions; H is a multiple of G. ``mask``: broadcasts to [B, H, n_q, n_k],
     boolean or added. ``seed``: dropout's, None for none."""

@@ -251,19 +251,9 @@ def row_sums(o: Tensor, do: Tensor, delta: Tensor, *, config: Config | None = No
 
 
 def launch_dq(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    mask: Tensor | None = None,
-    p: float = 0.0,
-    causal: bool = False,
-    scale: float = 1.0,
-    seed: Tensor | None = None,
-    config: Config | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, mask: Tensor | None = None, p: float = 0.0,
+    causal: bool = False, scale: float = 1.0, seed: Tensor | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
     """The gradient of q, in its memory order; ``lse`` and ``delta`` as forward and :func:`launch_delta` give them."""
     dq = like_heads(q)
     query_gradient(q, k, v, do, mask, seed, lse, delta, dq, p, causal, scale, config=config)
@@ -307,22 +297,10 @@ def query_gradient(
 
 
 def launch_dkv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    mask: Tensor | None = None,
-    p: float = 0.0,
-    causal: bool = False,
-    scale: float = 1.0,
-    seed: Tensor | None = None,
-    needs_k: bool = True,
-    needs_v: bool = True,
-    again: bool = False,
-    config: Config | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor, mask: Tensor | None = None, p: float = 0.0,
+    causal: bool = False, scale: float = 1.0, seed: Tensor | None = None, needs_k: bool = True, needs_v: bool = True,
+    again: bool = False, config: Config | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of k and v that are needed, in their memory order. ``again``: after launch_dq."""
     dk = like_heads(k) if needs_k else None
     dv = like_heads(v) if needs_v else None

@@ -473,14 +473,9 @@ def launch_finalize_statistics(
 
 
 def launch_normalize(
-    x: Tensor,
-    m: Matrix,
-    norm: Norm,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    config: Config | None = None,
-    y: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, m: Matrix, norm: Norm, activation: str | None = None, residual: Tensor | None = None,
+    config: Config | None = None, y: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The output, laid out as dense ``x`` and ``residual``, written to ``y`` where given."""
     config = config or tuning.normalize(m)
     if y is None:
@@ -495,17 +490,9 @@ def launch_normalize(
 
 
 def launch_gradient_sums(
-    dy: Tensor,
-    x: Tensor,
-    m: Matrix,
-    norm: Norm,
-    activation: str | None = None,
-    saved: Tensor | None = None,
-    saved_is: str | None = None,
-    write_dz: bool = False,
-    config: Config | None = None,
-    dz: Tensor | None = None,
-) -> tuple[Partials, Tensor | None]:
+    dy: Tensor, x: Tensor, m: Matrix, norm: Norm, activation: str | None = None, saved: Tensor | None = None,
+    saved_is: str | None = None, write_dz: bool = False, config: Config | None = None, dz: Tensor | None = None,
+) -> tuple[Partials, Tensor | None]:  # fmt: skip
     """Partial sums for the gradients, and dz if ``write_dz``, or where given. ``saved_is``: 'output', 'residual' or
     None."""
     config = config or tuning.gradient(m)
@@ -523,14 +510,9 @@ def launch_gradient_sums(
 
 
 def launch_finalize_gradients(
-    partials: Partials,
-    m: Matrix,
-    norm: Norm,
-    needs_weight: bool = True,
-    needs_bias: bool = True,
-    needs_input: bool = True,
-    config: Config | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    partials: Partials, m: Matrix, norm: Norm, needs_weight: bool = True, needs_bias: bool = True,
+    needs_input: bool = True, config: Config | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dweight, dbias, coefficients of the input gradient), each where asked for."""
     dweight = gradient_like(norm.weight) if needs_weight else None
     dbias = gradient_like(norm.bias) if needs_bias else None
@@ -557,18 +539,10 @@ def gradient_like(parameter: Tensor | None) -> Tensor | None:
 
 
 def launch_input_gradient(
-    dy: Tensor,
-    x: Tensor,
-    m: Matrix,
-    norm: Norm,
-    coefficients: Tensor | None,
-    activation: str | None = None,
-    saved: Tensor | None = None,
-    saved_is: str | None = None,
-    needs_input: bool = True,
-    write_dz: bool = False,
+    dy: Tensor, x: Tensor, m: Matrix, norm: Norm, coefficients: Tensor | None, activation: str | None = None,
+    saved: Tensor | None = None, saved_is: str | None = None, needs_input: bool = True, write_dz: bool = False,
     config: Config | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, dz), each where asked for. ``coefficients``: None where the statistics were given (evaluation)."""
     dx = like(x) if needs_input else None
     dz = like(x) if write_dz else None

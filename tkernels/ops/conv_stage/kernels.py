@@ -302,15 +302,8 @@ def launch_fold(partials: Partials, channels: int, kernel: Any, config: Config |
         rows = cdiv(partials.producers, config["BLOCK_R"])
         line = 3 * channels + 1 if kernel is fold_statistics_kernel else 4 * channels
         folded = partials.data.new_empty(rows * line)
-        launch(
-            kernel,
-            (rows, cdiv(channels, config["BLOCK_C"])),
-            partials.data,
-            folded,
-            partials.producers,
-            channels,
-            **config.options(),
-        )
+        grid = (rows, cdiv(channels, config["BLOCK_C"]))
+        launch(kernel, grid, partials.data, folded, partials.producers, channels, **config.options())
         partials = Partials(folded, rows)
     return partials
 

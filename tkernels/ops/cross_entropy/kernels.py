@@ -413,14 +413,9 @@ def _factors(smoothing: float, n_classes: int) -> tuple[float, float]:
 
 
 def launch_forward(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    loss_dtype: torch.dtype,
-    config: Config | None = None,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    x: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, loss_dtype: torch.dtype,
+    config: Config | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The loss; the rows' statistics, float32 [2 or 3, rows]; what the mean was divided by, float32 ().
 
     x: (C) or (N, C, ...), not empty, :func:`readable`; target: contiguous class indices (int64, uint8) of the rows, or
@@ -516,15 +511,9 @@ def _row_gradients(grad: Tensor) -> tuple[Tensor, int]:
 
 
 def launch_backward(
-    grad: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    count: Tensor | None,
-    options: LossOptions,
-    config: Config | None = None,
-) -> Tensor:
+    grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, count: Tensor | None,
+    options: LossOptions, config: Config | None = None,
+) -> Tensor:  # fmt: skip
     """The gradient of the logits, in their dtype and, where it is dense, their layout. Arguments as launch_forward
     took and returned them; grad: of the loss's shape, any strides."""
     dx = like(x)
@@ -555,15 +544,9 @@ def gradient(
 
 
 def launch_target_backward(
-    grad: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    count: Tensor | None,
-    options: LossOptions,
-    config: Config | None = None,
-) -> Tensor:
+    grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, stats: Tensor, count: Tensor | None,
+    options: LossOptions, config: Config | None = None,
+) -> Tensor:  # fmt: skip
     """The gradient of target probabilities, in their dtype. Arguments as in launch_backward."""
     dp = like(target)
     target_gradient(grad, x, weight, stats, count, dp, options.reduction, options.smoothing, config=config)

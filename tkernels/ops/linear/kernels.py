@@ -316,16 +316,9 @@ def split(reduction: int, block: int, splits: int) -> tuple[int, int]:
 
 
 def launch_forward(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None = None,
-    activation: str | None = None,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    save_z: bool = False,
-    config: Config | None = None,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None = None, p: float = 0.0,
+    seed: Tensor | None = None, save_z: bool = False, config: Config | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(y [..., N], the pre-activation z or None) for x [..., K] with dense rows, dense w [N, K], and b of N elements
     or one. ``seed``: dropout's, None for none. ``splits``: 0 for one program a tile, else programs that share one."""
     y = x.new_empty((*x.shape[:-1], w.shape[0]))
@@ -375,15 +368,9 @@ def forward(
 
 
 def launch_dgrad(
-    dy: Tensor,
-    w: Tensor,
-    saved: Tensor | None = None,
-    activation: str | None = None,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    config: Config | None = None,
-    splits: int | None = None,
-) -> Tensor:
+    dy: Tensor, w: Tensor, saved: Tensor | None = None, activation: str | None = None, p: float = 0.0,
+    seed: Tensor | None = None, config: Config | None = None, splits: int | None = None,
+) -> Tensor:  # fmt: skip
     """dx [..., K] from dy [..., N] with dense rows, dense w [N, K] and what forward saved, z or y
     (activation.needs_input), contiguous. ``p`` without a ``seed``: y tells what dropout kept ('relu')."""
     dx = dy.new_empty((*dy.shape[:-1], w.shape[1]))
@@ -430,16 +417,9 @@ def input_gradient(
 
 
 def launch_wgrad(
-    dy: Tensor,
-    x: Tensor | None,
-    saved: Tensor | None = None,
-    activation: str | None = None,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    with_bias: bool = False,
-    config: Config | None = None,
-    splits: int | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    dy: Tensor, x: Tensor | None, saved: Tensor | None = None, activation: str | None = None, p: float = 0.0,
+    seed: Tensor | None = None, with_bias: bool = False, config: Config | None = None, splits: int | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(dw [N, K], db [N]) from dy [..., N] and x [..., K], both with dense rows; other arguments as launch_dgrad's.
     Without ``x`` only db is computed, without ``with_bias`` only dw; what is not computed is None."""
     n = dy.shape[-1]
@@ -498,36 +478,17 @@ def weight_gradient(
 
 
 def finish(
-    partials: Tensor,
-    b: Tensor | None,
-    b_stride: int,
-    y: Tensor,
-    z: Tensor | None = None,
-    activation: str | None = None,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    config: Config | None = None,
-) -> None:
+    partials: Tensor, b: Tensor | None, b_stride: int, y: Tensor, z: Tensor | None = None,
+    activation: str | None = None, p: float = 0.0, seed: Tensor | None = None, config: Config | None = None,
+) -> None:  # fmt: skip
     """Sum partials [splits, M, N] into y, through the epilogue."""
     splits, m, n = partials.shape
     config = config or tuning.finish(n, targets.current())
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     launch(
-        linear_finish_kernel,
-        (tiles,),
-        partials,
-        b,
-        y,
-        z,
-        seed,
-        m,
-        n,
-        b_stride,
-        p,
-        splits,
-        ACTIVATION=activation,
-        **config.options(),
-    )
+        linear_finish_kernel, (tiles,),
+        partials, b, y, z, seed, m, n, b_stride, p, splits, ACTIVATION=activation, **config.options(),
+    )  # fmt: skip
 
 
 def _checked_weight_stride(w: Tensor) -> tuple[int, bool]:

@@ -147,12 +147,8 @@ def fold_batches(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tupl
 
 
 def launch_matmul(
-    a: Tensor,
-    b: Tensor,
-    dtype: torch.dtype | None = None,
-    config: Config | None = None,
-    splits: int | None = None,
-) -> Tensor:
+    a: Tensor, b: Tensor, dtype: torch.dtype | None = None, config: Config | None = None, splits: int | None = None,
+) -> Tensor:  # fmt: skip
     """a [*, M, K] @ b [*, K, N] with batch dimensions that broadcast; contiguous, in ``dtype`` (default: a's).
 
     Each operand must have a dense matrix dimension (:func:`dense_matrices`). ``splits``: 0 for one program a tile, else
