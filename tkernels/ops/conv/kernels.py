@@ -28,7 +28,8 @@ from tkernels.ops.conv import config as tuning
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A convolution's or a pooling's window, one compile-time argument of kernels: WINDOW."""
+    """A convolution's or a pooling's window, one compile-time argument of kernels: WINDOW. (Of a NamedTuple Triton
+    makes a tuple of its own, without properties.)"""
 
     kernel_h: int
     kernel_w: int
@@ -45,7 +46,7 @@ class Window:
 
     @property
     def tap_step_h(self) -> int:
-        """Every how manieth row of taps joins the same phase of input rows to outputs."""
+        """From one row of taps that joins a phase of input rows to outputs to the next that joins the same."""
         return self.stride_h // math.gcd(self.stride_h, self.dilation_h)
 
     @property
