@@ -192,10 +192,12 @@ def window_best(x_ptr, origin, top, left, inside, height, width, channels, offs_
     best = tl.full((BLOCK_P, BLOCK_C), float("-inf"), dtype=tl.float32)
     which = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.int32)
     centred = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    # the arithmetic of some activations on many taps at once would spill
-    COSTLY: tl.constexpr = ACTIVATION == "gelu" or ACTIVATION == "silu" or ACTIVATION == "hardswish"
+    # the arithmetic of other activations on many taps at once would spill
+    CHEAP: tl.constexpr = (
+        ACTIVATION is None or ACTIVATION == "relu" or ACTIVATION == "leaky_relu" or ACTIVATION == "relu6"
+    )
     TAPS: tl.constexpr = WINDOW.taps
-    if TAPS <= (1 if COSTLY else UNROLLED_TAPS):
+    if TAPS <= (UNROLLED_TAPS if CHEAP else 1):
         for tap in tl.static_range(TAPS):
             best, which, centred = window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, height,
                                                width, channels, offs_c, mask_c, mean, scale, shift, WINDOW, BORDER,

@@ -52,8 +52,9 @@ def load_pooled(dy_ptr, image, row, col, mask, out_w, out_pixels, channels, offs
 
 @triton.jit
 def pooled_gradient(dy, best, centred, scale, shift, ACTIVATION: tl.constexpr):
-    """The gradient of batch norm's output at windows' maxima, by the activation's output there or its input."""
-    if ACTIVATION == "gelu" or ACTIVATION == "silu" or ACTIVATION == "hardswish":
+    """The gradient of batch norm's output at windows' maxima, by the activation's output there, where that is known to
+    tell its derivative, else its input."""
+    if not (ACTIVATION is None or ACTIVATION == "relu" or ACTIVATION == "leaky_relu" or ACTIVATION == "relu6"):
         best = tl.fma(centred, scale[None, :], shift[None, :])
     return common.activation_gradient(dy, best, ACTIVATION)
 
