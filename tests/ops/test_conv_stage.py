@@ -379,6 +379,10 @@ BAD: dict[str, tuple[type[Exception], Callable[[Tensor, ConvBNLayer], Any]]] = {
     "bias of another length": (RuntimeError, lambda x, a: conv_stage(x, [a._replace(bias=x.new_ones(3))])),
     "bn_weight of another length": (RuntimeError, lambda x, a: conv_stage(x, [a._replace(bn_weight=x.new_ones(3))])),
     "half of the statistics": (ValueError, lambda x, a: conv_stage(x, [a._replace(running_var=None)])),
+    "statistics that want a gradient": (
+        RuntimeError,
+        lambda x, a: conv_stage(x, [a._replace(running_mean=x.new_zeros(4).requires_grad_())]),
+    ),
     "dtypes": (RuntimeError, lambda x, a: conv_stage(x.half(), [a])),
     "eps": (ValueError, lambda x, a: conv_stage(x, [a._replace(eps=0.0)])),
     "activation": (ValueError, lambda x, a: conv_stage(x, [a._replace(activation="tanh")])),

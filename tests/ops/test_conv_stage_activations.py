@@ -200,3 +200,15 @@ def test_gradcheck(names: Any, adds: bool, training: bool) -> None:
     assert torch.autograd.gradcheck(call, (x, residual, *leaves))
     if adds:
         assert torch.autograd.gradgradcheck(call, (x, residual, *leaves))
+
+
+@pytest.mark.gate("torch")
+def test_a_float64_stage_under_autocast() -> None:
+    """Autocast leaves float64 as it is; a residual of it in a smaller stage comes to the maps' dtype."""
+    (small,) = layers_for(3, [(4, 1, {})], torch.float32, "cpu")
+    (layer,) = doubled([small])
+    x, residual = (torch.randn(2, c, 5, 5, dtype=torch.float64) for c in (3, 4))
+    want = conv_stage(x, [layer], training=True, residual=residual)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(conv_stage(x, [layer], training=True, residual=residual), want)
+        assert conv_stage(x.float(), [small], training=True, residual=residual).dtype is torch.bfloat16

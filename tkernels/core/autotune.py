@@ -108,7 +108,7 @@ class Tuner:
             known = self._known.get(key)
             if known is not None and known["best"] in candidates:
                 return str(known["best"])
-            if len(candidates) == 1 or _capturing():
+            if len(candidates) == 1 or capturing():
                 return first
             times = {name: ms for name, call in candidates.items() if (ms := self._time(call)) is not None}
             best = min(times, key=lambda name: times[name] * (1 - MARGIN if name == first else 1), default=first)
@@ -173,7 +173,8 @@ def _text(config: Config) -> str:
     return f"{blocks} warps={config.num_warps} stages={config.num_stages} maxnreg={config.maxnreg}"
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether a CUDA graph is captured, in which nothing can be timed."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

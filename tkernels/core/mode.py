@@ -123,9 +123,12 @@ def _wraps_others(t: Tensor) -> bool:
 def transformed() -> bool:
     """Whether a torch.func transform, forward-mode AD or torch.jit.trace is at work: they see PyTorch's operators only,
     and a kernel's output would have no tangent, or be a constant of the trace, silently."""
-    return not torch.compiler.is_compiling() and (
-        _torch.is_transformed() or _torch.forward_ad_level() >= 0 or _torch.is_jit_tracing()
-    )
+    return not torch.compiler.is_compiling() and transformed_eager_call()
+
+
+def transformed_eager_call() -> bool:
+    """The same of a call that nobody compiles."""
+    return _torch.is_transformed() or _torch.forward_ad_level() >= 0 or _torch.is_jit_tracing()
 
 
 def plain_eager() -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from tkernels.core import autograd, mode, plan
+from tkernels.core import autograd, autotune, mode, plan
 
 Keep = Callable[..., tuple[Any, ...]] | None
 
@@ -70,7 +70,7 @@ def _function(name: str, forward_pass: plan.Planned, backward_pass: plan.Planned
 
 
 class Operator:
-    """A public function of ``tensors`` (Nones among them) and hashable ``arguments``.
+    """A public function of ``tensors`` (Nones among them) and ``arguments``: numbers, names, and tuples of them.
 
     ``reference(*tensors, *arguments)``: the PyTorch body. ``check(*tensors, *arguments)``: raises what torch raises
     before anything is launched, and gives a Decision, or None for what is PyTorch's. Its answer is kept for all calls
@@ -86,7 +86,8 @@ class Operator:
     def __call__(self, tensors: tuple[Any, ...], *arguments: Any) -> Tensor:
         if mode.is_torch_call(tensors[0]):
             return self.reference(*tensors, *arguments)
-        key = plan.call_key(tensors, arguments)
+        # (what cannot be measured while a graph is captured is not decided for good)
+        key = None if autotune.enabled and autotune.capturing() else plan.call_key(tensors, arguments)
         call = self._calls.get(key)
         if call is not None:
             decision = call.decision

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import marshal
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -85,22 +86,20 @@ def tensors_key(tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
 
 
 def call_key(tensors: Sequence[Tensor | None], arguments: tuple[Any, ...]) -> Hashable | None:
-    """The cache key of an operator's call, backend, autocast, transforms and who wants gradients included: where one
-    call passed the checks and went to Triton, others of its key do. None for what has no key (a trace, arguments that
-    are not what they should be)."""
-    if mode.traced():
+    """The cache key of an operator's call, backend, autocast and who wants gradients included: where one call passed
+    the checks and went to Triton, others of its key do. None for what has no key: a trace, a transform, arguments that
+    are not what they should be, or more than numbers and names (a tensor's value may change)."""
+    if mode.traced() or mode.transformed_eager_call():
         return None
     first: Any = tensors[0]
     try:
         recorded = torch.is_grad_enabled() and tuple([t.requires_grad for t in tensors if t is not None])
-        key = (
-            tensors_key(tensors), arguments, recorded, mode.autocast_dtype(first), mode.get_backend(),
-            mode.transformed(),
-        )  # fmt: skip
-        hash(key)
-    except (AttributeError, TypeError, RuntimeError):
+        cast = mode.autocast_dtype(first)
+        precision = mode.float32_products() if cast is torch.float32 else None
+        # (as bytes 1, 1.0 and True differ, and NaN is NaN)
+        return tensors_key(tensors), marshal.dumps(arguments, 2), recorded, cast, precision, mode.get_backend()
+    except (AttributeError, TypeError, RuntimeError, ValueError):
         return None
-    return key
 
 
 class Planned:

@@ -22,8 +22,6 @@ from tkernels.ops.conv_stage import passes
 
 __all__ = ["ConvBNLayer", "MaxPool", "conv_stage"]
 
-Pool = int | Sequence[int] | MaxPool | None
-
 
 def conv_stage(
     input: Tensor,
@@ -46,12 +44,13 @@ def conv_stage(
     activation, a residual beside pool or dropout, or a probability outside [0, 1]; TypeError for arguments of the wrong
     type; RuntimeError for values, shapes, dtypes or devices that do not go together.
     """
-    if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, ConvBNLayer) for layer in layers):
+    if not isinstance(layers, (list, tuple)) or {layer.__class__ for layer in layers} - {ConvBNLayer}:
         raise TypeError(f"layers must be a sequence of ConvBNLayer, got {type(layers).__name__}")
-    if isinstance(residual, Tensor) and isinstance(input, Tensor) and residual.is_floating_point():
-        residual = mode.cast_for_autocast(mode.autocast_dtype(input), residual)[0]
+    if isinstance(input, Tensor) and isinstance(residual, Tensor):
+        residual = _in_maps_dtype(input, residual)
+    window = None if pool is None else (*pool,) if isinstance(pool, MaxPool) else (pool, None, 0)
     tensors = passes.call_tensors(input, layers, residual)
-    return _operator(tensors, tuple([layer[TENSORS:] for layer in layers]), pool, dropout_p, training)
+    return _operator(tensors, tuple([layer[TENSORS:] for layer in layers]), window, dropout_p, training)
 
 
 class _Arguments(NamedTuple):
@@ -60,7 +59,7 @@ class _Arguments(NamedTuple):
     input: Tensor
     layers: Sequence[ConvBNLayer]
     residual: Tensor | None
-    pool: Pool
+    pool: tuple[Any, ...] | None  # a MaxPool's fields
     dropout_p: float
     training: bool
 
@@ -102,7 +101,7 @@ def _described(call: _Arguments) -> StageCall:
     autocast = mode.autocast_dtype(input)
     for i, (layer, g) in enumerate(zip(layers, geometries)):
         _check_layer(i, layer, input, g, training, autocast)
-    dtype = autocast or input.dtype
+    dtype = _maps_dtype(input)
     if residual is not None:
         if pool is not None or dropout_p > 0:
             raise ValueError(f"residual goes with neither pool nor dropout, got pool={pool} and dropout_p={dropout_p}")
@@ -130,12 +129,11 @@ def _geometries(input: Tensor, layers: Sequence[ConvBNLayer]) -> tuple[Geometry,
     return tuple(found)
 
 
-def _pooling(g: Geometry, pool: Pool) -> Pooling:
-    """The pooling after convolution ``g``. Raises RuntimeError where torch refuses it."""
+def _pooling(g: Geometry, pool: tuple[Any, ...] | None) -> Pooling:
+    """The pooling after convolution ``g``. ``pool``: a MaxPool's fields. Raises RuntimeError where torch refuses it."""
     if pool is None:
         return no_pooling(g.out_h, g.out_w)
-    if not isinstance(pool, MaxPool):
-        pool = MaxPool(pool)
+    pool = MaxPool(*pool)
     kernel = conv_ops.pair("pool", pool.kernel_size)
     stride = kernel if pool.stride is None else conv_ops.pair("the pool's stride", pool.stride)
     pooling = described_pooling if mode.traced() else _checked_pooling
@@ -177,6 +175,8 @@ def _check_layer(
     conv_dtypes = {t.dtype for t in (weight, layer.bias) if t is not None}
     if autocast is None and conv_dtypes != {input.dtype}:
         checks.same_dtype(input=input, weight=weight, bias=layer.bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in layer[4:6]):
+        raise RuntimeError(f"running_mean and running_var of layer {i} must not require a gradient: they have none")
     if (layer.running_mean is None) != (layer.running_var is None):
         raise ValueError(f"running_mean and running_var of layer {i} must both be given or both be None")
     if layer.measures(training) and input.shape[0] * g.out_h * g.out_w == 1:
@@ -184,6 +184,17 @@ def _check_layer(
         raise ValueError(f"Expected more than 1 value per channel when training, got layer {i}'s size {size}")
     if layer.eps <= 0.0:
         raise ValueError(f"eps of layer {i} must be positive, got {layer.eps}")
+
+
+def _maps_dtype(input: Tensor) -> torch.dtype:
+    """Of the stage's maps: autocast leaves float64 as it is."""
+    return input.dtype if input.dtype is torch.float64 else mode.autocast_dtype(input) or input.dtype
+
+
+def _in_maps_dtype(input: Tensor, residual: Tensor) -> Tensor:
+    """The residual as autocast has it; other differences are for the check."""
+    cast = residual.is_floating_point() and mode.autocast_dtype(input) is not None
+    return residual.to(_maps_dtype(input)) if cast else residual
 
 
 def _check_residual(input: Tensor, residual: Tensor, g: Geometry, dtype: torch.dtype) -> None:
@@ -213,7 +224,7 @@ def _reference(*given: Any) -> Tensor:
         added = residual if i == len(layers) - 1 else None
         x = bn_ops.counted_batch_norm(x, layer.batch_norm(training), layer.activation, added)
     if pool is not None:
-        x = torch.nn.functional.max_pool2d(x, *(pool if isinstance(pool, MaxPool) else MaxPool(pool)))  # type: ignore[arg-type]
+        x = torch.nn.functional.max_pool2d(x, *pool)
     return torch.nn.functional.dropout2d(x, p) if p > 0 else x
 
 

@@ -52,11 +52,10 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _torch.reduction_of_old_arguments(size_average, reduce)
-    options = LossOptions(ignore_index, reduction, label_smoothing)
-    return _operator((input, target, weight), options)
+    return _operator((input, target, weight), ignore_index, reduction, label_smoothing)
 
 
-def _check_call(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Decision | None:
+def _check_call(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Decision | None:
     """Empty input, and class weights that are learned, are PyTorch's."""
     _check_tensors(input, target, weight)
     if not input.is_floating_point() or input.numel() == 0 or input.dim() == 0:
@@ -67,7 +66,8 @@ def _check_call(input: Tensor, target: Tensor, weight: Tensor | None, options: L
         return None
     if not mode.use_triton(input, target, weight):
         return None
-    return Decision((_checked_options(input, target, weight, options), _loss_dtype(input, target, weight)))
+    checked = _checked_options(input, target, weight, LossOptions(*options))
+    return Decision((checked, _loss_dtype(input, target, weight)))
 
 
 def _checked_options(input: Tensor, target: Tensor, weight: Tensor | None, given: LossOptions) -> LossOptions:
@@ -89,10 +89,12 @@ def _check_tensors(input: Any, target: Any, weight: Any) -> None:
         checks.optional_tensor(weight=weight)
 
 
-def _reference(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+def _reference(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:  # fmt: skip
     """PyTorch's own call, with its autograd and autocast, but for large logits on a CPU. What it refuses is refused in
     our words."""
-    ignore_index, reduction, label_smoothing = options
+    options = LossOptions(ignore_index, reduction, label_smoothing)
     try:
         loss = None if cpu is None else cpu.cross_entropy(input, target, weight, options)
         if loss is not None:

@@ -65,7 +65,8 @@ def _check(
     _check_shapes(input, weight, bias)
     autocast = mode.autocast_dtype(input)
     checks.matching_kinds(input, weight, bias, autocast)
-    return Decision((activation, p), cast=autocast, dropout=p)
+    # (dropout behind a bias of several axes is torch's own)
+    return Decision((activation, p), cast=autocast, dropout=p if bias is None or bias.dim() < 2 else 0.0)
 
 
 def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -149,7 +150,8 @@ def _forward(
     input, weight, bias, seed = cast(Any, tensors)
     needs_input, needs_weight = needs[:2] if needs else (False, False)
     x, w = kernels.dense_rows(input), kernels.dense_weight(weight)
-    y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=activations.needs_input(activation, p))
+    keeps_z = needs is not None and activations.needs_input(activation, p)
+    y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=keeps_z)
     saved = None if activation is None else z if z is not None else y
     return y, x if needs_weight else None, w if needs_input else None, saved, seed if _saves_seed(activation) else None
 
