@@ -27,20 +27,26 @@ class Decision(NamedTuple):
 class Passes:
     """Forward and backward by kernels, differentiable where that is asked for.
 
-    ``forward(tensors, *static, needs)`` gives (y, *kept); ``needs``: which tensors want a gradient, None where nothing
-    is differentiated. ``backward((dy, *kept), *static, needs)`` gives the gradients of the first tensors, as many as
-    it likes. ``keep(tensors, static)``: what backward takes as static arguments, if not forward's.
+    ``forward(tensors, *static, needs)`` gives (y, *kept). The first ``differentiable`` tensors (a number, or a function
+    of how many there are) may want gradients; ``needs`` says which do, None where nothing is differentiated.
+    ``backward((dy, *kept), *static, needs)`` gives theirs. ``keep(tensors, static)``: what backward takes as static
+    arguments, if not forward's.
     """
 
-    def __init__(self, name: str, forward: plan.Planned, backward: plan.Planned, keep: Keep = None) -> None:
-        self._forward = forward
+    def __init__(
+        self, name: str, differentiable: int | Callable[[int], int], forward: plan.Planned, backward: plan.Planned,
+        keep: Keep = None,
+    ) -> None:  # fmt: skip
+        self._forward, self._differentiable = forward, differentiable
         self._function = _function(name, forward, backward, keep)
 
     def __call__(self, call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
         """``call``: whose tensors these are, or are made of in one way only. (Plans are kept by pass, static arguments
         and call.)"""
         if differentiates(tensors) if call is None else call.differentiates:
-            y: Tensor = self._function.apply(call, static, *autograd.apart(*tensors))
+            count = self._differentiable
+            count = count if isinstance(count, int) else count(len(tensors))
+            y: Tensor = self._function.apply(call, static, tensors[count:], *autograd.apart(*tensors[:count]))
             return y
         return cast(Tensor, self._forward.of_call(call, tensors, *static, None)[0])
 
@@ -51,18 +57,20 @@ def differentiates(tensors: plan.Tensors) -> bool:
 
 
 def _function(name: str, forward_pass: plan.Planned, backward_pass: plan.Planned, keep: Keep) -> Any:
-    def forward(ctx: Any, call: plan.KnownCall | None, static: tuple[Any, ...], *tensors: Tensor | None) -> Any:
-        y, *kept = forward_pass.of_call(call, tensors, *static, ctx.needs_input_grad[2:])  # behind call and static
+    def forward(
+        ctx: Any, call: plan.KnownCall | None, static: tuple[Any, ...], others: plan.Tensors, *tensors: Tensor | None
+    ) -> Any:
+        tensors = (*tensors, *others)
+        y, *kept = forward_pass.of_call(call, tensors, *static, ctx.needs_input_grad[3:])  # of what follows ``others``
         autograd.save(ctx, *kept)
         ctx.static = static if keep is None else keep(tensors, static)
         return y
 
     @autograd.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
         # (a call says nothing of dy: this plan is looked up by the tensors)
-        gradients = backward_pass((dy, *autograd.saved(ctx)), *ctx.static, needs)
-        return None, None, *gradients, *[None] * (len(needs) - len(gradients))
+        gradients = backward_pass((dy, *autograd.saved(ctx)), *ctx.static, ctx.needs_input_grad[3:])
+        return None, None, None, *gradients
 
     # (its name is what grad_fn shows)
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "__module__": __name__}

@@ -216,7 +216,7 @@ def _backward(
 ) -> plan.Tensors:  # fmt: skip
     """Gradients of q, k and v."""
     do, q, k, v, mask, o, lse, seed = cast(Any, tensors)
-    needs_q, needs_k, needs_v = needs[:3]
+    needs_q, needs_k, needs_v = needs
     do = kernels.dense_heads(do)
     dq = dk = dv = None
     delta = backward_kernels.launch_delta(o, do) if needs_q or needs_k else lse
@@ -228,5 +228,5 @@ def _backward(
     return dq, dk, dv
 
 
-_passes = Passes("Attention", _forward, _backward)
+_passes = Passes("Attention", 3, _forward, _backward)
 _operator = Operator(_reference, _check, _run)

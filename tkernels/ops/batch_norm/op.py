@@ -289,7 +289,7 @@ def _kept_for_backward(
 ) -> tuple[str | None, bool]:
     """(what the activation's gradient needs beside the input: 'output', 'residual' or None; whether the input is
     needed); see _forward."""
-    needs_input, _, needs_weight, needs_bias = needs[:4]
+    needs_input, _, needs_weight, needs_bias = needs
     saved_is = None
     needs_sums = needs_weight or needs_bias or (from_batch and needs_input)
     if activation in activations.FROM_OUTPUT and (has_residual or not needs_sums):
@@ -343,7 +343,7 @@ def _backward(
     """Gradients of (input, residual, weight, bias), where ``needs`` says so, of dy and what _forward kept."""
     dy, x, saved, *norm = cast(Any, tensors)
     _, var, weight, bias = norm
-    needs_input, needs_residual, needs_weight, needs_bias = needs[:4]
+    needs_input, needs_residual, needs_weight, needs_bias = needs
     saved_is, _ = _kept_for_backward(has_residual, activation, var is None, needs)
     dy = dy.contiguous(memory_format=layout)
     x = dy if x is None else x  # not kept and never read: only its shape and layout count
@@ -366,4 +366,4 @@ def _backward(
     return dx, (dy if dz is None else dz) if needs_residual else None, dweight, dbias
 
 
-_operator = Operator(_reference, _check_call, Passes("BatchNorm", _forward, _backward, _keep))
+_operator = Operator(_reference, _check_call, Passes("BatchNorm", 4, _forward, _backward, _keep))

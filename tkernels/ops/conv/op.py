@@ -303,5 +303,5 @@ def _backward(
     return dx if dx is None else dx.to(dtype), dw, db
 
 
-_passes = Passes("Conv2d", _forward, _backward, _keep)
+_passes = Passes("Conv2d", 3, _forward, _backward, _keep)
 _operator = Operator(_reference, _check, _run)

@@ -66,11 +66,8 @@ class _Arguments(NamedTuple):
     @classmethod
     def of(cls, given: tuple[Any, ...]) -> _Arguments:
         *tensors, others, pool, dropout_p, training = given
-        layers = [
-            ConvBNLayer._make((*tensors[1 + TENSORS * i : 1 + TENSORS * (i + 1)], *other))
-            for i, other in enumerate(others)
-        ]
-        return cls(tensors[0], layers, tensors[-1], pool, dropout_p, training)
+        layers = [ConvBNLayer._make((*t, *other)) for t, other in zip(passes.layer_tensors(tensors), others)]
+        return cls(tensors[0], layers, tensors[1 + 4 * len(layers)], pool, dropout_p, training)
 
 
 def _check(*given: Any) -> Decision | None:
@@ -228,4 +225,6 @@ def _reference(*given: Any) -> Tensor:
     return torch.nn.functional.dropout2d(x, p) if p > 0 else x
 
 
-_operator = Operator(_reference, _check, Passes("ConvStage", passes.forward, passes.backward, passes.keep))
+_operator = Operator(
+    _reference, _check, Passes("ConvStage", passes.leaves, passes.forward, passes.backward, passes.keep)
+)

@@ -28,12 +28,22 @@ InputFormat = tuple[torch.dtype, bool]
 
 
 def call_tensors(x: Tensor, layers: Sequence[ConvBNLayer], residual: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All that a call is given."""
-    found: list[Any] = [x]
-    for layer in layers:
-        found += layer[:TENSORS]
-    found.append(residual)
-    return tuple(found)
+    """All that a call is given: what may want a gradient first."""
+    parameters: list[Any] = [t for layer in layers for t in layer[:4]]
+    statistics: list[Any] = [t for layer in layers for t in layer[4:TENSORS]]
+    return (x, *parameters, residual, *statistics)
+
+
+def leaves(count: int) -> int:
+    """How many of call_tensors and a seed, so many, may want a gradient."""
+    return 2 + 4 * ((count - 3) // TENSORS)
+
+
+def layer_tensors(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor | None, ...]]:
+    """Each layer's, of call_tensors."""
+    layers = (len(tensors) - 2) // TENSORS
+    first = 2 + 4 * layers
+    return [(*tensors[1 + 4 * i : 5 + 4 * i], *tensors[first + 3 * i : first + 3 * i + 3]) for i in range(layers)]
 
 
 @plan.Planned
@@ -42,11 +52,9 @@ def forward(
 ) -> plan.Tensors:  # fmt: skip
     """y and, for the gradients ``needs`` asks for, the seed, what is behind a residual and the SavedLayer of each
     layer; y alone for None. ``tensors``: call_tensors', and dropout's seed."""
-    if needs is not None:
-        needs = _of_leaves(needs)
     if mode.traced():
         return _traced_forward(tensors, stage, options, needs)
-    x, *_, residual, seed = cast(Any, tensors)
+    (x, *_, seed), residual = cast(Any, tensors), _residual(tensors)
     layers = _layers(tensors, options)
     x = body.conv_input(x, stage.geometries[0], stage.dtype)
     nhwc = _channels_last(tensors[0], layers, stage)
@@ -67,16 +75,9 @@ def forward(
     return (y, *kept)
 
 
-def _of_leaves(needs: Sequence[bool]) -> tuple[bool, ...]:
-    """Of call_tensors and a seed the input, weight, bias, bn_weight and bn_bias of each layer, and the residual."""
-    layers = range(1, len(needs) - 2, TENSORS)
-    return needs[0], *[need for i in layers for need in needs[i : i + 4]], needs[-2]
-
-
-def _among_all(leaves: Sequence[Any], none: Any) -> tuple[Any, ...]:
-    """Those where they are among call_tensors and a seed, between ``none``."""
-    rest = [none] * (TENSORS - 4)
-    return leaves[0], *[t for i in range(1, len(leaves) - 1, 4) for t in (*leaves[i : i + 4], *rest)], leaves[-1], none
+def _residual(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Of call_tensors and a seed."""
+    return tensors[leaves(len(tensors)) - 1]
 
 
 def keep(tensors: plan.Tensors, static: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -88,9 +89,8 @@ def keep(tensors: plan.Tensors, static: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _layers(tensors: Sequence[Tensor | None], options: Options) -> list[ConvBNLayer]:
     layers = []
-    for i, (momentum, eps, counts) in enumerate(options):
-        own: Any = tensors[1 + TENSORS * i : 1 + TENSORS * (i + 1)]
-        layers.append(ConvBNLayer(*own)._replace(momentum=momentum, eps=eps, training=counts))
+    for own, (momentum, eps, counts) in zip(layer_tensors(tensors), options):
+        layers.append(ConvBNLayer(*cast(Any, own))._replace(momentum=momentum, eps=eps, training=counts))
     return layers
 
 
@@ -107,13 +107,11 @@ def _reads_last(residual: Tensor | None, stage: StageCall) -> bool:
 def backward(
     tensors: plan.Tensors, stage: StageCall, eps: tuple[float, ...], input_format: InputFormat, needs: tuple[bool, ...]
 ) -> plan.Tensors:
-    """body.backward's gradients among call_tensors, of dy and what forward kept."""
-    wanted = _of_leaves(needs)
+    """body.backward's gradients, of dy and what forward kept."""
     if mode.traced():
-        return _among_all(_traced_backward(tensors, stage, eps, wanted, input_format), None)
+        return _traced_backward(tensors, stage, eps, needs, input_format)
     dy, seed, behind, *kept = tensors
-    found = body.backward(cast(Tensor, dy), _saved(kept), behind, seed, stage, eps, wanted, input_format)
-    return _among_all(found, None)
+    return tuple(body.backward(cast(Tensor, dy), _saved(kept), behind, seed, stage, eps, needs, input_format))
 
 
 def _saved(kept: Sequence[Tensor | None]) -> list[SavedLayer]:
@@ -146,7 +144,7 @@ def _traced_forward(
     tensors: plan.Tensors, stage: StageCall, options: Options, needs: tuple[bool, ...] | None
 ) -> plan.Tensors:
     """The operator is functional: running statistics are moved here."""
-    x, *_, residual, seed = cast(Any, tensors)
+    (x, *_, seed), residual = cast(Any, tensors), _residual(tensors)
     layers = _layers(tensors, options)
     unmoved = [
         layer._replace(running_mean=None, running_var=None, num_batches_tracked=None) if layer.training else layer
@@ -191,7 +189,7 @@ def _forward_results(*arguments: Any) -> list[Tensor]:
     if needs is None:
         return results
     measured = [layer.measures(False) for layer in layers]
-    maps = body.kept_maps(layers, stage, body.wanted(needs, measured), _reads_last(tensors[-2], stage))
+    maps = body.kept_maps(layers, stage, body.wanted(needs, measured), _reads_last(_residual(tensors), stage))
     for i, (g, from_batch, (reads_x, reads_raw)) in enumerate(zip(stage.geometries, measured, maps)):
         stored = reads_x and (i > 0 or body.conv_input(x, g, dtype) is not x)
         results.append(empty_pixels(x, (n, g.in_channels, g.height, g.width), dtype, True) if stored else _nothing(x))
@@ -223,7 +221,7 @@ def _forward_operator(
     """forward's, of the same tensors: y and, where ``needs`` is not empty, of each layer its input, its raw output and
     the batch's statistics [4, C], each empty where backward reads none, or, of the input, where it is x itself."""
     given, stage, options, asked = _call(tensors, geometries, pool, names, dtype, p, eps, needs)
-    y, *kept = cast(Any, forward(given, stage, options, asked and _among_all(asked, False)))
+    y, *kept = cast(Any, forward(given, stage, options, asked))
     results = [y]
     for i, layer in enumerate(_saved(kept[2:])):
         x = None if i == 0 and layer.x is tensors[0] else layer.x
@@ -280,5 +278,5 @@ def _backward_operator(
 ) -> list[Tensor]:  # fmt: skip
     """backward's gradients, those that are needed."""
     stage, input_format = _stage(geometries, pool, names, dtype, p), (input_dtype, channels_last)
-    found = backward(tuple(tensors), stage, tuple(eps), input_format, _among_all(needs, False))
+    found = backward(tuple(tensors), stage, tuple(eps), input_format, tuple(needs))
     return [t for t in found if t is not None]

@@ -239,4 +239,4 @@ def _backward(
     return dx, dp
 
 
-_operator = Operator(_reference, _check_call, Passes("CrossEntropy", _forward, _backward))
+_operator = Operator(_reference, _check_call, Passes("CrossEntropy", 2, _forward, _backward))

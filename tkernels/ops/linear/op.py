@@ -148,7 +148,7 @@ def _forward(
 ) -> plan.Tensors:  # fmt: skip
     """y, and what backward needs."""
     input, weight, bias, seed = cast(Any, tensors)
-    needs_input, needs_weight = needs[:2] if needs else (False, False)
+    needs_input, needs_weight, _ = needs or (False, False, False)
     x, w = kernels.dense_rows(input), kernels.dense_weight(weight)
     keeps_z = needs is not None and activations.needs_input(activation, p)
     y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=keeps_z)
@@ -172,5 +172,5 @@ def _backward(
     return dx, dw, db
 
 
-_passes = Passes("Linear", _forward, _backward)
+_passes = Passes("Linear", 3, _forward, _backward)
 _operator = Operator(_reference, _check, _run)
