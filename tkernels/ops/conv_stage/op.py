@@ -67,7 +67,7 @@ class _Arguments(NamedTuple):
     def of(cls, given: tuple[Any, ...]) -> _Arguments:
         *tensors, others, pool, dropout_p, training = given
         layers = [ConvBNLayer._make((*t, *other)) for t, other in zip(passes.layer_tensors(tensors), others)]
-        return cls(tensors[0], layers, tensors[1 + 4 * len(layers)], pool, dropout_p, training)
+        return cls(tensors[0], layers, passes.residual_of(tensors), pool, dropout_p, training)
 
 
 def _check(*given: Any) -> Decision | None:

@@ -35,15 +35,20 @@ def call_tensors(x: Tensor, layers: Sequence[ConvBNLayer], residual: Tensor | No
 
 
 def leaves(count: int) -> int:
-    """How many of call_tensors and a seed, so many, may want a gradient."""
-    return 2 + 4 * ((count - 3) // TENSORS)
+    """How many of call_tensors, so many with a seed or without, may want a gradient; the residual is the last."""
+    return 2 + 4 * ((count - 2) // TENSORS)
 
 
 def layer_tensors(tensors: Sequence[Tensor | None]) -> list[tuple[Tensor | None, ...]]:
     """Each layer's, of call_tensors."""
-    layers = (len(tensors) - 2) // TENSORS
-    first = 2 + 4 * layers
-    return [(*tensors[1 + 4 * i : 5 + 4 * i], *tensors[first + 3 * i : first + 3 * i + 3]) for i in range(layers)]
+    first = leaves(len(tensors))
+    layers = range((first - 2) // 4)
+    return [(*tensors[1 + 4 * i : 5 + 4 * i], *tensors[first + 3 * i : first + 3 * i + 3]) for i in layers]
+
+
+def residual_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """The residual, of call_tensors."""
+    return tensors[leaves(len(tensors)) - 1]
 
 
 @plan.Planned
@@ -54,7 +59,7 @@ def forward(
     layer; y alone for None. ``tensors``: call_tensors', and dropout's seed."""
     if mode.traced():
         return _traced_forward(tensors, stage, options, needs)
-    (x, *_, seed), residual = cast(Any, tensors), _residual(tensors)
+    (x, *_, seed), residual = cast(Any, tensors), residual_of(tensors)
     layers = _layers(tensors, options)
     x = body.conv_input(x, stage.geometries[0], stage.dtype)
     nhwc = _channels_last(tensors[0], layers, stage)
@@ -73,11 +78,6 @@ def forward(
             raw=layer.raw if reads_raw else None,
         )
     return (y, *kept)
-
-
-def _residual(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """Of call_tensors and a seed."""
-    return tensors[leaves(len(tensors)) - 1]
 
 
 def keep(tensors: plan.Tensors, static: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -144,7 +144,7 @@ def _traced_forward(
     tensors: plan.Tensors, stage: StageCall, options: Options, needs: tuple[bool, ...] | None
 ) -> plan.Tensors:
     """The operator is functional: running statistics are moved here."""
-    (x, *_, seed), residual = cast(Any, tensors), _residual(tensors)
+    (x, *_, seed), residual = cast(Any, tensors), residual_of(tensors)
     layers = _layers(tensors, options)
     unmoved = [
         layer._replace(running_mean=None, running_var=None, num_batches_tracked=None) if layer.training else layer
@@ -189,7 +189,7 @@ def _forward_results(*arguments: Any) -> list[Tensor]:
     if needs is None:
         return results
     measured = [layer.measures(False) for layer in layers]
-    maps = body.kept_maps(layers, stage, body.wanted(needs, measured), _reads_last(_residual(tensors), stage))
+    maps = body.kept_maps(layers, stage, body.wanted(needs, measured), _reads_last(residual_of(tensors), stage))
     for i, (g, from_batch, (reads_x, reads_raw)) in enumerate(zip(stage.geometries, measured, maps)):
         stored = reads_x and (i > 0 or body.conv_input(x, g, dtype) is not x)
         results.append(empty_pixels(x, (n, g.in_channels, g.height, g.width), dtype, True) if stored else _nothing(x))
