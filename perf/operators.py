@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from perf import shapes
 from perf.options import Refused, one_of
 from perf.shapes import Shape, Shapes
-from tkernels.core import mode as runtime
+from tkernels.core import mode
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS = ("nhwc", "nchw")
@@ -57,7 +57,7 @@ class Operator:
     # the function of torch.nn.functional that providers must stand in for
     function: str
     # whose float32 switch of torch governs its products
-    precision: runtime.Op = "matmul"
+    precision: mode.Op = "matmul"
 
     @property
     def family(self) -> str:

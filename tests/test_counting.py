@@ -17,7 +17,9 @@ from triton.runtime.jit import JITFunction
 import tkernels.functional as TF
 from perf import host, traffic
 from tests.gates.launches import counting_driver_calls
+from tkernels.core.records import BatchNorm
 from tkernels.functional import linear
+from tkernels.ops.batch_norm import sync
 from tkernels.ops.conv_stage import kernels as conv_stage
 
 pytestmark = pytest.mark.gate("torch")
@@ -99,6 +101,24 @@ def test_every_operator_runs_by_plans_forward_and_backward(operator: str, made: 
         assert (ways[PLAIN] > 0) == (n == 0)
     assert launched == launched[:1] * 3
     assert launched[0] >= 2, "forward and backward launch something each"
+
+
+def test_sync_batch_norm_runs_by_plans_forward_and_backward(
+    made: list[host.Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its launches are batch_norm's, by the same plans, with the exchange between processes in their middle."""
+    monkeypatch.setattr(sync, "_gathered", lambda row, group: row.expand(2, -1))
+    norm = BatchNorm(torch.zeros(16), torch.ones(16), torch.ones(16), torch.zeros(16), True, 0.1, 1e-5)
+    x, residual = torch.zeros(2, *MAPS, requires_grad=True)
+    launched = []
+    for n in range(3):
+        made.clear()
+        ways = called(lambda: sync.sync_batch_norm(x, norm, "relu", residual, None).sum().backward())
+        launched.append([str(call[4]).split()[0] for call in made])
+        assert (ways[PLAIN] > 0) == (n == 0)
+    assert launched == launched[:1] * 3
+    kernels = {"statistics_kernel", "normalize_kernel", "gradient_sums_kernel", "input_gradient_kernel"}
+    assert kernels <= set(launched[0])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

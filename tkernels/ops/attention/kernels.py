@@ -24,9 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, library, targets
+from tkernels.core import autotune, library, mode, targets
 from tkernels.core import device as common
-from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.ops.attention import config as tuning
@@ -304,7 +303,7 @@ def forward(
     n_k = k.shape[-2]
     if o.numel() == 0:
         return
-    precision = runtime.dot_precision(q.dtype, "matmul")
+    precision = mode.dot_precision(q.dtype, "matmul")
     config = config or autotune.pick(
         "attention forward", batch * heads,
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0),

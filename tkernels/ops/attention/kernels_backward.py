@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, library, targets
+from tkernels.core import autotune, library, mode, targets
 from tkernels.core import device as common
-from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.ops.attention import config as tuning
@@ -275,7 +274,7 @@ def query_gradient(
     if dq.numel() == 0 or n_k == 0 or v_head == 0:
         dq.zero_()
         return
-    precision = runtime.dot_precision(q.dtype, "matmul")
+    precision = mode.dot_precision(q.dtype, "matmul")
     config = config or autotune.pick(
         "attention dq", batch * heads,
         (head, v_head, n_q, n_k, q.dtype, precision, causal, mask is not None, p > 0),
@@ -334,7 +333,7 @@ def key_value_gradients(
             if empty is not None:
                 empty.zero_()
         return
-    precision = runtime.dot_precision(q.dtype, "matmul")
+    precision = mode.dot_precision(q.dtype, "matmul")
     if dk is not None and dv is not None and config is None:
         extras = mask is not None or p > 0
         if tuning.apart(head, v_head, q.element_size(), precision, extras, targets.current()):

@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, targets
+from tkernels.core import autotune, mode, targets
 from tkernels.core import device as common
-from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
@@ -307,7 +306,7 @@ def forward(x: Tensor, packed: Tensor, bias: Tensor | None, y: Tensor, z: Tensor
     if y.numel() == 0:
         return
     n = x.shape[0]
-    precision = runtime.dot_precision(packed.dtype, "conv")
+    precision = mode.dot_precision(packed.dtype, "conv")
     config = config or autotune.pick(
         "conv2d forward", n, (g, packed.dtype, precision, activation, channels_last),
         tuning.forward(g, packed.dtype, precision, targets.current()),

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, targets
+from tkernels.core import autotune, mode, targets
 from tkernels.core import device as common
-from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
@@ -385,7 +384,7 @@ def input_gradient(dy: Tensor, packed: Tensor, dx: Tensor, g: Geometry, channels
     if dx.numel() == 0:
         return
     n = dy.shape[0]
-    precision = runtime.dot_precision(dy.dtype, "conv")
+    precision = mode.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
         "conv2d dgrad", n, (g, dy.dtype, precision, activation, channels_last),
         tuning.dgrad(g, dy.dtype, precision, targets.current(), saved is not None),
@@ -415,7 +414,7 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     are cut (at most). ``through``: the statistics, weight and coefficients of a batch norm that dy has yet to go
     through, with ``saved`` its input; no bias gradient then.
     """
-    precision = runtime.dot_precision(dy.dtype, "conv")
+    precision = mode.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
         "conv2d wgrad", dy.shape[0], (g, dy.dtype, precision, activation, needs_weight, needs_bias),
         tuning.wgrad(g, dy.dtype, precision, targets.current(), saved is not None),

@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, targets
+from tkernels.core import autotune, mode, targets
 from tkernels.core import device as common
-from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.launch import launch
@@ -269,7 +268,7 @@ def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, nor
     """
     n = x.shape[0]
     y = empty_pixels(x, (n, g.out_channels, g.out_h, g.out_w), packed.dtype, channels_last)
-    precision = runtime.dot_precision(packed.dtype, "conv")
+    precision = mode.dot_precision(packed.dtype, "conv")
     if norm is None:
         activation = None  # what the statistics are of does not depend on it
     config = config or autotune.pick(

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, targets
+from tkernels.core import autotune, mode, targets
 from tkernels.core import device as common
-from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.launch import launch
@@ -289,7 +288,7 @@ def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, x: Tensor, norm: Norm,
     ``activation``: that layer's; the rest as for conv's launch_dgrad."""
     n = dy.shape[0]
     dz = empty_pixels(dy, (n, g.in_channels, g.height, g.width), x.dtype, channels_last=True)
-    precision = runtime.dot_precision(dy.dtype, "conv")
+    precision = mode.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
         "conv_stage dgrad", n, (g, dy.dtype, precision, activation),
         tuning.dgrad(g, dy.dtype, precision, targets.current()),

@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tkernels.core import device as common
-from tkernels.core import mode as runtime
-from tkernels.core import targets
+from tkernels.core import mode, targets
 from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
@@ -123,7 +122,7 @@ def launch_forward(x: Tensor, norm: Norm, packed: Tensor, bias: Tensor | None, g
     ``x``: the raw output of the layer before, NHWC; ``norm``: that layer's. Adds one to ``num_batches_tracked``.
     """
     y = empty_pixels(x, (x.shape[0], g.out_channels, g.out_h, g.out_w), packed.dtype, True)
-    precision = runtime.dot_precision(packed.dtype, "conv")
+    precision = mode.dot_precision(packed.dtype, "conv")
     config = config or tuning.pointwise_forward(g, packed.dtype, precision, targets.current())
     group_in, group_out, in_unit, out_unit = channel_units(g)
     pixels = x.shape[0] * g.out_h * g.out_w
@@ -143,7 +142,7 @@ def launch_wgrad(x: Tensor, norm: Norm, dy: Tensor, g: Geometry, activation: str
 
     ``x``, ``norm``: as in launch_forward. ``dy``: NHWC, the gradient of the raw output, of one pixel at the least.
     """
-    precision = runtime.dot_precision(dy.dtype, "conv")
+    precision = mode.dot_precision(dy.dtype, "conv")
     config = config or tuning.pointwise_wgrad(g, dy.dtype, precision, targets.current())
     rows, cols, out_on_rows = conv_tuning.wgrad_sides(g)
     tiles = cdiv(rows, config["BLOCK_M"]) * cdiv(cols, config["BLOCK_N"])

@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, library, targets
+from tkernels.core import autotune, library, mode, targets
 from tkernels.core import device as common
-from tkernels.core import mode as runtime
 from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.ops.linear import config as tuning
@@ -344,7 +343,7 @@ def forward(
     if k == 0:  # an empty sum: a product with one column of zeros, for the epilogue's sake
         forward(x.new_zeros((*x.shape[:-1], 1)), w.new_zeros((n, 1)), b, y, z, seed, activation, p)
         return
-    target, precision = targets.current(), runtime.dot_precision(x.dtype, "matmul")
+    target, precision = targets.current(), mode.dot_precision(x.dtype, "matmul")
     config = config or autotune.pick(
         "linear forward", m, (n, k, x.dtype, precision, activation, seed is not None, z is not None),
         tuning.forward(n, k, x.element_size(), precision, seed is not None, target),
@@ -393,7 +392,7 @@ def input_gradient(
     if dx.numel() == 0 or n == 0:
         dx.zero_()
         return
-    target, precision = targets.current(), runtime.dot_precision(dy.dtype, "matmul")
+    target, precision = targets.current(), mode.dot_precision(dy.dtype, "matmul")
     config = config or autotune.pick(
         "linear dgrad", m, (n, k, dy.dtype, precision, activation, seed is not None),
         tuning.dgrad(n, k, dy.element_size(), precision, target),
@@ -446,7 +445,7 @@ def weight_gradient(
             if empty is not None:
                 empty.zero_()
         return
-    target, precision = targets.current(), runtime.dot_precision(dy.dtype, "matmul")
+    target, precision = targets.current(), mode.dot_precision(dy.dtype, "matmul")
     config = config or autotune.pick(
         "linear wgrad", m, (n, k, dy.dtype, precision, activation, seed is not None, db is not None),
         tuning.wgrad(n, k, dy.element_size(), precision, target),

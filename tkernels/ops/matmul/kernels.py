@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tkernels.core import autotune, library, targets
-from tkernels.core import mode as runtime
+from tkernels.core import autotune, library, mode, targets
 from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.ops.linear import config as linear_tuning
@@ -206,7 +205,7 @@ def _launch_matrices(a: Tensor, b: Tensor, layouts: tuple[Matrices, Matrices], i
                      config: Config | None, splits: int | None) -> None:  # fmt: skip
     (batches, m, n), k = out.shape, a.shape[-1]
     la, lb = layouts
-    precision = runtime.dot_precision(a.dtype, "matmul")
+    precision = mode.dot_precision(a.dtype, "matmul")
     config = config or autotune.pick(
         "matmul", m, (batches, n, k, a.dtype, precision, la.transposed, lb.transposed),
         tuning.product(m, n, k, a.element_size(), precision, targets.current()),
