@@ -20,6 +20,11 @@ COMMANDS = {
     "host": "what a training step costs the host in Python, without a GPU",
     "gpu": "on a GPU, in minutes: what is wrong, slower than its rival, faster; one folder of results",
 }
+MODULES = {
+    **{name: f"perf.bench.{name}" for name in ("sweep", "model", "compare", "plot", "gpu")},
+    **{name: f"perf.static.{name}" for name in ("traffic", "host")},
+    "static": "perf.static.report",
+}
 PROGRAM = "python -m perf"
 
 
@@ -32,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.usage = f"{PROGRAM} COMMAND ... (--help after a command lists its options)"
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     name = top.parse_args(given[:1]).command
-    module = importlib.import_module(f"perf.{name}")
+    module = importlib.import_module(MODULES[name])
     parser = options.Parser(f"{PROGRAM} {name}", module.__doc__)
     module.add_arguments(parser)
     try:

@@ -148,7 +148,7 @@ _QUOTED = re.compile(rf"'(?='*{_FORMULA.pattern})")
 MODES = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 # of products, each gradient alone: perf gpu
 GRADIENTS = {"dgrad": "input gradient", "wgrad": "weight gradient"}
-# of whole networks, on a CPU: perf/ratios.py
+# of whole networks, on a CPU: perf/bench/ratios.py
 NETWORK_MODES = {"train": "training step", "infer": "inference"}
 
 

@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 GATES = ("torch", "ttsem", "aot", "interp", "cuda")
+OPERATORS = ("linear", "matmul", "conv", "batch_norm", "cross_entropy", "attention", "conv_stage")
 GATE = os.environ.get("TK_GATE", "torch")
 if GATE not in GATES:
     raise ValueError(f"TK_GATE must be one of {GATES}, got {GATE!r}")
@@ -87,7 +88,7 @@ def _turn(item: pytest.Item) -> int:
     """A GPU is there for minutes: first what trains and each operator, last what is exhaustive under ttsem."""
     if item.get_closest_marker("extended") is not None:
         return 2
-    return 0 if {"ops", "test_plan.py", "test_fused_training.py"} & set(item.path.parts) else 1
+    return 0 if {*OPERATORS, "test_plan.py", "test_fused_training.py"} & set(item.path.parts) else 1
 
 
 @pytest.hookimpl(wrapper=True)
@@ -157,3 +158,12 @@ def launches() -> list[str]:
     """Names of the kernels launched since the test asked for this fixture, in order."""
     _launched.clear()
     return _launched
+
+
+@pytest.fixture
+def tracing() -> Iterator[None]:
+    """torch.export reads cuDNN's float32 switch by its old name, which must agree with the new ones the suite sets."""
+    # (the attribute is frozen once torch.testing was imported)
+    torch._C._set_cudnn_allow_tf32(False)
+    yield
+    torch._dynamo.reset()

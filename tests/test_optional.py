@@ -30,7 +30,7 @@ sys.exit(pytest.main([*{tests!r}, "-rs", "--collect-only", "-p", "no:xdist", "-p
 @pytest.mark.parametrize("missing, skipped, others", [
     ("expecttest", "tests/conformance/test_op_db.py", "tests/conformance/test_bad_calls.py"),
     ("hypothesis", "tests/conformance/test_properties.py", "tests/conformance/test_bad_calls.py"),
-    ("torchvision", "tests/models/test_augment.py", "tests/test_runtime.py"),
+    ("torchvision", "tests/models/test_augment.py", "tests/core/test_mode.py"),
 ])  # fmt: skip
 def test_a_module_that_needs_it_is_skipped(missing: str, skipped: str, others: str) -> None:
     given = {**os.environ, "TK_GATE": "cuda"} | ({"TK_GATE": "torch"} if "runtime" in others else {})

@@ -30,7 +30,7 @@ def info(operator: str) -> Any:
 @functools.cache
 def sample_calls(operator: str, kind: str, dtype: torch.dtype) -> list[Call]:
     """The calls of op_db's ``kind`` inputs ('sample' or 'reference') for one operator, but for those that draw dropout:
-    tests/ops/test_attention.py has them."""
+    tests/attention/test_values.py has them."""
     torch.manual_seed(0)
     samples = getattr(info(operator), f"{kind}_inputs")("cpu", dtype, requires_grad=True)
     return [Call(operator, (s.input, *s.args), dict(s.kwargs)) for s in samples if not s.kwargs.get("dropout_p")]

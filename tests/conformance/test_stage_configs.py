@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.conformance.chosen import Chosen
 from tests.conformance.test_configs import ALL_CHOSEN
-from tests.ops.stages import close, doubled, layers_for, reference
+from tests.conv_stage.cases import close, doubled, layers_for, reference
 from tkernels.functional import MaxPool, conv_stage
 from tkernels.ops.conv_stage import config as tuning
 

@@ -75,7 +75,7 @@ with torch.no_grad():
     assert torch.equal(tkernels.fuse(model)(image), wanted)
 """
 
-TESTS = ("linear", "batch_norm_calls", "cross_entropy", "conv_stage")
+TESTS = ("linear/test_values", "batch_norm/test_calls", "cross_entropy/test_values", "conv_stage/test_values")
 SUITE = """
 import pytest
 code = pytest.main([*{tests!r}, "-p", "no:xdist"])
@@ -96,5 +96,5 @@ def test_operators_are_torch_s() -> None:
 
 
 def test_the_operators_tests_pass() -> None:
-    out = _run(ABSENT + SUITE.format(tests=[f"tests/ops/test_{name}.py" for name in TESTS]))
+    out = _run(ABSENT + SUITE.format(tests=[f"tests/{name}.py" for name in TESTS]))
     assert " passed" in out

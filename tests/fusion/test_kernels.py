@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tkernels
-from perf import meter
-from perf.rewritten import Rewritten
+from perf.static import meter
+from perf.static.rewritten import Rewritten
 from tests.conftest import GATE
 from tests.tolerance import assert_close
 from tkernels.core import targets

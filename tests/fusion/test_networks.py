@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 import tkernels
-from perf import meter
-from perf.rewritten import Rewritten
+from perf.static import meter
+from perf.static.rewritten import Rewritten
 from tests.fusion.pairs import close, ran, report
 
 pytestmark = pytest.mark.gate("torch")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tkernels
-from perf.rewritten import Rewritten
+from perf.static.rewritten import Rewritten
 from tests.fusion.pairs import ACTIVATIONS
 from tests.fuzz.bodies import RAN, replaced
 from tests.fuzz.operators import OPERATORS, Operator, Side, Tensors

@@ -15,7 +15,7 @@ import tkernels.nn as tnn
 from models.cifar_cnn import FusedCNNClassifier
 from models.engine import Totals, TrainingStep
 from models.recipes import OPTIMIZERS, build_optimizer
-from perf import host
+from perf.static import host
 from tests.models.stand_in_gpu import as_on_a_gpu
 
 pytestmark = pytest.mark.gate("torch")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from perf import compare, schema
+from perf import schema
+from perf.bench import compare
 from tests.perf.command import refused, row, run, write
 
 pytestmark = pytest.mark.gate("torch")

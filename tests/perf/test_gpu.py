@@ -13,11 +13,12 @@ import pandas as pd
 import pytest
 import torch
 
-from perf import compare, gpu, measure, providers, schema, shapes
-from perf.gpu import checks, facts, problems, profile, suite, summary, supervisor, tools
-from perf.gpu.results import CHECK_NAMES, Failure, Outcome, Results
-from perf.gpu.session import Block, Request, Run
-from perf.gpu.supervisor import Supervisor
+from perf import providers, schema, shapes
+from perf.bench import compare, gpu, measure
+from perf.bench.gpu import checks, facts, problems, profile, suite, summary, supervisor, tools
+from perf.bench.gpu.results import CHECK_NAMES, Failure, Outcome, Results
+from perf.bench.gpu.session import Block, Request, Run
+from perf.bench.gpu.supervisor import Supervisor
 from tests.perf.command import environment, module, refused, row, run
 
 pytestmark = pytest.mark.gate("torch")
@@ -97,7 +98,7 @@ def test_a_dry_run_walks_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 BLOCKS = """
 import os, time, pathlib
-from perf.gpu.session import Item
+from perf.bench.gpu.session import Item
 
 def items(run):
     here = pathlib.Path(__file__).parent
@@ -127,7 +128,7 @@ def test_an_item_that_fails_crashes_or_hangs_leaves_the_others(
     start = time.monotonic()
     with Supervisor(found, "cpu", dry=True) as processes:
         outcome = processes.do(Block(how, 1.0, name), limit)
-        again = processes.do(Block("facts", 1.0, "perf.gpu.facts"), 60.0)
+        again = processes.do(Block("facts", 1.0, "perf.bench.gpu.facts"), 60.0)
     found.close()
     assert outcome.status.startswith(status)
     assert outcome.left == ("last", "never")
@@ -479,8 +480,8 @@ def test_a_suite_that_is_interrupted_tells_what_failed(tmp_path: Path, monkeypat
     path = tmp_path / "test_planted.py"
     path.write_text(TESTS)
     module(tmp_path, monkeypatch, "planted_suite", f"""
-from perf.gpu import suite
-from perf.gpu.suite import items
+from perf.bench.gpu import suite
+from perf.bench.gpu.suite import items
 suite.QUICK_TESTS = ({str(path)!r}, "-c", "/dev/null", "-p", "no:xdist")
 """)  # fmt: skip
     found = Results(tmp_path, providers.OURS)

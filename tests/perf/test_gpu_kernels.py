@@ -14,11 +14,13 @@ import pytest
 import torch
 from triton import testing
 
-from perf import machine, measure, providers, shapes, traffic
-from perf.gpu import checks, problems, products, training
-from perf.gpu.problems import EXPANDED
-from perf.gpu.session import Request, Run
-from perf.gpu.training import Rival, Task
+from perf import providers, shapes
+from perf.bench import machine, measure
+from perf.bench.gpu import checks, problems, products, training
+from perf.bench.gpu.problems import EXPANDED
+from perf.bench.gpu.session import Request, Run
+from perf.bench.gpu.training import Rival, Task
+from perf.static import traffic
 
 pytestmark = pytest.mark.gate("ttsem")
 

@@ -1,4 +1,4 @@
-"""What perf/hopper.py reads off PTX and machine code that is really compiled; test_aot.py has its complaints."""
+"""What perf/static/hopper.py reads off PTX and machine code that is really compiled; tests/aot has its complaints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from perf import aot, hopper, sass
-from perf.sass import Instruction
+from perf.static import aot, hopper, sass
+from perf.static.sass import Instruction
 
 pytestmark = pytest.mark.gate("aot")
 

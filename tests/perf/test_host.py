@@ -7,7 +7,7 @@ import cProfile
 import pytest
 import torch
 
-from perf import host, traffic
+from perf.static import host, traffic
 from tests.perf.command import refused, run
 
 pytestmark = pytest.mark.gate("torch")

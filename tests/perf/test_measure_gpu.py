@@ -12,8 +12,9 @@ import pytest
 import torch
 from triton import testing
 
-from perf import machine, measure, plan, providers, worker
-from perf.measure import Effort, Timing
+from perf import plan, providers
+from perf.bench import machine, measure, worker
+from perf.bench.measure import Effort, Timing
 from perf.shapes import NAMED
 
 pytestmark = pytest.mark.gate("torch")

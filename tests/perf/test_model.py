@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import tkernels
-from perf import model, schema
-from perf.model import contest, names
-from perf.model.contest import Effort, Task
+from perf import schema
+from perf.bench import model
+from perf.bench.model import contest, names
+from perf.bench.model.contest import Effort, Task
 from tests.perf.command import module, refused, run
 from tkernels.fusion import FusionReport
 

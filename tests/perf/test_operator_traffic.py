@@ -11,7 +11,8 @@ from torch import Tensor
 
 import tkernels
 from models.cifar_cnn import AttentionCNN
-from perf import meter, operator_traffic, plan, traffic
+from perf import plan
+from perf.static import meter, operator_traffic, traffic
 from tests.perf.command import refused, run
 from tkernels.functional import scaled_dot_product_attention
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perf import traffic
+from perf.static import traffic
 from tests.perf.command import refused, row, run, write
 
 pytestmark = pytest.mark.gate("torch")

@@ -15,13 +15,15 @@ import torch
 import triton
 
 import tkernels
-from perf import aot, measure, providers, shapes
-from perf.gpu import precompile, problems, tools
-from perf.gpu.checks import Checked
-from perf.gpu.problems import EXPANDED, Case
-from perf.gpu.results import Results
-from perf.gpu.session import Block, Request, Run
-from perf.gpu.supervisor import Supervisor
+from perf import providers, shapes
+from perf.bench import measure
+from perf.bench.gpu import precompile, problems, tools
+from perf.bench.gpu.checks import Checked
+from perf.bench.gpu.problems import EXPANDED, Case
+from perf.bench.gpu.results import Results
+from perf.bench.gpu.session import Block, Request, Run
+from perf.bench.gpu.supervisor import Supervisor
+from perf.static import aot
 from tests.perf import command
 from tkernels.core import targets
 
@@ -158,9 +160,9 @@ def test_compiled_kernels_are_found_in_the_cache(tmp_path: Path, monkeypatch: py
 
 PLANTED = """
 import triton
-from perf import aot
-from perf.gpu import precompile, problems
-from perf.gpu.session import Item
+from perf.static import aot
+from perf.bench.gpu import precompile, problems
+from perf.bench.gpu.session import Item
 from tkernels.core import targets
 
 TARGET = targets.TARGETS["sm_90"]

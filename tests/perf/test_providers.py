@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from perf import operators, providers
-from perf.measure import Problem, Reference, Subject
+from perf.bench.measure import Problem, Reference, Subject
 
 pytestmark = pytest.mark.gate("torch")
 NAMES = ["linear", "linear_relu", "conv2d", "batch_norm", "cross_entropy"]

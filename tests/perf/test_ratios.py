@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from perf import measure, network, options, plan, ratios, schema, shapes
-from perf.measure import Sample
+from perf import options, plan, schema, shapes
+from perf.bench import measure, network, ratios
+from perf.bench.measure import Sample
 from tests.perf.command import refused, row, run, write
 
 pytestmark = pytest.mark.gate("torch")

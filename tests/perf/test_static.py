@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from perf import aot, rules, static, ttir
-from perf.cases import attention, conv, linear
+from perf.static import aot, rules, ttir
+from perf.static import report as static
+from perf.static.cases import attention, conv, linear
 from tests.perf.command import refused, run
 from tkernels.core.targets import TARGETS
 from tkernels.ops.attention import config as tuning

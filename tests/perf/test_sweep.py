@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from perf import measure, operators, providers, schema
-from perf.measure import Problem, Reference, Sample
+from perf import operators, providers, schema
+from perf.bench import measure
+from perf.bench.measure import Problem, Reference, Sample
 from perf.providers import Provider
 from tests.perf.command import ROOT, environment, refused, run
 

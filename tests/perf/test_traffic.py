@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from perf import meter, traffic
+from perf.static import meter, traffic
 from tests.perf.command import refused, run
 
 pytestmark = pytest.mark.gate("torch")

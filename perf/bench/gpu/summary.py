@@ -1,0 +1,235 @@
+"""What a run found, on one screen: what was wrong, what is slower than its rival, what is faster, what was not reached.
+The rest, for who wants to know more, comes behind it."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from perf import schema
+from perf.bench.gpu.results import Results
+from perf.schema import OK
+
+# rows shown of a list whose whole stands in a CSV
+MOST_WRONG, MOST_SLOWER, MOST_FASTER, MOST_LEFT = 8, 8, 5, 6
+# a rival must be so much faster to be called so
+NOISE = 1.03
+UNSUPPORTED = "unsupported"
+TIMED = {"wall": "as called", "cudagraph": "CUDA graph"}
+
+
+class Speed(NamedTuple):
+    """A contest: our time and the best rival's."""
+
+    what: str
+    ours: float
+    rival: str
+    other: float
+
+    @property
+    def ratio(self) -> float:
+        """Times as fast as the rival."""
+        return self.other / self.ours
+
+
+def screen(found: Results, minutes: float, seconds: float) -> str:
+    """The summary so far, in Markdown."""
+    facts = found.facts
+    now = datetime.datetime.now(datetime.timezone.utc)
+    rates = ", ".join(f"{name} {facts[name]}" for name in ("copy", "product") if name in facts)
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "driver", "python") if facts.get(name))
+    lines = [
+        f"# {found.provider} on {facts.get('device', 'an unknown device')}",
+        "",
+        f"{now:%Y-%m-%d %H:%M} UTC, commit {facts.get('commit', 'unknown')}, {versions or 'versions unknown'}; "
+        f"{seconds:.0f} s of {minutes:g} minutes. Ceilings: {rates or 'not measured'}.",
+        *_wrong(found),
+        *_speeds(found),
+        *_not_reached(found),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def details(found: Results) -> str:
+    """What does not fit on the screen."""
+    lines = [*_training(found), *_profile(found), *_tools(found), *_blocks(found)]
+    return "\n".join(lines) + "\n"
+
+
+def exit_status(found: Results) -> int:
+    """0 where nothing is wrong and every block was done, else 1."""
+    return 1 if wrongs(found) or any(outcome.status != "ok" for outcome in found.outcomes) else 0
+
+
+def wrongs(found: Results) -> list[tuple[str, str]]:
+    """What is wrong and how: crashes, errors and wrong values of ours, the worst first."""
+    rows = [(f"{f.block}: {f.item}", f.status) for f in found.failures]
+    rows += [(f"{c['check']}: {c['what']}", c["status"]) for c in found.checks if _is_wrong(c["status"])]
+    rows += [
+        (f"{_label(t)}, {t['provider']}", t["status"])
+        for t in found.timings
+        if _is_ours(found, t) and t["status"] != OK and not t["status"].startswith(UNSUPPORTED)
+    ]
+    rows += [(name, status) for name, status in found.tools if status.startswith(("wrong", "error"))]
+    order = ("crashed", "wrong", "differs")
+    return sorted(rows, key=lambda row: next((i for i, o in enumerate(order) if row[1].startswith(o)), len(order)))
+
+
+def _is_wrong(status: str) -> bool:
+    return status != OK and not status.startswith("less exact")
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    def line(cells: Iterable[object]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in cells) + " |"
+
+    names = list(head)
+    return [line(names), "|" + "---|" * len(names), *map(line, rows)]
+
+
+def _cut(rows: Sequence[Sequence[object]], most: int, where: str) -> list[Sequence[object]]:
+    if len(rows) <= most:
+        return list(rows)
+    return [*rows[:most], (f"and {len(rows) - most} more, see {where}", *[""] * (len(rows[0]) - 1))]
+
+
+def _wrong(found: Results) -> list[str]:
+    rows = wrongs(found)
+    results, cases = len(found.checks), len({check["check"] for check in found.checks})
+    inexact = [c for c in found.checks if c["status"].startswith("less exact")]
+    done = f"{results:,} results of {cases} cases were compared with a reference or with their first run"
+    less = f", {len(inexact)} are less exact than PyTorch's (checks.csv)" if inexact else ""
+    if not rows:
+        what = f"Nothing: {done}{less}." if results else "Nothing was checked."
+        return ["", "## Wrong", "", what]
+    shown = _cut([(what, status[:160]) for what, status in rows], MOST_WRONG, "checks.csv and log.txt")
+    return ["", f"## Wrong: {len(rows)}", "", *_table(("what", "finding"), shown), "", f"{done}{less}."]
+
+
+def speeds(found: Results) -> list[Speed]:
+    """Every contest of ours with the fastest of its rivals, the slowest of ours first."""
+    contests: dict[tuple[object, ...], list[dict[str, Any]]] = {}
+    for row in found.timings:
+        if row["status"] == OK and row.get("ms_p50"):
+            key = tuple(row[name] for name in schema.KEY if name not in ("provider", "device"))
+            contests.setdefault(key, []).append(row)
+    listed = []
+    for rows in contests.values():
+        # other ways to run us ("fast launch", "sgd") are no rivals
+        ours = next((row for row in rows if _name(row) == found.provider), None)
+        others = [row for row in rows if not _is_ours(found, row)]
+        if ours is not None and others:
+            best = min(others, key=lambda row: row["ms_p50"])
+            listed.append(Speed(_label(ours), ours["ms_p50"], _name(best), best["ms_p50"]))
+    return sorted(listed, key=lambda speed: speed.ratio)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return str(row["provider"]).removesuffix(" graph")
+
+
+def _label(row: dict[str, Any]) -> str:
+    mode = {**schema.MODES, **schema.GRADIENTS, **schema.NETWORK_MODES}.get(row["mode"], row["mode"])
+    timing = f", {TIMED[row['timing']]}" if row["mode"] == "train" else ""
+    return f"{row['operator']} {schema.shape_label(row)} {row['dtype']} {mode}{timing}"
+
+
+def _speeds(found: Results) -> list[str]:
+    listed = speeds(found)
+    if not listed:
+        return ["", "## Speed", "", "Nothing was timed against a rival."]
+    slower = [speed for speed in listed if speed.ratio * NOISE < 1]
+    faster = [speed for speed in reversed(listed) if speed.ratio > NOISE]
+    mean = float(np.exp(np.mean([np.log(speed.ratio) for speed in listed])))
+    even = len(listed) - len(slower) - len(faster)
+    lines = ["", f"## Slower than the fastest rival: {len(slower)} of {len(listed)}", ""]
+    lines += _speed_table(slower, MOST_SLOWER) if slower else ["Nothing."]
+    lines += ["", f"## Faster than the fastest rival: {len(faster)}", ""]
+    lines += _speed_table(faster, MOST_FASTER) if faster else ["Nothing."]
+    return [*lines, "", f"Geometric mean of all {len(listed)}: {mean:.2f} times as fast; {even} within 3%."]
+
+
+def _speed_table(listed: Sequence[Speed], most: int) -> list[str]:
+    rows = [(s.what, f"{s.ours:.4g}", f"{s.other:.4g}", s.rival, f"{s.ratio:.3g}") for s in listed]
+    return _table(("what", "our ms", "rival's ms", "rival", "times as fast"), _cut(rows, most, "timings.csv"))
+
+
+def _training(found: Results) -> list[str]:
+    rows = [row for row in found.timings if row["mode"] == "train"]
+    if not rows:
+        return []
+    cells = []
+    for row in sorted(rows, key=lambda row: (row["operator"], row["N"])):
+        ok = row["status"] == OK
+        times = (f"{row['ms_p50']:.4g}", f"{1e3 * row['N'] / row['ms_p50']:,.0f}") if ok else (row["status"][:60], "")
+        memory, host = _number(row.get("peak_memory_mb")), _number(row.get("host_us"))
+        cells.append((row["operator"], row["N"], row["provider"], TIMED[row["timing"]], *times, memory, host))
+    head = ("network", "batch", "whose", "timed", "ms a step", "images/s", "peak MB", "host us")
+    note = "bf16 autocast, channels_last, with Adam (SGD where it says so), random images."
+    return ["", "## Training steps", "", note, "", *_table(head, cells)]
+
+
+def _number(value: Any, form: str = ",.0f") -> str:
+    return "" if value is None or value != value else format(float(value), form)
+
+
+def _not_reached(found: Results) -> list[str]:
+    rows: list[tuple[str, str]] = []
+    for outcome in found.outcomes:
+        if outcome.status != "ok" or outcome.left:
+            shown = ", ".join(outcome.left[:3]) + (
+                f" and {len(outcome.left) - 3} more" if len(outcome.left) > 3 else ""
+            )
+            rows.append((outcome.block, "; ".join(part for part in (outcome.status, shown) if part)))
+    rows += [(name, why) for name, why in found.tools if why.endswith("not installed") or why.startswith(UNSUPPORTED)]
+    reasons: dict[str, list[str]] = {}
+    for row in found.timings:
+        if row["status"] != OK and (not _is_ours(found, row) or row["status"].startswith(UNSUPPORTED)):
+            reasons.setdefault(row["status"][:160], []).append(f"{_label(row)}, {row['provider']}")
+    rows += [
+        (names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), why) for why, names in reasons.items()
+    ]
+    if not rows:
+        return ["", "## Not reached", "", "Everything was."]
+    return ["", f"## Not reached: {len(rows)}", "", *_table(("what", "why"), _cut(rows, MOST_LEFT, "log.txt"))]
+
+
+def _is_ours(found: Results, row: dict[str, Any]) -> bool:
+    return str(row["provider"]).startswith(found.provider)
+
+
+def _profile(found: Results) -> list[str]:
+    if not found.profile:
+        return []
+    rows = [
+        (row["kernel"][:70], f"{row['calls']:g}", f"{row['us']:.1f}", f"{100 * row['share']:.1f}",
+         _number(row["mb"], ".1f"), _number(row["gbps"], ",.0f"), _number(row["of_copy"], ".0%"))
+        for row in found.profile
+    ]  # fmt: skip
+    head = ("kernel", "calls a step", "us a step", "% of the step", "MB", "GB/s", "of the copy's")
+    return ["", "## Where our training step goes", "", *_table(head, _cut(rows, 15, "profile.csv"))]
+
+
+def _tools(found: Results) -> list[str]:
+    return ["", "## Tools and tests", "", *_table(("what", "result"), found.tools)] if found.tools else []
+
+
+def _blocks(found: Results) -> list[str]:
+    rows = [(outcome.block, outcome.status, f"{outcome.seconds:.0f}") for outcome in found.outcomes]
+    late = (
+        f" {len(found.late)} kernels had to be compiled while measuring: {', '.join(_distinct(found.late))}."
+        if found.late
+        else ""
+    )
+    return ["", "## Blocks", "", f"{found.compiled or 'Nothing was compiled beforehand'}.{late}", "",
+            *_table(("block", "result", "seconds"), rows)]  # fmt: skip
+
+
+def _distinct(names: Sequence[str], most: int = 5) -> Iterator[str]:
+    listed = list(dict.fromkeys(names))
+    yield from listed[:most]
+    if len(listed) > most:
+        yield "..."

@@ -1,0 +1,442 @@
+"""Measuring one operator at one shape: correctness against float64 first, then time, memory and host cost.
+
+On a CPU the providers take turns, one repetition each, so that whatever else the machine does hits all alike, and
+repetitions in which another process took the CPU are left out where enough others remain. On a GPU
+triton.testing.do_bench times each provider with CUDA events, after warm-up and with the L2 cache cleared before each
+repetition; a CUDA graph's replay is timed in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perf import providers, schema
+from perf.bench import machine
+from perf.operators import Operator, Sources, Tensors
+from perf.providers import Provider
+from perf.shapes import Shape
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+# A result may be so many times as far from float64 as PyTorch's, plus so many roundings, before it counts as wrong
+WORSE_THAN_TORCH = 4.0
+ROUNDINGS = 16.0
+# repetitions on a CPU, however long they take
+LEAST_ROUNDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is measured: an operator at a shape, dtype and layout on a device."""
+
+    operator: Operator
+    shape: Shape
+    dtype: torch.dtype
+    layout: str
+    device: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """Seconds to spend on a provider's timing, and the least number of repetitions unless they take four times that."""
+
+    seconds: float
+    repetitions: int
+
+
+NORMAL = Effort(1.0, 15)
+QUICK = Effort(0.15, 9)
+
+
+class Subject:
+    """One provider's call of an operator, with what backward is asked for. ``exact``: without randomness; ``precise``:
+    the dtype that floating-point inputs are widened to; ``lay``: gives tensors another layout, by name."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        provider: Provider,
+        *,
+        exact: bool,
+        precise: torch.dtype | None = None,
+        lay: Callable[[str, Tensor], Tensor] = lambda name, t: t,
+    ) -> None:
+        operator = problem.operator
+        tensors = operator.tensors(problem.shape, Sources(problem.dtype, problem.layout, problem.device))
+        if precise is not None:
+            tensors = {name: t.to(precise) if t.is_floating_point() else t for name, t in tensors.items()}
+        tensors = {name: lay(name, t) for name, t in tensors.items()}
+        self.leaves = {name: tensors[name].requires_grad_() for name in operator.differentiable}
+        self._forward = operator.bind(provider.functions[operator.name], tensors, problem.shape, exact)
+        self._problem = problem
+
+    def forward(self) -> Tensor:
+        return self._forward()
+
+    def gradients(self, output: Tensor, output_gradient: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, list(self.leaves.values()), output_gradient)
+
+    def output_gradient(self, output: Tensor) -> Tensor:
+        """What flows into backward: ones for a scalar, else random values in the layout of an image."""
+        if output.dim() == 0:
+            return torch.ones_like(output)
+        # not the draws of the input: batch norm's gradient of its own input is zero
+        source = Sources(self._problem.dtype, self._problem.layout, self._problem.device, seed=1)
+        draw = source.image if output.dim() == 4 else source.normal
+        return draw(*output.shape).to(output.dtype)
+
+    def call(self, mode: str) -> Callable[[], object]:
+        """What is timed in a mode."""
+        if mode == "fwd":
+            return self._forward_only
+        asked = self._asked(mode)
+        # an autograd function computes the gradient of whatever requires one, asked for or not
+        for leaf in self.leaves.values():
+            leaf.requires_grad_(any(leaf is wanted for wanted in asked))
+        output = self.forward()
+        gradient = self.output_gradient(output)
+        if mode == "full":
+            return lambda: self.gradients(self.forward(), gradient)
+        return lambda: torch.autograd.grad(output, asked, gradient, retain_graph=True)
+
+    def _asked(self, mode: str) -> list[Tensor]:
+        """The tensors whose gradients a mode of backward computes."""
+        if mode == "dgrad":
+            return [self.leaves[self._problem.operator.differentiable[0]]]
+        return [self.leaves["weight"]] if mode == "wgrad" else list(self.leaves.values())
+
+    def _forward_only(self) -> Tensor:
+        with torch.no_grad():
+            return self.forward()
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """How far a provider is from float64 (relative norm), and what it launched, by mode; or why it cannot be timed."""
+
+    status: str
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    config: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Reference:
+    """The float64 result of a problem, and PyTorch's own error in the dtype measured."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        baseline = providers.load(providers.BASELINE)
+        self._exact = evaluate(Subject(problem, baseline, exact=True, precise=torch.float64))
+        self.torch_errors = self._errors(evaluate(Subject(problem, baseline, exact=True)))
+
+    def check(self, provider: Provider) -> Check:
+        """Run a provider once and compare; what it raises becomes its status."""
+        if self._problem.operator.name not in provider.functions:
+            return Check(f"unsupported: {provider.name} has no {self._problem.operator.name}")
+        if provider.gpu_only and self._problem.device == "cpu":
+            return Check(f"unsupported: {provider.name} runs on GPUs only")
+        try:
+            subject = Subject(self._problem, provider, exact=True)
+            # the provider's context may replace PyTorch's own operators: neither the draws nor the comparison see it
+            with recorded_launches() as launched, provider.context():
+                output = subject.forward()
+                in_forward = len(launched)
+                results = with_gradients(subject, output)
+            errors = self._errors(results)
+        except Exception as error:  # whatever a provider does wrong is a row of the report
+            return Check(failure(error))
+        config = {"fwd": launched[:in_forward], "bwd": launched[in_forward:], "full": launched}
+        status = self._verdict(errors)
+        return Check(status, errors, {mode: "; ".join(names) for mode, names in config.items()})
+
+    def _verdict(self, errors: dict[str, float]) -> str:
+        for mode, what in (("fwd", "output"), ("bwd", "gradients")):
+            wrong = too_far(what, errors[mode], self.torch_errors[mode], self._problem.dtype)
+            if wrong:
+                return wrong
+        return schema.OK
+
+    def _errors(self, results: Tensors) -> dict[str, float]:
+        found = {name: relative(results[name], exact) for name, exact in self._exact.items()}
+        forward = found.pop("output")
+        backward = max(found.values())
+        return {"fwd": forward, "bwd": backward, "full": max(forward, backward)}
+
+
+def evaluate(subject: Subject) -> Tensors:
+    """The output and every gradient, by name."""
+    return with_gradients(subject, subject.forward())
+
+
+def with_gradients(subject: Subject, output: Tensor) -> Tensors:
+    """The output of a call that was made, and every gradient, by name."""
+    gradients = subject.gradients(output, subject.output_gradient(output))
+    return {"output": output.detach(), **dict(zip(subject.leaves, gradients))}
+
+
+def too_far(what: str, error: float, torchs: float, dtype: torch.dtype) -> str | None:
+    """The status of a result so far from float64, where PyTorch is ``torchs`` away; None where that is good enough."""
+    if error <= WORSE_THAN_TORCH * torchs + ROUNDINGS * torch.finfo(dtype).eps:
+        return None
+    return f"wrong: {what} off by {error:.1e} in relative norm, PyTorch by {torchs:.1e}"
+
+
+def relative(actual: Tensor, exact: Tensor) -> float:
+    """The relative norm of the error; infinite where it is not finite. Raises ValueError for another shape."""
+    if actual.shape != exact.shape:
+        raise ValueError(f"a result has shape {list(actual.shape)}, {list(exact.shape)} is right")
+    difference = torch.linalg.vector_norm(actual.double() - exact).item()
+    error = difference / max(torch.linalg.vector_norm(exact).item(), 1e-30)
+    return error if math.isfinite(error) else math.inf
+
+
+def failure(error: BaseException) -> str:
+    """A status for what a provider raised."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    exhausted = any(sign in text for sign in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or exhausted:
+        return f"out of memory: {text}"
+    return f"error: {type(error).__name__}: {text}"
+
+
+def crashed(exitcode: int | None) -> str:
+    """A status for a process that died."""
+    if exitcode is not None and exitcode < 0:
+        return f"crashed: signal {-exitcode}"
+    return f"crashed: exit status {exitcode}"
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[str]]:
+    """Within the block every Triton launch leaves its kernel's name and configuration in the list."""
+    launched: list[str] = []
+    try:
+        from triton.runtime.jit import JITFunction
+    except ImportError:
+        yield launched
+        return
+    jit: Any = JITFunction
+    original = jit.run
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("warmup"):
+            blocks = [f"{name}={value}" for name, value in kwargs.items() if name.startswith("BLOCK")]
+            options = [f"{name}={kwargs[name]}" for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs]
+            launched.append(f"{self.__name__}[{' '.join(blocks + options)}]")
+        return original(self, *args, **kwargs)
+
+    jit.run = run
+    try:
+        yield launched
+    finally:
+        jit.run = original
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call. On a CPU how many rounds there were, the quartiles of this call's time over tkernels' in the
+    same round, and page faults; on a GPU the memory a call allocates and the time until it returns."""
+
+    ms: tuple[float, float, float]
+    peak_memory_mb: float | None = None
+    host_us: float | None = None
+    rounds: int | None = None
+    ratio: tuple[float, float, float] | None = None
+    page_faults: float | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """Its part of a row."""
+        ratio = self.ratio or (None, None, None)
+        return {
+            **dict(zip(("ms_p20", "ms_p50", "ms_p80"), self.ms)),
+            **dict(zip(("ratio_p25", "ratio_p50", "ratio_p75"), ratio)),
+            "rounds": self.rounds,
+            "page_faults": self.page_faults,
+            "peak_memory_mb": self.peak_memory_mb,
+            "host_us": self.host_us,
+        }
+
+
+class Sample(NamedTuple):
+    """One call's turn. ``clean``: no other process took the CPU meanwhile."""
+
+    ms: float
+    clean: bool
+    page_faults: float = 0.0
+
+
+def quantiles(samples: list[float], at: Sequence[float] = (0.2, 0.5, 0.8)) -> tuple[float, float, float]:
+    """p20, p50 and p80."""
+    low, middle, high = np.quantile(samples, at)
+    return float(low), float(middle), float(high)
+
+
+def interleaved(calls: dict[str, Callable[[], object]], effort: Effort) -> dict[str, Timing]:
+    """Time calls on the CPU in turns."""
+    turn: dict[str, Callable[[], Sample]] = {}
+    cost = 0.0
+    for name, call in calls.items():
+        call()
+        seconds = _clock(call, 1)
+        # long enough for the clock and the interpreter not to matter
+        repeats = max(1, min(1000, round(1e-3 / max(seconds, 1e-7))))
+        turn[name] = functools.partial(sample, call, repeats)
+        cost += seconds * repeats
+    return turns(turn, effort, cost, providers.OURS)
+
+
+def turns(turn: dict[str, Callable[[], Sample]], effort: Effort, cost: float, ours: str) -> dict[str, Timing]:
+    """Rounds in which everyone has a turn. ``cost``: seconds of a round; ``ours``: whose time is below the ratios."""
+    count = int(min(max(effort.seconds * len(turn) / max(cost, 1e-9), effort.repetitions), 200))
+    samples = rounds(turn, count, 4 * effort.seconds * len(turn))
+    return {name: timing(taken, samples.get(ours)) for name, taken in samples.items()}
+
+
+def rounds(turn: dict[str, Callable[[], Sample]], count: int, seconds: float) -> dict[str, list[Sample]]:
+    """So many rounds in which everyone has a turn, each beginning with another one; fewer where they take longer, as
+    huge shapes do, or a machine that others use."""
+    samples: dict[str, list[Sample]] = {name: [] for name in turn}
+    names = list(turn)
+    gc.collect()
+    gc.disable()
+    end = time.perf_counter() + seconds
+    try:
+        for i in range(count):
+            if i >= LEAST_ROUNDS and time.perf_counter() > end:
+                break
+            for j in range(len(names)):
+                name = names[(i + j) % len(names)]
+                samples[name].append(turn[name]())
+    finally:
+        gc.enable()
+    return samples
+
+
+def sample(call: Callable[[], object], times: int) -> Sample:
+    """A turn of so many calls."""
+    preempted, faults = _usage()
+    ms = 1e3 * _clock(call, times) / times
+    preempted_since, faults_since = _usage()
+    return Sample(ms, preempted_since == preempted, (faults_since - faults) / times)
+
+
+def timing(taken: list[Sample], ours: list[Sample] | None) -> Timing:
+    """What a rival's turns say, with the ratio to ``ours`` of the same rounds."""
+    ratio = None
+    if ours:
+        pairs = [Sample(a.ms / b.ms, a.clean and b.clean) for a, b in zip(taken, ours)]
+        ratio = quantiles(_undisturbed(pairs), (0.25, 0.5, 0.75))
+    faults = float(np.median([turn.page_faults for turn in taken])) if resource is not None else None
+    return Timing(quantiles(_undisturbed(taken)), rounds=len(taken), ratio=ratio, page_faults=faults)
+
+
+def _undisturbed(samples: Sequence[Sample], least: int = 5) -> list[float]:
+    """The samples in which no other process took the CPU away; all of them where those are too few."""
+    clean = [taken.ms for taken in samples if taken.clean]
+    return clean if len(clean) >= least else [taken.ms for taken in samples]
+
+
+def _usage() -> tuple[int, int]:
+    """How often the system took the CPU from this process so far, and minor page faults; 0 where it does not tell."""
+    if resource is None:
+        return 0, 0
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_nivcsw, usage.ru_minflt
+
+
+def _clock(call: Callable[[], object], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return time.perf_counter() - start
+
+
+def on_gpu(prepare: Callable[[], Callable[[], object]], timing: str, effort: Effort) -> Timing:
+    """Time what ``prepare`` returns on the current GPU: the call as it is, or replayed from a CUDA graph."""
+    from triton import testing
+
+    call = prepare() if timing == "wall" else graphed(prepare)
+    rep = _budget_ms(call, effort)
+    ms = tuple(testing.do_bench(call, warmup=rep / 4, rep=rep, quantiles=[0.2, 0.5, 0.8]))
+    if timing != "wall":
+        return Timing(ms)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return Timing(ms, peak, host_us(call))
+
+
+def graphed(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """The call captured once; what it returns stays in the graph's own memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # autograd runs backward on the stream of the forward call, which must be the one that is captured
+        call = prepare()
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+
+    def replay(inputs_of: Callable[[], object] = call) -> None:
+        graph.replay()
+
+    return replay
+
+
+def _budget_ms(call: Callable[[], object], effort: Effort) -> float:
+    """Milliseconds of repetitions: a call of microseconds is clear after a few, the longest gets its least number."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    once = 1e3 * (time.perf_counter() - start)
+    return max(30 * effort.seconds, effort.repetitions * once)
+
+
+def host_us(call: Callable[[], object], repetitions: int = 20) -> float:
+    """Microseconds until a call on a GPU returns, not waiting for the GPU."""
+    samples = []
+    for _ in range(repetitions):
+        torch.cuda.synchronize()
+        samples.append(1e6 * _clock(call, 1))
+    torch.cuda.synchronize()
+    return float(np.median(samples))
+
+
+def rates(problem: Problem, mode: str, timing: Timing | None) -> dict[str, Any]:
+    """Columns of a row: the least bytes and operations of a mode, and the rates at which they were done."""
+    moved, flops = problem.operator.work(problem.shape, mode, problem.dtype.itemsize)
+    if timing is None:
+        return {"bytes": moved, "flops": flops}
+    tflops, gbps = machine.peaks(problem.device, problem.dtype, problem.operator.precision, moved)
+    seconds = timing.ms[1] / 1e3
+    least = max(moved / gbps / 1e9, flops / tflops / 1e12)
+    return {
+        "bytes": moved,
+        "flops": flops,
+        "tflops": flops / seconds / 1e12,
+        "gbps": moved / seconds / 1e9,
+        "peak_tflops": tflops,
+        "peak_gbps": gbps,
+        "roofline_pct": 100 * least / seconds,
+    }

@@ -1,0 +1,97 @@
+"""What single operators move, forward and backward: the rows of ``python -m perf traffic --op``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+import tkernels
+from perf import operators, options, plan, providers, schema, shapes
+from perf.plan import Task
+from perf.schema import Column
+from perf.static import meter
+
+PROVIDERS = ("torch", "tkernels")
+# (the network is what the command counts without --op)
+NAMES = tuple(name for name in operators.OPERATORS if name != "cnn")
+PHASES = {"forward": "fwd", "backward": "bwd"}
+COLUMNS = (
+    *schema.COUNTED_FOR,
+    Column("operator", "text", "a name of perf/operators.py"),
+    Column("dtype", "text", "bf16, fp16 or fp32: of inputs, weights and outputs"),
+    *schema.SHAPE,
+    Column("provider", "text", "tkernels or torch (eager)"),
+    Column("phase", "text", "forward or backward"),
+    schema.COUNTED_BYTES,
+    Column("least_bytes", "whole", "each operand of the operator read once, each result written once"),
+    Column("workspace_bytes", "whole", "float32 operands made and dropped within the phase"),
+    *schema.COUNTED_CALLS,
+    Column("saved_bytes", "whole", "forward: distinct storages kept for backward, inputs and parameters counted"),
+)
+
+
+def table(names: Sequence[str], given: Sequence[str], dtypes: Sequence[str], target_name: str) -> pd.DataFrame:
+    """A row for each operator, shape, dtype, provider and phase. ``given``: shapes as perf sweep takes them. Raises
+    Refused."""
+    checked = options.several("operator", names, NAMES)
+    options.several("dtype", dtypes, operators.DTYPES)
+    wanted = plan.Wanted(checked, ["full"], dtypes, ["nhwc"], shapes.parse(given), PROVIDERS, ["wall"])
+    head = {"commit": options.commit(), **providers.versions(), "target": target_name}
+    rows = [{**head, **row} for task in plan.tasks(wanted) for row in _rows(task, count(task, target_name))]
+    frame = pd.DataFrame(rows, columns=[column.name for column in COLUMNS])
+    return frame.astype({column.name: "Int64" for column in COLUMNS if column.kind == "whole"})
+
+
+def count(task: Task, target_name: str) -> meter.Step:
+    """Forward and backward of one operator. Those of ours must take Triton, but for what they leave to PyTorch."""
+    operator = operators.get(task.operator)
+    function = providers.load(task.provider).functions[task.operator]
+    shape = dict(task.shape)
+
+    def make() -> tuple[Any, list[Any]]:
+        tensors = operator.tensors(shape, operators.Sources(operators.DTYPES[task.dtype], task.layout, "cpu"))
+        leaves = [tensors[name].requires_grad_() for name in operator.differentiable]
+        return operator.bind(function, tensors, shape, exact=False), leaves
+
+    with tkernels.backend("triton"):
+        return meter.one_call(make, target_name)
+
+
+def _rows(task: Task, counted: meter.Step) -> list[dict[str, Any]]:
+    rows = []
+    itemsize = operators.DTYPES[task.dtype].itemsize
+    for phase, mode in PHASES.items():
+        calls = [call for call in counted.calls if call.phase == phase]
+        launches = sum(call.kind == "triton" for call in calls)
+        rows.append(
+            {
+                **task.columns(),
+                "phase": phase,
+                "bytes": sum(call.bytes for call in calls),
+                "least_bytes": operators.get(task.operator).work(dict(task.shape), mode, itemsize)[0],
+                "workspace_bytes": sum(call.workspace for call in calls),
+                "launches": launches,
+                "aten_calls": len(calls) - launches,
+                "saved_bytes": sum(counted.saved.values()) if phase == "forward" else 0,
+            }
+        )
+    return rows
+
+
+def summary(frame: pd.DataFrame) -> str:
+    """What is printed: a line an operator, shape, dtype and provider. The ratios are those to the least bytes."""
+    frame = frame.assign(shape=[schema.shape_label(row) for row in schema.records(frame)])
+    keys = ["operator", "shape", "dtype", "provider"]
+    by_case = frame.groupby(keys, sort=False)
+    columns: dict[str, Any] = {}
+    for phase in PHASES:
+        part = frame[frame.phase == phase].set_index(keys)
+        columns[f"{phase} MB"] = (part.bytes / 1e6).astype(float).round(2)
+        columns[f"of least {phase}"] = (part.bytes / part.least_bytes).astype(float).round(2)
+    columns["workspace MB"] = (by_case.workspace_bytes.sum() / 1e6).astype(float).round(2)
+    columns["saved MB"] = (by_case.saved_bytes.sum() / 1e6).astype(float).round(2)
+    columns["launches"] = by_case.launches.sum()
+    columns["ATen calls"] = by_case.aten_calls.sum()
+    return pd.DataFrame(columns).reset_index().to_string(index=False)

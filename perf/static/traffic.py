@@ -1,0 +1,206 @@
+"""Count what one training step of the CIFAR network moves, without a GPU: bytes, launches and saved bytes by layer.
+
+Every launch and every ATen call counts its tensor arguments, read once and written once, over forward, loss and
+backward in bf16 NHWC: of the fused network on Triton, and of plain PyTorch. torch.compile's bytes are Inductor's own
+count. Float32 operands that live within one pass of a layer (split-K partial sums, statistics) are shown apart.
+
+With --op the same is counted of single operators, beside the least they have to move.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+
+import tkernels
+from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
+from perf import operators, options, providers, schema, shapes
+from perf.options import Refused
+from perf.schema import Column
+from perf.static import aot, inductor, meter, operator_traffic
+from tkernels.core import targets
+
+COLUMNS = (
+    *schema.COUNTED_FOR,
+    Column("batch", "whole", "images a step"),
+    Column("provider", "text", "tkernels, torch (eager) or torch.compile"),
+    Column("layer", "text", "the module's name; (step) for the whole step"),
+    Column("phase", "text", "forward or backward; empty in the row of the whole step"),
+    schema.COUNTED_BYTES,
+    Column("workspace_bytes", "whole", "float32 operands made and dropped within one pass of a layer"),
+    Column("workspace_alive", "whole", "in the row of the step: most bytes of workspace in one pass of a layer"),
+    *schema.COUNTED_CALLS,
+    Column("saved_bytes", "whole", "distinct storages kept for backward, parameters not counted"),
+    Column("specialisations", "whole", "in the row of the step: kernels that Triton compiles for it"),
+    Column(
+        "specialisations_added", "whole", "in the row of the step: further kernels for a last batch of another size"
+    ),
+)
+NAMES = tuple(column.name for column in COLUMNS)
+STEP = "(step)"
+
+Build = Callable[[], tuple[nn.Module, Callable[..., Tensor]]]
+
+
+def plain() -> tuple[nn.Module, nn.Module]:
+    """The network of torch.nn modules and its loss."""
+    return CNNClassifier(), nn.CrossEntropyLoss()
+
+
+def fused() -> tuple[nn.Module, nn.Module]:
+    """The network of fused modules and its loss."""
+    return FusedCNNClassifier(), tkernels.nn.CrossEntropyLoss()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument
+    add("--batch", type=int, default=256, metavar="N", help="images a step (default: 256)")
+    add("--last-batch", type=int, default=17, metavar="N",
+        help="images in the last, smaller batch, which should compile nothing new (default: 17)")  # fmt: skip
+    add("--target", default="sm_90", metavar="NAME", help=f"{', '.join(targets.TARGETS)} (default: sm_90)")
+    add("--op", nargs="+", metavar="NAME", help=f"of single operators: {', '.join(operator_traffic.NAMES)}")
+    add("--shapes", nargs="+", metavar="SHAPES",
+        help=f"for --op: {', '.join(shapes.NAMED)}, FILE.csv, or 'N=256 C=32 K=64' (default: cnn)")  # fmt: skip
+    add("--dtype", nargs="+", metavar="NAME", help=f"for --op: {', '.join(operators.DTYPES)} (default: bf16)")
+    add("--no-inductor", action="store_true", help="leave out torch.compile, which takes longest")
+    add("--calls", action="store_true", help="list every launch and call of the fused network")
+    add("--csv", type=Path, metavar="FILE", help="where the rows go; an older file is replaced")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count, print, write."""
+    options.one_of("target", args.target, targets.TARGETS)
+    if args.csv is not None:
+        options.new_file(args.csv)
+    if args.op is not None:
+        return _run_operators(args)
+    for name in ("shapes", "dtype"):
+        if getattr(args, name) is not None:
+            raise Refused(f"--{name} goes with --op, which is not given")
+    for name in ("batch", "last_batch"):
+        if getattr(args, name) < 2:
+            raise Refused(f"--{name.replace('_', '-')} must be at least 2, got {getattr(args, name)}")
+    steps = {"torch": step(plain, args.batch, args.target), "tkernels": step(fused, args.batch, args.target)}
+    added = added_specialisations(steps["tkernels"], step(fused, args.last_batch, args.target), args.target)
+    rows = [row for name, counted in steps.items() for row in _rows(name, counted, args.target, added)]
+    if not args.no_inductor:
+        rows.append(_inductor_row(args.batch))
+    head = {"commit": options.commit(), **providers.versions(), "target": args.target, "batch": args.batch}
+    frame = pd.DataFrame([{**head, **row} for row in rows], columns=list(NAMES))
+    frame = frame.astype({column.name: "Int64" for column in COLUMNS if column.kind == "whole"})
+    if args.calls:
+        _print_calls(steps["tkernels"], args.batch)
+    _print(frame, args.batch)
+    if args.csv is not None:
+        schema.write(frame, args.csv)
+    return 0
+
+
+def _run_operators(args: argparse.Namespace) -> int:
+    frame = operator_traffic.table(args.op, args.shapes or ["cnn"], args.dtype or ["bf16"], args.target)
+    print(operator_traffic.summary(frame))
+    if args.csv is not None:
+        schema.write(frame, args.csv)
+    return 0
+
+
+def step(build: Build, batch: int, target_name: str) -> meter.Step:
+    """One training step counted. Plain modules stay PyTorch; fused ones must take Triton."""
+    with tkernels.backend("triton"):
+        return meter.training_step(build, batch, target_name)
+
+
+def specialisations(counted: meter.Step, target_name: str) -> set[str]:
+    """What Triton compiles for a step."""
+    return {aot.specialisation(launch, target_name) for launch in counted.launches}
+
+
+def added_specialisations(full: meter.Step, last: meter.Step, target_name: str) -> set[str]:
+    """What a last batch of another size compiles on top."""
+    return specialisations(last, target_name) - specialisations(full, target_name)
+
+
+def _rows(provider: str, counted: meter.Step, target_name: str, added: set[str]) -> list[dict[str, Any]]:
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for call in counted.calls:
+        row = found.setdefault((call.layer, call.phase), _blank(provider, call.layer, call.phase))
+        row["bytes"] += call.bytes
+        row["workspace_bytes"] += call.workspace
+        row["launches" if call.kind == "triton" else "aten_calls"] += 1
+    for layer, saved in counted.saved.items():
+        found.setdefault((layer, "forward"), _blank(provider, layer, "forward"))["saved_bytes"] = saved
+    rows = list(found.values())
+    total = _blank(provider, STEP, "")
+    for name in ("bytes", "workspace_bytes", "launches", "aten_calls", "saved_bytes"):
+        total[name] = sum(row[name] for row in rows)
+    total["workspace_alive"] = counted.alive
+    if counted.launches:
+        total["specialisations"] = len(specialisations(counted, target_name))
+        total["specialisations_added"] = len(added)
+    return [*rows, total]
+
+
+def _blank(provider: str, layer: str, phase: str) -> dict[str, Any]:
+    counts = dict.fromkeys(("bytes", "workspace_bytes", "launches", "aten_calls", "saved_bytes"), 0)
+    return {"provider": provider, "layer": layer, "phase": phase, **counts}
+
+
+def _inductor_row(batch: int) -> dict[str, Any]:
+    row = {"provider": "torch.compile", "layer": STEP, "phase": ""}
+    try:
+        return {**row, "bytes": inductor.bytes_of_step(plain, batch)}
+    except Exception as error:  # Inductor's inside changes from release to release
+        print(f"note: Inductor's count is not to be had: {' '.join(str(error).split())[:200]}")
+        return row
+
+
+def _print_calls(counted: meter.Step, batch: int) -> None:
+    frame = pd.DataFrame([vars(call) for call in counted.calls])
+    frame["KB/image"] = (frame.bytes / batch / 1e3).round(2)
+    frame["workspace KB/image"] = (frame.workspace / batch / 1e3).round(2)
+    print(frame.drop(columns=["bytes", "workspace"]).to_string(index=False), end="\n\n")
+
+
+def by_layer(layers: pd.DataFrame, batch: int) -> pd.DataFrame:
+    """What each layer moves, saves and calls, a group of columns a provider; fused layers below those they replace."""
+    columns: dict[tuple[str, str], pd.Series] = {}
+    for provider, rows in layers.groupby("provider", sort=False):
+        for phase in ("forward", "backward"):
+            moved = rows[rows.phase == phase].groupby("layer").bytes.sum() / batch / 1e3
+            columns[str(provider), f"{phase} KB/image"] = moved.astype(float).round(1)
+        by_name = rows.groupby("layer")
+        columns[str(provider), "saved KB/image"] = (by_name.saved_bytes.sum() / batch / 1e3).astype(float).round(1)
+        columns[str(provider), "calls"] = (by_name.launches.sum() + by_name.aten_calls.sum()).astype("Int64")
+    names = list(dict.fromkeys(layers.layer))
+    groups = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    order = sorted(names, key=lambda name: groups.index(name.partition(".")[0]))
+    return pd.DataFrame(columns).reindex(order).rename_axis("layer")
+
+
+def _print(frame: pd.DataFrame, batch: int) -> None:
+    table = by_layer(frame[frame.layer != STEP], batch)
+    shown = table.astype(object).where(table.notna(), "").to_string()
+    print(f"layer by layer, batch {batch}, bf16 NHWC; calls: Triton launches and ATen calls that compute\n{shown}\n")
+    steps = frame[frame.layer == STEP].set_index("provider")
+    eager = steps.loc["torch"]
+    summary = pd.DataFrame(
+        {
+            "KB/image": (steps.bytes / batch / 1e3).round(0),
+            "of eager": (steps.bytes / eager.bytes).round(3),
+            "workspace KB/image": (steps.workspace_bytes / batch / 1e3).round(1),
+            "alive MB": (steps.workspace_alive / 1e6).round(1),
+            "launches": steps.launches,
+            "ATen calls": steps.aten_calls,
+            "saved KB/image": (steps.saved_bytes / batch / 1e3).round(0),
+            "saved of eager": (steps.saved_bytes / eager.saved_bytes).round(3),
+            "specialisations": steps.specialisations,
+            "added by last batch": steps.specialisations_added,
+        }
+    )
+    print(summary.T.astype(object).where(summary.T.notna(), "").to_string())

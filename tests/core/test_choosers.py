@@ -1,0 +1,80 @@
+"""The choosers answer for the target they are given, whole: not for whatever has its name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from perf.static import aot
+from perf.static.cases.conv import window3x3
+from tkernels.core import targets
+from tkernels.core.geometry import matrix
+from tkernels.core.targets import Target
+from tkernels.ops.batch_norm import config as batch_norm
+from tkernels.ops.conv import config as conv
+from tkernels.ops.cross_entropy import config as cross_entropy
+from tkernels.ops.linear import config as linear
+from tkernels.ops.linear import kernels
+from tkernels.ops.matmul import config as matmul
+
+pytestmark = pytest.mark.gate("torch")
+
+LARGE = targets.TARGETS["sm_90"]
+SMALL = dataclasses.replace(LARGE, multiprocessors=8)  # as a slice of it is (MIG)
+PLANES = matrix((256, 64, 32, 32), False)
+CHOOSERS: dict[str, Callable[[Target], Any]] = {
+    "linear forward's splits": lambda target: linear.forward_splits(16, 2048, target),
+    "linear wgrad's splits": lambda target: linear.wgrad_splits(8, 10**6, 32, target),
+    "linear wgrad": lambda target: linear.wgrad(512, 512, 2, "ieee", target),
+    "matmul's splits": lambda target: matmul.splits(16, 2048, target),
+    "cross entropy's splits": lambda target: cross_entropy.splits(4, 10**6, 4096, target),
+    "batch norm's producers": lambda target: batch_norm.producers(PLANES, batch_norm.statistics(PLANES), target),
+    "conv wgrad's runs": lambda target: conv.runs(10**6, 4, 32, 4096, target),
+}
+
+
+@pytest.mark.parametrize("name", CHOOSERS)
+def test_gpus_of_one_name_get_their_own_answers(name: str) -> None:
+    choose = CHOOSERS[name]
+    assert SMALL.name == LARGE.name
+    first, other = choose(LARGE), choose(SMALL)
+    assert first != other
+    assert (choose(LARGE), choose(SMALL)) == (first, other), "in whatever order they are asked"
+
+
+def test_launches_follow_the_target_not_its_name() -> None:
+    """What runs, not only what the choosers say: programs of one call on two GPUs of one name."""
+
+    def programs(target: Target) -> list[tuple[int, ...]]:
+        grids: list[tuple[int, ...]] = []
+        with aot.intercepting(target, lambda kernel, args, options, grid: grids.append(tuple(grid))):
+            kernels.launch_forward(torch.empty(64, 2048), torch.empty(256, 2048), None)
+        return grids
+
+    assert programs(LARGE) != programs(SMALL)
+
+
+def test_a_pretended_target_is_known_by_all_of_it() -> None:
+    """What an operator's plans are kept by."""
+    with targets.pretend(LARGE):
+        large = targets.identity()
+    with targets.pretend(SMALL):
+        assert targets.identity() != large
+
+
+def test_registers_are_capped_where_there_is_a_cap() -> None:
+    """Triton has no option maxnreg on AMD: no chooser names one there."""
+    g = window3x3(64, 64, 16)
+    for name, target in targets.TARGETS.items():
+        found = [
+            conv.forward(g, torch.bfloat16, "ieee", target),
+            linear.forward(512, 512, 4, "ieee", False, target),
+            linear.dgrad(512, 512, 2, "ieee", target),
+            matmul.product(64, 64, 64, 2, "ieee", target),
+        ]
+        capped = [config for config in found if "maxnreg" in config.options()]
+        assert bool(capped) == target.is_nvidia, name
