@@ -15,13 +15,14 @@ COMPAT_RUN = PYTHONPATH=$(CURDIR) $(COMPAT)/bin/python -m
 COMPAT_PACKAGES := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 \
 	pytest pytest-xdist hypothesis numpy pandas matplotlib tqdm scikit-learn
 
-.PHONY: help demo perf test test-torch test-ttsem test-aot test-interp test-extended compat lint clean
+.PHONY: help demo perf test test-torch test-ttsem test-aot test-interp test-extended compat mutants lint clean
 
 help:
 	@echo "make demo   train the fused CNN on real handwritten digits (about 2 minutes, no download of data)"
 	@echo "make test   prove every kernel without a GPU, one process a gate: torch, ttsem, aot, interp"
 	@echo "make test-extended   the exhaustive rest: every configuration, module samples on the kernels, long sweeps"
 	@echo "make compat   the torch gate, the aot gate for sm_90 and a dry run of perf gpu on Python 3.12, torch 2.11, triton 3.6"
+	@echo "make mutants   put one fault at a time into the source: do the tests see it? (an hour or two)"
 	@echo "make perf   time the operators against PyTorch and count a training step's bytes: CSVs and PNGs in runs/perf"
 	@echo "make lint   ruff and mypy"
 
@@ -59,6 +60,9 @@ compat: $(COMPAT)/compat.stamp
 	TK_GATE=torch $(COMPAT_RUN) pytest -n 2 --dist worksteal
 	TK_GATE=aot TK_AOT=sm_90 $(COMPAT_RUN) pytest -n 2 --dist worksteal
 	out=$$(mktemp -d) && $(COMPAT_RUN) perf gpu --dry-run --out "$$out/run"; status=$$?; rm -rf "$$out"; exit $$status
+
+mutants: $(VENV)/test.stamp
+	$(BIN)/python -m tests.mutants
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

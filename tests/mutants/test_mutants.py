@@ -1,0 +1,32 @@
+"""The list of mutants keeps up with the source; what becomes of them ``make mutants`` says, which takes long."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.mutants import MUTANTS
+from tests.mutants.mutant import Mutant
+
+pytestmark = pytest.mark.gate("torch")
+
+
+def test_each_is_one_place_of_the_source() -> None:
+    assert [complaint for mutant in MUTANTS if (complaint := mutant.complaint()) is not None] == []
+
+
+def test_names_differ() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"before": "no such line"}, "0 times"),
+        ({"before": "\n"}, "times"),
+        ({"after": MUTANTS[0].before}, "changes nothing"),
+        ({"tests": ("tests/none",)}, "no tests/none"),
+    ],
+)
+def test_one_that_is_left_behind_is_told(change: dict[str, str], said: str) -> None:
+    left: Mutant = MUTANTS[0]._replace(**change)
+    assert said in (left.complaint() or "")
