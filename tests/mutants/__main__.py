@@ -1,12 +1,13 @@
 """Put one fault at a time into a copy of the source and see whether the tests turn red: ``python -m tests.mutants``.
 
-Exit status: 0 if all mutants died, but for those whose reason to live stands with them; 1 if one lived; 2 for a mutant
-that the source has left behind, or tests that fail without one.
+Exit status: 0 if all mutants died, but for those whose reason to live stands with them; 1 if one lived, or nobody can
+tell (the test that failed fails without it too); 2 for a mutant that the source has left behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -54,33 +55,46 @@ def _run(chosen: Sequence[Mutant], timeout: float) -> Iterator[Mutant]:
     """Those that live."""
     for number, mutant in enumerate(chosen, 1):
         start = time.monotonic()
-        status, last = _status_of(mutant, timeout)
-        if status not in (LIVES, DIES):
-            last = f"no verdict, pytest ended with {status}: {last}"
-        verdict = {LIVES: "LIVES", DIES: "died"}.get(status, "LIVES?")
-        print(f"{number}/{len(chosen)} {verdict} {time.monotonic() - start:.0f} s  {mutant.name}: {last}", flush=True)
-        if status != DIES:
+        verdict, why = _verdict(mutant, timeout)
+        print(f"{number}/{len(chosen)} {verdict} {time.monotonic() - start:.0f} s  {mutant.name}: {why}", flush=True)
+        if verdict != "died":
             yield mutant
 
 
-def _status_of(mutant: Mutant, timeout: float) -> tuple[int, str]:
-    """How pytest ends on a copy with the mutant, and the line that says most."""
+def _verdict(mutant: Mutant, timeout: float) -> tuple[str, str]:
+    """'died', 'LIVES' or 'UNKNOWN', and the test that saw it or why there is no telling."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         root = Path(folder)
         for name in COPIED:
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-            elif (ROOT / name).exists():
+            else:
                 shutil.copy(ROOT / name, root / name)
         mutant.put_into(root)
-        environment = {**os.environ, "TK_GATE": mutant.gate, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *mutant.tests]
         try:
-            done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout)
+            done = _pytest(root, mutant.gate, mutant.tests, timeout)
         except subprocess.TimeoutExpired:
-            return DIES, f"ran longer than {timeout:.0f} s"
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode, (lines or done.stdout.splitlines() or done.stderr.splitlines() or [""])[-1]
+            return "died", f"ran longer than {timeout:.0f} s"
+    if done.returncode == LIVES:
+        return "LIVES", done.stdout.splitlines()[-1]
+    failed = [line.split(" - ")[0].split(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    if done.returncode != DIES or not failed:
+        return "UNKNOWN", f"pytest ended with {done.returncode}: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+    if not _passes(mutant.gate, failed[0], timeout):
+        return "UNKNOWN", f"{failed[0]} fails without it too"
+    return "died", failed[0]
+
+
+@functools.cache
+def _passes(gate: str, test: str, timeout: float) -> bool:
+    """Whether a test passes on the source as it is."""
+    return _pytest(ROOT, gate, (test,), timeout).returncode == LIVES
+
+
+def _pytest(root: Path, gate: str, tests: tuple[str, ...], timeout: float) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TK_GATE": gate, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 if __name__ == "__main__":
