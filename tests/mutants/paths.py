@@ -11,6 +11,15 @@ def _mutant(
     return Mutant(f"path: {name}", file, before, after, gate, tests, reason)
 
 
+# tests
+STAGES = "tests/cpu/test_stage.py"
+PASSES = "tests/cpu/test_passes.py"
+CHAIN = "tests/cpu/test_chain.py"
+PRODUCTS = "tests/cpu/test_linear.py"
+GRADIENTS = "tests/cpu/test_one_gradient.py"
+COMPILER = "tests/cpu/test_compiler.py"
+BUFFERS = "tests/cpu/test_buffers.py"
+
 MUTANTS = [
     _mutant("fuse() changes nothing", "tkernels/fusion/chains.py",
             "        if reason is None:\n            chains.append(chain)\n",
@@ -49,31 +58,31 @@ MUTANTS = [
             "            for i in dead:\n                values[i] = None\n", "", "tests/core", "tests/conv_stage"),
     _mutant("a stage on a CPU is torch's calls", "tkernels/ops/conv_stage/op.py",
             "y = None if cpu is None or residual is not None else cpu.conv_stage(x, layers, stage)", "y = None",
-            "tests/cpu"),
+            STAGES),
     _mutant("batch norm on a CPU is torch's calls", "tkernels/cpu/norm.py",
-            '    if activation != "relu" or bn.training', '    if activation != "" or bn.training', "tests/cpu",
+            '    if activation != "relu" or bn.training', '    if activation != "" or bn.training', PASSES,
             "tests/batch_norm"),
     _mutant("the loss on a CPU is torch's calls", "tkernels/cpu/loss.py",
-            "        weight is None\n        and guard", "        weight is not None\n        and guard", "tests/cpu",
+            "        weight is None\n        and guard", "        weight is not None\n        and guard", PASSES,
             "tests/cross_entropy"),
     _mutant("products on a CPU are torch's", "tkernels/cpu/product.py",
-            "    return _onednn(x, weight, bias) if fits and", "    return None if fits and", "tests/cpu"),
+            "    return _onednn(x, weight, bias) if fits and", "    return None if fits and", PRODUCTS),
     _mutant("weights are never kept", "tkernels/cpu/packed.py",
-            "        bits = _bits(weight)\n", "        bits = None\n", "tests/cpu"),
+            "        bits = _bits(weight)\n", "        bits = None\n", CHAIN),
     _mutant("gradients of convolutions are torch's", "tkernels/cpu/convolution.py",
-            "    out, group_in, height, width = weight\n", "    return None\n", "tests/cpu"),
+            "    out, group_in, height, width = weight\n", "    return None\n", GRADIENTS, CHAIN),
     _mutant("passes are not compiled", "tkernels/cpu/compiler.py",
-            "        if _broken or not all(is_plain(t) for t in tensors):", "        if True:", "tests/cpu"),
+            "        if _broken or not all(is_plain(t) for t in tensors):", "        if True:", COMPILER),
     _mutant("memory is never used again", "tkernels/cpu/buffers.py",
-            "        for buffer in self._lent.get(nbytes, ()):", "        for buffer in ():", "tests/cpu"),
+            "        for buffer in self._lent.get(nbytes, ()):", "        for buffer in ():", BUFFERS),
     _mutant("linear's activation on a CPU is torch's", "tkernels/cpu/product.py",
             "        return finish(z) if plain_eager() else activations.apply(z, activation)",
-            "        return activations.apply(z, activation)", "tests/cpu", "tests/fusion"),
+            "        return activations.apply(z, activation)", PRODUCTS, "tests/fusion"),
     _mutant("chains on a CPU are torch's calls", "tkernels/fusion/calls.py",
-            "    run = cpu.plan_chain(_described(chain))\n", "    run = 'torch'\n", "tests/fusion", "tests/cpu"),
+            "    run = cpu.plan_chain(_described(chain))\n", "    run = 'torch'\n", "tests/fusion", CHAIN),
     _mutant("a planned chain always runs torch's calls", "tkernels/cpu/chain.py",
             "        x.numel() > 0\n        and plain_eager()\n", "        x.numel() < 0\n        and plain_eager()\n",
-            "tests/cpu", "tests/fusion"),
+            CHAIN, "tests/fusion"),
     _mutant("depthwise convolutions run the implicit GEMM", "tkernels/core/geometry.py",
             "return self.group_in == 1 and self.groups > 1", "return self.groups < 0", "tests/conv", gate="ttsem"),
     _mutant("few channels are not one axis with the taps", "tkernels/core/geometry.py",
