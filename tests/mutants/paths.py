@@ -66,7 +66,7 @@ MUTANTS = [
             "        weight is None\n        and guard", "        weight is not None\n        and guard", PASSES,
             "tests/cross_entropy"),
     _mutant("products on a CPU are torch's", "tkernels/cpu/product.py",
-            "    return _onednn(x, weight, bias) if fits and", "    return None if fits and", PRODUCTS),
+            "    return _onednn(x, weight, bias) if fits and", "    return None if fits and", PRODUCTS, PASSES),
     _mutant("weights are never kept", "tkernels/cpu/packed.py",
             "        bits = _bits(weight)\n", "        bits = None\n", CHAIN),
     _mutant("gradients of convolutions are torch's", "tkernels/cpu/convolution.py",
