@@ -94,5 +94,6 @@ MUTANTS = [
             "            if self._eager or not self._is_full(images, target):", "            if True:", "tests/models"),
     _mutant("perf times PyTorch as tkernels", "perf/providers.py",
             '        "conv2d_relu": conv2d_relu,\n        "conv_stage": conv_stage,',
-            '        "conv2d_relu": conv2d_relu,\n        "conv_stage": _plain_stage,', "tests/perf"),
+            '        "conv2d_relu": conv2d_relu,\n        "conv_stage": _plain_stage,',
+            "tests/perf/test_providers.py", "tests/perf"),
 ]  # fmt: skip
