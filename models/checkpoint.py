@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-from models import parts
-from models.parts import CheckpointError
+from models import contents
+from models.cifar_cnn import name_layers
+from models.contents import CheckpointError
+from models.networks import Network
 
-__all__ = ["CheckpointError", "load", "naming", "newest", "prepare", "save"]
+__all__ = ["CheckpointError", "load", "load_weights", "naming", "newest", "prepare", "save"]
 
 VERSION = 2
 KEYS = ("epoch", "model_state_dict", "optimizer_state_dict", "val_acc", "version", "network")
@@ -119,37 +122,68 @@ def _sync_directory(directory: Path) -> None:
 def load(path: Path, map_location: str | torch.device = "cpu") -> State:
     """Read a checkpoint; raises CheckpointError where it cannot be read, is damaged, lacks a key or is of another
     version, or where its weights are not finite."""
-    try:
-        state = _read(path, map_location)
-    except Exception as error:  # arbitrary bytes make the unpickler raise arbitrary exceptions
-        reason, *_ = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    state = _read(path, map_location)
     with naming(path):
-        if not isinstance(state, dict):
-            raise CheckpointError(f"is no checkpoint of this program: it holds a {type(state).__name__}")
-        version = state.get("version", VERSION)
-        if not (isinstance(version, int) and version == VERSION):
-            raise CheckpointError(f"is a checkpoint of version {version}, this program reads version {VERSION}")
-        parts.need(state, KEYS)
-        parts.check_model(state)
+        _check(state)
     return state
 
 
-def _read(path: Path, map_location: str | torch.device) -> Any:
+def load_weights(path: Path) -> tuple[Network, dict[str, Tensor]]:
+    """(network, its state_dict) of a checkpoint, or of a file that somebody else saved: a state_dict, or a dictionary
+    that has one as model_state_dict, of a CNN here or of the tutorial's; in torch's old format too, which has no
+    checksums. Raises CheckpointError."""
+    state = _read(path, "cpu", old_format=True)
+    with naming(path):
+        mine = isinstance(state, dict) and ("version" in state or "network" in state)
+        weights = state.get("model_state_dict", state) if isinstance(state, dict) and not mine else None
+        if not (isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)):
+            _check(state)
+            return Network.from_dict(state["network"]), state["model_state_dict"]
+        contents.check_weights(weights)
+        name_layers(weights)
+        missing = [name for name in ("stage1.conv1.weight", "classifier.fc1.weight") if name not in weights]
+        if missing:
+            raise CheckpointError(f"holds no weights of the CNN: it lacks {', '.join(missing)}")
+        return Network.of_weights(weights), weights
+
+
+def _check(state: Any) -> None:
+    if not isinstance(state, dict):
+        raise CheckpointError(f"is no checkpoint of this program: it holds a {type(state).__name__}")
+    version = state.get("version", VERSION)
+    if not (isinstance(version, int) and version == VERSION):
+        raise CheckpointError(f"is a checkpoint of version {version}, this program reads version {VERSION}")
+    contents.need(state, KEYS)
+    contents.check_result(state)
+    Network.from_dict(state["network"])
+    contents.check_weights(state["model_state_dict"])
+
+
+def _read(path: Path, map_location: str | torch.device, old_format: bool = False) -> Any:
     """What a file holds, if each of its parts has the checksum it was written with (torch compares none)."""
-    if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would be waited for
-        raise ValueError("it is no regular file")
-    with path.open("rb") as file:
-        with zipfile.ZipFile(file) as archive:
-            damaged, entries = archive.testzip(), archive.infolist()
-        # torch reads nothing of what is marked as a directory, and says nothing
-        marked = next((e.filename for e in entries if e.external_attr & DIRECTORY and not e.is_dir()), None)
-        if damaged is not None and not any(entry.CRC for entry in entries):
-            raise ValueError("it was written without checksums (torch.serialization.set_crc32_options(False))")
-        if damaged is not None or marked is not None:
-            raise ValueError(f"its part {damaged or marked!r} is damaged")
-        file.seek(0)
-        return torch.load(file, map_location=map_location, weights_only=True)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would be waited for
+            raise ValueError("it is no regular file")
+        with path.open("rb") as file:
+            if not old_format or file.read(2) == b"PK":
+                _check_archive(file)
+            file.seek(0)
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except Exception as error:  # arbitrary bytes make the unpickler raise arbitrary exceptions
+        reason, *_ = str(error).splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Raise an exception where a part of the zip file is not as it was written."""
+    with zipfile.ZipFile(file) as archive:
+        damaged, entries = archive.testzip(), archive.infolist()
+    # torch reads nothing of what is marked as a directory, and says nothing
+    marked = next((e.filename for e in entries if e.external_attr & DIRECTORY and not e.is_dir()), None)
+    if damaged is not None and not any(entry.CRC for entry in entries):
+        raise ValueError("it was written without checksums (torch.serialization.set_crc32_options(False))")
+    if damaged is not None or marked is not None:
+        raise ValueError(f"its part {damaged or marked!r} is damaged")
 
 
 @contextlib.contextmanager
@@ -166,10 +200,10 @@ def naming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {reason}") from error
 
 
-def newest(directory: Path, take: Callable[[State], None], tell: Callable[[str], None]) -> State:
+def newest(directory: Path, take: Callable[[State], None], log: Callable[[str], None]) -> State:
     """The newest checkpoint in a directory that can be read and that ``take`` accepts (it raises CheckpointError).
 
-    ``take`` may have half done its work with one it refuses: another follows, or nothing goes on. ``tell`` gets a line
+    ``take`` may have half done its work with one it refuses: another follows, or nothing goes on. ``log`` gets a line
     about one that was passed over. Raises CheckpointError where there is none.
     """
     complaints: list[str] = []
@@ -184,7 +218,7 @@ def newest(directory: Path, take: Callable[[State], None], tell: Callable[[str],
             complaints.append(str(error))
             continue
         for complaint in complaints:
-            tell(f"{complaint}; going on from {path}")
+            log(f"{complaint}; going on from {path}")
         return state
     if complaints:
         raise CheckpointError("; ".join(complaints))

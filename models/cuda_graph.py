@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.engine import WHOLE, Step
+
 # (images, target) -> (loss, logits): forward, loss, backward and the optimizer's step
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Call = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # steps before the capture: kernels are compiled, the optimizer makes its state, workspaces are allocated
 WARM_UP = 3
 # what torch says of a call that waits for the device, and once of the mode that makes it say so
@@ -40,13 +42,13 @@ class GraphedStep:
       step left in Python, and the batch runs eagerly if then random numbers can be drawn, the device answers, and no
       tensor is alive that the capture made (it was never computed). Else CaptureError.
 
-    ``tell`` is called with one line where training goes on without a graph.
+    ``log`` is called with one line where training goes on without a graph.
     """
 
     def __init__(
-        self, step: Step, tell: Callable[[str], None] = print, abandon: Callable[[], None] = lambda: None
+        self, step: Call, log: Callable[[str], None] = print, abandon: Callable[[], None] = lambda: None
     ) -> None:
-        self._step, self._tell, self._abandon = step, tell, abandon
+        self._step, self._log, self._abandon = step, log, abandon
         self._batches = 0
         self._layout: tuple[torch.Size, object] | None = None
         # warm-up and capture share a stream, so that the capture finds the libraries' workspaces of that stream
@@ -56,7 +58,8 @@ class GraphedStep:
         self._results: tuple[Tensor, Tensor] | None = None
         self._eager = False
 
-    def __call__(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, target: Tensor, step: Step = WHOLE) -> tuple[Tensor, Tensor]:
+        """``step`` is a whole one always: there is no graph where batches are accumulated."""
         with torch.cuda.device_of(images):  # streams and graphs are the current device's
             if self._eager or not self._is_full(images, target):
                 return self._step(images, target)
@@ -138,7 +141,7 @@ class GraphedStep:
 
     def _go_on_eagerly(self, reason: str) -> None:
         self._eager = True
-        self._tell(f"note: the step could not be captured as a CUDA graph, training goes on without: {reason}")
+        self._log(f"note: the step could not be captured as a CUDA graph, training goes on without: {reason}")
 
 
 class _Capture:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CONNECT_SECONDS = 20.0
 # what is held out where the data have no validation part of their own
@@ -41,10 +42,6 @@ class Data(NamedTuple):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
 
 def load(name: str, data_dir: Path, seed: int, val_fraction: float | None = None) -> Data:
     """The data set of that name, one of ``NAMES``. ``seed`` draws the split, ``val_fraction`` is the part held out to
@@ -56,15 +53,12 @@ def load(name: str, data_dir: Path, seed: int, val_fraction: float | None = None
 
 
 def tensors(dataset: Dataset[Any]) -> tuple[Tensor, Tensor]:
-    """All inputs and all targets of a data set, stacked."""
+    """All inputs and all targets of a TensorDataset, or of a Subset of one."""
     if isinstance(dataset, Subset):
         chosen = torch.as_tensor(list(dataset.indices))
         inputs, target = tensors(dataset.dataset)
         return inputs[chosen], target[chosen]
-    if isinstance(dataset, TensorDataset):
-        return cast("tuple[Tensor, Tensor]", dataset.tensors)
-    rows, labels = zip(*(dataset[i] for i in range(len(cast(Any, dataset)))))
-    return torch.stack(rows), torch.as_tensor(labels)
+    return cast("tuple[Tensor, Tensor]", cast(TensorDataset, dataset).tensors)
 
 
 def split(dataset: Dataset[Any], val_fraction: float | None, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -140,23 +134,10 @@ def _how_to_get_cifar10(data_dir: Path, error: Exception) -> str:
     )
 
 
-class SumIsPositive(Dataset[Any]):
-    """1,000 rows of 10 normal features; a row's class is 1 where their sum is positive, else 0."""
-
-    def __init__(self, seed: int, rows: int = 1000, features: int = 10) -> None:
-        self.rows = torch.randn(rows, features, generator=torch.Generator().manual_seed(seed))
-        self.label = (self.rows.sum(1) > 0).long()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.rows[index], self.label[index]
-
-
 def synthetic(data_dir: Path, seed: int, val_fraction: float | None = None) -> Data:
-    """Rows that a linear model can tell apart; ``data_dir`` is not used."""
-    train, val = split(SumIsPositive(seed), val_fraction, seed)
+    """1,000 rows of 10 normal features; a row's class is 1 where their sum is positive. ``data_dir`` is not used."""
+    rows = torch.randn(1000, 10, generator=torch.Generator().manual_seed(seed))
+    train, val = split(TensorDataset(rows, (rows.sum(1) > 0).long()), val_fraction, seed)
     return Data(train, val, ("negative", "positive"))
 
 

@@ -82,6 +82,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def log(line: str) -> None:
+    """Print a line, in the main process only."""
+    if is_main():
+        print(line, flush=True)
+
+
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Within it the processes of the job can talk: NCCL between GPUs, Gloo between CPUs."""

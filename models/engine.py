@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,33 @@ from torch import Tensor, nn
 from models import distributed
 
 Loader = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a batch is of an optimizer's step.
+
+    ``index``: the batch's number in its epoch; ``first`` and ``last`` of the batches that make the step, of whose
+    examples it is the ``share``.
+    """
+
+    index: int = 0
+    first: bool = True
+    last: bool = True
+    share: float = 1.0
+
+
+def steps(sizes: Sequence[int], accumulate: int = 1) -> list[Step]:
+    """For the batches of an epoch, of these sizes: so many of them make a step, each counting by its examples."""
+    found = []
+    for i, size in enumerate(sizes):
+        begin = i // accumulate * accumulate
+        together = sizes[begin : begin + accumulate]
+        found.append(Step(i, i == begin, i == begin + len(together) - 1, size / sum(together)))
+    return found
+
+
+WHOLE = Step()
 
 
 class EpochResult(NamedTuple):
@@ -59,8 +88,8 @@ class TrainingStep:
     """Forward, loss, backward and the optimizer's step on a batch; gives (loss, logits).
 
     ``amp``: the dtype to autocast to; ``scaler``: scales the loss, for float16; ``clip``: the largest norm of all
-    gradients together, 0 for any. A batch that is only part of a step counts as its ``share`` of it: the ``first`` one
-    clears the gradients, the ``last`` one moves the parameters.
+    gradients together, 0 for any. Where a batch is only part of a step, the first one clears the gradients and the last
+    one moves the parameters.
     """
 
     def __init__(
@@ -76,21 +105,19 @@ class TrainingStep:
         self._model, self._criterion, self._optimizer = model, criterion, optimizer
         self._amp, self._scaler, self._clip = amp, scaler, clip
 
-    def __call__(
-        self, images: Tensor, target: Tensor, share: float = 1.0, first: bool = True, last: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        if first:
+    def __call__(self, images: Tensor, target: Tensor, step: Step = WHOLE) -> tuple[Tensor, Tensor]:
+        if step.first:
             self._optimizer.zero_grad(set_to_none=True)
         with contextlib.ExitStack() as stack:
             # gradients cross processes once a step
-            if not last and isinstance(self._model, nn.parallel.DistributedDataParallel):
+            if not step.last and isinstance(self._model, nn.parallel.DistributedDataParallel):
                 stack.enter_context(self._model.no_sync())
             with autocast(images, self._amp):
                 logits = self._model(images)
                 loss = self._criterion(logits, target)
-            part = loss if share == 1.0 else loss * share
+            part = loss if step.share == 1.0 else loss * step.share
             (part if self._scaler is None else self._scaler.scale(part)).backward()
-        if last:
+        if step.last:
             self._update()
         return loss.detach(), logits.detach()
 
@@ -122,23 +149,18 @@ def autocast(images: Tensor, dtype: torch.dtype | None) -> contextlib.AbstractCo
 def train_epoch(
     model: nn.Module,
     batches: Loader,
-    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    train: Callable[[Tensor, Tensor, Step], tuple[Tensor, Tensor]],
     totals: Totals,
-    *,
-    after: Callable[[], None] | None = None,
-    bar: Callable[[Loader], Loader] = iter,
-) -> EpochResult:
-    """Train on every batch once; ``totals`` goes on from what it holds, ``after`` is called when a batch is done.
+    steps: Iterable[Step],
+) -> Iterator[Step]:
+    """Train on each batch as the part of a step that it is, add to ``totals``, and give what was done.
 
     Loss and accuracy are those of each batch as it was trained on, dropout included.
-    Raises ValueError where there was no batch.
     """
     model.train()
-    for images, target in bar(batches):
-        totals.add(*step(images, target), target)
-        if after is not None:
-            after()
-    return totals.result()
+    for (images, target), step in zip(batches, steps):
+        totals.add(*train(images, target, step), target)
+        yield step
 
 
 @torch.no_grad()
@@ -175,16 +197,11 @@ def validate(
     return totals.result()
 
 
-def progress_bar(label: str, total: int, done: int = 0) -> Callable[[Loader], Loader]:
+def progress_bar(label: str, total: int, done: int = 0) -> Callable[[Iterable[Any]], Iterable[Any]]:
     """Shows how far a pass is, on a terminal only and by the main process only."""
     from tqdm import tqdm
 
-    def shown(batches: Loader) -> Loader:
-        # disable=None: no bar where the output is no terminal
-        disable = None if distributed.is_main() else True
-        return tqdm(
-            batches, desc=label, total=total, initial=done, unit="batch", leave=False, disable=disable,
-            dynamic_ncols=True,
-        )  # fmt: skip
-
-    return shown
+    return functools.partial(
+        tqdm, desc=label, total=total, initial=done, unit="batch", leave=False, dynamic_ncols=True,
+        disable=None if distributed.is_main() else True,  # None: no bar where the output is no terminal
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
@@ -17,6 +17,13 @@ class Row(NamedTuple):
     val_loss: float
     train_acc: float
     val_acc: float
+
+    def show(self, board: Any) -> None:
+        """Write the epoch to TensorBoard, by its SummaryWriter."""
+        for split in ("train", "val"):
+            board.add_scalar(f"loss/{split}", getattr(self, f"{split}_loss"), self.epoch)
+            board.add_scalar(f"accuracy/{split}", getattr(self, f"{split}_acc"), self.epoch)
+        board.flush()
 
 
 class History:

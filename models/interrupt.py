@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as the wish to stop after the step at hand, so that nothing of it is lost."""
+"""SIGTERM and SIGINT as a request to stop after the step at hand, so that nothing of it is lost."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Stopped(Exception):
         self.signum = signum
 
 
-class StopWish:
+class StopRequest:
     """While it is open, the first SIGTERM or SIGINT is noted; a second one acts as it usually does."""
 
     def __init__(self) -> None:
         self.signum = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopWish:
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 self._before[signum] = signal.signal(signum, self._note)
@@ -44,6 +44,6 @@ class StopWish:
         self.signum = signum
         self._restore()
 
-    def agreed(self) -> int:
+    def requested(self) -> int:
         """The signal to stop for, 0 if none: the same answer in every process of the job."""
         return distributed.largest(self.signum)

@@ -46,15 +46,15 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str, tell: Callable[[str], None]) -> Iterator[bool]:
+def held(path: Path, what: str, log: Callable[[str], None]) -> Iterator[bool]:
     """Within it this process alone holds ``path``, a file that is made for it and removed in the end.
 
-    ``what``: what others must keep off, for messages. Gives False, after a word to ``tell``, on a file system without
+    ``what``: what others must keep off, for messages. Gives False, after a line to ``log``, on a file system without
     locks: then nobody is kept off. Raises Busy where another one holds it, OSError where the file cannot be made.
     """
     descriptor = _taken(path, what)
     if descriptor is None:
-        tell(f"note: {path.parent} has no locks: another process writing {what} would not be noticed")
+        log(f"note: {path.parent} has no locks: another process writing {what} would not be noticed")
         yield False
         return
     try:

@@ -1,52 +1,152 @@
-"""From the description of a network, as a checkpoint keeps it, to the network."""
+"""Which network it is, as a checkpoint says it: what fits the data, and from that description to the network."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tkernels.nn as tnn
-from models.cifar_cnn import AttentionCNN, CNNClassifier, FusedCNNClassifier
-from models.data import Data, tensors
-from models.mlp import FusedMLPClassifier, MLPClassifier
+from models import data
+from models.cifar_cnn import POOLINGS, AttentionCNN, CNNClassifier, FusedCNNClassifier, linear_layers
+from models.contents import mapping, must
 
-# numbers, strings and lists: what torch.load reads with weights_only=True
-Description = dict[str, Any]
-
-
-def describe(data: Data, model: str, width: int, image_size: int) -> Description:
-    """The network that fits the data, and what it must know of them: the classes' names, how images are normalised."""
-    classes = list(data.classes)
-    if data.mean is None or data.std is None:
-        return {"kind": "mlp", "features": tensors(data.train)[0].shape[1], "classes": classes}
-    normal = {"mean": list(data.mean), "std": list(data.std)}
-    kind = "attention" if model == "attention" else "cnn"
-    return {"kind": kind, "width": width, "image_size": image_size, "classes": classes, **normal}
+KINDS = ("mlp", "cnn", "attention")
+HIDDEN = (64, 32)
 
 
-def build(description: Description, fused: bool) -> nn.Module:
-    """The network, with new weights."""
-    classes = len(description["classes"])
-    if description["kind"] == "mlp":
-        return (FusedMLPClassifier if fused else MLPClassifier)(description["features"], classes)
-    network = FusedCNNClassifier if fused else CNNClassifier
-    if description["kind"] == "attention":  # has no plain twin
-        network = AttentionCNN
-    model: nn.Module = network(classes, width=description["width"], image_size=description["image_size"])
-    # faster than NCHW on the CPU, and what the Triton kernels read without a transposition
-    return model.to(memory_format=torch.channels_last)
+class MLPClassifier(nn.Module):
+    """Linear layers with ReLU and dropout between them: rows (N, features) -> logits (N, num_classes).
+
+    Raises ValueError for a count below 1 or a probability outside [0, 1].
+    """
+
+    fused = False
+
+    def __init__(
+        self, features: int, num_classes: int, *, hidden: tuple[int, ...] = HIDDEN, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        if features < 1 or num_classes < 1:
+            raise ValueError(f"features and num_classes must be positive, got {features} and {num_classes}")
+        self.classifier = linear_layers((features, *hidden, num_classes), dropout, self.fused)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.classifier(rows)
+
+
+class FusedMLPClassifier(MLPClassifier):
+    """The network of :class:`MLPClassifier` of fused linear layers, ReLU and dropout in the same call."""
+
+    fused = True
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of one of ``KINDS``, and what it must know of the data: the classes' names, how images are normalised.
+
+    An MLP has ``features``, the others ``width``, ``image_size``, ``mean`` and ``std``.
+    """
+
+    kind: str
+    classes: tuple[str, ...]
+    features: int = 0
+    width: int = 0
+    image_size: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @classmethod
+    def of_data(cls, found: data.Data, model: str, width: int, image_size: int) -> Network:
+        """What fits the data; ``model``, ``width`` and ``image_size`` are the options of these names, for images."""
+        if found.mean is None or found.std is None:
+            return cls("mlp", found.classes, features=data.tensors(found.train)[0].shape[1])
+        kind = "attention" if model == "attention" else "cnn"
+        return cls(kind, found.classes, 0, width, image_size, found.mean, found.std)
+
+    @classmethod
+    def of_weights(cls, weights: dict[str, Any]) -> Network:
+        """The CNN of a state_dict that comes without a description: its sizes from the shapes, CIFAR-10's
+        normalisation, and its classes' names where there are ten. Raises KeyError, AttributeError or ValueError for
+        another state_dict."""
+        width, classes = len(weights["stage1.conv1.weight"]), len(weights["classifier.fc3.bias"])
+        image_size = 2**POOLINGS * math.isqrt(weights["classifier.fc1.weight"].shape[1] // (4 * width))
+        names = data.CIFAR10_CLASSES if classes == 10 else tuple(map(str, range(classes)))
+        kind = "attention" if "position" in weights else "cnn"
+        return cls(kind, names, 0, width, image_size, data.CIFAR10_MEAN, data.CIFAR10_STD)
+
+    @classmethod
+    def from_dict(cls, saved: Any) -> Network:
+        """Of what :meth:`to_dict` gave. Raises CheckpointError for anything else."""
+        kind: Any = mapping(saved, "network").get("kind")
+        must(isinstance(kind, str) and kind in KINDS, "network: kind", f"one of {', '.join(KINDS)}", kind)
+        found: dict[str, Any] = {name: saved.get(name) for name in ("classes", *_FIELDS[kind])}
+        for name, value in found.items():
+            good, what = _CHECKS[name]
+            must(good(value), f"network: {name}", what, value)
+            found[name] = tuple(value) if isinstance(value, list) else value
+        return cls(kind, **found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings and lists, for checkpoints."""
+        fields = dataclasses.asdict(self).items()
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in fields if v}
+
+    @property
+    def takes_rows(self) -> bool:
+        return self.kind == "mlp"
+
+    @property
+    def name(self) -> str:
+        return "MLP" if self.takes_rows else "CNN"
+
+    def build(self, fused: bool) -> nn.Module:
+        """The network, with new weights; an attention network is always fused."""
+        classes = len(self.classes)
+        if self.takes_rows:
+            return (FusedMLPClassifier if fused else MLPClassifier)(self.features, classes)
+        network: Callable[..., nn.Module] = FusedCNNClassifier if fused else CNNClassifier
+        if self.kind == "attention":
+            network = AttentionCNN
+        # faster than NCHW on the CPU, and what the Triton kernels read without a transposition
+        return network(classes, width=self.width, image_size=self.image_size).to(memory_format=torch.channels_last)
+
+    def differences(self, wanted: Network) -> list[str]:
+        """What keeps a checkpoint of this network from going on as ``wanted``; empty if nothing does."""
+        ours, theirs = self.to_dict(), wanted.to_dict()
+        return [
+            f"{name} {ours.get(name)!r} instead of {theirs.get(name)!r}"
+            for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name) and name not in ("mean", "std")
+        ]
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(type(name) is str for name in value)
+
+
+def _are_shares(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(x) is float and 0 <= x <= 1 for x in value)
+
+
+_IMAGES = ("width", "image_size", "mean", "std")
+_FIELDS = {"mlp": ("features",), "cnn": _IMAGES, "attention": _IMAGES}
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "classes": (_are_names, "a list of names"),
+    **dict.fromkeys(("features", "width", "image_size"), (_is_size, "a whole number, 1 or more")),
+    "mean": (_are_shares, "three numbers from 0 to 1"),
+    "std": (lambda value: _are_shares(value) and min(value) >= 1e-6, "three numbers above 0, at most 1"),
+}
 
 
 def build_criterion(fused: bool, label_smoothing: float) -> nn.Module:
-    return (tnn.CrossEntropyLoss if fused else nn.CrossEntropyLoss)(label_smoothing=label_smoothing)
-
-
-def differences(saved: Description, wanted: Description) -> list[str]:
-    """What keeps a checkpoint of the network ``saved`` from going on as ``wanted``; empty if nothing does."""
-    return [
-        f"{key} {saved.get(key)!r} instead of {wanted.get(key)!r}"
-        for key in sorted(saved.keys() | wanted.keys())
-        if saved.get(key) != wanted.get(key) and key not in ("mean", "std")
-    ]
+    return (tnn if fused else nn).CrossEntropyLoss(label_smoothing=label_smoothing)

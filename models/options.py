@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import importlib
@@ -12,63 +13,155 @@ from typing import Any
 
 import torch
 
-from models import arguments, distributed, recipes
-from models.arguments import PROGRAM, Parser
+import tkernels
+from models import data, distributed, recipes
+from models.arguments import FloatArgument, IntArgument, Parser
 from tkernels.core import mode
 
-__all__ = ["PROGRAM", "Options", "parse"]
-
+PROGRAM = "python -m models.train"
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+POSITIVE = FloatArgument(lambda x: x > 0, "above 0")
+NOT_NEGATIVE = FloatArgument(lambda x: x >= 0, "0 or more")
+PART = FloatArgument(lambda x: 0 <= x < 1, "from 0 to below 1")
 # where and how a run goes on, not what it computes
 _NOT_SETTINGS = ("data_dir", "device", "out", "resume", "plot_gradients", "tensorboard", "backend", "workers", "loader",
                  "pin_memory", "cuda_graph", "compile", "model", "recipe")  # fmt: skip
 
 
+def _option(help: str, default: Any = None, **how: Any) -> Any:
+    """A field that is an option too; ``how`` goes to argparse. A default of None depends on other options."""
+    return dataclasses.field(metadata={"help": help, "default": default, **how})
+
+
+def _by_recipe(name: str) -> str:
+    """The default of an option, where recipes differ of each."""
+    texts = []
+    for recipe in recipes.RECIPES.values():
+        value = getattr(recipe, name)
+        texts.append(f"{value[1]}, for cifar10 {value[0]}" if isinstance(value, tuple) else
+                     f"{value:g}" if isinstance(value, float) else value)  # fmt: skip
+    default, fast = texts
+    return f"(default: {default})" if default == fast else f"(default: {default}; fast: {fast})"
+
+
+def _data(text: str) -> str:
+    if text in data.NAMES or (text.startswith("csv:") and len(text) > 4):
+        return text
+    raise argparse.ArgumentTypeError(f"must be one of {', '.join(data.NAMES)} or csv:FILE, got {text!r}")
+
+
+# fmt: off
+# ruff: noqa: RUF009  # _option makes fields
 @dataclass(frozen=True)
 class Options:
-    """What to train, on what, and how."""
+    """What to train, on what, and how. Each field is an option of the command line."""
 
-    data: str
-    data_dir: Path
-    target: str | None
-    categorical: tuple[str, ...]
-    val_fraction: float | None
-    loader: str
-    workers: int
-    pin_memory: bool
-    drop_last: bool
-    image_size: int
-    flip: bool
-    rotate: float
-    model: str
-    width: int
-    backend: str
-    device: torch.device
-    amp: torch.dtype | None
-    compile: bool
-    cuda_graph: bool
-    sync_bn: bool
-    recipe: str
-    epochs: int
-    batch_size: int
-    accumulate: int
-    optimizer: str
-    lr: float
-    schedule: str
-    warmup: float
-    momentum: float
-    weight_decay: float
-    label_smoothing: float
-    clip: float
-    seed: int
-    out: Path
-    resume: bool
-    plot_gradients: bool
-    tensorboard: bool
+    data: str = _option(
+        "digits: 1,797 handwritten digits that come with scikit-learn; cifar10: CIFAR-10, downloaded if need be; "
+        "csv:FILE: the rows of a CSV file with a first line of names; synthetic: 1,000 rows of 10 normal numbers, "
+        "classified by the sign of their sum; fake: noise of CIFAR-10's shape",
+        "digits", type=_data, metavar="NAME", group="data")
+    data_dir: Path = _option("where CIFAR-10 lies", Path("data"), type=Path, metavar="DIR")
+    target: str | None = _option("with csv: the column that holds the class (default: the last)", metavar="COLUMN")
+    categorical: tuple[str, ...] = _option(
+        "with csv: columns of categories though they look like numbers, such as postal codes (default: none)",
+        (), nargs="+", metavar="COLUMN")
+    val_fraction: float | None = _option(
+        "part of the training data held out at random to validate (default: 0.2; with cifar10 its test images "
+        "validate)", type=FloatArgument(lambda x: 0 < x < 1, "between 0 and 1"), metavar="F")
+
+    loader: str = _option(
+        "device: all data lie on the device from the start; workers: a DataLoader brings batches",
+        "device", choices=("device", "workers"), group="loading and augmentation")
+    workers: int = _option(
+        "processes that load, with --loader workers; 0: the training process itself",
+        2, type=IntArgument(0), metavar="N")
+    pin_memory: bool = _option("page-locked memory for batches, with --loader workers (default: on a GPU yes)")
+    drop_last: bool = _option("leave out an epoch's last batch if it is not full (default: no)", False)
+    image_size: int = _option("images are resized to N x N", 32, type=IntArgument(8, 1024), metavar="N")
+    flip: bool = _option("mirror every other training image at random (default: with cifar10 yes)")
+    rotate: float = _option(
+        "turn training images by up to so much (default: 10 for cifar10, else 0)",
+        type=FloatArgument(lambda x: 0 <= x <= 180, "from 0 to 180"), metavar="DEGREES")
+
+    model: str = _option(
+        "fused: built from tkernels.nn; plain: from torch.nn; checkpoints fit both; attention: fused, with "
+        "self-attention on the last feature map", "fused", choices=("fused", "plain", "attention"), group="network")
+    width: int = _option(
+        "channels of the CNN's first stage; the later layers scale with it",
+        32, type=IntArgument(1, 4096), metavar="N")
+    backend: str = _option(
+        "how fused modules run: triton, torch, or auto: Triton on a GPU, PyTorch elsewhere "
+        "(default: %(default)s; TKERNELS_BACKEND sets it)", tkernels.get_backend, choices=mode.BACKENDS)
+    device: torch.device = _option(
+        "cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu; with torchrun a GPU a process)")
+    amp: torch.dtype | None = _option(
+        "mixed precision: bf16, or fp16 with a scaled loss (default: off; with --recipe fast bf16 on a GPU)",
+        choices=tuple(AMP))
+    compile: bool = _option("compile the network with torch.compile (default: no)", False)
+    cuda_graph: bool = _option(
+        "replay the training step as a CUDA graph, which saves the host's time (default: on a GPU yes, unless fp16, "
+        "several processes or accumulation forbid it)")
+    sync_bn: bool = _option(
+        "with several processes: batch norm's statistics are those of all of them (default: yes)", True)
+
+    recipe: str = _option(
+        "sets the defaults of what follows: Adam along a cosine; or, fast, a few epochs of SGD-Nesterov in larger "
+        "batches with smoothed labels", "default", choices=tuple(recipes.RECIPES), group="training")
+    epochs: int = _option(
+        "passes over the training data; 0 only validates the initial weights " + _by_recipe("epochs"),
+        type=IntArgument(0), metavar="N")
+    batch_size: int = _option(
+        "examples a batch, of all processes together " + _by_recipe("batch_size"),
+        type=IntArgument(1, 2**31 - 1), metavar="N")
+    accumulate: int = _option("batches whose gradients make one step", 1, type=IntArgument(1), metavar="N")
+    optimizer: str = _option(
+        "adam, adamw, or sgd with Nesterov momentum " + _by_recipe("optimizer"), choices=recipes.OPTIMIZERS)
+    lr: float = _option("the largest learning rate " + _by_recipe("lr"), type=POSITIVE, metavar="RATE")
+    schedule: str = _option(
+        "how the learning rate falls to 0 after warm-up, or that it stays " + _by_recipe("schedule"),
+        choices=recipes.SCHEDULES)
+    warmup: float = _option(
+        "part of the run in which the learning rate rises to --lr " + _by_recipe("warmup"), type=PART, metavar="F")
+    momentum: float = _option("of sgd", 0.9, type=PART, metavar="F")
+    weight_decay: float = _option(
+        "L2 penalty of adam; decay of weights, not of biases and norms, of adamw and sgd "
+        + _by_recipe("weight_decay"), type=NOT_NEGATIVE, metavar="RATE")
+    label_smoothing: float = _option(
+        "part of each label that is spread over all classes " + _by_recipe("label_smoothing"),
+        type=PART, metavar="F")
+    clip: float = _option(
+        "scale gradients down to this norm, all together; 0: never " + _by_recipe("clip"),
+        type=NOT_NEGATIVE, metavar="NORM")
+    seed: int = _option(
+        "of weights, split, order, augmentation and dropout", 0, type=IntArgument(0, 2**32 - 1), metavar="N")
+
+    out: Path = _option(
+        "where results go; files of an earlier run there are replaced (default: runs/NAME-OF-THE-DATA)",
+        type=Path, metavar="DIR", group="results")
+    resume: bool = _option(
+        "go on from the newest good checkpoint in --out, which every epoch, SIGTERM and SIGINT leave there; "
+        "give the same options again (default: no)", False, action="store_true")
+    plot_gradients: bool = _option(
+        "draw gradients.png: mean and largest gradient of every layer in the last step (default: no)",
+        False, action="store_true")
+    tensorboard: bool = _option(
+        "write loss and accuracy for TensorBoard too, which must be installed (default: no)",
+        False, action="store_true")
+    # fmt: on
 
     def settings(self) -> dict[str, str]:
         """What decides the result, as text, for checkpoints."""
         fields = dataclasses.asdict(self)
         return {name: str(value) for name, value in fields.items() if name not in _NOT_SETTINGS}
+
+    def changed(self, saved: dict[str, str]) -> list[tuple[str, str, str]]:
+        """(option, its value in ``saved``, its value now) of the settings that differ."""
+        return [
+            (_name(name), saved[name], value)
+            for name, value in self.settings().items()
+            if name in saved and saved[name] != value
+        ]
 
     def fingerprint(self) -> str:
         """Which content the CSV file has, in a few words; empty for other data, which their names and seeds define."""
@@ -78,43 +171,55 @@ class Options:
         content = path.read_bytes()
         return f"{len(content):,} bytes with digest {hashlib.sha256(content).hexdigest()[:12]}"
 
-    def changed(self, saved: dict[str, str]) -> list[tuple[str, str, str]]:
-        """(option, its value in ``saved``, its value now) of the settings that differ."""
-        return [
-            (f"--{name.replace('_', '-')}", saved[name], value)
-            for name, value in self.settings().items()
-            if name in saved and saved[name] != value
-        ]
-
 
 def parse(argv: Sequence[str] | None = None) -> Options:
     """The options given. Exits with status 2 and one line on stderr where one is unknown or absurd."""
     try:
         distributed.check_environment()
-        parser = arguments.build_parser()
+        parser = _parser()
     except ValueError as error:  # of an environment variable
         Parser(prog=PROGRAM).error(str(error))
     args = parser.parse_args(argv)
-    _complete(args)
-    _check(parser, args)
-    on_gpu = args.device.type == "cuda"
-    if args.pin_memory is None:
-        args.pin_memory = on_gpu
-    if args.amp is None:
-        args.amp = "bf16" if args.recipe == "fast" and on_gpu else "off"
-    obstacle = _no_cuda_graph(args)
-    if args.cuda_graph and obstacle:
-        parser.error(f"argument --cuda-graph: {obstacle}")
-    if args.cuda_graph is None:
-        args.cuda_graph = not obstacle
-    args.amp = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
-    args.categorical = tuple(args.categorical)
+    try:
+        _complete(args)
+    except ValueError as error:
+        parser.error(f"argument {error}")
     return Options(**vars(args))
 
 
+def _name(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        description="Train a classifier, of images or of the rows of a table, and write to a directory history.csv, "
+        "curves.png, confusion.png and checkpoint.pt.",
+        epilog="The same seed gives the same weights, bit for bit, on the CPU with the same number of threads, "
+        "however often training was interrupted and resumed. Several processes: "
+        "torchrun --nproc-per-node N -m models.train ...",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
+    )
+    group: Any = parser
+    for field in dataclasses.fields(Options):
+        how = dict(field.metadata)
+        if "group" in how:
+            group = parser.add_argument_group(how.pop("group"))
+        if callable(how["default"]):
+            how["default"] = how["default"]()
+        if "(default: " not in how["help"]:
+            how["help"] += " (default: %(default)s)"
+        if field.type == "bool":
+            how.setdefault("action", argparse.BooleanOptionalAction)
+        group.add_argument(_name(field.name), **how)
+    return parser
+
+
 def _complete(args: Any) -> None:
-    """The defaults that depend on recipe and data."""
-    cifar10 = args.data == "cifar10"
+    """Fill in the defaults that depend on recipe, data and device. Raises ValueError for what does not go together."""
+    cifar10, table = args.data == "cifar10", args.data.startswith("csv:")
     for name, value in recipes.RECIPES[args.recipe]._asdict().items():
         if getattr(args, name) is None:
             setattr(args, name, (value[0] if cifar10 else value[1]) if isinstance(value, tuple) else value)
@@ -123,38 +228,56 @@ def _complete(args: Any) -> None:
     if args.rotate is None:
         args.rotate = 10.0 if cifar10 else 0.0
     if args.out is None:
-        args.out = Path("runs") / (Path(args.data[4:]).stem if args.data.startswith("csv:") else args.data)
+        args.out = Path("runs") / (Path(args.data[4:]).stem if table else args.data)
+    args.categorical = tuple(args.categorical)
+    _check(args, table)
+    try:
+        args.device = _device(args.device)
+    except ValueError as error:
+        raise ValueError(f"--device: {error}") from error
+    _check_backend(args)
+    on_gpu = args.device.type == "cuda"
+    if args.pin_memory is None:
+        args.pin_memory = on_gpu
+    if args.amp is None:
+        args.amp = "bf16" if args.recipe == "fast" and on_gpu else "off"
+    obstacle = _no_cuda_graph(args)
+    if args.cuda_graph and obstacle:
+        raise ValueError(f"--cuda-graph: {obstacle}")
+    if args.cuda_graph is None:
+        args.cuda_graph = not obstacle
+    args.amp = AMP[args.amp]
 
 
-def _check(parser: Parser, args: Any) -> None:
+def _check(args: Any, table: bool) -> None:
     try:
         if args.out.exists() and not args.out.is_dir():
-            parser.error(f"argument --out: {args.out} is a file, a directory is needed")
+            raise ValueError(f"--out: {args.out} is a file, a directory is needed")
     except OSError as error:  # a name too long
-        parser.error(f"argument --out: {error}")
-    if not args.data.startswith("csv:") and (args.target is not None or args.categorical):
+        raise ValueError(f"--out: {error}") from error
+    if not table and (args.target is not None or args.categorical):
         option = "--categorical" if args.target is None else "--target"
-        parser.error(f"argument {option}: columns are for --data csv:FILE, not for {args.data}")
-    if args.model == "attention" and (args.data.startswith("csv:") or args.data == "synthetic"):
-        parser.error(f"argument --model: attention is for images, not for the rows of {args.data}")
+        raise ValueError(f"{option}: columns are for --data csv:FILE, not for {args.data}")
+    if args.model == "attention" and (table or args.data == "synthetic"):
+        raise ValueError(f"--model: attention is for images, not for the rows of {args.data}")
     processes = distributed.wanted()
     if args.batch_size % processes:
-        parser.error(f"argument --batch-size: {args.batch_size} examples cannot be shared by {processes} processes")
+        raise ValueError(f"--batch-size: {args.batch_size} examples cannot be shared by {processes} processes")
     if args.tensorboard:
         try:
             importlib.import_module("torch.utils.tensorboard")
         except ImportError:
-            parser.error("argument --tensorboard: TensorBoard is not installed: pip install tensorboard")
-    try:
-        args.device = _device(args.device)
-    except ValueError as error:
-        parser.error(f"argument --device: {error}")
-    if args.backend == "triton":
-        if args.model == "plain":
-            parser.error("argument --backend: 'triton' needs --model fused or attention: plain is all PyTorch")
-        reason = mode.why_not_triton(torch.empty(0, device=args.device))
-        if reason is not None:
-            parser.error(f"argument --backend: 'triton' cannot run here: {reason}")
+            raise ValueError("--tensorboard: TensorBoard is not installed: pip install tensorboard") from None
+
+
+def _check_backend(args: Any) -> None:
+    if args.backend != "triton":
+        return
+    if args.model == "plain":
+        raise ValueError("--backend: 'triton' needs --model fused or attention: plain is all PyTorch")
+    reason = mode.why_not_triton(torch.empty(0, device=args.device))
+    if reason is not None:
+        raise ValueError(f"--backend: 'triton' cannot run here: {reason}")
 
 
 def _no_cuda_graph(args: Any) -> str:

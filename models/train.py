@@ -10,16 +10,16 @@ directory; 130 and 143 stopped by SIGINT and SIGTERM.
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import tkernels
-from models import augment, checkpoint, data, distributed, lock, options, plots, tabular, tensorboard
+from models import augment, checkpoint, data, distributed, lock, options, plots, tabular
 from models.checkpoint import CheckpointError
 from models.cuda_graph import CaptureError
 from models.data import Data, DataError
@@ -83,8 +83,7 @@ def _alone(out: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             try:
-                tell = functools.partial(print, flush=True)
-                if stack.enter_context(lock.held(out / ".lock", f"to {out}", tell)):
+                if stack.enter_context(lock.held(out / ".lock", f"to {out}", distributed.log)):
                     checkpoint.prepare(out)
                 _check_files(out)
             except (lock.Busy, CheckpointError, OSError) as error:
@@ -106,13 +105,16 @@ def run(chosen: options.Options) -> EpochResult:
     """Train as the options say and write the results; returns the last validation."""
     parts = load(chosen)
     trainer = Trainer(chosen, parts, loaders(chosen, parts))
-    trainer.say(_headline(chosen, trainer, parts), flush=True)
+    distributed.log(_headline(chosen, trainer, parts))
     if chosen.resume or (distributed.restarts() and trainer.path.exists()):
         trainer.resume()
-    with contextlib.ExitStack() as stack:
-        if chosen.tensorboard and distributed.is_main():
-            trainer.each_epoch = stack.enter_context(tensorboard.opened(chosen.out / "tensorboard"))
-        validation = trainer.fit()
+    board: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if chosen.tensorboard and distributed.is_main():
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(chosen.out / "tensorboard"))
+    with board as writer:
+        validation = trainer.fit(writer)
     if distributed.is_main():
         _report(chosen, trainer, validation, parts)
     return validation
@@ -148,8 +150,7 @@ def loaders(chosen: options.Options, parts: Data) -> Loaders:
 def _report(chosen: options.Options, trainer: Trainer, validation: EpochResult, parts: Data) -> None:
     """Draw the pictures and say how it went."""
     rows, out = trainer.history.rows, chosen.out
-    kind = "MLP" if trainer.network["kind"] == "mlp" else "CNN"
-    name = f"{chosen.model} {kind} on {chosen.data}"
+    name = f"{chosen.model} {trainer.network.name} on {chosen.data}"
     accuracy = f"{validation.accuracy:.2%} validation accuracy"
     written = [checkpoint.NAME, "confusion.png"]
     plots.draw_confusion(trainer.confusion.cpu(), parts.classes, out / "confusion.png", f"{name}: {accuracy}")
@@ -185,10 +186,10 @@ def _headline(chosen: options.Options, trainer: Trainer, parts: Data) -> str:
         how += f", {str(chosen.amp).removeprefix('torch.')}"
     if distributed.size() > 1:
         how += f", {distributed.size()} processes"
-    kind, what = ("MLP", "rows") if trainer.network["kind"] == "mlp" else ("CNN", "images")
+    what = "rows" if trainer.network.takes_rows else "images"
     return (
-        f"{chosen.model} {kind} of {parameters:,} parameters on {chosen.device} ({how}); {chosen.data}: "
-        f"{len(parts.train):,} {what} to train on, {len(parts.val):,} to validate"  # type: ignore[arg-type]
+        f"{chosen.model} {trainer.network.name} of {parameters:,} parameters on {chosen.device} ({how}); "
+        f"{chosen.data}: {len(parts.train):,} {what} to train on, {len(parts.val):,} to validate"  # type: ignore[arg-type]
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import tkernels.nn as tnn
-from models import checkpoint, distributed, engine, networks, parts, recipes
+from models import checkpoint, contents, distributed, engine, networks, recipes
 from models.cuda_graph import GraphedStep
 from models.data import Data
+from models.distributed import log
 from models.history import History, Row
-from models.interrupt import Stopped, StopWish
+from models.interrupt import Stopped, StopRequest
 from models.loader import TrainLoader, ValLoader
+from models.networks import Network
 from models.options import Options
 
 # in a checkpoint's settings: which rows of a table it was trained on
@@ -34,24 +35,19 @@ class Loaders(NamedTuple):
     val: ValLoader
 
 
-def _silent(*args: object, **kwargs: object) -> None:
-    pass
-
-
 class Trainer:
     """Trains as the options say and writes history and checkpoints to ``chosen.out``.
 
-    ``say`` prints a line. In a job of several processes each has one; the first alone writes and prints.
+    In a job of several processes each has one; the first alone writes and prints.
     """
 
-    def __init__(self, chosen: Options, data: Data, loaders: Loaders, say: Callable[..., None] = print) -> None:
+    def __init__(self, chosen: Options, data: Data, loaders: Loaders) -> None:
         self.chosen, self.loaders = chosen, loaders
-        self.say = say if distributed.is_main() else _silent
         self.fingerprint = chosen.fingerprint()
-        self.network = networks.describe(data, chosen.model, chosen.width, chosen.image_size)
+        self.network = Network.of_data(data, chosen.model, chosen.width, chosen.image_size)
         torch.manual_seed(chosen.seed)
         fused = chosen.model != "plain"
-        model = networks.build(self.network, fused)
+        model = self.network.build(fused)
         if chosen.sync_bn and distributed.size() > 1:
             model = tnn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(chosen.device)
@@ -62,19 +58,19 @@ class Trainer:
         self.optimizer = recipes.build_optimizer(
             chosen.optimizer, self.model, lr, chosen.momentum, chosen.weight_decay, chosen.cuda_graph
         )
-        self.steps = math.ceil(len(loaders.train) / chosen.accumulate)  # an epoch
-        self.schedule = recipes.Schedule(
-            self.optimizer, chosen.lr, chosen.schedule, round(chosen.warmup * chosen.epochs * self.steps),
-            chosen.epochs * self.steps,
-        )  # fmt: skip
         self.scaler = torch.amp.GradScaler(chosen.device.type) if chosen.amp == torch.float16 else None
+        self.steps = engine.steps([loaders.train.size(i) for i in range(len(loaders.train))], chosen.accumulate)
+        total = chosen.epochs * sum(step.last for step in self.steps)
+        self.schedule = recipes.Schedule(
+            self.optimizer, chosen.lr, chosen.schedule, round(chosen.warmup * total), total
+        )
         self.history = History(chosen.out / "history.csv", write=distributed.is_main())
         self.epoch, self.batch = 0, 0  # epochs finished; batches done of the one under way
         self.totals = engine.Totals(chosen.device)
         self.val_acc = 0.0
         self.gradients: Gradients = {}
-        self.each_epoch: Callable[[Row], None] = _silent  # called with what an epoch measured
-        self.confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64, device=chosen.device)
+        classes = len(data.classes)
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=chosen.device)
         # from here on every process draws its own random numbers; that of one process is not moved
         if distributed.rank() > 0:
             torch.manual_seed(chosen.seed + 1_000_003 * distributed.rank())
@@ -83,19 +79,23 @@ class Trainer:
     def path(self) -> Path:
         return self.chosen.out / checkpoint.NAME
 
-    def fit(self) -> engine.EpochResult:
+    def fit(self, board: Any = None) -> engine.EpochResult:
         """Train to the last epoch, with history and checkpoint after each; returns the last validation.
 
-        Raises TrainingError when the loss is no longer finite (the checkpoint of the last good epoch stays), Stopped
-        on SIGTERM and SIGINT, after a checkpoint.
+        ``board``: TensorBoard's writer. Raises TrainingError when the loss is no longer finite (the checkpoint of the
+        last good epoch stays), Stopped on SIGTERM and SIGINT, after a checkpoint.
         """
         validation = None
         if self.epoch == 0 and self.batch == 0:
             self.history.start()
-        step = self._training_step()
-        with StopWish() as wish:
+        train = self._training_step()
+        with StopRequest() as request:
             for epoch in range(self.epoch + 1, self.chosen.epochs + 1):
-                validation = self._one_epoch(epoch, step, wish)
+                validation = self._one_epoch(epoch, train, request)
+                if board is not None:
+                    self.history.rows[-1].show(board)
+                if epoch < self.chosen.epochs:
+                    self._stop_if_requested(request)
             if validation is None:  # nothing left to train
                 validation = self.validate("validation")
                 self.val_acc = validation.accuracy
@@ -110,28 +110,27 @@ class Trainer:
             confusion=self.confusion.zero_(), bar=bar,
         )  # fmt: skip
 
-    def _one_epoch(self, epoch: int, step: Any, wish: StopWish) -> engine.EpochResult:
+    def _one_epoch(
+        self, epoch: int, train: engine.TrainingStep | GraphedStep, request: StopRequest
+    ) -> engine.EpochResult:
         label = f"epoch {epoch:{len(str(self.chosen.epochs))}}/{self.chosen.epochs}"
         before, start = self.totals.images, time.perf_counter()
-
-        def after() -> None:
-            self.batch += 1
-            if self.batch % self.chosen.accumulate and self.batch < len(self.loaders.train):
-                return
-            self.schedule.advance()
-            self._stop_if_wished(wish)
-
-        training = engine.train_epoch(
-            self.model, self.loaders.train.epoch(epoch, self.batch), step, self.totals, after=after,
-            bar=engine.progress_bar(label, len(self.loaders.train), self.batch),
-        )  # fmt: skip
+        batches, bar = (
+            self.loaders.train.epoch(epoch, self.batch),
+            engine.progress_bar(label, len(self.steps), self.batch),
+        )
+        for step in bar(engine.train_epoch(self.model, batches, train, self.totals, self.steps[self.batch :])):
+            self.batch = step.index + 1
+            if step.last:
+                self.schedule.advance()
+                self._stop_if_requested(request)
+        training = self.totals.result()
         seconds = time.perf_counter() - start
         if self.chosen.plot_gradients:
             self.gradients = _gradient_flow(self.model)
         rate = (training.images - before * distributed.size()) / seconds
         validation = self.validate(f"{label} validation")
-        row = Row(epoch, training.loss, validation.loss, training.accuracy, validation.accuracy)
-        self.history.add(row)
+        self.history.add(Row(epoch, training.loss, validation.loss, training.accuracy, validation.accuracy))
         if not (math.isfinite(training.loss) and math.isfinite(validation.loss)):
             raise TrainingError(
                 f"the loss is no longer finite after epoch {epoch}: try a --lr below {self.chosen.lr:g}"
@@ -139,19 +138,15 @@ class Trainer:
         self.epoch, self.batch, self.val_acc = epoch, 0, validation.accuracy
         self.totals = engine.Totals(self.chosen.device)
         self.save()
-        self.each_epoch(row)
-        self.say(
+        log(
             f"{label}  train loss {training.loss:.4f}, accuracy {training.accuracy:6.2%}"
             f"  validation loss {validation.loss:.4f}, accuracy {validation.accuracy:6.2%}"
-            f"  {rate:,.0f} examples/s",
-            flush=True,
+            f"  {rate:,.0f} examples/s"
         )
-        if epoch < self.chosen.epochs:
-            self._stop_if_wished(wish)
         return validation
 
-    def _stop_if_wished(self, wish: StopWish) -> None:
-        signum = wish.agreed()
+    def _stop_if_requested(self, request: StopRequest) -> None:
+        signum = request.requested()
         if signum:
             self.save()
             raise Stopped(signum, f"{self.position()}; {self.path} is written, --resume goes on from there")
@@ -160,9 +155,9 @@ class Trainer:
         """Where the run stands, in words."""
         if self.batch == 0:
             return f"after epoch {self.epoch}"
-        return f"in epoch {self.epoch + 1}, after batch {self.batch} of {len(self.loaders.train)}"
+        return f"in epoch {self.epoch + 1}, after batch {self.batch} of {len(self.steps)}"
 
-    def _training_step(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _training_step(self) -> engine.TrainingStep | GraphedStep:
         model: nn.Module = self.model
         if distributed.size() > 1:
             on_gpu = self.chosen.device.type == "cuda"
@@ -170,27 +165,11 @@ class Trainer:
         step = engine.TrainingStep(
             model, self.criterion, self.optimizer, amp=self.chosen.amp, scaler=self.scaler, clip=self.chosen.clip
         )
-        if self.chosen.cuda_graph:
-            return GraphedStep(step, self.say, step.abandon)
-        if self.chosen.accumulate == 1:
-            return step
-        return self._accumulated(step)
-
-    def _accumulated(self, step: engine.TrainingStep) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Several batches make one step, each weighing what it is of their examples together."""
-        loader, group = self.loaders.train, self.chosen.accumulate
-
-        def part(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-            begin = self.batch // group * group
-            end = min(begin + group, len(loader))
-            together = sum(loader.size(i) for i in range(begin, end))
-            return step(images, target, len(target) / together, self.batch == begin, self.batch == end - 1)
-
-        return part
+        return GraphedStep(step, log, step.abandon) if self.chosen.cuda_graph else step
 
     def save(self) -> None:
         """Write the checkpoint; every process must call it. Raises TrainingError where nobody could go on from it."""
-        name = parts.not_finite(self.model.state_dict())
+        name = contents.not_finite(self.model.state_dict())
         if distributed.largest(bool(name)):
             raise TrainingError(
                 f"weights are no longer finite {self.position()} ({name or 'in another process'}), which is not "
@@ -204,7 +183,7 @@ class Trainer:
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": _portable(self.optimizer.state_dict()),
             "val_acc": self.val_acc,
-            "network": self.network,
+            "network": self.network.to_dict(),
             "schedule_state_dict": self.schedule.state_dict(),
             "scaler_state_dict": None if self.scaler is None else self.scaler.state_dict(),
             "batch": self.batch,
@@ -216,11 +195,11 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the newest usable checkpoint in ``chosen.out``. Raises CheckpointError where there is none."""
-        state = checkpoint.newest(self.chosen.out, self._take, lambda line: self.say(f"note: {line}", flush=True))
+        state = checkpoint.newest(self.chosen.out, self._take, lambda line: log(f"note: {line}"))
         for name, saved, wanted in self.chosen.changed(state["settings"]):
-            self.say(f"note: {name} was {saved} so far and is {wanted} from here on", flush=True)
+            log(f"note: {name} was {saved} so far and is {wanted} from here on")
         self.history.start([Row(*row) for row in state["history"]])
-        self.say(f"goes on {self.position()}", flush=True)
+        log(f"goes on {self.position()}")
 
     def _take(self, state: checkpoint.State) -> None:
         """Stand where a checkpoint stood. Raises CheckpointError where that cannot be, perhaps half way."""
@@ -249,21 +228,21 @@ class Trainer:
 
     def _check(self, state: checkpoint.State) -> None:
         needed = ("schedule_state_dict", "scaler_state_dict", "batch", "processes", "history", "settings")
-        parts.need(state, needed, "cannot be gone on from")
-        parts.check_run(state)
-        differences = networks.differences(state["network"], self.network)
+        contents.need(state, needed, "cannot be gone on from")
+        contents.check_run(state)
+        differences = Network.from_dict(state["network"]).differences(self.network)
         saved, wanted = state["settings"].get("optimizer"), self.chosen.optimizer
         if saved != wanted:
             differences.append(f"--optimizer {saved} instead of {wanted}")
-        if state["batch"] > len(self.loaders.train):
-            differences.append(f"{state['batch']} batches of an epoch done, there are {len(self.loaders.train)} now")
+        if state["batch"] > len(self.steps):
+            differences.append(f"{state['batch']} batches of an epoch done, there are {len(self.steps)} now")
         then = state["settings"].get(FINGERPRINT, "")
         if then and self.fingerprint and then != self.fingerprint:
             differences.append(f"the rows of {self.chosen.data} were {then} and are {self.fingerprint} now")
         if differences:
             raise checkpoint.CheckpointError(f"is of another run: {', '.join(differences)}")
-        parts.check_weights(state["model_state_dict"], self.model.state_dict())
-        parts.check_optimizer(state["optimizer_state_dict"], self.optimizer)
+        contents.check_weights(state["model_state_dict"], self.model.state_dict())
+        contents.check_optimizer(state["optimizer_state_dict"], self.optimizer)
 
 
 def _portable(state: dict[str, Any]) -> dict[str, Any]:

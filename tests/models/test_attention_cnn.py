@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import tkernels.nn as tnn
-from models import data, networks
+from models import data
 from models.augment import image_transforms
 from models.cifar_cnn import AttentionCNN, FusedCNNClassifier
 from models.loader import Feed, TrainLoader, ValLoader
+from models.networks import Network
 from tests.watch import AtenWatch
 
 pytestmark = pytest.mark.gate("torch")
@@ -60,11 +61,9 @@ def test_attention_takes_part() -> None:
 
 def test_the_command_trains_it() -> None:
     parts = data.load("digits", Path(), seed=0)
-    description = networks.describe(parts, "attention", 4, 16)
-    assert isinstance(networks.build(description, fused=True), AttentionCNN)
-    assert networks.differences(description, networks.describe(parts, "fused", 4, 16)) == [
-        "kind 'attention' instead of 'cnn'"
-    ]
+    network = Network.of_data(parts, "attention", 4, 16)
+    assert isinstance(network.build(fused=True), AttentionCNN)
+    assert network.differences(Network.of_data(parts, "fused", 4, 16)) == ["kind 'attention' instead of 'cnn'"]
 
 
 @pytest.mark.gate("ttsem", "cuda")

@@ -26,7 +26,7 @@ def state() -> dict[str, Any]:
         "model_state_dict": model.state_dict(),
         "optimizer_state_dict": optimizer.state_dict(),
         "val_acc": 0.5,
-        "network": {"kind": "mlp"},
+        "network": {"kind": "mlp", "features": 3, "classes": ["a", "b"]},
     }
 
 
@@ -81,9 +81,9 @@ def test_the_newest_good_one_is_found(tmp_path: Path, state: dict[str, Any]) -> 
     """Truncated, of another run, or of another version: the one before it is taken, and one line says so."""
     path, previous = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.previous.pt"
 
-    def only_mlp(state: dict[str, Any]) -> None:
-        if state["network"]["kind"] != "mlp":
-            raise checkpoint.CheckpointError("is of another run: kind")
+    def only_three(state: dict[str, Any]) -> None:
+        if state["network"]["features"] != 3:
+            raise checkpoint.CheckpointError("is of another run: features")
 
     def spoil_nothing() -> None: ...
 
@@ -91,7 +91,7 @@ def test_the_newest_good_one_is_found(tmp_path: Path, state: dict[str, Any]) -> 
         path.write_bytes(path.read_bytes()[:-100])
 
     def another_run() -> None:
-        checkpoint.save(path, {**state, "network": {"kind": "cnn"}})
+        checkpoint.save(path, {**state, "network": {**state["network"], "features": 4}})
 
     def another_version() -> None:
         torch.save({**state, "version": 1}, path)
@@ -110,7 +110,7 @@ def test_the_newest_good_one_is_found(tmp_path: Path, state: dict[str, Any]) -> 
             checkpoint.save(path, {**state, "epoch": 2})
         spoil()
         told: list[str] = []
-        found = checkpoint.newest(tmp_path, only_mlp, told.append)
+        found = checkpoint.newest(tmp_path, only_three, told.append)
         assert found["epoch"] == (2 if spoil is spoil_nothing else 1), spoil
         if reason is None:
             assert told == []
@@ -123,9 +123,9 @@ def test_the_newest_good_one_is_found(tmp_path: Path, state: dict[str, Any]) -> 
     path.write_text("hello")
     previous.write_text("hello")
     with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint\.pt cannot .*checkpoint\.previous\.pt cannot"):
-        checkpoint.newest(tmp_path, only_mlp, print)
+        checkpoint.newest(tmp_path, only_three, print)
     with pytest.raises(checkpoint.CheckpointError, match="there is no checkpoint in"):
-        checkpoint.newest(tmp_path / "nowhere", only_mlp, print)
+        checkpoint.newest(tmp_path / "nowhere", only_three, print)
 
 
 class _Unwanted:

@@ -19,7 +19,7 @@ from torch.utils.data import Subset
 from models import checkpoint, data, options, recipes, train, trainer
 from models.cuda_graph import WARM_UP, CaptureError, GraphedStep
 from models.engine import TrainingStep
-from models.interrupt import Stopped, StopWish
+from models.interrupt import Stopped, StopRequest
 from tests.models.stand_in_gpu import MODES, Gpu, Stream
 
 pytestmark = [pytest.mark.gate("torch"), pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
@@ -122,13 +122,13 @@ def test_checkpoints_do_not_say_that_there_was_a_graph(tmp_path: Path, optimizer
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is told to stop when so many steps are done."""
-    asked: list[StopWish] = []
+    asked: list[StopRequest] = []
 
-    def agreed(self: StopWish) -> int:
+    def requested(self: StopRequest) -> int:
         asked.append(self)
         return signal.SIGTERM if len(asked) == steps else 0
 
-    monkeypatch.setattr(StopWish, "agreed", agreed)
+    monkeypatch.setattr(StopRequest, "requested", requested)
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -137,7 +137,7 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_goes_on_in_the_middle_of_an_epoch(
     gpu: Gpu, tmp_path: Path, run: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wish is asked for after each batch and once more between epochs: step 5 is the second epoch's first."""
+    """A request is looked for after each batch and once more between epochs: step 5 is the second epoch's first."""
     words = RUNS[run].split()
     whole = trained(tmp_path / "whole", *words)
     with monkeypatch.context() as patch:

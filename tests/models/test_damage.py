@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from models import checkpoint, history, parts, train, trainer
+from models import checkpoint, contents, history, train, trainer
 from tests.models import processes
 
 pytestmark = [pytest.mark.gate("torch"), pytest.mark.usefixtures("no_pictures")]
@@ -245,12 +245,12 @@ def test_a_parameter_without_a_gradient_has_no_state(name: str, frozen: bool) ->
     parameters[1].requires_grad_(not frozen)
     options = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {})}
     optimizer = getattr(torch.optim, name)(parameters, **options)
-    parts.check_optimizer(optimizer.state_dict(), optimizer)
+    contents.check_optimizer(optimizer.state_dict(), optimizer)
     (parameters[0].sum() + parameters[2].sum()).backward()
     optimizer.step()
     state = optimizer.state_dict()
     assert sorted(state["state"]) == [0, 2]
-    parts.check_optimizer(state, optimizer)
+    contents.check_optimizer(state, optimizer)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -325,11 +325,11 @@ def test_nobody_saves_weights_that_are_nan(
     assert _run(tmp_path, "--epochs", "1") == 0
     content = (tmp_path / checkpoint.NAME).read_bytes()
 
-    def diverged(self: trainer.Trainer, wish: Any) -> None:
+    def diverged(self: trainer.Trainer, request: Any) -> None:
         next(self.model.parameters()).data.fill_(float("nan"))
         self.save()
 
-    monkeypatch.setattr(trainer.Trainer, "_stop_if_wished", diverged)
+    monkeypatch.setattr(trainer.Trainer, "_stop_if_requested", diverged)
     assert _run(tmp_path, "--epochs", "2", "--resume") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"weights are no longer finite in epoch 2, after batch 1 of 2 ({WEIGHT}), which is not written" in line

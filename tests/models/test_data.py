@@ -60,7 +60,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_digits() -> None:
     images = data.load("digits", Path(), seed=0)
-    assert images.num_classes == 10
+    assert len(images.classes) == 10
     train, train_target = data.tensors(images.train)
     val, val_target = data.tensors(images.val)
     assert train.shape == (1437, 3, 8, 8)
@@ -126,7 +126,7 @@ def test_fake() -> None:
 
 def test_cifar10(cifar10_dir: Path) -> None:
     images = data.load("cifar10", cifar10_dir, seed=0)
-    assert (len(images.train), len(images.val), images.num_classes) == (20, 6, 10)  # type: ignore[arg-type]
+    assert (len(images.train), len(images.val), len(images.classes)) == (20, 6, 10)  # type: ignore[arg-type]
     assert images.classes == tuple("abcdefghij")
     with (cifar10_dir / "cifar-10-batches-py" / "test_batch").open("rb") as file:
         raw = pickle.load(file)

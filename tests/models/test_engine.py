@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.engine import Totals, TrainingStep, progress_bar, train_epoch, validate
+from models.engine import Step, Totals, TrainingStep, progress_bar, steps, train_epoch, validate
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -19,7 +19,10 @@ Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def trained(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer) -> Any:
-    return train_epoch(model, batches, TrainingStep(model, nn.CrossEntropyLoss(), optimizer), Totals("cpu"))
+    train, totals = TrainingStep(model, nn.CrossEntropyLoss(), optimizer), Totals("cpu")
+    parts = steps([len(target) for _, target in batches])
+    assert list(train_epoch(model, batches, train, totals, parts)) == parts
+    return totals.result()
 
 
 @pytest.fixture
@@ -146,12 +149,22 @@ def test_parts_of_a_step_are_the_step() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         step = TrainingStep(model, nn.CrossEntropyLoss(), optimizer, clip=0.01)
         before = model.weight.detach().clone(), model.bias.detach().clone()
-        for i, (some, labels) in enumerate(zip(rows.split(sizes), target.split(sizes))):
-            step(some, labels, len(some) / 12, i == 0, i == len(sizes) - 1)
+        for some, labels, part in zip(rows.split(sizes), target.split(sizes), steps(sizes, 3)):
+            step(some, labels, part)
         moved = [(p.detach() - old) for p, old in zip(model.parameters(), before)]
         assert sum(m.square().sum() for m in moved).sqrt().item() == pytest.approx(0.01, rel=1e-4)
         weights.append(model.weight.detach())
     torch.testing.assert_close(weights[0], weights[1])
+
+
+def test_which_batches_make_a_step() -> None:
+    assert steps([4, 4, 2]) == [Step(0), Step(1), Step(2)]
+    assert steps([4, 4, 4, 2, 1], 2) == [
+        Step(0, True, False, 0.5), Step(1, False, True, 0.5), Step(2, True, False, 2 / 3), Step(3, False, True, 1 / 3),
+        Step(4),
+    ]  # fmt: skip
+    assert steps([3, 1], 5) == [Step(0, True, False, 0.75), Step(1, False, True, 0.25)]
+    assert steps([]) == []
 
 
 def test_a_scaled_loss_trains_as_an_unscaled_one() -> None:

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from models import checkpoint, networks, predict
+from models import checkpoint, predict
+from models.networks import Network
 from tests.tolerance import assert_close
 
 pytestmark = pytest.mark.gate("torch")
@@ -30,7 +31,7 @@ def trained(tmp_path: Path) -> Path:
         "kind": "cnn", "width": 4, "image_size": 8, "classes": ["cat", "dog", "bird"],
         "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4],
     }  # fmt: skip
-    model = networks.build(network, fused=True)
+    model = Network.from_dict(network).build(fused=True)
     model(torch.randn(16, 3, 8, 8))
     state = {"epoch": 1, "model_state_dict": model.state_dict(), "optimizer_state_dict": {}, "val_acc": 0.5}
     checkpoint.save(tmp_path / "checkpoint.pt", {**state, "network": network})
@@ -56,7 +57,7 @@ def test_answers(trained: Path, pictures: list[Path], capsys: pytest.CaptureFixt
 
     # by hand, for the image that needs no resizing
     state = checkpoint.load(trained)
-    model = networks.build(state["network"], fused=False).eval()
+    model = Network.from_dict(state["network"]).build(fused=False).eval()
     model.load_state_dict(state["model_state_dict"])
     grey = v2.functional.pil_to_tensor(Image.open(pictures[1])).view(1, 1, 8, 8) / 255
     mean, std = (torch.tensor(state["network"][key]).view(3, 1, 1) for key in ("mean", "std"))

@@ -173,14 +173,14 @@ def test_what_cannot_be_resumed(
 
 
 def test_a_second_signal_acts_at_once() -> None:
-    from models.interrupt import StopWish
+    from models.interrupt import StopRequest
 
     # a suite in a shell's background is started with the signal ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with StopWish() as wish:
+        with StopRequest() as request:
             os.kill(os.getpid(), signal.SIGINT)
-            assert wish.agreed() == signal.SIGINT
+            assert request.requested() == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):
                 _interrupt_this_process()
     finally:

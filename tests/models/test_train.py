@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from models import checkpoint, data, networks, options, plots, train, trainer
+from models import checkpoint, data, options, plots, train, trainer
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
+from models.networks import Network
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -110,7 +111,7 @@ def test_checkpoint_holds_the_weights_that_were_validated(small: Callable[..., P
     state = checkpoint.load(out / "checkpoint.pt")
     chosen = options.parse(["--device", "cpu", "--batch-size", "16", "--image-size", "8"])
     parts = train.load(chosen)
-    model = networks.build(state["network"], fused=False)
+    model = Network.from_dict(state["network"]).build(fused=False)
     model.load_state_dict(state["model_state_dict"])
     result = trainer.engine.validate(model, train.loaders(chosen, parts).val, torch.nn.CrossEntropyLoss(), "cpu")
     last = _history(out)[-1]
@@ -238,12 +239,15 @@ def test_tensorboard(small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
         def __init__(self, directory: str) -> None:
             self.directory = directory
 
+        def __enter__(self) -> Any:
+            return self
+
         def add_scalar(self, name: str, value: float, epoch: int) -> None:
             written.append((name, value, epoch))
 
         def flush(self) -> None: ...
 
-        def close(self) -> None:
+        def __exit__(self, *exc: object) -> None:
             written.append((self.directory, 0.0, 0))
 
     module = types.ModuleType("torch.utils.tensorboard")
@@ -290,13 +294,13 @@ def test_zero_epochs_validates_only(small: Callable[..., Path], capsys: pytest.C
 def test_divergence_keeps_the_last_good_checkpoint(
     small: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, results = trainer.engine.train_epoch, []
+    original, results = trainer.engine.Totals.result, []
 
-    def diverges(*args: Any, **kwargs: Any) -> Any:
-        results.append(original(*args, **kwargs))
-        return results[-1]._replace(loss=math.nan) if len(results) == 2 else results[-1]
+    def diverges(self: Any) -> Any:
+        results.append(original(self))  # of training and validation in turn
+        return results[-1]._replace(loss=math.nan) if len(results) == 3 else results[-1]
 
-    monkeypatch.setattr(trainer.engine, "train_epoch", diverges)
+    monkeypatch.setattr(trainer.engine.Totals, "result", diverges)
     out = small("--epochs", "3", status=1)
     error = capsys.readouterr().err
     assert error.startswith("python -m models.train: error: the loss is no longer finite after epoch 2: try a --lr")
