@@ -134,17 +134,16 @@ def load_weights(path: Path) -> tuple[Network, dict[str, Tensor]]:
     checksums. Raises CheckpointError."""
     state = _read(path, "cpu", old_format=True)
     with naming(path):
-        mine = isinstance(state, dict) and ("version" in state or "network" in state)
-        weights = state.get("model_state_dict", state) if isinstance(state, dict) and not mine else None
-        if not (isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)):
-            _check(state)
-            return Network.from_dict(state["network"]), state["model_state_dict"]
-        contents.check_weights(weights)
-        name_layers(weights)
-        missing = [name for name in ("stage1.conv1.weight", "classifier.fc1.weight") if name not in weights]
-        if missing:
-            raise CheckpointError(f"holds no weights of the CNN: it lacks {', '.join(missing)}")
-        return Network.of_weights(weights), weights
+        bare = isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())
+        if bare or (
+            isinstance(state, dict) and "model_state_dict" in state and not state.keys() & {"version", "network"}
+        ):
+            weights = state if bare else state["model_state_dict"]
+            contents.check_weights(weights)
+            name_layers(weights)
+            return Network.of_weights(weights), weights
+        _check(state)
+        return Network.from_dict(state["network"]), state["model_state_dict"]
 
 
 def _check(state: Any) -> None:

@@ -28,12 +28,12 @@ NUMBERED = {
 }  # fmt: skip
 
 
-def name_layers(state_dict: dict[str, Any], prefix: str = "") -> None:
+def name_layers(state_dict: dict[Any, Any], prefix: str = "") -> None:
     """Give the tutorial's layers in a state_dict the names that they have here; what else is there stays."""
     for key in list(state_dict):
-        layer, _, parameter = key.removeprefix(prefix).rpartition(".")
+        layer, _, parameter = str(key).removeprefix(prefix).rpartition(".")
         named = f"{prefix}{NUMBERED.get(layer)}.{parameter}"
-        if key.startswith(prefix) and layer in NUMBERED and named not in state_dict:
+        if str(key).startswith(prefix) and layer in NUMBERED and named not in state_dict:
             state_dict[named] = state_dict.pop(key)
 
 

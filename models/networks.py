@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tkernels.nn as tnn
 from models import data
 from models.cifar_cnn import POOLINGS, AttentionCNN, CNNClassifier, FusedCNNClassifier, linear_layers
-from models.contents import mapping, must
+from models.contents import CheckpointError, mapping, must
 
 KINDS = ("mlp", "cnn", "attention")
 HIDDEN = (64, 32)
@@ -70,10 +70,12 @@ class Network:
         return cls(kind, found.classes, 0, width, image_size, found.mean, found.std)
 
     @classmethod
-    def of_weights(cls, weights: dict[str, Any]) -> Network:
+    def of_weights(cls, weights: dict[str, Tensor]) -> Network:
         """The CNN of a state_dict that comes without a description: its sizes from the shapes, CIFAR-10's
-        normalisation, and its classes' names where there are ten. Raises KeyError, AttributeError or ValueError for
-        another state_dict."""
+        normalisation, and its classes' names where there are ten. Raises CheckpointError where they cannot be told."""
+        for name, axes in (("stage1.conv1.weight", 4), ("classifier.fc1.weight", 2), ("classifier.fc3.bias", 1)):
+            if name not in weights or weights[name].dim() != axes or weights[name].numel() == 0:
+                raise CheckpointError(f"holds no weights of the CNN: {name} must be there, of {axes} axes")
         width, classes = len(weights["stage1.conv1.weight"]), len(weights["classifier.fc3.bias"])
         image_size = 2**POOLINGS * math.isqrt(weights["classifier.fc1.weight"].shape[1] // (4 * width))
         names = data.CIFAR10_CLASSES if classes == 10 else tuple(map(str, range(classes)))
