@@ -6,9 +6,9 @@ for each image.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,31 +17,18 @@ from torchvision.transforms import v2
 Transform = Callable[[Tensor], Tensor]
 
 
-class FlipEach(v2.Transform):
-    """Mirrors each image of a batch (N, C, H, W) left to right with probability ``p``."""
-
-    def __init__(self, p: float = 0.5) -> None:
-        super().__init__()
-        self.p = p
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        chosen = torch.rand(len(inpt), 1, 1, 1, device=inpt.device) < self.p
-        return torch.where(chosen, v2.functional.horizontal_flip(inpt), inpt)
+def flip_each(images: Tensor) -> Tensor:
+    """Images (N, C, H, W), each mirrored left to right or not, by a throw of a coin."""
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(chosen, v2.functional.horizontal_flip(images), images)
 
 
-class RotateEach(v2.Transform):
-    """Turns each image of a batch (N, C, H, W) of floats about its centre, by an angle drawn from [-degrees, degrees].
+def rotate_each(images: Tensor, degrees: float) -> Tensor:
+    """Images (N, C, H, W) of floats, each turned about its centre by an angle drawn from [-degrees, degrees].
 
     Bilinear; what comes from outside the image is 0.
     """
-
-    def __init__(self, degrees: float) -> None:
-        super().__init__()
-        self.degrees = degrees
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        angles = torch.empty(len(inpt), device=inpt.device).uniform_(-self.degrees, self.degrees)
-        return rotate(inpt, angles)
+    return rotate(images, torch.empty(len(images), device=images.device).uniform_(-degrees, degrees))
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
@@ -60,10 +47,8 @@ def image_transforms(
 ) -> tuple[Transform, Transform]:
     """(for training, for validation): batches of uint8 or [0, 1] images to normalised float32 ones, size x size."""
     first = [v2.ToDtype(torch.float32, scale=True), v2.Resize((size, size), antialias=True)]
-    random: list[v2.Transform] = []
-    if flip:
-        random.append(FlipEach())
+    random: list[Transform] = [flip_each] if flip else []
     if rotation > 0:
-        random.append(RotateEach(rotation))
+        random.append(functools.partial(rotate_each, degrees=rotation))
     last = [v2.Normalize(list(mean), list(std))]
     return v2.Compose([*first, *random, *last]), v2.Compose([*first, *last])

@@ -8,6 +8,7 @@ it with weights_only=True.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import stat
@@ -54,48 +55,30 @@ def save(path: Path, state: State) -> None:
 
     The old one is kept beside it as checkpoint.previous.pt. Raises OSError where it cannot be written.
     """
+    whole = io.BytesIO()  # torch writing to a full disk does not say what was wrong, or ends the process
+    torch.save({**state, "version": VERSION}, whole)
+    write(path, whole.getbuffer(), previous=path.with_name(PREVIOUS))
+
+
+def write(path: Path, content: bytes | memoryview, previous: Path | None = None) -> None:
+    """Write a file that is the whole old or the whole new one at any moment; the old one is kept as ``previous``.
+
+    Raises OSError, which names the file, where it cannot be written; then no other file is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            _write({**state, "version": VERSION}, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if path.is_file():
-            _keep(path, path.with_name(PREVIOUS), temporary.with_suffix(".old"))
+        if previous is not None and path.is_file():
+            _keep(path, previous, temporary.with_suffix(".old"))
         os.replace(temporary, path)
         _sync_directory(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-class _Noting:
-    """A file that keeps in mind why it could not be written: torch's writer says something else."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        try:
-            return self._file.write(content)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _write(state: State, file: BinaryIO) -> None:
-    noting = _Noting(file)
-    try:
-        torch.save(state, noting)  # type: ignore[arg-type]  # all it asks for is write and flush
-    except RuntimeError:
-        if noting.error is not None:
-            raise noting.error from None
         raise
 
 

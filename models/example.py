@@ -14,18 +14,18 @@ def load() -> list[Tensor]:
     """Images (N, 1, 8, 8) to train on and to validate with, then the digit that each of them shows."""
     grey, digit = load_digits(return_X_y=True)
     images = torch.tensor(grey, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    parts = train_test_split(images, torch.tensor(digit), test_size=0.2, stratify=digit, random_state=0)
-    return [part.to(DEVICE) for part in parts]
+    return [part.to(DEVICE) for part in train_test_split(images, torch.tensor(digit), random_state=0)]
 
 
 def build() -> nn.Module:
-    return nn.Sequential(
+    model = nn.Sequential(
         tnn.ConvStage([1, 32, 32], 3, padding=1, pool=2, dropout=0.1),  # (conv, batch norm, ReLU) twice, max pool
         tnn.ConvStage([32, 64], 3, padding=1, pool=2, dropout=0.1),
         nn.Flatten(),
         tnn.Linear(64 * 2 * 2, 128, activation="relu", dropout=0.3),
         tnn.Linear(128, 10),
-    ).to(DEVICE, memory_format=torch.channels_last)
+    )
+    return model.to(DEVICE).to(memory_format=torch.channels_last)
 
 
 def train(model: nn.Module, images: Tensor, digits: Tensor, epochs: int, batch_size: int = 128) -> None:

@@ -53,14 +53,13 @@ class TrainLoader:
     ) -> None:
         self._each = batch_size // distributed.size()
         self._order = _Order(dataset, seed)
-        self._feed, self._transform = feed, transform
-        self._resident = _resident(dataset, feed.device) if feed.workers is None else None
-        self._loader = None if feed.workers is None else _data_loader(dataset, self._each, feed, self._order)
+        self._drop_last = feed.drop_last
+        self._source = _Source(dataset, self._each, self._order, feed, transform)
 
     def __len__(self) -> int:
         """Batches an epoch."""
         batches = self._order.num_samples / self._each
-        return math.floor(batches) if self._feed.drop_last else math.ceil(batches)
+        return math.floor(batches) if self._drop_last else math.ceil(batches)
 
     def size(self, batch: int) -> int:
         """Examples of this process in a batch."""
@@ -70,64 +69,55 @@ class TrainLoader:
         """The batches of an epoch from number ``start`` on."""
         self._order.set_epoch(epoch)
         self._order.start = start * self._each
-        if self._resident is None:
-            source: Iterator[Batch] = iter(cast(Any, self._loader))
-        else:
-            chosen = torch.as_tensor(list(self._order), device=self._feed.device).split(self._each)
-            source = (_pick(self._resident, indices) for indices in chosen)
-        for batch in islice(source, max(len(self) - start, 0)):
-            yield _prepared(batch, self._feed.device, self._transform)
+        return islice(self._source, max(len(self) - start, 0))
 
 
 class ValLoader:
     """Batches in order, of this process's share: no example is shown twice."""
 
     def __init__(self, dataset: Dataset[Any], batch_size: int, feed: Feed, transform: Transform | None = None) -> None:
-        own = range(distributed.rank(), len(cast(Any, dataset)), distributed.size())
-        mine = Subset(dataset, own)
-        self._feed, self._transform = feed, transform
-        self._batch_size = max(batch_size // distributed.size(), 1)
-        self._resident = _resident(mine, feed.device) if feed.workers is None else None
-        order = range(len(own))
-        self._loader = None if feed.workers is None else _data_loader(mine, self._batch_size, feed, order, last=True)
-        self._count = len(own)
+        mine = Subset(dataset, range(distributed.rank(), len(cast(Any, dataset)), distributed.size()))
+        self._count, self._each = len(mine), max(batch_size // distributed.size(), 1)
+        self._source = _Source(mine, self._each, range(self._count), feed._replace(drop_last=False), transform)
 
     def __len__(self) -> int:
-        return math.ceil(self._count / self._batch_size)
+        return math.ceil(self._count / self._each)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._resident is None:
-            source: Iterator[Batch] = iter(cast(Any, self._loader))
-        else:
-            source = zip(*(t.split(self._batch_size) for t in self._resident)) if self._count else iter(())
-        for batch in source:
-            yield _prepared(batch, self._feed.device, self._transform)
+        return iter(self._source)
 
 
-def _resident(dataset: Dataset[Any], device: torch.device) -> Batch:
-    inputs, target = data.tensors(dataset)
-    return inputs.to(device), target.to(device)
+class _Source:
+    """Batches of a data set's examples in an order: of tensors on the device, or by a DataLoader.
 
+    Images come channels-last, which is faster on the CPU and on tensor cores.
+    """
 
-def _pick(resident: Batch, indices: Tensor) -> Batch:
-    inputs, target = resident
-    return inputs[indices], target[indices]
+    def __init__(
+        self, dataset: Dataset[Any], batch_size: int, order: Any, feed: Feed, transform: Transform | None
+    ) -> None:
+        self._batch_size, self._order, self._device, self._transform = batch_size, order, feed.device, transform
+        if feed.workers is None:
+            self._tensors = tuple(t.to(feed.device) for t in data.tensors(dataset))
+            self._loader = None
+            return
+        # a generator of its own: the loader draws a seed for its workers, which must not move the training's numbers
+        self._loader = DataLoader(
+            dataset, batch_size, sampler=order, num_workers=feed.workers, pin_memory=feed.pin_memory,
+            drop_last=feed.drop_last, generator=torch.Generator().manual_seed(0), persistent_workers=feed.workers > 0,
+        )  # fmt: skip
 
+    def __iter__(self) -> Iterator[Batch]:
+        for inputs, target in self._resident() if self._loader is None else self._loader:
+            inputs, target = (t.to(self._device, non_blocking=True) for t in (inputs, target))
+            if self._transform is not None:
+                inputs = self._transform(inputs)
+            if inputs.dim() == 4:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            yield inputs, target
 
-def _data_loader(dataset: Dataset[Any], batch_size: int, feed: Feed, order: Any, last: bool = False) -> DataLoader[Any]:
-    # a generator of its own: the loader draws a seed for its workers, which must not move the training's random numbers
-    return DataLoader(
-        dataset, batch_size, sampler=order, num_workers=feed.workers or 0, pin_memory=feed.pin_memory,
-        drop_last=feed.drop_last and not last, generator=torch.Generator().manual_seed(0),
-        persistent_workers=bool(feed.workers),
-    )  # fmt: skip
-
-
-def _prepared(batch: Batch, device: torch.device, transform: Transform | None) -> Batch:
-    """The batch on the device; images channels-last, which is faster on the CPU and on tensor cores."""
-    inputs, target = (t.to(device, non_blocking=True) for t in batch)
-    if transform is not None:
-        inputs = transform(inputs)
-    if inputs.dim() == 4:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-    return inputs, target
+    def _resident(self) -> Iterator[Batch]:
+        order = torch.as_tensor(list(self._order), dtype=torch.int64, device=self._device)
+        for chosen in order.split(self._batch_size) if len(order) else ():
+            inputs, target = (t[chosen] for t in self._tensors)
+            yield inputs, target

@@ -127,13 +127,7 @@ def export(model: Probabilities, network: Network, path: Path) -> None:
     )
     whole = io.BytesIO()  # torch writing to a full disk ends the process
     torch.export.save(program, whole, extra_files={"classes.txt": "\n".join(network.classes)})
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(whole.getbuffer())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    checkpoint.write(path, whole.getbuffer())
 
 
 def _print(line: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from models.augment import FlipEach, RotateEach, image_transforms, rotate
+from models.augment import flip_each, image_transforms, rotate, rotate_each
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -23,12 +23,12 @@ def test_rotation_is_torchvisions(shape: tuple[int, int]) -> None:
 
 def test_each_image_draws_its_own() -> None:
     images = torch.rand(1, 3, 8, 8).expand(400, -1, -1, -1)
-    flipped = FlipEach()(images)
+    flipped = flip_each(images)
     mirrored = (flipped == images.flip(3)).flatten(1).all(1)
     same = (flipped == images).flatten(1).all(1)
     assert (mirrored ^ same).all()
     assert 150 < mirrored.sum() < 250
-    turned = RotateEach(10.0)(images)
+    turned = rotate_each(images, 10.0)
     assert len({image.numpy().tobytes() for image in turned}) == 400
     # no angle is larger than asked for
     limits = rotate(images[:2], torch.tensor([10.0, -10.0]))

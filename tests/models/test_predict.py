@@ -199,14 +199,12 @@ def test_export_that_cannot_be_written(
     monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.export, "save", lambda program, file, **kwargs: file.write(b"program" * 10))
 
-    def full(self: Path, content: Any) -> int:
-        with self.open("wb") as file:
-            file.write(content[:10])
-        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     for name, message in (("absent/x.pt2", "No such file"), ("folder.pt2", "directory"), ("old.pt2", "No space left")):
         if name == "old.pt2":
-            monkeypatch.setattr(Path, "write_bytes", full)
+            monkeypatch.setattr(os, "fsync", full)
         assert predict.main([str(trained), "--export", str(tmp_path / name)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
