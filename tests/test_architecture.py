@@ -171,6 +171,11 @@ def environment(file: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
     yield from ((line, name) for line, name in imports(tree) if name.startswith(("os.environ", "os.getenv")))
 
 
+def modules_of_tests(file: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Imports of what pytest collects: fixtures and patches of one file must not reach another."""
+    yield from ((line, name) for line, name in imports(tree) if re.match(r"tests\.(\w+\.)?test_", name))
+
+
 def found(rule: Rule, *, without: set[str] = frozenset()) -> dict[tuple[str, str], int]:  # type: ignore[assignment]
     """What a rule finds in tkernels/: (file, what) to a line."""
     return {
@@ -228,6 +233,11 @@ def test_settings_are_documented() -> None:
     assert rows == [(setting.name, setting.default, setting.meaning) for setting in settings.SETTINGS]
 
 
+def test_no_module_of_tests_is_imported() -> None:
+    files = {path: ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("*.py")}
+    assert not [(path, what) for path, tree in files.items() for what in modules_of_tests(path.name, tree)]
+
+
 PLANTED = (
     (upwards, "core/mode.py", "from tkernels.ops.linear.op import linear"),
     (upwards, "core/mode.py", "def late():\n    from tkernels.cpu import buffers"),
@@ -272,6 +282,8 @@ PLANTED = (
     (environment, "nn/linear.py", "import os\nos.environ.get('TKERNELS_BACKEND')"),
     (environment, "nn/linear.py", "from os import environ"),
     (environment, "nn/linear.py", "import os\nos.getenv('HOME')"),
+    (modules_of_tests, "linear/test_values.py", "from tests.conv.test_values import CASES"),
+    (modules_of_tests, "linear/test_values.py", "def late():\n    from tests import test_main"),
 )  # fmt: skip
 
 
@@ -290,6 +302,7 @@ INNOCENT = (
     (private_names, "ops/linear/op.py", "class A:\n    def _b(self):\n        return self._c\nA()._b()"),
     (private_names, "nn/linear.py", "def f(module):\n    return module._parameters"),
     (environment, "nn/linear.py", "import os\nos.path.join('a', 'b')"),
+    (modules_of_tests, "linear/test_values.py", "from tests.conv.cases import test_of"),
 )  # fmt: skip
 
 

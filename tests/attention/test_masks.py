@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.test_values import factors
+from tests.attention.cases import factors
 from tkernels.functional import scaled_dot_product_attention
 from tkernels.nn import MultiheadAttention
 

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import logging
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as torchs
 
 import tkernels
 from tests import tolerance
+from tests.attention.cases import factors
 from tests.conftest import GATE
 from tkernels.core import autotune, mode, targets
 from tkernels.functional import scaled_dot_product_attention
@@ -176,14 +176,6 @@ def test_rows_that_see_nothing_are_zero(device: str) -> None:
     assert torch.equal(q.grad[0, 0, 2].cpu(), torch.zeros(16))
     assert k.grad is not None
     assert k.grad.isfinite().all()
-
-
-def factors(q: Tensor, k: Tensor, p: float, **options: Any) -> Tensor:
-    """Dropout's factors [B, H, L, S] of the next call on such tensors: the output for equal weights and unit values."""
-    n_k = k.shape[-2]
-    unit = torch.eye(n_k, device=q.device, dtype=F32).expand(*q.shape[:2], n_k, n_k)
-    zeros = torch.zeros_like(q, dtype=F32), torch.zeros_like(k, dtype=F32)
-    return scaled_dot_product_attention(*zeros, unit, None, p, **options).detach() * n_k
 
 
 @pytest.mark.parametrize("dtype, causal, p", ((F32, False, 0.3), (BF16, True, 0.5), (F32, True, 1.0)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tkernels
 from tests import tolerance
-from tests.conformance import scales
+from tests.conformance import magnitudes
 from tests.conformance.calls import Call, Outcome, of_torch, run
 from tkernels.core import activation as activations
 
@@ -72,13 +72,13 @@ def check_call(call: Call, device: str, cotangent: Cotangent = normal_cotangent)
     if exact.error is not None:
         raise exact.error
     assert exact.output is not None
-    magnitudes = scales.of(exact.call, incoming if exact.gradients else None, exact.output.detach())
+    scales = magnitudes.of(exact.call, incoming if exact.gradients else None, exact.output.detach())
     length = max([t.numel() for t in call.tensors().values()] + [mine.output.numel()])
     # the order in memory of attention's output is torch's own kernels' choice, and they differ in it
     check_output(mine.output, theirs.output, any_order=call.operator == "scaled_dot_product_attention")
-    close(mine.output, theirs.output, exact.output, length, magnitudes["output"], "output")
-    check_gradients(mine, theirs, exact, length, magnitudes)
-    check_arguments(call, mine, theirs, exact, length, magnitudes)
+    close(mine.output, theirs.output, exact.output, length, scales["output"], "output")
+    check_gradients(mine, theirs, exact, length, scales)
+    check_arguments(call, mine, theirs, exact, length, scales)
     return mine
 
 
@@ -113,7 +113,7 @@ def memory_formats(t: Tensor) -> tuple[bool, bool]:
     return t.is_contiguous(), channels_last
 
 
-def check_gradients(mine: Outcome, theirs: Outcome, exact: Outcome, length: int, magnitudes: dict[str, float]) -> None:
+def check_gradients(mine: Outcome, theirs: Outcome, exact: Outcome, length: int, scales: dict[str, float]) -> None:
     assert mine.gradients.keys() == theirs.gradients.keys()
     for name, expected in theirs.gradients.items():
         got, reference = mine.gradients[name], exact.gradients[name]
@@ -121,18 +121,18 @@ def check_gradients(mine: Outcome, theirs: Outcome, exact: Outcome, length: int,
         if got is None or expected is None or reference is None:
             continue
         assert got.dtype == expected.dtype, f"gradient of {name} is {got.dtype}, torch's {expected.dtype}"
-        close(got, expected, reference, length, magnitudes.get(name), f"gradient of {name}")
+        close(got, expected, reference, length, scales.get(name), f"gradient of {name}")
 
 
 def check_arguments(
-    given: Call, mine: Outcome, theirs: Outcome, exact: Outcome, length: int, magnitudes: dict[str, float]
+    given: Call, mine: Outcome, theirs: Outcome, exact: Outcome, length: int, scales: dict[str, float]
 ) -> None:
     """Running statistics moved as torch's did; every other tensor is what it was, to the bit and by its version."""
     moved, reference = theirs.call.tensors(), exact.call.tensors()
     original = given.on("cpu").tensors()
     for name, t in mine.call.tensors().items():
         if name in STATISTICS and theirs.call.named().get("training", False):
-            close(t, moved[name], reference[name], length, magnitudes.get(name), name)
+            close(t, moved[name], reference[name], length, scales.get(name), name)
             continue
         # (ttsem copies every operand of a launch back, which counts as a write)
         assert IN_TTSEM or t._version == 0, f"{name} was written to"

@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conformance import chosen
 from tests.conformance.calls import Call
-from tests.conformance.chosen import Chosen
 from tests.conformance.compare import check_call
+from tests.conformance.configurations import ALL, HEAD_PAIRS, Chosen
 
 pytestmark = [pytest.mark.gate("ttsem", "cuda"), pytest.mark.extended("ttsem")]
-ALL_CHOSEN = chosen.enumerate_configs() if os.environ.get("TK_GATE") in ("ttsem", "cuda") else []
-CHOSEN = [c for c in ALL_CHOSEN if c.module != "conv_stage"]  # those are in test_stage_configs.py
+CHOSEN = [c for c in ALL if c.module != "conv_stage"]  # those are in test_stage_configs.py
 # The kernels that a call of each kind launches, by their choosers.
 GROUPS = {
     ("linear", ""): (("forward", "dgrad", "wgrad"), ("finish", "finish_row")),
     ("matmul", ""): (("product",),),
     ("matmul", "dense"): (("vector",),),
     ("matmul", "transposed"): (("vector",),),
-    **{("attention", f"{head}, {v_head}"): (("forward", "dq", "dkv"),) for head, v_head in chosen.HEAD_PAIRS},
+    **{("attention", f"{head}, {v_head}"): (("forward", "dq", "dkv"),) for head, v_head in HEAD_PAIRS},
     ("attention", ""): (("delta",),),
     ("conv", "wide"): (("forward", "dgrad", "wgrad"),),
     ("conv", "flat"): (("forward", "dgrad", "wgrad"),),

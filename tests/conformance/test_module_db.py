@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tkernels
-from tests.conformance import scales
+from tests.conformance import magnitudes
 from tests.conformance.calls import Call, Outcome, replica, run
 from tests.conformance.compare import STATISTICS, check_errors, check_gradients, check_output, close, normal_cotangent
 
@@ -143,15 +143,15 @@ def test_module(name: str, training: bool, index: int, device: str, triton_runs:
         assert outcome.output is not None
     inputs = {n: t for n, t in exact.call.tensors().items() if n in ("input", "target")}
     incoming = normal_cotangent(exact.output.detach())
-    magnitudes = scales.of(as_call(magnified, operator, inputs), incoming, exact.output.detach())
+    scales = magnitudes.of(as_call(magnified, operator, inputs), incoming, exact.output.detach())
     length = max(t.numel() for t in [*got.call.tensors().values(), got.output])
     check_output(got.output, expected.output)
-    close(got.output, expected.output, exact.output, length, magnitudes["output"], "output")
-    check_gradients(got, expected, exact, length, magnitudes)
+    close(got.output, expected.output, exact.output, length, scales["output"], "output")
+    check_gradients(got, expected, exact, length, scales)
     for key, buffer in theirs.named_buffers():
         moved = mine.get_buffer(key)
         assert moved.dtype == buffer.dtype, key
-        close(moved.float(), buffer.float(), precise.get_buffer(key), length, magnitudes.get(key), key)
+        close(moved.float(), buffer.float(), precise.get_buffer(key), length, scales.get(key), key)
 
 
 @pytest.mark.gate("torch")

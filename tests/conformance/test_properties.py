@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tkernels
 from tests import tolerance
-from tests.conformance import draws
+from tests.conformance import random_calls
 from tests.conformance.calls import replica
 from tests.conformance.compare import GATE, check_call, ours, same_bits
 
@@ -22,13 +22,13 @@ ALL_DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch
 FEW = GATE in ("ttsem", "cuda")
 if FEW:
     GRIDS = {
-        "linear": draws.Grid((torch.float32, torch.bfloat16), (None, "relu", "gelu"), 3, 17, rich=False),
-        "conv2d": draws.Grid((torch.float32, torch.bfloat16), (None, "relu"), 6, rich=False),
-        "batch_norm": draws.Grid((torch.float32, torch.bfloat16), (None, "relu", "gelu"), 4, rich=False),
-        "cross_entropy": draws.Grid((torch.float32, torch.bfloat16), classes=17, rich=False),
+        "linear": random_calls.Grid((torch.float32, torch.bfloat16), (None, "relu", "gelu"), 3, 17, rich=False),
+        "conv2d": random_calls.Grid((torch.float32, torch.bfloat16), (None, "relu"), 6, rich=False),
+        "batch_norm": random_calls.Grid((torch.float32, torch.bfloat16), (None, "relu", "gelu"), 4, rich=False),
+        "cross_entropy": random_calls.Grid((torch.float32, torch.bfloat16), classes=17, rich=False),
     }
 else:
-    GRIDS = {name: draws.Grid(ALL_DTYPES) for name in ("linear", "conv2d", "batch_norm", "cross_entropy")}
+    GRIDS = {name: random_calls.Grid(ALL_DTYPES) for name in ("linear", "conv2d", "batch_norm", "cross_entropy")}
 
 
 def repeatable(examples: int, compiled: int) -> settings:
@@ -44,7 +44,7 @@ def repeatable(examples: int, compiled: int) -> settings:
     )
 
 
-def check_case(case: draws.Case, device: str, triton_runs: bool, launches: list[str]) -> None:
+def check_case(case: random_calls.Case, device: str, triton_runs: bool, launches: list[str]) -> None:
     launches.clear()
     note(str(case))
     mine = check_call(case.call, device, case.cotangent)
@@ -56,32 +56,34 @@ def check_case(case: draws.Case, device: str, triton_runs: bool, launches: list[
 
 
 @repeatable(300, 16)
-@given(case=draws.cases("linear", GRIDS["linear"]))
-def test_linear(case: draws.Case, device: str, triton_runs: bool, launches: list[str]) -> None:
+@given(case=random_calls.cases("linear", GRIDS["linear"]))
+def test_linear(case: random_calls.Case, device: str, triton_runs: bool, launches: list[str]) -> None:
     check_case(case, device, triton_runs, launches)
 
 
 @repeatable(300, 16)
-@given(case=draws.cases("conv2d", GRIDS["conv2d"]))
-def test_conv2d(case: draws.Case, device: str, triton_runs: bool, launches: list[str]) -> None:
+@given(case=random_calls.cases("conv2d", GRIDS["conv2d"]))
+def test_conv2d(case: random_calls.Case, device: str, triton_runs: bool, launches: list[str]) -> None:
     check_case(case, device, triton_runs, launches)
 
 
 @repeatable(300, 16)
-@given(case=draws.cases("batch_norm", GRIDS["batch_norm"]))
-def test_batch_norm(case: draws.Case, device: str, triton_runs: bool, launches: list[str]) -> None:
+@given(case=random_calls.cases("batch_norm", GRIDS["batch_norm"]))
+def test_batch_norm(case: random_calls.Case, device: str, triton_runs: bool, launches: list[str]) -> None:
     check_case(case, device, triton_runs, launches)
 
 
 @repeatable(300, 20)
-@given(case=draws.cases("cross_entropy", GRIDS["cross_entropy"]))
-def test_cross_entropy(case: draws.Case, device: str, triton_runs: bool, launches: list[str]) -> None:
+@given(case=random_calls.cases("cross_entropy", GRIDS["cross_entropy"]))
+def test_cross_entropy(case: random_calls.Case, device: str, triton_runs: bool, launches: list[str]) -> None:
     check_case(case, device, triton_runs, launches)
 
 
 @repeatable(100, 6)
-@given(case=draws.cases("linear", GRIDS["linear"]), p=st.sampled_from((0.0, 0.25, 0.5, 1.0)), training=st.booleans())
-def test_linear_dropout(case: draws.Case, p: float, training: bool, device: str) -> None:
+@given(
+    case=random_calls.cases("linear", GRIDS["linear"]), p=st.sampled_from((0.0, 0.25, 0.5, 1.0)), training=st.booleans()
+)
+def test_linear_dropout(case: random_calls.Case, p: float, training: bool, device: str) -> None:
     """What is not dropped is the call without dropout, divided by 1 - p; gradients go through the same mask."""
     arguments = case.call.on(device).named()
     if arguments["input"].dim() == 0 or arguments["weight"].dim() == 1:
@@ -118,8 +120,8 @@ def test_linear_dropout(case: draws.Case, p: float, training: bool, device: str)
 
 @pytest.mark.gate("torch")
 @repeatable(60, 0)
-@given(case=st.one_of(*(draws.cases(name, GRIDS[name]) for name in GRIDS)))
-def test_two_runs_are_the_same_to_the_bit(case: draws.Case, device: str) -> None:
+@given(case=st.one_of(*(random_calls.cases(name, GRIDS[name]) for name in GRIDS)))
+def test_two_runs_are_the_same_to_the_bit(case: random_calls.Case, device: str) -> None:
     runs = []
     for _ in range(2):
         torch.manual_seed(4)

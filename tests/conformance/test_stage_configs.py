@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conformance.chosen import Chosen
-from tests.conformance.test_configs import ALL_CHOSEN
+from tests.conformance.configurations import ALL, Chosen
 from tests.conv_stage.cases import close, doubled, layers_for, reference
 from tkernels.functional import MaxPool, conv_stage
 from tkernels.ops.conv_stage import config as tuning
 
 pytestmark = [pytest.mark.gate("ttsem", "cuda"), pytest.mark.extended("ttsem")]
-STAGE = [c for c in ALL_CHOSEN if c.module == "conv_stage"]
+STAGE = [c for c in ALL if c.module == "conv_stage"]
 PRODUCTS, ENDS = ("forward", "dgrad", "wgrad"), ("end", "end_sums", "end_gradient")
 GROUPS = (
     ("wide", PRODUCTS),

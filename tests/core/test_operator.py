@@ -12,7 +12,7 @@ import torch
 
 import tkernels
 from perf.static import host
-from tests.core.test_counting import HEADS, LAYER, MAPS, OPERATORS
+from tests.core.cases import HEADS, LAYER, MAPS, OPERATORS
 from tkernels.core import autotune, plan
 from tkernels.core.operator import Operator
 from tkernels.functional import batch_norm, conv2d, cross_entropy, linear, scaled_dot_product_attention

@@ -16,14 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cpu.cases import SIZE, take
 from tkernels.cpu import buffers
 
 pytestmark = pytest.mark.gate("torch")
-SIZE = 4096
-
-
-def take(pool: buffers.Pool, nbytes: int = SIZE) -> Tensor:
-    return pool.take(torch.uint8, (nbytes,), (1,), nbytes)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conv_stage import cases as general
+from tests.cpu.cases import take
 from tests.tolerance import assert_close
 from tkernels.cpu import buffers, compiler
 from tkernels.cpu import stage as fast
@@ -356,11 +357,6 @@ def test_a_forked_process_has_buffers_of_its_own() -> None:
     assert os.waitpid(child, 0)[1] == 0
     saved = [t for t in y.grad_fn.saved_tensors if t is not None]  # type: ignore[union-attr]
     assert all(torch.equal(a, b) for a, b in zip(saved, kept))
-
-
-def take(pool: buffers.Pool, nbytes: int) -> Tensor:
-    """Bytes of a pool."""
-    return pool.take(torch.uint8, (nbytes,), (1,), nbytes)
 
 
 def test_buffers_that_nobody_wants_are_given_back() -> None:

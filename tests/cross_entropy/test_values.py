@@ -375,7 +375,7 @@ def test_target_out_of_range(wrong: int, device: str, triton_runs: bool) -> None
 
 
 def error(actual: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Relative norm and maximum, of at least one rounding each (as tests/numerics.py counts them)."""
+    """Relative norm and maximum, of at least one rounding each (as tests/numerics counts them)."""
     difference = actual.detach().cpu().double() - exact
     norm, worst = difference.norm() / exact.norm(), difference.abs().max() / exact.abs().max()
     eps = torch.finfo(actual.dtype).eps

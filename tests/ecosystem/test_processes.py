@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tkernels
 import tkernels.nn as tnn
+from tests.fusion.cases import cnn
 from tests.fusion.pairs import close, images, ran
-from tests.fusion.test_surgery import cnn
 from tests.models import processes
 
 pytestmark = pytest.mark.gate("torch")

@@ -13,12 +13,6 @@ import tkernels
 from tkernels.fusion import FusionReport
 from tkernels.fusion.in_place import _fused
 
-# by the names that operators have for them
-ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
-    "relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish,
-    "gelu": nn.GELU,
-}  # fmt: skip
-
 
 def both(make: Callable[[], nn.Module], device: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     """(a model, a fused copy), channels_last."""
@@ -40,10 +34,6 @@ def ran(model: nn.Module) -> int:
 
 def chains(model: nn.Module) -> list[str]:
     return [what for _, what in report(model).fused]
-
-
-# what the chains of networks.cnn are, two or, where kernels run, one conv stage
-CNN_CHAINS = "0 -> 1 -> 2 -> 3 -> 4 -> 5"
 
 
 def in_one(found: Iterable[str]) -> str:

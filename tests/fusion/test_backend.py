@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import tkernels
+from tests.fusion.cases import CNN_CHAINS, cnn
 from tests.fusion.pairs import (
-    CNN_CHAINS,
     assert_alike,
     both,
     chains,
@@ -27,7 +27,6 @@ from tests.fusion.pairs import (
     ran,
     report,
 )
-from tests.fusion.test_surgery import cnn
 from tkernels.fusion.backend import Backend
 from tkernels.fusion.in_place import _CAN_ISOLATE
 

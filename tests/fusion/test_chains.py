@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fusion.pairs import ACTIVATIONS, assert_alike, both, chains, gradients_alike, images, report
+from tests.fusion.cases import ACTIVATIONS
+from tests.fusion.pairs import assert_alike, both, chains, gradients_alike, images, report
 from tkernels.core import activation as activations
 
 pytestmark = pytest.mark.gate("torch", "cuda")

@@ -18,8 +18,8 @@ from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import tkernels
-from tests.fusion.pairs import CNN_CHAINS, assert_alike, both, chains, close, gradients_alike, images, in_one, ran
-from tests.fusion.test_surgery import cnn
+from tests.fusion.cases import CNN_CHAINS, cnn
+from tests.fusion.pairs import assert_alike, both, chains, close, gradients_alike, images, in_one, ran
 
 pytestmark = pytest.mark.gate("torch", "cuda")
 

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torch.utils.flop_counter import FlopCounterMode
 
 import tkernels
+from tests.fusion.cases import CNN_CHAINS, cnn
 from tests.fusion.pairs import (
-    CNN_CHAINS,
     assert_alike,
     both,
     chains,
@@ -31,7 +31,6 @@ from tests.fusion.pairs import (
     ran,
     report,
 )
-from tests.fusion.test_surgery import cnn
 
 pytestmark = [
     pytest.mark.gate("torch", "cuda"),

@@ -13,19 +13,11 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrizations, parametrize, pru
 
 import tkernels
 import tkernels.nn as tnn
+from tests.fusion.cases import cnn
 from tests.fusion.pairs import assert_alike, both, close, gradients_alike, images
 from tkernels.core import _torch
 
 pytestmark = pytest.mark.gate("torch", "cuda")
-
-
-def cnn() -> nn.Sequential:
-    """Two chains: 0 to 2 and 3 to 5."""
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5),
-    )  # fmt: skip
 
 
 class Adapter(nn.Module):

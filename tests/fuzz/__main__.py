@@ -25,7 +25,7 @@ The last line says what ran. Exit status: 0 nothing differs, 1 something does, 2
 
 def parser() -> argparse.ArgumentParser:
     from tests.fuzz.bodies import BODIES
-    from tests.fuzz.drawing import SHARES
+    from tests.fuzz.by_seed import SHARES
 
     made = argparse.ArgumentParser(
         prog="python -m tests.fuzz",
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    from tests.fuzz.drawing import SHARES
+    from tests.fuzz.by_seed import SHARES
 
     unknown = [name for name in arguments.op if name not in SHARES]
     if unknown:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.conformance import scales
+from tests.conformance import magnitudes
 from tests.conformance.calls import Call
 from tests.conformance.compare import same_bits
 from tests.fuzz import bodies, numbers
@@ -337,7 +337,7 @@ class Comparison:
         tensors = {n: t.make(self.again, torch.float64).detach() for n, t in self.case.tensors.items()}
         incoming = cotangent(self.case, y, self.again).double()
         call = Call(operator, kwargs={**self.case.options, **tensors})
-        return scales.of(call, incoming, y.detach().double()).get(of, 0.0)
+        return magnitudes.of(call, incoming, y.detach().double()).get(of, 0.0)
 
     def _spread(self, mean: str) -> float:
         """The standard deviation of what a running mean is the mean of: means far below it cancel."""

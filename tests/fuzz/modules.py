@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import tkernels
 from perf.static.rewritten import Rewritten
-from tests.fusion.pairs import ACTIVATIONS
+from tests.fusion.cases import ACTIVATIONS
 from tests.fuzz.bodies import RAN, replaced
 from tests.fuzz.operators import OPERATORS, Operator, Side, Tensors
 from tkernels.core import activation as activations

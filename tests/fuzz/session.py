@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 from tests.fuzz import bodies, report
+from tests.fuzz.by_seed import SHARES, case_of
 from tests.fuzz.cases import Case
 from tests.fuzz.check import differences
-from tests.fuzz.drawing import SHARES, case_of
 from tests.fuzz.simplify import simplified
 
 # Bytes from which on a worker makes room for another: compiled kernels stay, some 0.6 MB each.

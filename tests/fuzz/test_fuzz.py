@@ -21,9 +21,9 @@ from torch import Tensor
 import tkernels
 from tests.fuzz import __main__ as command
 from tests.fuzz import bodies, numbers, report, session
+from tests.fuzz.by_seed import SHARES, case_of
 from tests.fuzz.cases import Case
 from tests.fuzz.check import check, differences
-from tests.fuzz.drawing import SHARES, case_of
 from tests.fuzz.draws import Draw
 from tests.fuzz.mistakes import torch_refuses_too
 from tests.fuzz.modules import OPERATORS, dropping_as

@@ -22,7 +22,7 @@ from perf.providers import Provider
 from tkernels.core import mode
 
 # Against float64 a result is wrong beyond these times PyTorch's error and roundings, in relative norm and at the
-# maximum, and less exact beyond the project's own bounds (tests/numerics.py), errors below one rounding counted as one.
+# maximum, and less exact beyond the project's own bounds (tests/numerics), errors below one rounding counted as one.
 WRONG_NORM, WRONG_MAX = (measure.WORSE_THAN_TORCH, measure.ROUNDINGS), (4.0, 4.0)
 LESS_EXACT_NORM, LESS_EXACT_MAX = 1.25, 2.0
 # half a rounding to tf32: no error of products that may be formed in it counts as less, whatever a library took instead

@@ -185,3 +185,6 @@ def enumerate_configs() -> list[Chosen]:
                     if dtype not in [chosen.dtype for chosen in same]:
                         same.append(Chosen(name, chooser, config, dtype, kind, arguments))
     return [same[i % len(same)] for i, same in enumerate(found.values())]
+
+
+ALL = enumerate_configs() if GATE in ("ttsem", "cuda") else []

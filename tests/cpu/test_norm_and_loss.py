@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tkernels.functional as TF
-from tests.cpu.test_stage import take
+from tests.cpu.cases import take
 from tests.tolerance import assert_close
 from tkernels.cpu import buffers, compiler, norm, product
 from tkernels.cpu import loss as cross_entropy_cpu

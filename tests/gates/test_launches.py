@@ -14,8 +14,8 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-import tkernels.functional as TF
 from perf.static import host, traffic
+from tests.core.cases import MAPS, OPERATORS
 from tests.gates.launches import counting_driver_calls
 from tkernels.core.records import BatchNorm
 from tkernels.functional import linear
@@ -74,19 +74,6 @@ def test_a_launch_is_counted_once_by_triton_and_by_a_plan(made: list[host.Made],
         assert counted == ["linear_forward_kernel"] * n
         assert len(made) == n
         assert ways[PLAIN] == (n == 1)  # which compiles
-
-
-LAYER = TF.ConvBNLayer(torch.zeros(16, 16, 3, 3), running_mean=torch.zeros(16), running_var=torch.ones(16))
-MAPS, HEADS = (2, 16, 8, 8), (1, 2, 16, 16)
-OPERATORS: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]]] = {
-    "linear": ((8, 32), lambda x: linear(x, W, activation="relu")),
-    "matmul": ((2, 8, 32), lambda x: TF.matmul(x, W.t())),
-    "conv2d": (MAPS, lambda x: TF.conv2d(x, LAYER.weight, padding=1, activation="relu")),
-    "batch_norm": (MAPS, lambda x: TF.batch_norm(x, torch.zeros(16), torch.ones(16), training=True)),
-    "cross_entropy": ((8, 32), lambda x: TF.cross_entropy(x, torch.zeros(8, dtype=torch.int64))),
-    "conv_stage": (MAPS, lambda x: TF.conv_stage(x, [LAYER], training=True)),
-    "attention": (HEADS, lambda x: TF.scaled_dot_product_attention(x, x, x)),
-}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
