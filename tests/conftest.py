@@ -33,13 +33,14 @@ import pytest
 import torch
 
 import tkernels
-from tests.gates import interpreter, optional, process, ttsem
+from tests.gates import elsewhere, interpreter, optional, process, ttsem
 from tests.gates import launches as launch_counts
 from tkernels.core import plan
 
 _stack = contextlib.ExitStack()
 _ttsem_state: Any = None
 _launched: list[str] = []
+_left_out: list[str] = []  # lines for the summary
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,6 +70,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     _stack.close()
 
 
+@pytest.hookimpl(trylast=True)  # what -k leaves out is no gate's affair
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept, left = [], []
     for item in items:
@@ -82,6 +84,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept.sort(key=_turn)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
+    _left_out[:] = elsewhere.lines(left, kept, config.args, config.option.keyword, (GATE, *GATES))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = _left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Workers of xdist collect, and the process that prints does not."""
+    _left_out[:] = getattr(node, "workeroutput", {}).get("left out", [])
 
 
 def _turn(item: pytest.Item) -> int:
@@ -116,6 +130,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in _left_out:
+        terminalreporter.write_line(line)
     if _ttsem_state is not None and _ttsem_state.launches:
         terminalreporter.write_line(
             f"ttsem: {_ttsem_state.launches} launches, {_ttsem_state.races_unchecked} too large for the race check"
