@@ -55,7 +55,10 @@ def _gelu(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     return run(*leaves, None), leaves
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+EXHAUSTIVE = pytest.mark.extended("torch")  # the same passes as in float32, compiled anew
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=EXHAUSTIVE)), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("make", (_batch_norm, _cross_entropy, _stage, _depthwise, _gelu), ids=lambda f: f.__name__[1:])
 def test_differentiated_or_not(make: Callable[[torch.dtype], tuple[Tensor, list[Tensor]]], dtype: torch.dtype) -> None:
     y, leaves = make(dtype)
