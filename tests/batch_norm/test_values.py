@@ -2,72 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 import tkernels
 from tests import tolerance
+from tests.batch_norm.cases import BACKWARD, BF16, F16, F32, F64, FORWARD, Case, arrange, evaluate, operands
 from tkernels.core import activation as activations
-from tkernels.core import targets
-from tkernels.core.geometry import matrix
-from tkernels.core.records import BatchNorm, Norm
+from tkernels.core.records import BatchNorm
 from tkernels.functional import batch_norm
 from tkernels.ops.batch_norm.op import counted_batch_norm
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
-
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-FORWARD = ["statistics_kernel", "finalize_statistics_kernel", "normalize_kernel"]
-BACKWARD = ["gradient_sums_kernel", "finalize_gradients_kernel", "input_gradient_kernel"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call of batch_norm and its backward. ``layout`` and ``dy`` name the strides (see arrange)."""
-
-    shape: tuple[int, ...]
-    layout: str = "contiguous"
-    dtype: torch.dtype = F32
-    training: bool = True
-    weight: bool = True
-    bias: bool = True
-    running: bool = True
-    half_parameters: bool = False
-    activation: str | None = None
-    residual: str | None = None
-    dy: str = "contiguous"
-    frozen: tuple[str, ...] = ()
-    ratio: float = 1.0
-
-    def __str__(self) -> str:
-        default = {f.name: f.default for f in dataclasses.fields(self)}
-        told = [f"{k}={v}".replace("torch.", "") for k, v in vars(self).items() if k == "shape" or v != default[k]]
-        return " ".join(told)
-
-
-def arrange(t: Tensor, layout: str) -> Tensor:
-    """The same values in other strides."""
-    if layout == "contiguous":
-        return t.contiguous()
-    if layout == "channels_last":
-        return t.contiguous(memory_format=torch.channels_last if t.ndim == 4 else torch.channels_last_3d)
-    if layout == "sliced":
-        return torch.stack([t, torch.full_like(t, 1e4)], -1)[..., 0]
-    if layout == "sliced channels_last":
-        wide = torch.cat([t, torch.full_like(t, 1e4)], 1)
-        return wide.contiguous(memory_format=torch.channels_last)[:, : t.shape[1]]
-    if layout == "transposed":
-        return t.transpose(1, -1).contiguous().transpose(1, -1)
-    if layout == "offset":
-        return torch.cat([torch.full_like(t, 1e4)[:1], t])[1:]
-    if layout == "expanded":
-        return t[:1].expand(t.shape)
-    raise ValueError(layout)
-
 
 CASES = [
     # (N, C): rows as they are; one channel, one column; channels a multiple of 8 but not of 16
@@ -132,64 +79,6 @@ CASES = [
     # float64 stays with PyTorch everywhere
     Case((2, 5, 4, 3), "channels_last", dtype=F64, activation="relu", residual="channels_last"),
 ]
-
-
-@dataclasses.dataclass
-class Operands:
-    input: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    residual: Tensor | None
-    dy: Tensor
-
-    def like(self, dtype: torch.dtype | None, device: str) -> Operands:
-        """The same values, detached; ``dtype`` None keeps each tensor's own dtype and strides."""
-        return Operands(**{k: _moved(v, dtype, device) for k, v in vars(self).items()})
-
-
-def _moved(t: Tensor | None, dtype: torch.dtype | None, device: str) -> Tensor | None:
-    if t is None:
-        return None
-    return t.detach().to(device, dtype or t.dtype, copy=True)
-
-
-def operands(case: Case) -> Operands:
-    channels = case.shape[1]
-    parameter = case.dtype if case.half_parameters or case.dtype == F64 else F32
-    g = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g, dtype=F64)
-
-    return Operands(
-        arrange((draw(*case.shape) + case.ratio).to(case.dtype), case.layout),
-        (draw(channels).abs() + 0.5).to(parameter) if case.weight else None,
-        draw(channels).to(parameter) if case.bias else None,
-        (draw(channels) + case.ratio).to(parameter) if case.running else None,
-        (draw(channels).abs() + 0.5).to(parameter) if case.running else None,
-        arrange(draw(*case.shape).to(case.dtype), case.residual) if case.residual else None,
-        arrange(draw(*case.shape).to(case.dtype), case.dy),
-    )
-
-
-def evaluate(case: Case, o: Operands, reference: bool) -> dict[str, Tensor]:
-    """Output, gradients and running statistics of one call: ours, or the composition of torch's own functions."""
-    leaves = {
-        k: t.requires_grad_()
-        for k in ("input", "weight", "bias", "residual")
-        if (t := getattr(o, k)) is not None and k not in case.frozen
-    }
-    arguments = (o.input, o.running_mean, o.running_var, o.weight, o.bias, case.training, 0.3, 1e-3)
-    if reference:
-        z = torch.nn.functional.batch_norm(*arguments)
-        y = activations.apply(z if o.residual is None else z + o.residual, case.activation)
-    else:
-        y = batch_norm(*arguments, case.activation, o.residual)
-    gradients = torch.autograd.grad(y, list(leaves.values()), o.dy)
-    found = {"output": y.detach(), **{f"d{k}": g for k, g in zip(leaves, gradients)}}
-    return found | {k: getattr(o, k) for k in ("running_mean", "running_var") if getattr(o, k) is not None}
 
 
 def expected_launches(case: Case) -> list[str]:
@@ -465,97 +354,3 @@ def test_a_million_values_per_channel(ratio: float) -> None:
     tolerance.assert_close(y, want, 1_000_000, scale=ratio, name="output")
     tolerance.assert_close(mean, 0.1 * x.double().mean((0, 2)), name="running_mean")
     tolerance.assert_close(var, 0.9 + 0.1 * x.double().var((0, 2)), name="running_var")
-
-
-SMALL_TILES = [
-    # runs of 6, 6 and 4 tiles, the last with 6 rows of 8; partial tiles on both axes
-    ((2, 5, 7, 9), "channels_last", {"BLOCK_R": 8, "BLOCK_C": 4}),
-    # planes of 3 tiles, the last ragged, 2 images a tile of which the last has one
-    ((5, 3, 7, 6), "contiguous", {"BLOCK_R": 2, "BLOCK_C": 16}),
-    # columns that share a channel: the merge runs over rows and columns
-    ((13, 5, 3), "contiguous", {"BLOCK_R": 2, "BLOCK_C": 8}),
-]
-
-
-@pytest.mark.gate("ttsem", "cuda")
-@pytest.mark.parametrize("dtype, ratio", [(F32, 1e4), (BF16, 1e2), (F16, 1.0)], ids=str)
-@pytest.mark.parametrize("shape, layout, blocks", SMALL_TILES)
-def test_small_tiles_merge(
-    shape: Any, layout: str, blocks: Any, dtype: Any, ratio: float, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_small_tiles(Case(shape, layout, dtype, activation="relu", ratio=ratio), blocks, device, monkeypatch)
-
-
-@pytest.mark.gate("interp")
-@pytest.mark.parametrize("shape, layout, blocks", SMALL_TILES)
-def test_small_tiles_interpreted(
-    shape: Any, layout: str, blocks: Any, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_small_tiles(Case(shape, layout, activation="relu", ratio=1e4), blocks, device, monkeypatch)
-
-
-def check_small_tiles(case: Case, blocks: dict[str, int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel in tiny tiles: many programs, several tiles each, many partials a merge, ragged ends."""
-    from tkernels.core.config import Config
-    from tkernels.ops.batch_norm import config as tuning
-    from tkernels.ops.batch_norm import kernels
-
-    made = operands(case)
-    want = evaluate(case, made.like(F64, "cpu"), reference=True)
-    o = made.like(None, device)
-    x, dy = arrange(o.input, case.layout), arrange(o.dy, case.layout)
-    m = matrix(x.shape, case.layout == "channels_last")
-    # several tiles a program and several partials a merge, whatever the number of multiprocessors
-    monkeypatch.setattr(tuning, "MAX_PARTIALS", 3 * m.spatial)
-    config, merge = Config.of(num_warps=1, **blocks), Config.of(num_warps=1, BLOCK_P=2, BLOCK_C=2)
-    assert tuning.producers(m, config, targets.current())[0] > 2
-    assert tuning.producers(m, config, targets.current())[1] > 1
-
-    partials = kernels.launch_statistics(x, m, config=config)
-    bn = BatchNorm(o.running_mean, o.running_var, o.weight, o.bias, True, 0.3, 1e-3)
-    stats = kernels.launch_finalize_statistics(partials, m, bn, config=merge)
-    norm = Norm(stats, None, o.weight, o.bias, 1e-3)
-    got = {"output": kernels.launch_normalize(x, m, norm, "relu", config=config)}
-    sums, dz = kernels.launch_gradient_sums(dy, x, m, norm, "relu", write_dz=True, config=config)
-    got["dweight"], got["dbias"], coefficients = kernels.launch_finalize_gradients(sums, m, norm, config=merge)
-    got["dinput"], _ = kernels.launch_input_gradient(dy, x, m, norm, coefficients, "relu", config=config)
-    from_dz, _ = kernels.launch_input_gradient(dz, x, m, norm, coefficients, config=config)
-    assert torch.equal(from_dz, got["dinput"])
-    got |= {"running_mean": o.running_mean, "running_var": o.running_var}
-    for name, reference in want.items():
-        scale = 1.0 if name in ("dinput", "dweight", "dbias") else None
-        tolerance.assert_close(got[name], reference, m.values, scale=scale, name=name)
-
-
-@pytest.mark.gate("aot")
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_batches_share_specialisations(channels_last: bool) -> None:
-    from perf.static import aot
-    from perf.static.cases import batch_norm as cases
-
-    found = []
-    for batch in (256, 250, 17, 1):
-        with pytest.MonkeyPatch.context() as patch, aot.recording("sm_90") as recorded:
-            patch.setattr(cases, "BATCH", batch)
-            cases.training(64, 16, BF16, channels_last, "relu", True)
-        found.append([aot.specialisation(launch, "sm_90") for launch in recorded])
-    assert found[1:] == found[:1] * 3
-
-
-@pytest.mark.gate("aot")
-def test_merges_stay_short_and_gpus_full() -> None:
-    from tkernels.ops.batch_norm import config as tuning
-
-    for shape, channels_last in (
-        ((10_000_000, 1), False), ((256, 64, 32, 32), True), ((2, 4096), False), ((4, 3, 1000, 1000), False),
-        ((2048, 2048, 2, 2), False), ((1, 1, 3000, 3000), False), ((8, 4096, 28, 28), True),
-    ):  # fmt: skip
-        for target in targets.TARGETS.values():
-            m = matrix(shape, channels_last)
-            config = tuning.statistics(m)
-            programs, each = tuning.producers(m, config, target)
-            tiles = tuning.tiles(m, config)
-            assert programs * m.spatial <= tuning.MAX_PARTIALS
-            assert (programs - 1) * each < tiles <= programs * each
-            total = programs * tuning.groups(m, config)
-            assert total >= min(target.multiprocessors, tiles * tuning.groups(m, config), 256)

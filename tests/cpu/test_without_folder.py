@@ -75,7 +75,13 @@ with torch.no_grad():
     assert torch.equal(tkernels.fuse(model)(image), wanted)
 """
 
-TESTS = ("linear/test_values", "batch_norm/test_calls", "cross_entropy/test_values", "conv_stage/test_values")
+TESTS = (
+    "linear/test_values",
+    "batch_norm/test_calls",
+    "cross_entropy/test_values",
+    "cross_entropy/test_kernels",
+    "conv_stage/test_values",
+)
 SUITE = """
 import pytest
 code = pytest.main([*{tests!r}, "-p", "no:xdist"])

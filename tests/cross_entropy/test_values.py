@@ -2,137 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 import tkernels
 from tests import tolerance
-from tkernels.core.records import LossOptions
+from tests.cross_entropy.cases import (
+    BACKWARD,
+    BF16,
+    F16,
+    F32,
+    F64,
+    FORWARD,
+    TARGET_BACKWARD,
+    TOTAL,
+    Case,
+    by_hand,
+    check,
+    reference,
+)
 from tkernels.functional import cross_entropy
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
-
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-FORWARD, TOTAL, BACKWARD = "cross_entropy_forward", "cross_entropy_total", "cross_entropy_backward"
-TARGET_BACKWARD = "cross_entropy_target_backward"
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call of cross_entropy and its backward. ``layout`` and ``grad`` name the strides (see arrange)."""
-
-    shape: tuple[int, ...]
-    layout: str = "contiguous"
-    dtype: torch.dtype = F32
-    probabilities: torch.dtype | None = None
-    uint8: bool = False
-    weighted: bool = False
-    ignore_index: int = -100
-    reduction: str = "mean"
-    label_smoothing: float = 0.0
-    grad: str = "contiguous"
-    target_layout: str = ""
-
-    def __str__(self) -> str:
-        default = {f.name: f.default for f in dataclasses.fields(self)}
-        told = [f"{k}={v}".replace("torch.", "") for k, v in vars(self).items() if k == "shape" or v != default[k]]
-        return " ".join(told)
-
-    @property
-    def class_dim(self) -> int:
-        return 0 if len(self.shape) == 1 else 1
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {
-            "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
-            "label_smoothing": self.label_smoothing,
-        }
-
-
-def arrange(t: Tensor, layout: str) -> Tensor:
-    """The same values in other strides; what surrounds them would show."""
-    if layout == "contiguous":
-        return t.contiguous()
-    if layout == "channels_last":
-        return t.contiguous(memory_format=torch.channels_last)
-    if layout == "sliced":
-        return torch.stack([t, torch.full_like(t, 99.0)], -1)[..., 0]
-    if layout == "padded classes":
-        return torch.cat([t, torch.full_like(t, 99.0)], 1)[:, : t.shape[1]]
-    if layout == "transposed":
-        return t.transpose(1, -1).contiguous().transpose(1, -1) if t.dim() > 2 else t.t().contiguous().t()
-    if layout == "offset":
-        return torch.cat([torch.full_like(t, 99.0)[:1], t])[1:]
-    if layout == "cut picture":
-        return torch.nn.functional.pad(t, (1, 1, 1, 1), value=99.0)[:, :, 1:-1, 1:-1]
-    if layout == "expanded":
-        return t[:1].expand(t.shape)
-    raise ValueError(layout)
-
-
-def target_of(case: Case) -> Tensor:
-    if case.probabilities is not None:
-        p = torch.randn(case.shape).softmax(case.class_dim).to(case.probabilities)
-        return arrange(p, case.target_layout or case.layout)
-    rows = case.shape[:1] + case.shape[2:] if len(case.shape) > 1 else ()
-    target = torch.randint(case.shape[case.class_dim], rows)
-    if target.dim():
-        target[..., ::3] = case.ignore_index if case.ignore_index >= 0 or not case.uint8 else 0
-    return target.to(torch.uint8) if case.uint8 else target
-
-
-def incoming(loss: Tensor, layout: str) -> Tensor:
-    if layout == "expanded":
-        return torch.full((), 0.7, dtype=loss.dtype, device=loss.device).expand(loss.shape)
-    grad = torch.randn(loss.shape).to(loss.dtype)
-    return arrange(grad, layout).to(loss.device) if loss.dim() else grad.to(loss.device)
-
-
-def reference(
-    x: Tensor, target: Tensor, weight: Tensor | None, grad: Tensor, **options: Any
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """PyTorch in float64: the loss, the gradient of the logits, that of the probabilities."""
-    x = x.detach().cpu().double().requires_grad_()
-    target = target.detach().cpu()
-    if target.is_floating_point():
-        target = target.double().requires_grad_()
-    weight = None if weight is None else weight.detach().cpu().double()
-    loss = torch.nn.functional.cross_entropy(x, target, weight, **options)
-    leaves = [x, target] if target.is_floating_point() else [x]
-    grads = torch.autograd.grad(loss, leaves, grad.detach().cpu().double())
-    return loss.detach(), grads[0], grads[1] if len(grads) == 2 else None
-
-
-def check(case: Case, device: str) -> None:
-    n_classes = case.shape[case.class_dim]
-    x = arrange(torch.randn(case.shape) * 3, case.layout).to(case.dtype).to(device)
-    target = target_of(case).to(device)
-    weight = (torch.rand(n_classes) + 0.1).to(case.dtype).to(device) if case.weighted else None
-    before = x.clone()
-    x.requires_grad_()
-    if case.probabilities is not None:
-        target.requires_grad_()
-    loss = cross_entropy(x, target, weight, **case.options)
-    grad = incoming(loss, case.grad)
-    expected, expected_dx, expected_dp = reference(x, target, weight, grad, **case.options)
-    leaves = [x, target] if case.probabilities is not None else [x]
-    dx, *rest = torch.autograd.grad(loss, leaves, grad)
-    terms = n_classes * max(1, x.numel() // n_classes)
-    # PyTorch rounds log softmax to the dtype of the logits on its way to a float32 loss
-    tolerance.assert_close(loss, expected, terms, dtype=case.dtype if device == "cpu" else None, name="loss")
-    # of one class it is zero, and what rounding leaves is small beside the terms it cancelled from
-    tolerance.assert_close(dx, expected_dx, n_classes, dtype=case.dtype, scale=1 / terms, name="gradient")
-    assert dx.dtype == case.dtype
-    if expected_dp is not None:
-        tolerance.assert_close(rest[0], expected_dp, n_classes, dtype=case.dtype, name="target gradient")
-    assert torch.equal(x.detach(), before), "the logits were written"
-
 
 CASES = [
     # ranks; one class; one row
@@ -192,22 +84,6 @@ def test_matches_float64_interpreted(case: Case, device: str, launches: list[str
     assert FORWARD in launches
 
 
-@pytest.mark.parametrize("n_classes", [2, 3, 17, 33, 65, 257, 513, 1025, 2049, 4097])
-def test_every_tile_the_chooser_gives(n_classes: int, device: str, triton_runs: bool) -> None:
-    check(Case((3, n_classes)), device)
-
-
-@pytest.mark.parametrize(("inner", "n_classes"), [(3, 2), (17, 2), (33, 9), (129, 3), (70, 17), (5, 33)])
-def test_every_spatial_tile_the_chooser_gives(inner: int, n_classes: int, device: str) -> None:
-    check(Case((2, n_classes, inner)), device)
-
-
-def test_one_small_batch_is_one_launch(device: str, triton_runs: bool, launches: list[str]) -> None:
-    check(Case((256, 2)), device)
-    if triton_runs:
-        assert launches == [FORWARD, BACKWARD]
-
-
 def extreme(n_classes: int) -> Tensor:
     """Rows that make careless code overflow or lose a NaN; what is special stands early, late and everywhere."""
     inf, nan = float("inf"), float("nan")
@@ -255,82 +131,6 @@ def test_extreme_logits(
             loss, dx = by_hand(x.to(device), target.to(device), None, grad.to(device), splits=splits, **options)
             tolerance.assert_close(loss, expected, n_classes, name="loss, small tiles")
             tolerance.assert_close(dx, expected_dx, n_classes, name="gradient, small tiles")
-
-
-def by_hand(
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    grad: Tensor,
-    reduction: str,
-    label_smoothing: float,
-    splits: int,
-    rows: int = 4,
-    classes: int = 16,
-) -> tuple[Tensor, Tensor]:
-    """The loss and the gradient of the logits by kernels launched in tiles so small that there are many."""
-    from tkernels.core.config import Config
-    from tkernels.ops.cross_entropy import kernels
-
-    config = Config.of(num_warps=1, num_stages=1, BLOCK_ROWS=rows, BLOCK_C=classes)
-    options = LossOptions(-100, reduction, label_smoothing)
-    saved = kernels.launch_forward(x, target, weight, options, x.dtype, config=config, splits=splits)
-    loss, stats, count = saved
-    return loss, kernels.launch_backward(grad, x, target, weight, stats, count, options, config=config)
-
-
-SMALL_TILES = [
-    # rows, classes, several steps a row; several programs a row; ends; spatial; all with partial tiles
-    Case((9, 37)),
-    Case((9, 37), dtype=BF16, weighted=True, label_smoothing=0.1),
-    Case((9, 37), dtype=F16, probabilities=F16, reduction="none"),
-    Case((9, 144), dtype=BF16, probabilities=F32, weighted=True, label_smoothing=0.1),
-    Case((5, 137), dtype=BF16),
-    Case((5, 137), dtype=F16, weighted=True, label_smoothing=0.1, reduction="sum"),
-    Case((5, 137), probabilities=F32, weighted=True, reduction="none"),
-    Case((2, 37, 9)),
-    Case((2, 37, 16), dtype=BF16, probabilities=F32, weighted=True),
-    Case((2, 21, 3, 3), "channels_last", dtype=F16, label_smoothing=0.1, reduction="sum"),
-]
-
-
-@pytest.mark.gate("ttsem", "cuda")
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("case", SMALL_TILES, ids=str)
-def test_small_tiles(case: Case, splits: int, device: str, launches: list[str]) -> None:
-    x = arrange(torch.randn(case.shape) * 3, case.layout).to(case.dtype).to(device)
-    target = target_of(case).to(device)
-    weight = (torch.rand(case.shape[1]) + 0.1).to(case.dtype).to(device) if case.weighted else None
-    rows = case.shape[:1] + case.shape[2:] if case.reduction == "none" else ()
-    grad = torch.randn(rows).to(case.dtype).to(device)
-    loss, dx = by_hand(x, target, weight, grad, case.reduction, case.label_smoothing, splits)
-    expected, expected_dx, _ = reference(x, target, weight, grad, **case.options)
-    tolerance.assert_close(loss, expected, x.numel(), name="loss")
-    tolerance.assert_close(dx, expected_dx, case.shape[1], name="gradient")
-    first = [FORWARD] if splits == 1 else ["cross_entropy_partial", "cross_entropy_merge"]
-    assert [name for name in launches if name != TOTAL] == [*first, BACKWARD]
-    if case.reduction == "none":
-        assert TOTAL not in launches
-
-
-@pytest.mark.gate("ttsem", "cuda")
-def test_few_long_rows_are_split_by_the_chooser(device: str, launches: list[str]) -> None:
-    check(Case((2, 9001), dtype=BF16, reduction="none"), device)
-    assert launches == ["cross_entropy_partial", "cross_entropy_merge", BACKWARD]
-
-
-@pytest.mark.gate("ttsem", "cuda")
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_sum_takes_as_many_rounds_as_needed(reduction: str, device: str, launches: list[str]) -> None:
-    from tkernels.core.config import Config
-    from tkernels.ops.cross_entropy import kernels
-
-    pairs = torch.rand(2, 37).to(device)
-    loss, count = pairs.new_empty(()), pairs.new_empty(()) if reduction == "mean" else None
-    kernels.launch_total(pairs, loss, count, reduction, Config.of(num_warps=1, num_stages=1, BLOCK=4, LENGTH=8))
-    losses, counts = pairs.cpu().double().sum(1)
-    tolerance.assert_close(loss, losses / counts if reduction == "mean" else losses, 37)
-    assert launches == [TOTAL] * 2
 
 
 def test_all_rows_ignored(device: str) -> None:
@@ -464,27 +264,6 @@ def test_two_runs_give_the_same_bits(device: str) -> None:
     assert torch.equal(runs[0][1], runs[1][1])
 
 
-def test_logits_are_read_where_they_lie(device: str, triton_runs: bool) -> None:
-    if not triton_runs:
-        pytest.skip("PyTorch chooses for itself")
-    from tkernels.ops.cross_entropy.layout import readable
-
-    batch = torch.randn(2, 3, 4, 5).to(device)
-    layouts = (
-        batch,
-        batch.contiguous(memory_format=torch.channels_last),
-        batch[:, 1:],
-        batch[..., 0],
-        batch[:, :, 1:3],
-        batch.flatten(2).transpose(1, 2),
-        batch[:1].expand(2, 3, 4, 5),
-    )
-    for t in layouts:
-        assert readable(t) is t
-    cut = batch[..., 1:3]
-    assert readable(cut) is not cut
-
-
 def test_saved_for_backward_is_what_is_alive_and_little_more(device: str, triton_runs: bool) -> None:
     if not triton_runs:
         pytest.skip("PyTorch saves for itself")
@@ -574,22 +353,3 @@ def test_module(device: str, triton_runs: bool, launches: list[str]) -> None:
     assert torch.equal(old_name, cross_entropy(x[:2], labels))
     if triton_runs:
         assert launches == [FORWARD] * 5
-
-
-@pytest.mark.gate("aot")
-@pytest.mark.parametrize("shape", [(10,), (1000,), (5, 16, 16)])
-def test_batches_share_their_compiled_kernels(shape: tuple[int, ...]) -> None:
-    from perf.static import aot
-    from tkernels.ops.cross_entropy import kernels
-
-    def keys(batch: int) -> set[str]:
-        with aot.recording("sm_90") as launches:
-            x = torch.empty(batch, *shape, dtype=BF16, device="cuda")
-            target = torch.empty(batch, *shape[1:], dtype=torch.int64, device="cuda")
-            options = LossOptions(-100, "mean", 0.0)
-            loss, stats, count = kernels.launch_forward(x, target, None, options, BF16)
-            kernels.launch_backward(loss, x, target, None, stats, count, options)
-        # one program has no second stage
-        return {aot.specialisation(each, "sm_90") for each in launches if each.kernel.__name__ != TOTAL}
-
-    assert keys(256) == keys(250) == keys(17) == keys(2)
