@@ -65,8 +65,12 @@ def test_compiles_clean(case: aot.Case, target: str) -> None:
     assert not problems, "\n".join(problems)
 
 
-# The operators that have products, in perf/cases.
-PRODUCTS = ("attention", "conv", "conv_stage", "linear", "matmul", "networks")
+# The operators that have products, in perf/static/cases. Two are exhaustive: attention has a tile of each pass in
+# test_attention_and_matmul.py, and the networks' layers have the products of conv and conv_stage.
+PRODUCTS = (
+    "conv", "conv_stage", "linear", "matmul",
+    *(pytest.param(name, marks=pytest.mark.extended("aot")) for name in ("attention", "networks")),
+)  # fmt: skip
 
 
 def _may_hold_wgmma(launch: aot.Launch) -> bool:

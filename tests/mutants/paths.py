@@ -13,7 +13,7 @@ def _mutant(
 
 # tests
 STAGES = "tests/cpu/test_stage.py"
-PASSES = "tests/cpu/test_passes.py"
+PASSES = "tests/cpu/test_norm_and_loss.py"
 CHAIN = "tests/cpu/test_chain.py"
 PRODUCTS = "tests/cpu/test_linear.py"
 GRADIENTS = "tests/cpu/test_one_gradient.py"
