@@ -18,12 +18,11 @@ import dataclasses
 import functools
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
 
 import triton
 
+from perf.static import sass
 from perf.static.sass import Instruction
 
 _LEFT_IN_REGISTERS = re.compile(r"wgmma\.mma_async\S* \{[^}]*\}, ?\{[^}]*\}")
@@ -60,20 +59,15 @@ def inspect(ptx: str, code: Sequence[Instruction]) -> Wgmma | None:
     if "wgmma.mma_async" not in ptx:
         return None
     waits = [int(wait) for wait in _WAIT.findall(ptx)]
-    return Wgmma(
-        len(_LEFT_IN_REGISTERS.findall(ptx)), max(waits, default=0), len(overwrites(code)), advisories(ptx)
-    )  # fmt: skip
+    left = len(_LEFT_IN_REGISTERS.findall(ptx))
+    return Wgmma(left, max(waits, default=0), len(overwrites(code)), advisories(ptx))
 
 
 @functools.lru_cache(maxsize=4096)
 def advisories(ptx: str) -> str:
     """The names of ptxas's advisories on wgmma for a kernel's PTX, '' without any. Runs the ptxas that Triton would."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.ptx")
-        with open(path, "w") as f:
-            f.write(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", path, "-o", os.devnull]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    command = (triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", os.devnull)
+    told = sass.printed(ptx.encode(), *command)
     return " ".join(sorted(set(_ADVISORY.findall(told))))
 
 

@@ -17,19 +17,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from tqdm import tqdm
 
 import perf.static.cases
-from perf import options, schema
+from perf import options
 from perf.options import Refused
 from perf.schema import Column
-from perf.static import aot, rules, ttir
-from tkernels.core import targets
-from tkernels.core.targets import Target
+from perf.static import aot, rules, tables, ttir
+from perf.static.aot import Launch
+from perf.static.facts import Facts
+from tkernels.core.targets import TARGETS, Target
 
 COLUMNS = (
-    Column("operator", "text", "the file of perf/cases"),
+    Column("operator", "text", "the file of perf/static/cases"),
     Column("case", "text", "the case's name: pass, shape, dtype"),
     Column("kernel", "text", "the kernel's name"),
     Column("config", "text", "block sizes and launch options"),
@@ -40,11 +40,7 @@ COLUMNS = (
     Column("spill_bytes", "whole", "a thread"),
     Column("shared_bytes", "whole", "a program"),
     Column("shared_limit", "whole", "what the target allows a program"),
-    Column(
-        "occupancy_estimate",
-        "number",
-        "resident warps of the most a multiprocessor holds, by registers and shared memory",
-    ),
+    Column("occupancy_estimate", "number", "share of a multiprocessor's warps, by registers and shared memory"),
     Column("tensor_core", "text", "the tensor-core instruction used; empty without one"),
     Column("tensor_core_instructions", "whole", "in the code, not executed"),
     Column("loads_128", "whole", "128-bit loads in the code, async copies included"),
@@ -63,10 +59,20 @@ COLUMNS = (
     Column("status", "text", "ok, or what the compiler said"),
 )
 NAMES = tuple(column.name for column in COLUMNS)
+# What the machine code says, columns by the names of Facts
+FACTS = ("num_warps", "registers", "spill_bytes", "shared_bytes", "tensor_core_instructions", "loads_128", "stores_128",
+         "loop_wide_loads", "loop_narrow_loads")  # fmt: skip
+# Columns that are printed, and how they are headed
+SHOWN = {
+    "operator": "operator", "case": "case", "kernel": "kernel", "target": "target", "num_warps": "warps",
+    "registers": "regs", "spill_bytes": "spills", "shared_bytes": "shared", "occupancy_estimate": "occupancy~",
+    "tensor_core": "tensor core", "tensor_core_instructions": "count", "loads_128": "ld128",
+    "stores_128": "st128", "estimate_us": "us~",
+}  # fmt: skip
 
 
 def operators() -> list[str]:
-    """The files of perf/cases."""
+    """The files of perf/static/cases."""
     return [name for _, name, _ in pkgutil.iter_modules(perf.static.cases.__path__)]
 
 
@@ -74,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add = parser.add_argument
     add("--op", nargs="+", metavar="NAME", help=f"{', '.join(operators())} (default: all)")
-    add("--target", nargs="+", metavar="NAME", help=f"{', '.join(targets.TARGETS)} (default: all)")
+    add("--target", nargs="+", metavar="NAME", help=f"{', '.join(TARGETS)} (default: all)")
     add("--case", metavar="TEXT", default="", help="only cases whose names contain this")
     add("--jobs", type=int, default=1, metavar="N", help="processes that compile (default: 1)")
     add("--csv", type=Path, metavar="FILE", help="where the rows go; an older file is replaced")
@@ -83,22 +89,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile, print, write."""
     names = options.several("operator", args.op or operators(), operators())
-    chosen = options.several("target", args.target or list(targets.TARGETS), targets.TARGETS)
+    chosen = options.several("target", args.target or list(TARGETS), TARGETS)
     if args.jobs < 1:
         raise Refused(f"--jobs must be at least 1, got {args.jobs}")
     if args.csv is not None:
         options.new_file(args.csv)
     units = [(name, target, args.case) for name in names for target in chosen]
-    rows = [
-        row for part in tqdm(_mapped(units, args.jobs), total=len(units), unit="target", disable=None) for row in part
-    ]
+    parts = tqdm(_mapped(units, args.jobs), total=len(units), unit="target", disable=None)
+    rows = [row for part in parts for row in part]
     if not rows:
         raise Refused(f"no case of {', '.join(names)} has a name with {args.case!r} in it")
-    frame = pd.DataFrame(rows, columns=list(NAMES))
-    frame = frame.astype({column.name: "Int64" for column in COLUMNS if column.kind == "whole"})
-    _print(frame)
-    if args.csv is not None:
-        schema.write(frame, args.csv)
+    frame = tables.of_rows(rows, COLUMNS)
+    print(tables.as_text(frame[list(SHOWN)].rename(columns=SHOWN), index=False))
+    _print_problems(rows)
+    tables.write(frame, args.csv)
     return 0
 
 
@@ -114,26 +118,24 @@ def _mapped(units: list[tuple[str, str, str]], jobs: int) -> Iterator[list[dict[
 def report(unit: tuple[str, str, str]) -> list[dict[str, Any]]:
     """Rows of one operator on one target: a row a distinct launch of each case whose name contains the text."""
     operator, target_name, text = unit
-    compiled: dict[str, aot.Facts] = {}
     rows = []
     for case in importlib.import_module(f"perf.static.cases.{operator}").cases():
         if text not in case.name or case.reason_to_skip(target_name) is not None:
             continue
-        base = {"operator": operator, "case": case.name, "target": target_name}
+        head = {"operator": operator, "case": case.name, "target": target_name}
         try:
             with aot.recording(target_name) as launches:
                 case.run()
         except Exception as error:  # a case that cannot be made is a row of the report
-            rows.append({**base, "status": _one_line(error)})
+            rows.append({**head, "status": _one_line(error)})
             continue
         distinct = {aot.specialisation(launch, target_name): launch for launch in launches}
-        rows += [{**base, **_row(launch, key, target_name, compiled)} for key, launch in distinct.items()]
+        rows += [{**head, **_of_launch(launch, TARGETS[target_name])} for launch in distinct.values()]
     return rows
 
 
-def _row(launch: aot.Launch, key: str, target_name: str, compiled: dict[str, aot.Facts]) -> dict[str, Any]:
-    target = targets.TARGETS[target_name]
-    row: dict[str, Any] = {
+def _of_launch(launch: Launch, target: Target) -> dict[str, Any]:
+    row = {
         "kernel": launch.kernel.__name__,
         "config": _config(launch),
         "programs": math.prod(launch.grid),
@@ -141,44 +143,25 @@ def _row(launch: aot.Launch, key: str, target_name: str, compiled: dict[str, aot
         "bytes": sum(launch.bytes.values()),
     }
     try:
-        if key not in compiled:
-            compiled[key] = aot.compile_launch(launch, target_name)
+        facts = aot.compile_launch(launch, target.name)
     except Exception as error:
         return {**row, "status": _one_line(error)}
-    facts = compiled[key]
-    products = ttir.products(facts.ttir, rules.arguments(launch), launch.grid)
-    microseconds, bound = estimate(row["bytes"], products, target)
+    return {**row, **_of_code(launch, facts, target), "status": "ok"}
+
+
+def _of_code(launch: Launch, facts: Facts, target: Target) -> dict[str, Any]:
+    products = ttir.products(facts.ttir, launch.arguments, launch.grid)
+    microseconds, bound = estimate(sum(launch.bytes.values()), products, target)
+    wgmma = {} if facts.wgmma is None else vars(facts.wgmma)
     return {
-        **row,
-        "num_warps": facts.num_warps,
-        "registers": facts.registers,
-        "spill_bytes": facts.spill_bytes,
-        "shared_bytes": facts.shared_bytes,
+        **{name: getattr(facts, name) for name in FACTS},
+        **{f"wgmma_{name}": value for name, value in wgmma.items()},
         "occupancy_estimate": round(rules.occupancy(facts.registers, facts.shared_bytes, facts.num_warps, target), 3),
         "tensor_core": facts.tensor_core or "",
-        "tensor_core_instructions": facts.tensor_core_instructions(),
-        "loads_128": facts.loads_128(),
-        "stores_128": facts.stores_128(),
-        "loop_wide_loads": facts.wide_loads(),
-        "loop_narrow_loads": facts.narrow_loads(),
-        **_wgmma(facts),
         "flops": sum(products.values()),
         "estimate_us": round(microseconds, 3),
         "bound_by": bound,
         "complaints": "; ".join(rules.complaints(launch, facts)),
-        "status": "ok",
-    }
-
-
-def _wgmma(facts: aot.Facts) -> dict[str, Any]:
-    if facts.wgmma is None:
-        return {}
-    use = facts.wgmma
-    return {
-        "wgmma_from_registers": use.from_registers,
-        "wgmma_in_flight": use.in_flight,
-        "wgmma_overwrites": use.overwrites,
-        "wgmma_serialised": use.serialised,
     }
 
 
@@ -186,11 +169,9 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _config(launch: aot.Launch) -> str:
-    shown = {name: value for name, value in rules.arguments(launch).items() if name.startswith("BLOCK")}
-    for name in ("num_warps", "num_stages", "maxnreg"):
-        if name in launch.kwargs:
-            shown[name] = launch.kwargs[name]
+def _config(launch: Launch) -> str:
+    shown = {name: value for name, value in launch.arguments.items() if name.startswith("BLOCK")}
+    shown |= {name: launch.kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.kwargs}
     return " ".join(f"{name}={value}" for name, value in shown.items())
 
 
@@ -202,20 +183,12 @@ def estimate(moved: int, products: dict[str, float], target: Target) -> tuple[fl
     return max(by_bytes, by_flops), "flops" if by_flops > by_bytes else "bytes"
 
 
-def _print(frame: pd.DataFrame) -> None:
-    shown = {
-        "operator": "operator", "case": "case", "kernel": "kernel", "target": "target", "num_warps": "warps",
-        "registers": "regs", "spill_bytes": "spills", "shared_bytes": "shared", "occupancy_estimate": "occupancy~",
-        "tensor_core": "tensor core", "tensor_core_instructions": "count", "loads_128": "ld128",
-        "stores_128": "st128", "estimate_us": "us~",
-    }  # fmt: skip
-    table = frame[list(shown)].rename(columns=shown).astype(object)
-    print(table.where(table.notna(), "").to_string(index=False))
-    failed = frame[frame.status != "ok"]
-    for row in failed.itertuples():
-        print(f"{row.operator}, {row.case}, {row.target}: {row.status}")
-    compiled = frame[frame.status == "ok"]
-    bad = compiled[compiled.complaints != ""]
-    for row in bad.itertuples():
-        print(f"{row.operator}, {row.case}, {row.kernel}, {row.target}: {row.complaints}")
-    print(f"\n{len(compiled)} launches compiled, {len(failed)} failed, {len(bad)} with complaints   (~ estimated)")
+def _print_problems(rows: list[dict[str, Any]]) -> None:
+    failed = [row for row in rows if row["status"] != "ok"]
+    bad = [row for row in rows if row.get("complaints")]
+    for row in failed:
+        print(f"{row['operator']}, {row['case']}, {row['target']}: {row['status']}")
+    for row in bad:
+        print(f"{row['operator']}, {row['case']}, {row['kernel']}, {row['target']}: {row['complaints']}")
+    compiled = len(rows) - len(failed)
+    print(f"\n{compiled} launches compiled, {len(failed)} failed, {len(bad)} with complaints   (~ estimated)")

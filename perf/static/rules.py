@@ -9,7 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from perf.static import aot, ttir
+from perf.static import ttir
+from perf.static.aot import Launch
+from perf.static.facts import Facts
 from tkernels.core import targets
 from tkernels.core.targets import Target
 
@@ -22,6 +24,11 @@ BYTES_IN_FLIGHT = 32 << 10
 SMALL_TRAFFIC = 4 << 20
 # Operations of a product that is over before a card is full.
 SMALL_PRODUCT = 2e9
+# Tensor-core instructions of four warps together, which read shared memory.
+WARPGROUP = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+# What a kernel is given of a channel count, and the factor that was taken out.
+CHANNELS = (("group_in", "IN_UNIT"), ("group_out", "OUT_UNIT"), ("channels_in", "IN_UNIT"),
+            ("channels_out", "OUT_UNIT"))  # fmt: skip
 
 
 class Excused(NamedTuple):
@@ -54,7 +61,7 @@ EXCEPTIONS = (
 )
 
 
-def complaints(launch: aot.Launch, facts: aot.Facts) -> list[str]:
+def complaints(launch: Launch, facts: Facts) -> list[str]:
     """What is wrong with one compiled launch, exceptions left out."""
     target = targets.TARGETS[facts.target]
     found = [*_resources(facts, target), *(facts.wgmma.complaints() if facts.wgmma is not None else ())]
@@ -62,16 +69,11 @@ def complaints(launch: aot.Launch, facts: aot.Facts) -> list[str]:
     return [text for text in found if not any(_excuses(each, text, facts.kernel, launch) for each in EXCEPTIONS)]
 
 
-def _excuses(exception: Excused, complaint: str, kernel: str, launch: aot.Launch) -> bool:
+def _excuses(exception: Excused, complaint: str, kernel: str, launch: Launch) -> bool:
     if not (kernel.startswith(exception.kernel) and complaint.startswith(exception.complaint)):
         return False
-    given = arguments(launch)
+    given = launch.arguments
     return all(given[name] == value for name, value in exception.given.items())
-
-
-def arguments(launch: aot.Launch) -> dict[str, Any]:
-    """A launch's arguments by name."""
-    return {**dict(zip(launch.kernel.arg_names, launch.args)), **launch.kwargs}
 
 
 def occupancy(registers: int, shared_bytes: int, num_warps: int, target: Target) -> float:
@@ -90,7 +92,11 @@ def occupancy(registers: int, shared_bytes: int, num_warps: int, target: Target)
     return programs * num_warps / target.max_warps_mp
 
 
-def _resources(facts: aot.Facts, target: Target) -> list[str]:
+def _resident_warps(facts: Facts, target: Target) -> float:
+    return occupancy(facts.registers, facts.shared_bytes, facts.num_warps, target) * target.max_warps_mp
+
+
+def _resources(facts: Facts, target: Target) -> list[str]:
     found = []
     if facts.spill_bytes:
         found.append(f"spills {facts.spill_bytes} bytes")
@@ -99,43 +105,37 @@ def _resources(facts: aot.Facts, target: Target) -> list[str]:
     return found
 
 
-def _product(launch: aot.Launch, facts: aot.Facts, target: Target) -> list[str]:
-    given = arguments(launch)
+def _product(launch: Launch, facts: Facts, target: Target) -> list[str]:
+    given = launch.arguments
     rows, cols = _tile(facts.kernel, given)
     found = []
     accumulators = rows * cols / (facts.num_warps * target.warp_size)
     if accumulators > MOST_ACCUMULATORS:
         found.append(f"{accumulators:.0f} accumulators a thread")
-    warps = occupancy(facts.registers, facts.shared_bytes, facts.num_warps, target) * target.max_warps_mp
+    warps = _resident_warps(facts, target)
     if warps < FEWEST_WARPS:
         found.append(f"{warps:.0f} warps a multiprocessor")
     if math.prod(launch.grid) < target.multiprocessors // 2 and launch.grid[1] == 1:
         operations = sum(ttir.products(facts.ttir, given, launch.grid).values())
         if operations > SMALL_PRODUCT:
             found.append(f"{math.prod(launch.grid)} programs for {target.multiprocessors} multiprocessors, not split")
-    if not sixteen_bit(launch):
-        return found
+    return [*found, *_operands(launch, facts, target, rows)] if sixteen_bit(launch) else found
+
+
+def _operands(launch: Launch, facts: Facts, target: Target, rows: int) -> list[str]:
+    """How a 16-bit product of a tile with so many rows is computed and fed."""
+    found = []
     if facts.tensor_core is None:
         found.append("no tensor-core instruction")
     elif rows >= 64 and target.name in WARPGROUP and facts.tensor_core != WARPGROUP[target.name]:
         found.append(f"{facts.tensor_core} in place of {WARPGROUP[target.name]}")
-    if aligned(given):
-        if not facts.wide_loads() or facts.narrow_loads():
-            found.append(f"narrow loads: {facts.narrow_loads()} beside {facts.wide_loads()} wide ones in the loop")
-        if target.is_nvidia and facts.waiting_loads():
-            found.append(f"waiting loads: {facts.waiting_loads()} in the loop are not asynchronous")
+    if aligned(launch.arguments):
+        wide, narrow = facts.loop_wide_loads, facts.loop_narrow_loads
+        if not wide or narrow:
+            found.append(f"narrow loads: {narrow} beside {wide} wide ones in the loop")
+        if target.is_nvidia and facts.waiting_loads:
+            found.append(f"waiting loads: {facts.waiting_loads} in the loop are not asynchronous")
     return found
-
-
-# Tensor-core instructions of four warps together, which read shared memory.
-WARPGROUP = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-# What a kernel is given of a channel count, and the factor that was taken out.
-CHANNELS = (
-    ("group_in", "IN_UNIT"),
-    ("group_out", "OUT_UNIT"),
-    ("channels_in", "IN_UNIT"),
-    ("channels_out", "OUT_UNIT"),
-)
 
 
 def _tile(kernel: str, given: Mapping[str, Any]) -> tuple[int, int]:
@@ -158,9 +158,9 @@ def _transposed(kernel: str, given: Mapping[str, Any]) -> bool:
     return kernel == "pointwise_forward_kernel" or (kernel == "conv_dgrad_kernel" and computed)
 
 
-def sixteen_bit(launch: aot.Launch) -> bool:
+def sixteen_bit(launch: Launch) -> bool:
     """Whether a product's operands are bfloat16 or float16."""
-    first = arguments(launch)[launch.kernel.arg_names[0]]
+    first = launch.arguments[launch.kernel.arg_names[0]]
     return str(first.dtype).endswith(("bf16", "fp16", "bfloat16", "float16"))
 
 
@@ -175,18 +175,18 @@ def aligned(given: Mapping[str, Any]) -> bool:
     return all(count % 8 == 0 for count in counts)
 
 
-def _starts_anywhere(launch: aot.Launch) -> bool:
+def _starts_anywhere(launch: Launch) -> bool:
     """Whether a pass reads rows that do not start at 16-byte boundaries: NCHW maps pixel by pixel, and rows (or planes)
     whose length is no multiple of 16 bytes."""
-    given = arguments(launch)
+    given = launch.arguments
     return bool(given.get("NCHW")) or given.get("UNIT", 8) < (8 if sixteen_bit(launch) else 4)
 
 
-def _memory_bound(launch: aot.Launch, facts: aot.Facts, target: Target) -> list[str]:
+def _memory_bound(launch: Launch, facts: Facts, target: Target) -> list[str]:
     if sum(launch.bytes.values()) < SMALL_TRAFFIC or _starts_anywhere(launch):
         return []
-    if not facts.loads_128():
+    if not facts.loads_128:
         return ["no 128-bit loads"]
-    warps = occupancy(facts.registers, facts.shared_bytes, facts.num_warps, target) * target.max_warps_mp
-    in_flight = int(warps * target.warp_size * facts.loads_128() * 16)
+    warps = _resident_warps(facts, target)
+    in_flight = int(warps * target.warp_size * facts.loads_128 * 16)
     return [f"keeps {in_flight} bytes in flight"] if in_flight < BYTES_IN_FLIGHT else []

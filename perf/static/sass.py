@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import triton
+
+_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.M)
 # Instructions whose first general register is read: stores, barriers, predicates, what writes uniform registers only;
 # and wgmma, which writes later, after those before it.
@@ -60,6 +66,30 @@ class Instruction(NamedTuple):
         if self.name.startswith("CS2R"):
             return 1 if ".32" in self.name else 2
         return 2 if ".WIDE" in self.name or self.name.startswith(("DADD", "DMUL", "DFMA", "F2F.F64", "I2F.F64")) else 1
+
+
+def printed(content: bytes, *command: str) -> str:
+    """What a tool prints about a file of this content."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def usage(compiled: Any) -> tuple[int, int]:
+    """Registers and spilled bytes of a compiled kernel."""
+    text = printed(compiled.asm["cubin"], os.path.join(_TOOLS, "cuobjdump"), "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text[:200]!r}")
+    # STACK is where spills show; LOCAL stays 0
+    return int(found[1]), int(found[2])
+
+
+def listing(compiled: Any) -> list[Instruction]:
+    """The instructions of a compiled kernel, in order."""
+    return parse(printed(compiled.asm["cubin"], os.path.join(_TOOLS, "cuobjdump"), "-sass"))
 
 
 def parse(listing: str) -> list[Instruction]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import collections
 import itertools
 import math
+import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 # of each grid axis
 _SAMPLES = (12, 8, 4)
@@ -20,59 +22,56 @@ _RESULT = re.compile(r"%([\w#-]+)(?::\d+)? = (.*)$")
 _VALUE = re.compile(r"%[\w#-]+|-?\b\d+\b")
 _DOT = re.compile(r"tensor<([\dx]+)x(\w+)> \* tensor<([\dx]+)x\w+>")
 _FOR = re.compile(r"scf\.for (?:unsigned )?%([\w-]+) = (%?[\w#-]+) to (%?[\w#-]+) step (%?[\w#-]+)")
-_AXES = {"x": 0, "y": 1, "z": 2}
 
-_OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "addi": lambda a, b: a + b,
-    "subi": lambda a, b: a - b,
-    "muli": lambda a, b: a * b,
-    "divsi": lambda a, b: math.trunc(a / b) if abs(a) < 2**52 else a // b,
-    "divui": lambda a, b: a // b,
-    "remsi": lambda a, b: int(math.fmod(a, b)),
-    "remui": lambda a, b: a % b,
-    "ceildivsi": lambda a, b: -(-a // b),
-    "minsi": min,
-    "minui": min,
-    "maxsi": max,
-    "maxui": max,
-    "andi": lambda a, b: a & b,
-    "ori": lambda a, b: a | b,
-    "xori": lambda a, b: a ^ b,
-    "shli": lambda a, b: a << b,
-    "shrsi": lambda a, b: a >> b,
-    "shrui": lambda a, b: a >> b,
-}
-_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-    "slt": lambda a, b: a < b,
-    "ult": lambda a, b: a < b,
-    "sle": lambda a, b: a <= b,
-    "ule": lambda a, b: a <= b,
-    "sgt": lambda a, b: a > b,
-    "ugt": lambda a, b: a > b,
-    "sge": lambda a, b: a >= b,
-    "uge": lambda a, b: a >= b,
-}
+_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
+    "addi": operator.add, "subi": operator.sub, "muli": operator.mul, "remui": operator.mod,
+    "divsi": lambda a, b: math.trunc(a / b) if abs(a) < 2**52 else a // b, "divui": operator.floordiv,
+    "remsi": lambda a, b: int(math.fmod(a, b)), "ceildivsi": lambda a, b: -(-a // b),
+    "minsi": min, "minui": min, "maxsi": max, "maxui": max,
+    "andi": operator.and_, "ori": operator.or_, "xori": operator.xor,
+    "shli": operator.lshift, "shrsi": operator.rshift, "shrui": operator.rshift,
+}  # fmt: skip
 _UNCHANGED = ("extsi", "extui", "trunci", "index_cast", "bitcast")
 
 # kind of product ('16-bit', 'tf32', 'ieee') -> operations
 Work = collections.Counter[str]
 
 
+class Operation(NamedTuple):
+    """An operation's line, and the operations of its regions."""
+
+    text: str
+    regions: list[list[Operation]]
+
+
 def products(text: str, arguments: Mapping[str, object], grid: tuple[int, int, int]) -> dict[str, float]:
     """Operations of a launch's products by kind ('16-bit', 'tf32', 'ieee'), a multiply-add counted as two."""
     if "tt.dot" not in text:
         return {}
-    lines = [_LOC.sub("", line).strip() for line in text.splitlines()]
-    start = next(i for i, line in enumerate(lines) if line.startswith("tt.func"))
+    lines = (_LOC.sub("", line).strip() for line in text.splitlines())
+    next(line for line in lines if line.startswith("tt.func"))
+    body, _ = _region(lines)
     given = {name: int(value) for name, value in arguments.items() if isinstance(value, (int, bool))}
     sampled = [_spread(size, count) for size, count in zip(grid, _SAMPLES)]
     total: Work = collections.Counter()
     for program in itertools.product(*sampled):
-        total += _Program(lines, given, program, grid).work(start + 1)
+        total += _Program(given, program, grid).work(body)
     share = math.prod(grid) / math.prod(len(axis) for axis in sampled)
     return {kind: operations * share for kind, operations in total.items()}
+
+
+def _region(lines: Iterator[str]) -> tuple[list[Operation], str]:
+    """The operations up to the line that closes their region, and that line."""
+    found: list[Operation] = []
+    for line in lines:
+        if line.startswith("}"):
+            return found, line
+        regions, last = [], line
+        while last.endswith("{"):  # "} else {" closes one and opens another
+            region, last = _region(lines)
+            regions.append(region)
+        found.append(Operation(line, regions))
+    raise ValueError("the listing ends within a region")
 
 
 def _spread(size: int, count: int) -> list[int]:
@@ -83,136 +82,100 @@ def _spread(size: int, count: int) -> list[int]:
 
 
 class _Program:
-    """One program's walk through the listing, with the scalars that can be known."""
+    """One program's walk through the operations, with the scalars that can be known."""
 
-    def __init__(
-        self, lines: list[str], given: dict[str, int], program: tuple[int, ...], grid: tuple[int, ...]
-    ) -> None:
-        self._lines, self._program, self._grid = lines, program, grid
+    def __init__(self, given: Mapping[str, int], program: tuple[int, ...], grid: tuple[int, ...]) -> None:
         self._values = dict(given)
-        self._labels = {line.split(":")[0].split("(")[0]: i for i, line in enumerate(lines) if line.startswith("^")}
+        self._coordinates = {"tt.get_program_id": program, "tt.get_num_programs": grid}
 
-    def work(self, first: int) -> Work:
-        """What a region does, from its first line to its closing brace."""
+    def work(self, region: list[Operation]) -> Work:
+        """What a region's products do."""
         found: Work = collections.Counter()
-        i = first
-        while True:
-            line = self._lines[i]
-            if line.startswith(("}", "tt.return")):
-                return found
-            if line.startswith(("cf.br", "cf.cond_br")):
-                i = self._labels[self._goal(line)]
-            elif _FOR.search(line):
-                found += self._loop(line, i)
-                i = self._end(i)
-            elif "scf.if " in line:
-                found += self._branch(line, i)
-                i = self._end(i)
-            elif "scf.while" in line:
-                middle = self._close(i)
-                found += self.work(i + 1) + self.work(middle + 1)
-                i = self._end(i)
-            elif line.endswith("{"):
-                i = self._end(i)
-            elif "tt.dot " in line:
-                found += _dot(line)
+        labels = {operation.text.split(":")[0].split("(")[0]: i for i, operation in enumerate(region)}
+        at = 0
+        while at < len(region) and not region[at].text.startswith("tt.return"):
+            text, inner = region[at]
+            at = labels[self._goal(text)] if text.startswith(("cf.br", "cf.cond_br")) else at + 1
+            if inner:
+                found += self._nested(text, inner)
+            elif "tt.dot " in text:
+                found += _dot(text)
             else:
-                self._evaluate(line)
-            i += 1
+                self._evaluate(text)
+        return found
 
-    def _loop(self, line: str, at: int) -> Work:
-        match = _FOR.search(line)
-        assert match is not None
-        low, high, step = (self._value(match[i]) for i in (2, 3, 4))
+    def _nested(self, text: str, regions: list[list[Operation]]) -> Work:
+        """What an operation with regions does: a loop, a branch; of reductions and scans nothing counts."""
+        if loop := _FOR.search(text):
+            return self._loop(loop, regions[0])
+        if "scf.if " in text:
+            holds = self._value(text.split("scf.if ")[1].split()[0])
+            taken = regions[1:] if holds == 0 else regions[:1]
+        else:
+            taken = regions if "scf.while" in text else []
+        return sum(map(self.work, taken), collections.Counter())
+
+    def _loop(self, loop: re.Match[str], body: list[Operation]) -> Work:
+        index, *bounds = loop.groups()
+        low, high, step = map(self._value, bounds)
         trips = 1
         if low is not None and high is not None and step:
             trips = max(0, -(-(high - low) // step))
         if not trips:
             return collections.Counter()
         if low is not None:
-            self._values[match[1]] = low
-        return collections.Counter({kind: trips * n for kind, n in self.work(at + 1).items()})
+            self._values[index] = low
+        return collections.Counter({kind: trips * n for kind, n in self.work(body).items()})
 
-    def _branch(self, line: str, at: int) -> Work:
-        condition = self._value(line.split("scf.if ")[1].split()[0])
-        middle = self._close(at)
-        otherwise = self._lines[middle].startswith("} else")
-        if condition is None or condition:
-            return self.work(at + 1)
-        return self.work(middle + 1) if otherwise else collections.Counter()
+    def _goal(self, text: str) -> str:
+        """The label that a jump goes to."""
+        goals = re.findall(r"\^\w+", text)
+        taken = text.startswith("cf.br") or self._value(text.split()[1].rstrip(","))
+        return goals[0] if taken else goals[1]
 
-    def _goal(self, line: str) -> str:
-        goals = re.findall(r"\^\w+", line)
-        if line.startswith("cf.br"):
-            return goals[0]
-        condition = self._value(line.split()[1].rstrip(","))
-        return goals[0] if condition else goals[1]
+    def _evaluate(self, text: str) -> None:
+        match = _RESULT.match(text)
+        if match is None or "tensor<" in text:
+            return
+        value = self._scalar(*match[2].partition(" ")[::2])
+        if value is None:
+            self._values.pop(match[1], None)
+        else:
+            self._values[match[1]] = value
 
-    def _close(self, at: int) -> int:
-        """The line that closes the region opened at the end of a line."""
-        depth = 1
-        for i in range(at + 1, len(self._lines)):
-            line = self._lines[i]
-            if line.startswith("}"):
-                depth -= 1
-                if not depth:
-                    return i
-            if line.endswith("{"):
-                depth += 1
-        raise ValueError("the listing ends within a region")
-
-    def _end(self, at: int) -> int:
-        """The last line of an operation with regions."""
-        end = self._close(at)
-        while self._lines[end].endswith("{"):
-            end = self._close(end)
-        return end
+    def _scalar(self, name: str, rest: str) -> int | None:
+        """What an operation on scalars gives, None where that is not known."""
+        if name in self._coordinates:
+            return self._coordinates[name]["xyz".index(rest[0])]
+        if not name.startswith("arith."):
+            return None
+        name = name.removeprefix("arith.")
+        if name == "constant":
+            return {"true": 1, "false": 0}.get(rest.split()[0], self._value(rest.split()[0]))
+        operands = [self._value(text) for text in _VALUE.findall(rest.split(" : ")[0])]
+        if name == "select" and len(operands) == 3 and operands[0] is not None:
+            return operands[1] if operands[0] else operands[2]
+        known = [operand for operand in operands if operand is not None]
+        if not known or len(known) < len(operands):
+            return None
+        if name in _UNCHANGED:
+            return known[0]
+        if name == "cmpi":  # slt, ult, eq, ...
+            return int(getattr(operator, rest.split(",")[0].strip()[-2:])(*known))
+        if name not in _ARITHMETIC or (name.startswith(("div", "rem")) and known[1] == 0):
+            return None
+        return _ARITHMETIC[name](*known)
 
     def _value(self, text: str) -> int | None:
         if text.startswith("%"):
             return self._values.get(text[1:])
         return int(text) if text.lstrip("-").isdigit() else None
 
-    def _evaluate(self, line: str) -> None:
-        match = _RESULT.match(line)
-        if match is None or "tensor<" in line:
-            return
-        value = self._scalar(match[2])
-        if value is None:
-            self._values.pop(match[1], None)
-        else:
-            self._values[match[1]] = value
 
-    def _scalar(self, text: str) -> int | None:
-        operation, _, rest = text.partition(" ")
-        if operation == "tt.get_program_id":
-            return self._program[_AXES[rest[0]]]
-        if operation == "tt.get_num_programs":
-            return self._grid[_AXES[rest[0]]]
-        if not operation.startswith("arith."):
-            return None
-        name = operation.removeprefix("arith.")
-        if name == "constant":
-            return {"true": 1, "false": 0}.get(rest.split()[0], self._value(rest.split()[0]))
-        operands = [self._value(text) for text in _VALUE.findall(rest.split(" : ")[0])]
-        if name == "select" and len(operands) == 3 and operands[0] is not None:
-            return operands[1] if operands[0] else operands[2]
-        if not operands or None in operands:
-            return None
-        known = [operand for operand in operands if operand is not None]
-        if name in _UNCHANGED:
-            return known[0]
-        if name == "cmpi":
-            return int(_COMPARISONS[rest.split(",")[0].strip()](*known))
-        if name not in _OPERATIONS or (name.startswith(("div", "rem")) and known[1] == 0):
-            return None
-        return _OPERATIONS[name](*known)
-
-
-def _dot(line: str) -> Work:
-    match = _DOT.search(line)
+def _dot(text: str) -> Work:
+    match = _DOT.search(text)
     if match is None:
         return collections.Counter()
     left, right = ([int(n) for n in match[i].split("x")] for i in (1, 3))
-    kind = "16-bit" if match[2] in ("bf16", "f16") else "tf32" if "tf32" in line else "ieee"
+    kind = "16-bit" if match[2] in ("bf16", "f16") else "tf32" if "tf32" in text else "ieee"
     return collections.Counter({kind: 2 * math.prod(left) * right[-1]})

@@ -56,7 +56,7 @@ def test_compiles_clean(case: aot.Case, target: str) -> None:
     assert compiled, "the case launched nothing"
     if case.product:
         assert any(
-            facts.has_dot and rules.sixteen_bit(launch) and rules.aligned(rules.arguments(launch))
+            facts.has_dot and rules.sixteen_bit(launch) and rules.aligned(launch.arguments)
             for launch, facts in compiled
         ), "the case says product, but no launch has a dot of aligned operands"
     problems = [
@@ -74,7 +74,7 @@ PRODUCTS = (
 
 
 def _may_hold_wgmma(launch: aot.Launch) -> bool:
-    given = rules.arguments(launch)
+    given = launch.arguments
     half = any(str(getattr(value, "dtype", "")).endswith("float16") for value in given.values())
     return "PRECISION" in given and (half or given["PRECISION"] == "tf32")
 

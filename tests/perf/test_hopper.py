@@ -41,7 +41,7 @@ def _compiled(left: bool, target: str = "sm_90") -> tuple[str, list[Instruction]
     with aot.recording(target) as launches:
         run()
     compiled = aot.compiled(launches[0], target)
-    return compiled.asm["ptx"], aot.listing(compiled)
+    return compiled.asm["ptx"], sass.listing(compiled)
 
 
 def _left_registers(code: list[Instruction]) -> list[int]:

@@ -26,7 +26,7 @@ def _operations(case: aot.Case, kernel: str) -> float:
         case.run()
     (launch,) = (made for made in launches if made.kernel.__name__ == kernel)
     facts = aot.compile_launch(launch, "sm_80")
-    return sum(ttir.products(facts.ttir, rules.arguments(launch), launch.grid).values())
+    return sum(ttir.products(facts.ttir, launch.arguments, launch.grid).values())
 
 
 def _case(cases: list[aot.Case], name: str) -> aot.Case:
