@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,11 @@ _ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_
 # in-place operators that do not read what they overwrite
 _OVERWRITES = {"zero_", "fill_", "copy_", "bernoulli_", "uniform_", "normal_", "random_"}
 
+# makes a network and its loss
+Build = Callable[[], tuple[nn.Module, Callable[..., Tensor]]]
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass
 class Call:
     """One launch ('triton') or one ATen call ('aten') within a pass ('forward', 'backward') of a layer. ``workspace``:
     bytes of operands that were float32, made by this pass of the layer and dropped at its end."""
@@ -39,7 +43,7 @@ class Call:
     kind: str
     name: str
     bytes: int
-    workspace: int
+    workspace: int = 0
 
 
 @dataclasses.dataclass
@@ -47,38 +51,48 @@ class Step:
     """What one training step did. ``saved``: bytes kept for backward by layer, parameters not counted;
     ``alive``: most bytes of workspace in one pass of a layer."""
 
-    calls: list[Call]
-    saved: dict[str, int]
-    launches: list[aot.Launch]
-    alive: int
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    saved: dict[str, int] = dataclasses.field(default_factory=dict)
+    launches: list[aot.Launch] = dataclasses.field(default_factory=list)
+    alive: int = 0
 
     def total(self) -> int:
         """Bytes, workspaces not counted."""
         return sum(call.bytes for call in self.calls)
 
 
-def training_step(
-    build: Callable[[], tuple[nn.Module, Callable[..., Tensor]]], batch: int, target_name: str, image_size: int = 32
-) -> Step:
+def counts(calls: Iterable[Call], saved: int) -> dict[str, int]:
+    """What calls come to, by the names of the tables' columns."""
+    calls = list(calls)
+    launches = sum(call.kind == "triton" for call in calls)
+    return {
+        "bytes": sum(call.bytes for call in calls),
+        "workspace_bytes": sum(call.workspace for call in calls),
+        "launches": launches,
+        "aten_calls": len(calls) - launches,
+        "saved_bytes": saved,
+    }
+
+
+def training_step(build: Build, batch: int, target_name: str, image_size: int = 32) -> Step:
     """Forward, loss and backward of a classifier of RGB images in bf16 NHWC. ``build`` returns it and its loss."""
-    meter = _Meter()
     network, loss = build()
-    model = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    model = in_bf16(network)
+    meter = _Meter()
     with pretended_gpu(target_name, meter.launch) as mode:
         make_fake(model, mode)
-        kept = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        images = torch.empty(batch, 3, image_size, image_size, dtype=torch.bfloat16)
-        images = images.contiguous(memory_format=torch.channels_last)
-        target = torch.zeros(batch, dtype=torch.int64)
-        with meter, meter.layers(model), torch.autograd.graph.saved_tensors_hooks(meter.saving(kept), lambda t: t):
+        images, target = batch_of(batch, image_size)
+        layers, kept = _Layers(meter), {_storage(t) for t in (*model.parameters(), *model.buffers())}
+        with meter, layers.of(model), meter.saving(kept):
             logits = model(images)
-            with meter.layer("loss"):
-                value = loss(logits, target)
-            meter.claim(value, "loss")
+            meter.enter("loss")
+            value = loss(logits, target)
+            meter.enter(OTHER)
+            layers.claim(value, "loss")
             meter.phase = "backward"
             value.backward()
             meter.end_of_pass()
-    return Step(meter.calls, meter.saved, meter.launches, meter.alive)
+    return meter.step
 
 
 def one_call(make: Callable[[], tuple[Callable[[], Tensor], Sequence[Tensor]]], target_name: str) -> Step:
@@ -86,7 +100,7 @@ def one_call(make: Callable[[], tuple[Callable[[], Tensor], Sequence[Tensor]]], 
     meter = _Meter()
     with pretended_gpu(target_name, meter.launch):
         call, leaves = make()
-        with meter, torch.autograd.graph.saved_tensors_hooks(meter.saving(set()), lambda t: t):
+        with meter, meter.saving(set()):
             value = call()
             incoming = torch.empty_like(value)
             meter.end_of_pass()
@@ -94,160 +108,153 @@ def one_call(make: Callable[[], tuple[Callable[[], Tensor], Sequence[Tensor]]], 
             gradients = torch.autograd.grad(value, leaves, incoming)
             meter.end_of_pass()
             del gradients  # no workspace: held up to here
-    return Step(meter.calls, meter.saved, meter.launches, meter.alive)
+    return meter.step
+
+
+def in_bf16(model: nn.Module) -> nn.Module:
+    """A network in bf16 NHWC."""
+    return model.to(torch.bfloat16).to(memory_format=torch.channels_last)
+
+
+def batch_of(batch: int, image_size: int = 32) -> tuple[Tensor, Tensor]:
+    """RGB images in bf16 NHWC and their classes, all zero."""
+    images = torch.zeros(batch, 3, image_size, image_size, dtype=torch.bfloat16)
+    return images.contiguous(memory_format=torch.channels_last), torch.zeros(batch, dtype=torch.int64)
 
 
 @contextlib.contextmanager
 def pretended_gpu(target: str | Target, launch: Callable[..., None]) -> Iterator[FakeTensorMode]:
     """Fake tensors on the CPU that say is_cuda; each launch becomes ``launch(kernel, args, kwargs, grid)``."""
     fused = torch.nn.functional.dropout
-    tensor: Any = torch.Tensor
-    switch: Any = torch.utils.deterministic
 
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         # on a GPU torch takes this one; its C++ does not ask the Python attribute is_cuda
         return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 else fused(input, p, training, inplace)
 
     # filling fresh memory, which deterministic mode may do, would count as calls
-    fill = switch.fill_uninitialized_memory
-    switch.fill_uninitialized_memory = False
-    torch.nn.functional.dropout = dropout
-    tensor.is_cuda = property(lambda self: True)
+    switch: Any = torch.utils.deterministic
+    fill, switch.fill_uninitialized_memory = switch.fill_uninitialized_memory, False
     try:
-        with aot.intercepting(target, launch), FakeTensorMode() as mode:
+        with (
+            mock.patch.object(torch.nn.functional, "dropout", dropout),
+            aot.said_to_be_cuda(),
+            aot.intercepting(target, launch),
+            FakeTensorMode() as mode,
+        ):
             yield mode
     finally:
-        del tensor.is_cuda
-        torch.nn.functional.dropout = fused
         switch.fill_uninitialized_memory = fill
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Replace a real model's parameters and buffers by fake ones."""
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = mode.from_tensor(parameter)  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = mode.from_tensor(buffer)
+        for tensors in (module._parameters, module._buffers):
+            made: Any = {name: t if t is None else mode.from_tensor(t) for name, t in tensors.items()}
+            tensors.update(made)
 
 
 class _Meter(TorchDispatchMode):
+    """Counts launches and ATen calls into ``step``, in the name of the layer and the phase at hand."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
-        self.saved: dict[str, int] = {}
-        self.launches: list[aot.Launch] = []
-        self.alive = 0
-        self.phase = "forward"
-        self._layer = OTHER
-        # (index of the call, operand, bytes) of float32 operands born in the pass at hand
-        self._pending: list[tuple[int, int, int]] = []
+        self.step = Step()
+        self.layer, self.phase = OTHER, "forward"
+        # (call, storage, bytes) of launches' float32 operands that were born in the pass at hand
+        self._pending: list[tuple[Call, int, int]] = []
         self._born: dict[int, StorageWeakRef] = {}
-        self._owners: dict[Any, str] = {}
-        self._saved_storages: set[int] = set()
-
-    # what counts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        storages = {t.untyped_storage()._cdata for t in given}
-        fresh = [t for t in outputs if t.untyped_storage()._cdata not in storages]
-        self._remember(fresh)
+        given = _tensors((args, kwargs))
+        storages = {_storage(t) for t in given}
+        fresh = [t for t in _tensors(result) if _storage(t) not in storages]
+        self._born |= {_storage(t): StorageWeakRef(t.untyped_storage()) for t in fresh}
         written = _written(func, args)
-        if name in _ALLOCATIONS or not (fresh or written):
-            return result
-        read = {_identity(t): t for t in given if not (name in _OVERWRITES and t is args[0])}
-        operands = [*read.values(), *{_identity(t): t for t in [*fresh, *written]}.values()]
-        self._count("aten", name, operands)
+        if name not in _ALLOCATIONS and (fresh or written):
+            read = [t for t in given if not (name in _OVERWRITES and t is args[0])]
+            self._count("aten", name, [*_distinct(read), *_distinct([*fresh, *written])])
         return result
 
     def launch(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any) -> None:
         """Count a Triton launch: each tensor argument once."""
-        self.launches.append(aot.record(kernel, args, kwargs, grid, device="cpu"))
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        self._count("triton", kernel.__name__, list({_identity(t): t for t in tensors}.values()))
+        self.step.launches.append(aot.record(kernel, args, kwargs, grid, device="cpu"))
+        operands = _distinct(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        call = self._count("triton", kernel.__name__, operands)
+        born = [t for t in operands if t.dtype == torch.float32 and _storage(t) in self._born]
+        self._pending += [(call, _storage(t), aot.span(t)) for t in born]
 
-    def _count(self, kind: str, name: str, operands: list[Tensor]) -> None:
-        for t in operands:
-            storage = t.untyped_storage()._cdata
-            if kind == "triton" and t.dtype == torch.float32 and storage in self._born:
-                self._pending.append((len(self.calls), storage, aot.span(t)))
-        self.calls.append(Call(self._layer, self.phase, kind, name, sum(aot.span(t) for t in operands), 0))
+    def _count(self, kind: str, name: str, operands: Iterable[Tensor]) -> Call:
+        call = Call(self.layer, self.phase, kind, name, sum(map(aot.span, operands)))
+        self.step.calls.append(call)
+        return call
 
-    def _remember(self, fresh: list[Tensor]) -> None:
-        for t in fresh:
-            storage = t.untyped_storage()
-            self._born[storage._cdata] = StorageWeakRef(storage)
+    def enter(self, layer: str) -> None:
+        """What follows is this layer's."""
+        if layer != self.layer:
+            self.end_of_pass()
+        self.layer = layer
 
     def end_of_pass(self) -> None:
         """Tell workspaces from results: what a pass made and nobody holds any more was its workspace."""
         gone = {key for key, reference in self._born.items() if reference.expired()}
-        sizes = {storage: size for _, storage, size in self._pending if storage in gone}
-        self.alive = max(self.alive, sum(sizes.values()))
-        for index, storage, size in self._pending:
-            if storage in gone:
-                call = self.calls[index]
-                self.calls[index] = dataclasses.replace(call, bytes=call.bytes - size, workspace=call.workspace + size)
+        workspaces = [each for each in self._pending if each[1] in gone]
+        for call, _, size in workspaces:
+            call.bytes -= size
+            call.workspace += size
+        self.step.alive = max(self.step.alive, sum({storage: size for _, storage, size in workspaces}.values()))
         self._pending, self._born = [], {}
 
-    def saving(self, kept: set[int]) -> Callable[[Tensor], Tensor]:
-        """A hook that counts the storages autograd keeps, each once, those in ``kept`` not."""
+    def saving(self, kept: set[int]) -> contextlib.AbstractContextManager[object]:
+        """Within the block storages that autograd keeps are counted, each once, those in ``kept`` not."""
+        seen, saved = set(kept), self.step.saved
 
         def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage._cdata not in self._saved_storages | kept:
-                self._saved_storages.add(storage._cdata)
-                self.saved[self._layer] = self.saved.get(self._layer, 0) + storage.nbytes()
+            if _storage(t) not in seen:
+                seen.add(_storage(t))
+                saved[self.layer] = saved.get(self.layer, 0) + t.untyped_storage().nbytes()
             return t.detach()
 
-        return pack
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
 
-    # whose it is
 
-    @contextlib.contextmanager
-    def layer(self, name: str) -> Iterator[None]:
-        self._enter(name)
-        yield
-        self._enter(OTHER)
+class _Layers:
+    """Tells a meter whose calls are being made: those of the innermost module, in forward and in backward."""
 
-    def _enter(self, name: str) -> None:
-        if name != self._layer:
-            self.end_of_pass()
-        self._layer = name
+    def __init__(self, meter: _Meter) -> None:
+        self._meter = meter
+        self._outer: list[str] = []
+        self._owners: dict[Any, str] = {}
 
     @contextlib.contextmanager
-    def layers(self, model: nn.Module) -> Iterator[None]:
-        """Attribute calls to the innermost module that makes them, in forward and in backward."""
-        hooks = []
-        outer: list[str] = []
+    def of(self, model: nn.Module) -> Iterator[None]:
+        """Within the block the meter is told of the model's modules."""
         fused = [module for module in model.modules() if isinstance(module, (tnn.ConvStage, tnn.ConvBNReLU2d))]
+        # never called, unless they have hooks: then the stage would not be one call
         inside = {child for module in fused for child in module.children()}
-        for name, module in model.named_modules():
-            if module in inside:
-                continue  # never called, unless it has hooks: then the stage would not be one call
+        with contextlib.ExitStack() as hooks:
+            for name, module in model.named_modules():
+                if module not in inside:
+                    self._watch(hooks, name or OTHER, module)
+            yield
 
-            def before(module: nn.Module, inputs: Any, name: str = name or OTHER) -> None:
-                for t in inputs:
-                    self.claim(t, self._layer)
-                outer.append(self._layer)
-                self._enter(name)
+    def _watch(self, hooks: contextlib.ExitStack, name: str, module: nn.Module) -> None:
+        def before(module: nn.Module, inputs: Any) -> None:
+            for t in inputs:
+                self.claim(t, self._meter.layer)
+            self._outer.append(self._meter.layer)
+            self._meter.enter(name)
 
-            def after(module: nn.Module, inputs: Any, output: Any, name: str = name or OTHER) -> None:
-                for t in tree_leaves(output):
-                    if isinstance(t, Tensor):
-                        self.claim(t, name)
-                self._enter(outer.pop())
+        def after(module: nn.Module, inputs: Any, output: Any) -> None:
+            for t in _tensors(output):
+                self.claim(t, name)
+            self._meter.enter(self._outer.pop())
 
-            hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-        yield
-        for hook in hooks:
-            hook.remove()
+        hooks.callback(module.register_forward_pre_hook(before).remove)
+        hooks.callback(module.register_forward_hook(after).remove)
 
     def claim(self, output: Tensor, name: str) -> None:
         """The nodes of the graph behind ``output`` that nobody claimed yet run in this layer's name."""
@@ -257,7 +264,7 @@ class _Meter(TorchDispatchMode):
             if node is None or node in self._owners:
                 continue
             self._owners[node] = name
-            node.register_prehook(lambda gradients, name=name: self._enter(name))
+            node.register_prehook(lambda gradients: self._meter.enter(name))
             nodes += [following for following, _ in node.next_functions]
 
 
@@ -271,6 +278,15 @@ def _written(func: Any, args: Any) -> list[Tensor]:
     ]
 
 
-def _identity(t: Tensor) -> tuple[Any, ...]:
-    """Equal for two views of the same elements."""
-    return t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), tuple(t.stride())
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Of views of the same elements one."""
+    found = {(_storage(t), t.storage_offset(), tuple(t.shape), tuple(t.stride())): t for t in tensors}
+    return list(found.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -32,16 +32,13 @@ COLUMNS = (
 )
 
 
-def table(names: Sequence[str], given: Sequence[str], dtypes: Sequence[str], target_name: str) -> pd.DataFrame:
+def rows(names: Sequence[str], given: Sequence[str], dtypes: Sequence[str], target_name: str) -> list[dict[str, Any]]:
     """A row for each operator, shape, dtype, provider and phase. ``given``: shapes as perf sweep takes them. Raises
     Refused."""
     checked = options.several("operator", names, NAMES)
     options.several("dtype", dtypes, operators.DTYPES)
     wanted = plan.Wanted(checked, ["full"], dtypes, ["nhwc"], shapes.parse(given), PROVIDERS, ["wall"])
-    head = {"commit": options.commit(), **providers.versions(), "target": target_name}
-    rows = [{**head, **row} for task in plan.tasks(wanted) for row in _rows(task, count(task, target_name))]
-    frame = pd.DataFrame(rows, columns=[column.name for column in COLUMNS])
-    return frame.astype({column.name: "Int64" for column in COLUMNS if column.kind == "whole"})
+    return [row for task in plan.tasks(wanted) for row in _of_task(task, count(task, target_name))]
 
 
 def count(task: Task, target_name: str) -> meter.Step:
@@ -59,28 +56,16 @@ def count(task: Task, target_name: str) -> meter.Step:
         return meter.one_call(make, target_name)
 
 
-def _rows(task: Task, counted: meter.Step) -> list[dict[str, Any]]:
-    rows = []
+def _of_task(task: Task, counted: meter.Step) -> Iterator[dict[str, Any]]:
     itemsize = operators.DTYPES[task.dtype].itemsize
     for phase, mode in PHASES.items():
+        saved = sum(counted.saved.values()) if phase == "forward" else 0
         calls = [call for call in counted.calls if call.phase == phase]
-        launches = sum(call.kind == "triton" for call in calls)
-        rows.append(
-            {
-                **task.columns(),
-                "phase": phase,
-                "bytes": sum(call.bytes for call in calls),
-                "least_bytes": operators.get(task.operator).work(dict(task.shape), mode, itemsize)[0],
-                "workspace_bytes": sum(call.workspace for call in calls),
-                "launches": launches,
-                "aten_calls": len(calls) - launches,
-                "saved_bytes": sum(counted.saved.values()) if phase == "forward" else 0,
-            }
-        )
-    return rows
+        least, _ = operators.get(task.operator).work(dict(task.shape), mode, itemsize)
+        yield {**task.columns(), "phase": phase, "least_bytes": least, **meter.counts(calls, saved)}
 
 
-def summary(frame: pd.DataFrame) -> str:
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """What is printed: a line an operator, shape, dtype and provider. The ratios are those to the least bytes."""
     frame = frame.assign(shape=[schema.shape_label(row) for row in schema.records(frame)])
     keys = ["operator", "shape", "dtype", "provider"]
@@ -94,4 +79,4 @@ def summary(frame: pd.DataFrame) -> str:
     columns["saved MB"] = (by_case.saved_bytes.sum() / 1e6).astype(float).round(2)
     columns["launches"] = by_case.launches.sum()
     columns["ATen calls"] = by_case.aten_calls.sum()
-    return pd.DataFrame(columns).reset_index().to_string(index=False)
+    return pd.DataFrame(columns).reset_index()

@@ -10,19 +10,19 @@ With --op the same is counted of single operators, beside the least they have to
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 import tkernels
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from perf import operators, options, providers, schema, shapes
 from perf.options import Refused
 from perf.schema import Column
-from perf.static import aot, inductor, meter, operator_traffic
+from perf.static import aot, inductor, meter, operator_traffic, tables
 from tkernels.core import targets
 
 COLUMNS = (
@@ -37,14 +37,10 @@ COLUMNS = (
     *schema.COUNTED_CALLS,
     Column("saved_bytes", "whole", "distinct storages kept for backward, parameters not counted"),
     Column("specialisations", "whole", "in the row of the step: kernels that Triton compiles for it"),
-    Column(
-        "specialisations_added", "whole", "in the row of the step: further kernels for a last batch of another size"
-    ),
+    Column("specialisations_added", "whole", "in the row of the step: further kernels for another last batch"),
 )
 NAMES = tuple(column.name for column in COLUMNS)
 STEP = "(step)"
-
-Build = Callable[[], tuple[nn.Module, Callable[..., Tensor]]]
 
 
 def plain() -> tuple[nn.Module, nn.Module]:
@@ -78,39 +74,41 @@ def run(args: argparse.Namespace) -> int:
     options.one_of("target", args.target, targets.TARGETS)
     if args.csv is not None:
         options.new_file(args.csv)
+    head = {"commit": options.commit(), **providers.versions(), "target": args.target}
     if args.op is not None:
-        return _run_operators(args)
+        rows = operator_traffic.rows(args.op, args.shapes or ["cnn"], args.dtype or ["bf16"], args.target)
+        frame = tables.of_rows([{**head, **row} for row in rows], operator_traffic.COLUMNS)
+        print(operator_traffic.summary(frame).to_string(index=False))
+    else:
+        rows = _rows_of_network(args)
+        frame = tables.of_rows([{**head, "batch": args.batch, **row} for row in rows], COLUMNS)
+        _print(frame, args.batch)
+    tables.write(frame, args.csv)
+    return 0
+
+
+def _rows_of_network(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in ("shapes", "dtype"):
         if getattr(args, name) is not None:
             raise Refused(f"--{name} goes with --op, which is not given")
     for name in ("batch", "last_batch"):
         if getattr(args, name) < 2:
             raise Refused(f"--{name.replace('_', '-')} must be at least 2, got {getattr(args, name)}")
-    steps = {"torch": step(plain, args.batch, args.target), "tkernels": step(fused, args.batch, args.target)}
-    added = added_specialisations(steps["tkernels"], step(fused, args.last_batch, args.target), args.target)
-    rows = [row for name, counted in steps.items() for row in _rows(name, counted, args.target, added)]
-    if not args.no_inductor:
-        rows.append(_inductor_row(args.batch))
-    head = {"commit": options.commit(), **providers.versions(), "target": args.target, "batch": args.batch}
-    frame = pd.DataFrame([{**head, **row} for row in rows], columns=list(NAMES))
-    frame = frame.astype({column.name: "Int64" for column in COLUMNS if column.kind == "whole"})
+    eager, ours, last = (
+        step(build, batch, args.target)
+        for build, batch in ((plain, args.batch), (fused, args.batch), (fused, args.last_batch))
+    )
     if args.calls:
-        _print_calls(steps["tkernels"], args.batch)
-    _print(frame, args.batch)
-    if args.csv is not None:
-        schema.write(frame, args.csv)
-    return 0
+        _print_calls(ours, args.batch)
+    compiled = {
+        "specialisations": len(specialisations(ours, args.target)),
+        "specialisations_added": len(added_specialisations(ours, last, args.target)),
+    }
+    rows = [*_rows("torch", eager), *_rows("tkernels", ours, **compiled)]
+    return rows if args.no_inductor else [*rows, _inductor_row(args.batch)]
 
 
-def _run_operators(args: argparse.Namespace) -> int:
-    frame = operator_traffic.table(args.op, args.shapes or ["cnn"], args.dtype or ["bf16"], args.target)
-    print(operator_traffic.summary(frame))
-    if args.csv is not None:
-        schema.write(frame, args.csv)
-    return 0
-
-
-def step(build: Build, batch: int, target_name: str) -> meter.Step:
+def step(build: meter.Build, batch: int, target_name: str) -> meter.Step:
     """One training step counted. Plain modules stay PyTorch; fused ones must take Triton."""
     with tkernels.backend("triton"):
         return meter.training_step(build, batch, target_name)
@@ -126,29 +124,19 @@ def added_specialisations(full: meter.Step, last: meter.Step, target_name: str) 
     return specialisations(last, target_name) - specialisations(full, target_name)
 
 
-def _rows(provider: str, counted: meter.Step, target_name: str, added: set[str]) -> list[dict[str, Any]]:
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+def _rows(provider: str, counted: meter.Step, **of_step: int) -> list[dict[str, Any]]:
+    """A row a layer and phase, and one of the whole step, with the columns that it alone has."""
+    saved = {(layer, "forward"): size for layer, size in counted.saved.items()}
+    passes: dict[tuple[str, str], list[meter.Call]] = {}
     for call in counted.calls:
-        row = found.setdefault((call.layer, call.phase), _blank(provider, call.layer, call.phase))
-        row["bytes"] += call.bytes
-        row["workspace_bytes"] += call.workspace
-        row["launches" if call.kind == "triton" else "aten_calls"] += 1
-    for layer, saved in counted.saved.items():
-        found.setdefault((layer, "forward"), _blank(provider, layer, "forward"))["saved_bytes"] = saved
-    rows = list(found.values())
-    total = _blank(provider, STEP, "")
-    for name in ("bytes", "workspace_bytes", "launches", "aten_calls", "saved_bytes"):
-        total[name] = sum(row[name] for row in rows)
-    total["workspace_alive"] = counted.alive
-    if counted.launches:
-        total["specialisations"] = len(specialisations(counted, target_name))
-        total["specialisations_added"] = len(added)
-    return [*rows, total]
-
-
-def _blank(provider: str, layer: str, phase: str) -> dict[str, Any]:
-    counts = dict.fromkeys(("bytes", "workspace_bytes", "launches", "aten_calls", "saved_bytes"), 0)
-    return {"provider": provider, "layer": layer, "phase": phase, **counts}
+        passes.setdefault((call.layer, call.phase), []).append(call)
+    found: list[dict[str, Any]] = [
+        {"layer": key[0], "phase": key[1], **meter.counts(passes.get(key, ()), saved.get(key, 0))}
+        for key in dict.fromkeys([*passes, *saved])
+    ]
+    whole = meter.counts(counted.calls, sum(saved.values()))
+    found.append({"layer": STEP, "phase": "", **whole, "workspace_alive": counted.alive, **of_step})
+    return [{"provider": provider, **row} for row in found]
 
 
 def _inductor_row(batch: int) -> dict[str, Any]:
@@ -161,7 +149,7 @@ def _inductor_row(batch: int) -> dict[str, Any]:
 
 
 def _print_calls(counted: meter.Step, batch: int) -> None:
-    frame = pd.DataFrame([vars(call) for call in counted.calls])
+    frame = pd.DataFrame(map(dataclasses.asdict, counted.calls))
     frame["KB/image"] = (frame.bytes / batch / 1e3).round(2)
     frame["workspace KB/image"] = (frame.workspace / batch / 1e3).round(2)
     print(frame.drop(columns=["bytes", "workspace"]).to_string(index=False), end="\n\n")
@@ -184,8 +172,7 @@ def by_layer(layers: pd.DataFrame, batch: int) -> pd.DataFrame:
 
 
 def _print(frame: pd.DataFrame, batch: int) -> None:
-    table = by_layer(frame[frame.layer != STEP], batch)
-    shown = table.astype(object).where(table.notna(), "").to_string()
+    shown = tables.as_text(by_layer(frame[frame.layer != STEP], batch))
     print(f"layer by layer, batch {batch}, bf16 NHWC; calls: Triton launches and ATen calls that compute\n{shown}\n")
     steps = frame[frame.layer == STEP].set_index("provider")
     eager = steps.loc["torch"]
@@ -203,4 +190,4 @@ def _print(frame: pd.DataFrame, batch: int) -> None:
             "added by last batch": steps.specialisations_added,
         }
     )
-    print(summary.T.astype(object).where(summary.T.notna(), "").to_string())
+    print(tables.as_text(summary.T))
