@@ -2,9 +2,8 @@
 
 The step (forward, loss, backward) of the fused CIFAR network on CPU tensors that say they are on a GPU: checks,
 choosers, allocations, autograd and Triton's own Python run as on a GPU; what is compiled and launched is a stand-in.
-Beside it PyTorch's own
-step on the CPU at the smallest size, an estimate of what its calls cost a host. Microseconds differ from machine to
-machine: a bare JITFunction.run, made once after each step, is the yardstick.
+Beside it PyTorch's own step on the CPU at the smallest size, an estimate of what its calls cost a host. Microseconds
+differ from machine to machine: a bare JITFunction.run, made once after each step, is the yardstick.
 
 The one call that would compute is torch.flatten's copy of the last feature map; like the launches it is stubbed: by a
 permute and a view, forward and backward.
@@ -18,9 +17,10 @@ import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -33,8 +33,8 @@ from triton.runtime.jit import JITFunction
 import tkernels
 from models.cifar_cnn import CNNClassifier
 from perf.options import Refused
-from perf.static import aot, traffic
-from tkernels.core import launch, plan, targets
+from perf.static import aot, meter, traffic
+from tkernels.core import launch, plan
 from tkernels.ops.conv_stage import kernels as conv_stage
 
 # the first steps compile and record
@@ -42,17 +42,6 @@ WARM_UP = 5
 # what the C launcher was given, in Triton 3.8's order: grid, stream, function, two flags, metadata, hooks, scratch
 # memory, ..., a tuple of the kernel's arguments
 Made = tuple[Any, ...]
-
-
-class _Utils:
-    """The driver's C functions."""
-
-    def __init__(self, made: Callable[..., None]) -> None:
-        self.launch = made
-
-    @staticmethod
-    def build_signature_metadata(signature: list[str]) -> bytes:
-        return b""
 
 
 class _Compiled(CompiledKernel):
@@ -77,51 +66,34 @@ class _Compiled(CompiledKernel):
 def stubbed_driver(made: Callable[..., None], target_name: str = "sm_90") -> Iterator[None]:
     """Within the block CPU tensors say is_cuda, operators take Triton, and each launch ends in ``made(...)`` with what
     the driver's launch call would have been given."""
-    tensor, compiler = cast(Any, torch.Tensor), cast(Any, triton.compiler)
-    compile_for_real, active = compiler.compile, triton.runtime.driver._active
-    _forget_compiled()
-    with targets.pretend(target_name) as target, tkernels.backend("triton"), _stubbed_launcher(made):
-        driver: Any = aot.StubDriver(aot.gpu_target(target))
-        driver.utils, driver.launcher_cls = _Utils(made), nvidia.CudaLauncher
-        triton.runtime.driver.set_active(driver)
-        compiler.compile = _Compiled
-        tensor.is_cuda = property(lambda self: True)
-        try:
-            yield
-        finally:
-            del tensor.is_cuda
-            compiler.compile = compile_for_real
-            triton.runtime.driver._active = active
-            _forget_compiled()
-
-
-@contextlib.contextmanager
-def _stubbed_launcher(made: Callable[..., None]) -> Iterator[None]:
-    """Within the block Triton's CudaLauncher is made without the driver's library, which isn't there."""
-    module = cast(Any, nvidia)
 
     def compiled_launcher(*args: Any, **kwargs: Any) -> SimpleNamespace:
         # takes the scratch memory before the metadata and the kernel's arguments one by one
         return SimpleNamespace(launch=lambda *given: made(*given[:7], *given[9:13], *given[7:9], given[13:]))
 
-    # the first two are Triton 3.5's and 3.6's, the others 3.7's and 3.8's
-    stubs = {
+    # in place of the driver's library, which isn't there; the first two are Triton 3.5's and 3.6's, the others newer
+    stubs: dict[str, Any] = {
         "compile_module_from_src": compiled_launcher, "library_dirs": list,
         "PyKernelArg": SimpleNamespace, "ARG_CONSTEXPR": 0, "ARG_KERNEL": 1, "ARG_TUPLE": 2,
     }  # fmt: skip
-    before = {name: getattr(module, name) for name in stubs if hasattr(module, name)}
-    vars(module).update(stubs)
+    _forget_compiled()
     try:
-        yield
+        with (
+            aot.stub_driver(target_name) as driver,
+            tkernels.backend("triton"),
+            mock.patch.multiple(nvidia, create=True, **stubs),
+            mock.patch.object(triton.compiler, "compile", _Compiled),
+            aot.said_to_be_cuda(),
+        ):
+            cast(Any, driver).utils = SimpleNamespace(launch=made, build_signature_metadata=lambda signature: b"")
+            cast(Any, driver).launcher_cls = nvidia.CudaLauncher
+            yield
     finally:
-        for name in stubs:
-            delattr(module, name)
-        vars(module).update(before)
+        _forget_compiled()
 
 
 def _forget_compiled() -> None:
     """Kernels remember what they were compiled to by device number."""
-    plan.forget()
     for name, module in list(sys.modules.items()):
         if name.startswith("tkernels.ops."):
             for kernel in vars(module).values():
@@ -147,36 +119,36 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(batch: int, steps: int) -> pd.DataFrame:
     """Microseconds a step and a call: ours, PyTorch's, and of a bare launch."""
+    torch_step, torch_calls = _torch_step()
+    x, launches = torch.zeros(256), []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     _keep_freed_memory()
-    launches = []
-    plain, plain_calls = _plain_step()
     try:
         with stubbed_driver(lambda *made: launches.append(1)), flattened_for_nothing():
-            fused = step(*traffic.fused(), batch)
             bodies = {
-                "tkernels": fused,
-                "bare launch by a plan": bare_launch(),
-                "bare JITFunction.run": bare_launch_by_triton(),
+                "tkernels": step(*traffic.fused(), batch),
+                "bare launch by a plan": lambda: _planned_fold((x,)),
+                "bare JITFunction.run": lambda: fold(x),
             }
             times = _in_turns(bodies, steps)
             launches.clear()
-            fused()
-        times["torch.nn, smallest CPU tensors"] = _median(plain, steps)
+            bodies["tkernels"]()
+        times |= _in_turns({"torch.nn, smallest CPU tensors": torch_step}, steps)
     finally:
         torch.set_num_threads(threads)
-    calls = dict.fromkeys(times, 1) | {"tkernels": len(launches)}
-    calls["torch.nn, smallest CPU tensors"] = plain_calls
-    rows = {name: {"us a step": t, "calls": calls[name], "us a call": t / calls[name]} for name, t in times.items()}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    calls = (len(launches), 1, 1, torch_calls)
+    frame = pd.DataFrame({"us a step": times, "calls": dict(zip(times, calls))})
+    return frame.assign(**{"us a call": frame["us a step"] / frame.calls})
 
 
 def step(model: nn.Module, loss: Callable[..., Tensor], batch: int) -> Callable[[], None]:
     """Forward, loss and backward in bf16 NHWC."""
-    model = model.to(torch.bfloat16).to(memory_format=torch.channels_last)
-    images = torch.zeros(batch, 3, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    target = torch.zeros(batch, dtype=torch.int64)
+    model, (images, target) = meter.in_bf16(model), meter.batch_of(batch)
+    return _step(model, loss, images, target)
+
+
+def _step(model: nn.Module, loss: Callable[..., Tensor], images: Tensor, target: Tensor) -> Callable[[], None]:
     parameters = list(model.parameters())
 
     def body() -> None:
@@ -187,15 +159,22 @@ def step(model: nn.Module, loss: Callable[..., Tensor], batch: int) -> Callable[
     return body
 
 
+def _torch_step() -> tuple[Callable[[], None], int]:
+    """PyTorch's step on images of 8 x 8, and how many ATen calls that compute it makes at any size."""
+    model, loss = CNNClassifier(width=1, image_size=8), nn.CrossEntropyLoss()
+    body = _step(model, loss, torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))
+    return body, len(traffic.step(traffic.plain, 2, "sm_90").calls)
+
+
 @contextlib.contextmanager
 def flattened_for_nothing() -> Iterator[None]:
     """Within the block torch.flatten of channels_last maps copies nothing; the features are in another order."""
-    given = torch.flatten
-    cast(Any, torch).flatten = lambda x, _: x.permute(0, 2, 3, 1).view(x.shape[0], -1)
-    try:
+
+    def flatten(x: Tensor, _: int) -> Tensor:
+        return x.permute(0, 2, 3, 1).view(x.shape[0], -1)
+
+    with mock.patch.object(torch, "flatten", flatten):
         yield
-    finally:
-        torch.flatten = given
 
 
 def fold(x: Tensor) -> None:
@@ -203,38 +182,14 @@ def fold(x: Tensor) -> None:
     launch.launch(conv_stage.fold_sums_kernel, (1, 1), x, x, 2, 32, BLOCK_R=32, BLOCK_C=32, num_warps=4)
 
 
-def bare_launch() -> Callable[[], object]:
+@plan.Planned
+def _planned_fold(tensors: tuple[Any, ...]) -> tuple[()]:
     """A plan of one launch."""
-
-    @plan.Planned
-    def body(tensors: tuple[Any, ...]) -> tuple[()]:
-        fold(*tensors)
-        return ()
-
-    x = torch.zeros(256)
-    return lambda: body((x,))
+    fold(*tensors)
+    return ()
 
 
-def bare_launch_by_triton() -> Callable[[], object]:
-    """The same by Triton's Python."""
-    x = torch.zeros(256)
-    return lambda: fold(x)
-
-
-def _plain_step() -> tuple[Callable[[], None], int]:
-    """PyTorch's step on images of 8 x 8, and how many ATen calls that compute it makes at any size."""
-    model, loss = CNNClassifier(width=1, image_size=8), nn.CrossEntropyLoss()
-    images, target = torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64)
-    counted = traffic.step(traffic.plain, 2, "sm_90")
-
-    def body() -> None:
-        model.zero_grad()
-        loss(model(images), target).backward()
-
-    return body, len(counted.calls)
-
-
-def _in_turns(bodies: dict[str, Callable[[], object]], steps: int) -> dict[str, float]:
+def _in_turns(bodies: Mapping[str, Callable[[], object]], steps: int) -> dict[str, float]:
     """Medians in microseconds; the bodies take turns so that drift hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in bodies}
     for turn in range(steps + WARM_UP):
@@ -244,10 +199,6 @@ def _in_turns(bodies: dict[str, Callable[[], object]], steps: int) -> dict[str, 
             if turn >= WARM_UP:
                 times[name].append(time.perf_counter() - start)
     return {name: 1e6 * statistics.median(found) for name, found in times.items()}
-
-
-def _median(body: Callable[[], None], steps: int) -> float:
-    return _in_turns({"": body}, steps)[""]
 
 
 def _keep_freed_memory() -> None:

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from perf.static import aot, rules
-from perf.static.cases import attention, matmul
-from perf.static.cases.linear import tf32
+from perf.static.cases import attention, matmul, tf32
 from tkernels.core import targets
 from tkernels.core.config import Config
 from tkernels.ops.attention import config as tuning

@@ -76,14 +76,14 @@ def check_small_tiles(case: Case, blocks: dict[str, int], device: str, monkeypat
 @pytest.mark.gate("aot")
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_batches_share_specialisations(channels_last: bool) -> None:
-    from perf.static import aot
-    from perf.static.cases import batch_norm as cases
+    from perf.static import aot, cases
+    from perf.static.cases.batch_norm import training
 
     found = []
     for batch in (256, 250, 17, 1):
         with pytest.MonkeyPatch.context() as patch, aot.recording("sm_90") as recorded:
             patch.setattr(cases, "BATCH", batch)
-            cases.training(64, 16, BF16, channels_last, "relu", True)
+            training(64, 16, BF16, channels_last, "relu", True)
         found.append([aot.specialisation(launch, "sm_90") for launch in recorded])
     assert found[1:] == found[:1] * 3
 

@@ -439,11 +439,11 @@ def test_modules_keep_torch_names_and_draws() -> None:
 @pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_120", "gfx942"))
 def test_the_prologue_is_for_1x1_layers(target: str) -> None:
     """The estimate says where normalising on the way in pays: never behind a 3x3 window, nor for very wide outputs."""
-    from perf.static.cases.conv import window3x3
+    from perf.static.cases import window
     from tkernels.core import targets
     from tkernels.ops.conv_stage import config as tuning
 
-    g = window3x3(64, 64, 16)
+    g = window(64, 64, 16)
     pointwise = g._replace(kernel_h=1, kernel_w=1, pad_h=0, pad_w=0)
     gpu = targets.TARGETS[target]
     assert tuning.applies_in_prologue(pointwise, torch.bfloat16, gpu)

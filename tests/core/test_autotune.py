@@ -13,7 +13,8 @@ import torch
 
 import tkernels
 from perf.static import host
-from perf.static.cases.conv import LAYERS, window3x3
+from perf.static.cases import window
+from perf.static.cases.conv import LAYERS
 from perf.static.cases.networks import geometry, layers
 from tkernels.core import autotune, mode, targets
 from tkernels.core.autotune import Tuner
@@ -223,7 +224,7 @@ def test_without_the_switch_nothing_is_measured(monkeypatch: pytest.MonkeyPatch)
 def test_only_large_convolutions_go_to_pytorch() -> None:
     hopper, bf16 = targets.TARGETS["sm_90"], (torch.bfloat16, "ieee")
     for layer in LAYERS:
-        assert not routing.compute_bound(window3x3(*layer), 256, *bf16, True, hopper), layer
+        assert not routing.compute_bound(window(*layer), 256, *bf16, True, hopper), layer
     large = [g for g in map(geometry, layers("conv2d")) if g.taps == 9 and g.in_channels >= 256 and g.height >= 14]
     assert large
     for g in large:
@@ -234,7 +235,7 @@ def test_only_large_convolutions_go_to_pytorch() -> None:
 
 def test_convolutions_before_a_batch_norm() -> None:
     hopper, bf16 = targets.TARGETS["sm_90"], (torch.bfloat16, "ieee")
-    large, small = window3x3(128, 128, 28), window3x3(32, 32, 32)
+    large, small = window(128, 128, 28), window(32, 32, 32)
     assert routing.before_batch_norm(large, 64, *bf16, True, hopper)
     assert routing.before_batch_norm(large, 64, *bf16, False, hopper)
     assert not routing.before_batch_norm(small, 256, *bf16, True, hopper)

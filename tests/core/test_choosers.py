@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from perf.static import aot
-from perf.static.cases.conv import window3x3
+from perf.static.cases import window
 from tkernels.core import targets
 from tkernels.core.geometry import matrix
 from tkernels.core.targets import Target
@@ -68,7 +68,7 @@ def test_a_pretended_target_is_known_by_all_of_it() -> None:
 
 def test_registers_are_capped_where_there_is_a_cap() -> None:
     """Triton has no option maxnreg on AMD: no chooser names one there."""
-    g = window3x3(64, 64, 16)
+    g = window(64, 64, 16)
     for name, target in targets.TARGETS.items():
         found = [
             conv.forward(g, torch.bfloat16, "ieee", target),

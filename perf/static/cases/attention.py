@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from perf.static.aot import Case
-from perf.static.cases.linear import tf32
+from perf.static.cases import DTYPES, empty, tf32, whole
 from tkernels.core import targets
 from tkernels.ops.attention import config as tuning
-from tkernels.ops.attention import kernels as attention
-from tkernels.ops.attention import kernels_backward as attention_backward
+from tkernels.ops.attention import kernels, kernels_backward
 
 # name, batch, heads, heads of keys, queries, keys, head, options
 SHAPES = (
@@ -28,38 +28,34 @@ SHAPES = (
     ("2x16x1024x192 boolean mask dropout", 2, 16, 16, 1024, 1024, 192, "boolean dropout"),
     ("2x16x1024x256 causal", 2, 16, 16, 1024, 1024, 256, "causal"),
 )
+PASSES = ("forward", "delta", "dq", "dkv")
 
 
 def _heads(batch: int, heads: int, length: int, head: int, dtype: torch.dtype) -> Tensor:
     """As a projection gives them: the heads of one position side by side."""
-    return torch.empty(batch, length, heads, head, device="cuda", dtype=dtype).transpose(1, 2)
+    return empty(batch, length, heads, head, dtype=dtype).transpose(1, 2)
 
 
 def call(name: str, shape: tuple[int, ...], options: str, dtype: torch.dtype) -> None:
-    """Launch one pass: forward, delta, dq or dkv. shape: batch, heads, heads of keys, queries, keys, head."""
+    """Launch one of PASSES. shape: batch, heads, heads of keys, queries, keys, head."""
     batch, heads, kv_heads, n_q, n_k, head = shape
-    q = _heads(batch, heads, n_q, head, dtype)
+    q, o = (_heads(batch, heads, n_q, head, dtype) for _ in range(2))
     k, v = (_heads(batch, kv_heads, n_k, head, dtype) for _ in range(2))
-    mask, seed, p = None, None, 0.0
+    mask = None
     if "boolean" in options:
-        mask = torch.empty(batch, 1, n_q, n_k, device="cuda", dtype=torch.bool)
+        mask = empty(batch, 1, n_q, n_k, dtype=torch.bool)
     if "added" in options:
-        mask = torch.empty(n_q, n_k, device="cuda", dtype=dtype)
-    if "dropout" in options:
-        seed, p = torch.empty((), device="cuda", dtype=torch.int64), 0.1
+        mask = empty(n_q, n_k, dtype=dtype)
+    p, seed = (0.1, whole()) if "dropout" in options else (0.0, None)
     common = (mask, p, "causal" in options, head**-0.5, seed)
     if name == "forward":
-        attention.launch_forward(q, k, v, *common)
-        return
-    o = _heads(batch, heads, n_q, head, dtype)
-    lse = torch.empty(tuning.lse_shape(q.shape, "added" in options), device="cuda")
-    delta = torch.empty(batch, heads, n_q, device="cuda")
-    if name == "delta":
-        attention_backward.launch_delta(o, o)
-    elif name == "dq":
-        attention_backward.launch_dq(q, k, v, o, lse, delta, *common)
+        kernels.launch_forward(q, k, v, *common)
+    elif name == "delta":
+        kernels_backward.launch_delta(o, o)
     else:
-        attention_backward.launch_dkv(q, k, v, o, lse, delta, *common)
+        launch: Any = kernels_backward.launch_dq if name == "dq" else kernels_backward.launch_dkv
+        lse, delta = empty(*tuning.lse_shape(q.shape, "added" in options)), empty(batch, heads, n_q)
+        launch(q, k, v, o, lse, delta, *common)
 
 
 def _left_to_torch(head: int, dtype: torch.dtype, extras: bool) -> str | None:
@@ -69,16 +65,16 @@ def _left_to_torch(head: int, dtype: torch.dtype, extras: bool) -> str | None:
 def cases() -> list[Case]:
     found = []
     for what, *shape, options in SHAPES:
-        for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-            if dtype is torch.float32 and shape[-1] > 128:  # left to PyTorch
+        for short, dtype in DTYPES.items():
+            if short == "fp32" and shape[-1] > 128:  # left to PyTorch
                 continue
-            for name in ("forward", "delta", "dq", "dkv"):
+            left_out = functools.partial(_left_to_torch, shape[-1], dtype, "mask" in what or "dropout" in what)
+            for name in PASSES:
                 run = functools.partial(call, name, tuple(shape), options, dtype)
                 # a mask's elements, and in dkv's loop those of lse and delta, are loaded as they lie
-                product = dtype is torch.bfloat16 and name in ("forward", "dq") and "mask" not in what
-                left_out = functools.partial(_left_to_torch, shape[-1], dtype, "mask" in what or "dropout" in what)
+                product = short == "bf16" and name in ("forward", "dq") and "mask" not in what
                 found.append(Case(f"attention {name} {what} {short}", run, product, left_out))
-                if dtype is torch.float32 and name != "delta" and options in ("", "causal"):
+                if short == "fp32" and name != "delta" and options in ("", "causal"):
                     tensor_cores = functools.partial(tf32, run)
                     found.append(Case(f"attention {name} {what} fp32 tf32", tensor_cores, left_to_torch=left_out))
     return found

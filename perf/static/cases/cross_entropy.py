@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from perf.static import aot
+from perf.static.aot import Case
+from perf.static.cases import case, empty
 from tkernels.core.records import LossOptions
 from tkernels.ops.cross_entropy import kernels
 
@@ -16,34 +15,32 @@ from tkernels.ops.cross_entropy import kernels
 class Shape(NamedTuple):
     name: str
     input: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.bfloat16
     probabilities: bool = False
     weighted: bool = False
-    reduction: str = "mean"
     label_smoothing: float = 0.0
 
 
 # the CNN's loss; rows off 16-byte boundaries, several and one a program; a row split over programs; classes that are
 # not contiguous
 SHAPES = (
-    Shape("cnn", (256, 10), torch.bfloat16),
+    Shape("cnn", (256, 10)),
     Shape("cnn", (256, 10), torch.float32),
     Shape("cnn smoothed", (256, 10), torch.float32, weighted=True, label_smoothing=0.1),
-    Shape("hundred classes", (256, 100), torch.bfloat16, weighted=True, label_smoothing=0.1),
-    Shape("imagenet", (256, 1000), torch.bfloat16, label_smoothing=0.1),
-    Shape("odd vocabulary", (8192, 50257), torch.bfloat16),
-    Shape("few rows, probabilities", (8, 50257), torch.bfloat16, probabilities=True, weighted=True),
-    Shape("segmentation", (8, 21, 512, 512), torch.bfloat16, weighted=True),
+    Shape("hundred classes", (256, 100), weighted=True, label_smoothing=0.1),
+    Shape("imagenet", (256, 1000), label_smoothing=0.1),
+    Shape("odd vocabulary", (8192, 50257)),
+    Shape("few rows, probabilities", (8, 50257), probabilities=True, weighted=True),
+    Shape("segmentation", (8, 21, 512, 512), weighted=True),
 )
 
 
 def run(shape: Shape) -> None:
-    x = torch.empty(shape.input, dtype=shape.dtype, device="cuda")
-    rows = shape.input[:1] + shape.input[2:]
-    target = torch.empty_like(x) if shape.probabilities else torch.empty(rows, dtype=torch.int64, device="cuda")
-    weight: Tensor | None = x.new_empty(shape.input[1]) if shape.weighted else None
-    reduction, smoothing = shape.reduction, shape.label_smoothing
-    options = LossOptions(-100, reduction, smoothing)
+    """Forward, merge, total and gradients."""
+    x = empty(*shape.input, dtype=shape.dtype)
+    target = torch.empty_like(x) if shape.probabilities else torch.empty_like(x.select(1, 0), dtype=torch.int64)
+    weight = x.new_empty(shape.input[1]) if shape.weighted else None
+    options = LossOptions(-100, "mean", shape.label_smoothing)
     loss, stats, count = kernels.launch_forward(x, target, weight, options, shape.dtype)
     grad = torch.empty_like(loss)
     kernels.launch_backward(grad, x, target, weight, stats, count, options)
@@ -51,8 +48,5 @@ def run(shape: Shape) -> None:
         kernels.launch_target_backward(grad, x, target, weight, stats, count, options)
 
 
-def cases() -> list[aot.Case]:
-    """Forward, merge, total and gradients at each shape."""
-    return [
-        aot.Case(f"{s.name} {list(s.input)} {str(s.dtype).split('.')[1]}", functools.partial(run, s)) for s in SHAPES
-    ]
+def cases() -> list[Case]:
+    return [case(f"{s.name} {list(s.input)} {str(s.dtype).split('.')[1]}", run, s) for s in SHAPES]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from perf.static.aot import Case
-from perf.static.cases.linear import tf32
-from tkernels.ops.matmul import kernels as matmul
+from perf.static.cases import DTYPES, case, empty, tf32
+from tkernels.ops.matmul import kernels
 
 # name, shape of a, shape of b, which of them is transposed
 PRODUCTS = (
@@ -29,23 +27,20 @@ VECTORS = (
 
 
 def _operand(shape: tuple[int, ...], transposed: bool, dtype: torch.dtype) -> Tensor:
-    t = torch.empty(shape, device="cuda", dtype=dtype)
+    t = empty(*shape, dtype=dtype)
     return t.mT.contiguous().mT if transposed else t
 
 
 def product(a: tuple[int, ...], b: tuple[int, ...], transposed: str, dtype: torch.dtype) -> None:
-    matmul.launch_matmul(_operand(a, "a" in transposed, dtype), _operand(b, "b" in transposed, dtype))
+    kernels.launch_matmul(_operand(a, "a" in transposed, dtype), _operand(b, "b" in transposed, dtype))
 
 
 def cases() -> list[Case]:
     found = []
-    for name, a, b, transposed in PRODUCTS:
-        run = functools.partial(product, a, b, transposed)
-        found.append(Case(f"matmul {name} bf16", functools.partial(run, torch.bfloat16), product=True))
-        found.append(Case(f"matmul {name} fp32", functools.partial(run, torch.float32)))
-        found.append(Case(f"matmul {name} fp32 tf32", functools.partial(tf32, functools.partial(run, torch.float32))))
-    for name, a, b, transposed in VECTORS:
-        for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-            run = functools.partial(product, a, b, transposed, dtype)
-            found.append(Case(f"matmul {name} {short}", run))
+    for name, *operands in PRODUCTS:
+        for short, dtype in DTYPES.items():
+            found.append(case(f"matmul {name} {short}", product, *operands, dtype, product=short == "bf16"))
+        found.append(case(f"matmul {name} fp32 tf32", tf32, product, *operands, torch.float32))
+    for name, *operands in VECTORS:
+        found += [case(f"matmul {name} {short}", product, *operands, dtype) for short, dtype in DTYPES.items()]
     return found

@@ -3,13 +3,11 @@ and VGG at 224x224, a 4096-wide MLP, losses over 1,000 to 256,000 classes. A cas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from perf.shapes import NAMED, Shape
+from perf.shapes import NAMED, Shape, distinct
 from perf.static.aot import Case
-from perf.static.cases import batch_norm, conv, conv_stage, cross_entropy, linear
+from perf.static.cases import batch_norm, conv, conv_stage, cross_entropy, linear, window
 from tkernels.core import targets
 from tkernels.core.geometry import Geometry
 from tkernels.ops.conv_stage import config as stage_tuning
@@ -18,17 +16,14 @@ NETWORKS = ("resnet18", "resnet50", "mobilenet", "vgg", "mlp", "vocab")
 DTYPE = torch.bfloat16
 
 
-def layers(operator: str) -> Iterator[Shape]:
+def layers(operator: str) -> list[Shape]:
     """The shapes an operator has in the networks, each once."""
-    found = [shape for name in NETWORKS for shape in NAMED[name].get(operator, [])]
-    yield from {tuple(shape.items()): shape for shape in found}.values()
+    return distinct(shape for name in NETWORKS for shape in NAMED[name].get(operator, []))
 
 
 def geometry(s: Shape) -> Geometry:
     """A convolution's shape as the choosers see it."""
-    pad, stride = s["padding"], s["stride"]
-    out = [(s[size] + 2 * pad - s[window]) // stride + 1 for size, window in (("H", "R"), ("W", "S"))]
-    return Geometry(s["C"], s["K"], s["groups"], s["H"], s["W"], s["R"], s["S"], stride, stride, pad, pad, 1, 1, *out)
+    return window(s["C"], s["K"], s["H"], s["R"], s["stride"], s["groups"])
 
 
 def convolutions() -> None:
@@ -37,10 +32,10 @@ def convolutions() -> None:
         if g.depthwise:
             conv.depthwise(g, DTYPE)
             continue
-        conv.forward(g, DTYPE, "relu", False, True)
-        conv.wgrad(g, DTYPE, None)
+        conv.forward(g, DTYPE)
+        conv.wgrad(g, DTYPE)
         if not g.flattened:
-            conv.dgrad(g, DTYPE, False, True)
+            conv.dgrad(g, DTYPE)
 
 
 def stages() -> None:
@@ -53,22 +48,22 @@ def stages() -> None:
         if not g.flattened:
             conv_stage.dgrad(g, DTYPE)
         if stage_tuning.applies_in_prologue(g, DTYPE, targets.current()):
-            conv_stage.pointwise(g.in_channels, g.out_channels, g.height, DTYPE)
+            conv_stage.pointwise(g, DTYPE)
 
 
 def ends() -> None:
     """A stage's last pass, with pooling and dropout, and its backward."""
     for shape in layers("batch_norm"):
         pool = conv_stage.pooled(shape["H"])
-        conv_stage.end(shape["C"], pool, DTYPE, True)
-        conv_stage.end_backward(shape["C"], pool, DTYPE, False)
+        conv_stage.end(shape["C"], pool, DTYPE)
+        conv_stage.end_backward(shape["C"], pool, DTYPE)
 
 
 def norms() -> None:
     """Batch norm with ReLU, with and without a residual."""
     for shape in layers("batch_norm"):
         for add in (False, True):
-            batch_norm.training(shape["C"], shape["H"], DTYPE, True, "relu", add)
+            batch_norm.training(shape["C"], shape["H"], DTYPE, add=add)
 
 
 def linears() -> None:
@@ -81,7 +76,7 @@ def linears() -> None:
 def losses() -> None:
     """Cross entropy with class indices."""
     for shape in layers("cross_entropy"):
-        cross_entropy.run(cross_entropy.Shape("", (shape["N"], shape["C"]), DTYPE))
+        cross_entropy.run(cross_entropy.Shape("", (shape["N"], shape["C"])))
 
 
 def cases() -> list[Case]:
