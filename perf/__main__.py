@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from models.arguments import Parser
 from perf import options
 
 COMMANDS = {
@@ -33,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted, 141 nobody reads what it prints."""
     given = list(sys.argv[1:] if argv is None else argv)
     listing = "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
-    top = options.Parser(PROGRAM, f"Measure tkernels.\n\ncommands:\n{listing}")
+    top = _parser(PROGRAM, f"Measure tkernels.\n\ncommands:\n{listing}")
     top.usage = f"{PROGRAM} COMMAND ... (--help after a command lists its options)"
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     name = top.parse_args(given[:1]).command
     module = importlib.import_module(MODULES[name])
-    parser = options.Parser(f"{PROGRAM} {name}", module.__doc__)
+    parser = _parser(f"{PROGRAM} {name}", module.__doc__)
     module.add_arguments(parser)
     try:
         _check_environment()
@@ -54,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def _parser(program: str, description: str | None) -> Parser:
+    described = argparse.RawDescriptionHelpFormatter
+    return Parser(prog=program, description=description, allow_abbrev=False, formatter_class=described)
 
 
 def _check_environment() -> None:

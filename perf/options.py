@@ -1,39 +1,20 @@
-"""What every subcommand's command line shares: refusals in one line with exit status 2, paths, devices, commits."""
+"""What every subcommand's command line shares: refusals in one line, paths, devices, commits."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from models import lock
-
-REFUSED = 2
 
 
 class Refused(Exception):
     """Input that cannot be worked with; the message says in one line what it is and what is allowed."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line: no usage before them."""
-
-    def __init__(self, prog: str, description: str | None) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(REFUSED, f"{self.prog}: error: {message}\n")
 
 
 def one_of(what: str, given: str, allowed: Iterable[str]) -> str:
@@ -108,25 +89,6 @@ def device(name: str | None) -> str:
                 f"device {name!r} was asked for, but torch sees {count or 'no'} GPU{'s' if count > 1 else ''}"
             )
     return name
-
-
-@contextlib.contextmanager
-def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """Variables that processes started meanwhile find set, or None: not set."""
-    before = {name: os.environ.get(name) for name in changes}
-    _set(changes)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def commit() -> str:

@@ -17,7 +17,7 @@ TIMINGS = ("wall", "cudagraph")
 MODES, LAYOUTS, PROVIDERS = ("fwd", "bwd"), ("nhwc",), (providers.BASELINE, providers.OURS)
 # The network, whose training steps and inference are measured as people run them; who competes there, in which layout
 NETWORK, NETWORK_DTYPES = "cnn", ("fp32", "bf16")
-RIVALS = (
+CONTENDERS = (
     (providers.BASELINE, "nhwc"),
     (providers.OURS, "nhwc"),
     ("torch.compile", "nhwc"),
@@ -47,7 +47,7 @@ class Task:
         return self.operator, self.dtype, self.layout, self.shape
 
     @property
-    def contest(self) -> tuple[object, ...]:
+    def comparison(self) -> tuple[object, ...]:
         """What tasks have in common that are timed in turns."""
         return *self.problem, self.mode, self.timing
 
@@ -63,9 +63,8 @@ class Task:
 
     def columns(self) -> dict[str, Any]:
         """The task's part of a row."""
-        names = ("operator", "mode", "dtype", "layout", "provider", "timing", "allocator")
-        named = {name: getattr(self, name) for name in names}
-        return {**dict.fromkeys(schema.SHAPE_COLUMNS), **dict(self.shape), **named}
+        named = {name: value for name, value in vars(self).items() if name != "shape"}
+        return {**named, **dict.fromkeys(schema.SHAPE_COLUMNS), **dict(self.shape)}
 
     def key(self) -> Key:
         return schema.key(self.columns())
@@ -111,27 +110,33 @@ def tasks(wanted: Wanted) -> list[Task]:
         modes = wanted.modes or (schema.NETWORK_MODES if name == NETWORK and wanted.device == "cpu" else MODES)
         found += _in_calls(name, listed, [mode for mode in modes if mode in schema.MODES], wanted)
         if name == NETWORK:
-            found += _in_contests(listed, [mode for mode in modes if mode in schema.NETWORK_MODES], wanted)
+            found += _in_comparisons(listed, [mode for mode in modes if mode in schema.NETWORK_MODES], wanted)
     return list(dict.fromkeys(found))
 
 
 def _in_calls(name: str, listed: Sequence[Shape], modes: Sequence[str], wanted: Wanted) -> Iterator[Task]:
     """An operator's tasks of single calls."""
+    ordered = _ordered(wanted.providers or PROVIDERS)
     dtypes = wanted.dtypes or (("fp32",) if wanted.device == "cpu" else ("bf16",))
     layouts = (wanted.layouts or LAYOUTS) if operators.get(name).images else ("",)
     for shape, dtype, layout in itertools.product(listed, dtypes, layouts):
-        for mode, timing, provider in itertools.product(modes, wanted.timings, wanted.providers or PROVIDERS):
+        for mode, timing, provider in itertools.product(modes, wanted.timings, ordered):
             yield Task(name, mode, dtype, layout, tuple(shape.items()), provider, timing)
 
 
-def _in_contests(listed: Sequence[Shape], modes: Sequence[str], wanted: Wanted) -> Iterator[Task]:
-    """A network's tasks, those of a contest together."""
-    named = itertools.product(wanted.providers or (), wanted.layouts or LAYOUTS)
-    rivals = list(named) if wanted.providers else [r for r in RIVALS if r[1] in (wanted.layouts or r[1])]
+def _in_comparisons(listed: Sequence[Shape], modes: Sequence[str], wanted: Wanted) -> Iterator[Task]:
+    """A network's tasks, those of a comparison together."""
+    named = list(itertools.product(_ordered(wanted.providers or ()), wanted.layouts or LAYOUTS))
+    contenders = named or [each for each in CONTENDERS if each[1] in (wanted.layouts or each[1])]
     dtypes = wanted.dtypes or NETWORK_DTYPES
     for shape, mode, dtype, allocator in itertools.product(listed, modes, dtypes, wanted.allocators):
-        for provider, layout in rivals:
+        for provider, layout in contenders:
             yield Task(NETWORK, mode, dtype, layout, tuple(shape.items()), provider, "wall", allocator)
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """The baseline first: the others' speed-ups need its time."""
+    return sorted(names, key=lambda name: name != providers.BASELINE)
 
 
 def _shapes_of(operator: operators.Operator, wanted: Wanted) -> list[Shape]:
@@ -145,18 +150,9 @@ def _shapes_of(operator: operators.Operator, wanted: Wanted) -> list[Shape]:
     return shapes.distinct(operator.quick(shape) if wanted.quick else shape for shape in complete)
 
 
-def missing(planned: Iterable[Task], path: Path, device: str) -> list[Task]:
-    """The tasks a CSV has no row of on this device yet, and all of a contest that is not complete: who was not there
+def missing(planned: Sequence[Task], path: Path, device: str) -> list[Task]:
+    """The tasks a CSV has no row of on this device yet, and all of a comparison that is not complete: who was not there
     in the same rounds cannot be compared."""
-    frame = schema.read(path)
-    planned = list(planned)
-    done = {schema.key(row) for row in schema.records(frame) if row["device"] == device}
+    done = {schema.key(row) for row in schema.records(schema.read(path)) if row["device"] == device}
     broken = {task.process for task in planned if task.key() not in done} - {()}
     return [task for task in planned if task.key() not in done or task.process in broken]
-
-
-def baselines(path: Path, device: str) -> dict[Key, dict[str, Any]]:
-    """Rows of the provider all others are compared with, by key."""
-    frame = schema.read(path)
-    rows = frame[(frame.provider == "torch") & (frame.status == schema.OK) & (frame.device == device)]
-    return {schema.key(row): row for row in schema.records(rows)}

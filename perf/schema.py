@@ -1,14 +1,16 @@
-"""The sweep's CSV: one row a measurement. What each column means, and reading and writing rows safely."""
+"""Rows of CSVs, one a measurement: what each column means, and reading and writing rows safely."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import dataclasses
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 
@@ -23,101 +25,127 @@ class Column(NamedTuple):
     meaning: str
 
 
-SHAPE = (
-    Column("N", "whole", "batch: images, or rows of a matrix"),
-    Column("C", "whole", "input channels, input features or classes; attention: features of a head"),
-    Column("H", "whole", "rows of the input image; attention: queries"),
-    Column("W", "whole", "columns of the input image; attention: keys"),
-    Column("K", "whole", "output channels or output features; attention: heads"),
-    Column("R", "whole", "rows of the convolution window"),
-    Column("S", "whole", "columns of the convolution window"),
-    Column("stride", "whole", "of the convolution, both axes"),
-    Column("padding", "whole", "of the convolution, both axes"),
-    Column("groups", "whole", "of the convolution; matmul: products in a batch"),
-)
-SHAPE_COLUMNS = tuple(column.name for column in SHAPE)
+def text(meaning: str) -> Any:
+    """A column of text."""
+    return dataclasses.field(default="", metadata={"meaning": meaning})
 
-COLUMNS = (
-    Column("timestamp", "text", "when the row was written, UTC, ISO 8601"),
-    Column("commit", "text", "git commit of the source, -dirty where it was changed since; unknown outside git"),
-    Column("host", "text", "name of the machine"),
-    Column("device", "text", "the GPU's name, or cpu with its model and torch's number of threads"),
-    Column("driver", "text", "version of the GPU's driver; empty on a CPU"),
-    Column("torch", "text", "version of torch"),
-    Column("triton", "text", "version of triton; empty where it is not installed"),
-    Column("operator", "text", "a name of perf/operators.py; perf model: the model's name"),
-    Column(
-        "mode",
-        "text",
+
+def number(meaning: str) -> Any:
+    """A column of whole numbers (int | None) or of others (float | None); None is an empty cell."""
+    return dataclasses.field(default=None, metadata={"meaning": meaning})
+
+
+KINDS = {"str": "text", "int | None": "whole", "float | None": "number", "float": "number"}
+Self = TypeVar("Self", bound="Row")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of a CSV; the fields of a subclass are its columns, in their order. Naming one that there is not is a
+    TypeError where the row is made."""
+
+    @classmethod
+    def columns(cls) -> tuple[Column, ...]:
+        """The columns, with what they mean."""
+        return tuple(Column(f.name, KINDS[str(f.type)], f.metadata["meaning"]) for f in dataclasses.fields(cls))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def having(self: Self, **columns: Any) -> Self:
+        """The row with these columns filled in."""
+        return dataclasses.replace(self, **columns)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement(Row):
+    """What is timed, by perf sweep and perf gpu."""
+
+    timestamp: str = text("when the row was written, UTC, ISO 8601")
+    commit: str = text("git commit of the source, -dirty where it was changed since; unknown outside git")
+    host: str = text("name of the machine")
+    device: str = text("the GPU's name, or cpu with its model and torch's number of threads")
+    driver: str = text("version of the GPU's driver; empty on a CPU")
+    torch: str = text("version of torch")
+    triton: str = text("version of triton; empty where it is not installed")
+    operator: str = text("a name of perf/operators.py; perf model: the model's name")
+    mode: str = text(
         "fwd: forward without autograd; bwd: backward alone, of which dgrad: the input's gradient, wgrad: the "
         "weight's; full: forward and backward; of a network train: a step with Adam (perf model: with none, or the "
-        "optimizer of its column); infer: forward in evaluation, without autograd",
-    ),
-    Column(
-        "dtype",
-        "text",
-        "bf16, fp16 or fp32: of inputs, weights and outputs; train and infer: of autocast over float32 (fp32: none)",
-    ),
-    Column("layout", "text", "nhwc (channels_last) or nchw; empty where the operator has no images"),
-    *SHAPE,
-    Column("provider", "text", "whose code was measured"),
-    Column("timing", "text", "wall: the call as a user makes it; cudagraph: replayed from a CUDA graph"),
-    Column(
-        "allocator",
-        "text",
+        "optimizer of its column); infer: forward in evaluation, without autograd"
+    )
+    dtype: str = text(
+        "bf16, fp16 or fp32: of inputs, weights and outputs; train and infer: of autocast over float32 (fp32: none)"
+    )
+    layout: str = text("nhwc (channels_last) or nchw; empty where the operator has no images")
+    N: int | None = number("batch: images, or rows of a matrix")
+    C: int | None = number("input channels, input features or classes; attention: features of a head")
+    H: int | None = number("rows of the input image; attention: queries")
+    W: int | None = number("columns of the input image; attention: keys")
+    K: int | None = number("output channels or output features; attention: heads")
+    R: int | None = number("rows of the convolution window")
+    S: int | None = number("columns of the convolution window")
+    stride: int | None = number("of the convolution, both axes")
+    padding: int | None = number("of the convolution, both axes")
+    groups: int | None = number("of the convolution; matmul: products in a batch")
+    provider: str = text("whose code was measured")
+    timing: str = text("wall: the call as a user makes it; cudagraph: replayed from a CUDA graph")
+    allocator: str = text(
         "train and infer: default; faultless: glibc told to keep all memory it was ever given; shared: default, but "
-        "all providers in one process; else empty",
-    ),
-    Column("config", "text", "kernels that were launched and their launch configurations; empty without Triton"),
-    Column("ms_p20", "number", "milliseconds a call, 20th percentile of the repetitions"),
-    Column("ms_p50", "number", "milliseconds a call, median"),
-    Column("ms_p80", "number", "milliseconds a call, 80th percentile"),
-    Column("tflops", "number", "flops / ms_p50, in 10^12 a second"),
-    Column("gbps", "number", "bytes / ms_p50, in 10^9 a second"),
-    Column(
-        "bytes", "number", "least traffic of the mode: each operand of an operator read once, each result written once"
-    ),
-    Column(
-        "flops", "number", "operations of the mode's products, a multiply-add counted as two; 0 where there is none"
-    ),
-    Column(
-        "roofline_pct", "number", "least time at the peak rates (by bytes or by flops, the larger) / ms_p50, in percent"
-    ),
-    Column(
-        "peak_tflops",
-        "number",
-        "the peak meant: a GPU's from core/targets.py, a CPU's as measured by a product",
-    ),
-    Column(
-        "peak_gbps",
-        "number",
-        "the peak meant: a GPU's from core/targets.py, a CPU's as measured by a copy of about as many bytes",
-    ),
-    Column("speedup_vs_torch", "number", "ms_p50 of provider torch / ms_p50, measured in turns with it on a CPU"),
-    Column(
-        "ratio_p25",
-        "number",
+        "all providers in one process; else empty"
+    )
+    config: str = text("kernels that were launched and their launch configurations; empty without Triton")
+    ms_p20: float | None = number("milliseconds a call, 20th percentile of the repetitions")
+    ms_p50: float | None = number("milliseconds a call, median")
+    ms_p80: float | None = number("milliseconds a call, 80th percentile")
+    tflops: float | None = number("flops / ms_p50, in 10^12 a second")
+    gbps: float | None = number("bytes / ms_p50, in 10^9 a second")
+    bytes: float | None = number(
+        "least traffic of the mode: each operand of an operator read once, each result written once"
+    )
+    flops: float | None = number(
+        "operations of the mode's products, a multiply-add counted as two; 0 where there is none"
+    )
+    roofline_pct: float | None = number(
+        "least time at the peak rates (by bytes or by flops, the larger) / ms_p50, in percent"
+    )
+    peak_tflops: float | None = number("the peak meant: a GPU's from core/targets.py, a CPU's as measured by a product")
+    peak_gbps: float | None = number(
+        "the peak meant: a GPU's from core/targets.py, a CPU's as measured by a copy of about as many bytes"
+    )
+    speedup_vs_torch: float | None = number("ms_p50 of provider torch / ms_p50, measured in turns with it on a CPU")
+    ratio_p25: float | None = number(
         "this provider's time over tkernels' in the same round, 25th percentile of the rounds; above 1 tkernels is "
-        "ahead; CPU only",
-    ),
-    Column("ratio_p50", "number", "the same, median"),
-    Column("ratio_p75", "number", "the same, 75th percentile"),
-    Column("rounds", "whole", "rounds in which the providers took turns; CPU only"),
-    Column("page_faults", "number", "minor page faults a call, median of the rounds; CPU only"),
-    Column(
-        "saved_mb", "number", "train: what autograd keeps from forward to backward, 10^6 bytes; not of torch.compile"
-    ),
-    Column("err_fp64", "number", "largest error of output and gradients against float64, relative norm"),
-    Column("torch_err_fp64", "number", "the same of PyTorch in this dtype on this device"),
-    Column(
-        "peak_memory_mb",
-        "number",
-        "most memory a call allocated, 10^6 bytes; on a CPU of train and of perf model only: the process's "
-        "largest resident memory in a step above what stands between steps, where the system tells",
-    ),
-    Column("host_us", "number", "microseconds until the call returned, not waiting for the GPU; empty on a CPU"),
-    Column("status", "text", "ok; else wrong, error, out of memory, crashed, timeout or unsupported, with the reason"),
-)
+        "ahead; CPU only"
+    )
+    ratio_p50: float | None = number("the same, median")
+    ratio_p75: float | None = number("the same, 75th percentile")
+    rounds: int | None = number("rounds in which the providers took turns; CPU only")
+    page_faults: float | None = number("minor page faults a call, median of the rounds; CPU only")
+    saved_mb: float | None = number(
+        "train: what autograd keeps from forward to backward, 10^6 bytes; not of torch.compile"
+    )
+    err_fp64: float | None = number("largest error of output and gradients against float64, relative norm")
+    torch_err_fp64: float | None = number("the same of PyTorch in this dtype on this device")
+    peak_memory_mb: float | None = number(
+        "most memory a call allocated, 10^6 bytes; on a CPU of train and of perf model only: the process's largest "
+        "resident memory in a step above what stands between steps, where the system tells"
+    )
+    host_us: float | None = number("microseconds until the call returned, not waiting for the GPU; empty on a CPU")
+    status: str = text("ok; else wrong, error, out of memory, crashed, timeout or unsupported, with the reason")
+
+
+COLUMNS, NAMES = Measurement.columns(), Measurement.names()
+SHAPE_COLUMNS = ("N", "C", "H", "W", "K", "R", "S", "stride", "padding", "groups")
+SHAPE = tuple(column for column in COLUMNS if column.name in SHAPE_COLUMNS)
+# What makes two rows the same measurement
+KEY = ("device", "operator", "mode", "dtype", "layout", *SHAPE_COLUMNS, "provider", "timing",
+       "allocator")  # fmt: skip
+# The same without the device: what a sweep is asked for
+TASK = KEY[1:]
+# What CSVs of before have no column of
+LATER = ("allocator", "ratio_p25", "ratio_p50", "ratio_p75", "rounds", "page_faults", "saved_mb")
 # What counts, and is not timed, begins with these columns, and counts these
 COUNTED_FOR = (
     Column("commit", "text", "git commit of the source"),
@@ -132,14 +160,6 @@ COUNTED_CALLS = (
     Column("launches", "whole", "Triton launches"),
     Column("aten_calls", "whole", "ATen calls that compute (no views, no allocations)"),
 )
-NAMES = tuple(column.name for column in COLUMNS)
-# What makes two rows the same measurement
-KEY = ("device", "operator", "mode", "dtype", "layout", *SHAPE_COLUMNS, "provider", "timing",
-       "allocator")  # fmt: skip
-# The same without the device: what a sweep is asked for
-TASK = KEY[1:]
-# What CSVs of before have no column of
-LATER = ("allocator", "ratio_p25", "ratio_p50", "ratio_p75", "rounds", "page_faults", "saved_mb")
 OK = "ok"
 # Text that a spreadsheet would take for a formula and execute; a quote before it makes it text again
 _FORMULA = re.compile(r"\s*[=+\-@\t\r\uff0b\uff0d\uff1d\uff20]")
@@ -183,29 +203,38 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def line(row: Mapping[str, Any], names: Sequence[str] = NAMES) -> str:
-    """One row as a line of CSV. Raises KeyError for a column that is not among the names."""
-    unknown = set(row) - set(names)
-    if unknown:
-        raise KeyError(f"not in the schema: {sorted(unknown)}")
-    text = {name: shielded(value.replace("\n", " ").replace("\r", " ")) if isinstance(value, str) else value
-            for name, value in row.items()}  # fmt: skip
+def line(row: Row) -> str:
+    """One row as a line of CSV."""
     buffer = io.StringIO()
-    pd.DataFrame([text], columns=list(names), dtype=object).to_csv(buffer, header=False, index=False)
+    csv.writer(buffer, lineterminator="\n").writerow([_cell(value) for value in vars(row).values()])
     return buffer.getvalue()
 
 
-class Writer:
-    """Appends rows to a CSV, each whole and on disk before the call returns. Raises OSError where the disk is full."""
+def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return shielded(value.replace("\n", " ").replace("\r", " "))
+    return "" if is_empty(value) else value
 
-    def __init__(self, path: Path, names: Sequence[str] = NAMES) -> None:
-        self._path, self._names = path, names
+
+def is_empty(cell: Any) -> bool:
+    """Whether a row, or a table read from a CSV, has nothing there."""
+    return cell is None or bool(pd.isna(cell))
+
+
+class Writer:
+    """Appends rows of one kind to a CSV, each whole and on disk before the call returns. Raises OSError where the disk
+    is full."""
+
+    def __init__(self, path: Path, kind: type[Row] = Measurement) -> None:
+        self._path, self._kind = path, kind
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         if self._file.tell() == 0:
-            self._write(",".join(names) + "\n")
+            self._write(",".join(kind.names()) + "\n")
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        self._write(line(row, self._names))
+    def append(self, row: Row) -> None:
+        if type(row) is not self._kind:
+            raise TypeError(f"{self._path} has rows of {self._kind.__name__}, not of {type(row).__name__}")
+        self._write(line(row))
 
     def close(self) -> None:
         self._file.close()
@@ -251,7 +280,7 @@ def table(path: Path) -> pd.DataFrame:
     return frame.map(lambda cell: _QUOTED.sub("", cell, count=1) if _QUOTED.match(cell) else cell)
 
 
-def require(frame: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
+def require(frame: pd.DataFrame, columns: Iterable[str], path: Path) -> None:
     """Raise Refused unless the columns are there."""
     missing = [name for name in columns if name not in frame.columns]
     if missing:
@@ -259,7 +288,7 @@ def require(frame: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
         raise Refused(f"{path} lacks the columns {shown}")
 
 
-def typed(frame: pd.DataFrame, columns: tuple[Column, ...], path: Path) -> pd.DataFrame:
+def typed(frame: pd.DataFrame, columns: Iterable[Column], path: Path) -> pd.DataFrame:
     """Columns of text given their kinds. Raises Refused where a cell does not fit."""
     result = frame.copy()
     for column in columns:
@@ -278,6 +307,15 @@ def typed(frame: pd.DataFrame, columns: tuple[Column, ...], path: Path) -> pd.Da
     return result
 
 
+def frame_of(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column]) -> pd.DataFrame:
+    """A table of what was counted. Raises KeyError for a cell that is in none of the columns."""
+    listed, names = list(rows), [column.name for column in columns]
+    unknown = {name for row in listed for name in row if name not in names}
+    if unknown:
+        raise KeyError(f"no such columns: {sorted(unknown)}")
+    return pd.DataFrame(listed, columns=names).astype({c.name: "Int64" for c in columns if c.kind == "whole"})
+
+
 def read(path: Path) -> pd.DataFrame:
     """A sweep's CSV with typed columns. Raises Refused for anything else."""
     frame = table(path)
@@ -293,35 +331,21 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
-def key(row: Mapping[str, Any], columns: tuple[str, ...] = TASK) -> tuple[str, ...]:
+def key(row: Mapping[str, Any], columns: Iterable[str] = TASK) -> tuple[str, ...]:
     """What tells one measurement from another, as text: the same for a row just made and one read back."""
-
-    def text(value: Any) -> str:
-        return "" if value is None or pd.isna(value) else str(value)
-
-    return tuple(text(row[name]) for name in columns)
+    cells = (row.get(name) for name in columns)
+    return tuple("" if is_empty(cell) else str(cell) for cell in cells)
 
 
 def shape_label(row: Mapping[str, Any]) -> str:
     """A row's shape in short: '256x32x32x32→64 3x3/2'; attention's as torch has it, '8x12x197x64', queries and keys
     '8x12x1x64 at 197' where they differ in number."""
-
-    def get(name: str) -> int | None:
-        value = row[name]
-        return None if value is None or pd.isna(value) else int(value)
-
-    n, c, h, w, k, r, s = (get(name) for name in ("N", "C", "H", "W", "K", "R", "S"))
+    cells: Any = (row.get(name) for name in SHAPE_COLUMNS)
+    n, c, h, w, k, r, s, stride, _, groups = (None if is_empty(cell) else int(cell) for cell in cells)
     if row.get("operator") == "attention":
         return f"{n}x{k}x{h}x{c}" + (f" at {w}" if w != h else "")
-    text = "x".join(str(v) for v in (n, c, h, w) if v is not None)
-    if c is None:
-        text = f"batch {n}"
-    if k is not None:
-        text += f"→{k}"
-    if r is not None:
-        text += f" {r}x{s}"
-    if (get("stride") or 1) > 1:
-        text += f"/{get('stride')}"
-    if (get("groups") or 1) > 1:
-        text += f" g{get('groups')}"
-    return text
+    text = f"batch {n}" if c is None else "x".join(str(size) for size in (n, c, h, w) if size is not None)
+    text += "" if k is None else f"→{k}"
+    text += "" if r is None else f" {r}x{s}"
+    text += f"/{stride}" if (stride or 1) > 1 else ""
+    return text + (f" g{groups}" if (groups or 1) > 1 else "")

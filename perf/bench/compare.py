@@ -134,13 +134,13 @@ def _shown(ms: float) -> str:
 def _drift(both: pd.DataFrame, absolute: bool) -> tuple[pd.Series, pd.Series]:
     """How much slower the machine was the second time, by PyTorch's medians in the same turns (1 elsewhere), and by
     which factor that may be off: half of PyTorch's own bands."""
-    contest = [name for name in schema.KEY if name != "provider"]
+    compared = [name for name in schema.KEY if name != "provider"]
     timed = both[(both.provider == BASELINE) & both.device.str.startswith("cpu") & (not absolute)]
-    measured = timed[contest].assign(
+    measured = timed[compared].assign(
         drift=timed.ms_p50_new / timed.ms_p50_old,
         doubt=(timed.ms_p80_new / timed.ms_p20_new * timed.ms_p80_old / timed.ms_p20_old) ** 0.25,
     )
-    found = both[[*contest, "provider"]].merge(measured, on=contest, how="left").set_index(both.index)
+    found = both[[*compared, "provider"]].merge(measured, on=compared, how="left").set_index(both.index)
     own = found.provider == BASELINE
     return found.drift.mask(own).fillna(1.0), found.doubt.mask(own).fillna(1.0)
 

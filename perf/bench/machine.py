@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import platform
 import socket
@@ -18,11 +17,6 @@ from tkernels.core import mode, targets
 
 # bytes read and written by the copies that a CPU's bandwidth is measured with
 SMALLEST_COPY, LARGEST_COPY = 1 << 18, 1 << 26
-
-
-def stamp() -> dict[str, str]:
-    """When a row is written."""
-    return {"timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
 
 
 @functools.cache

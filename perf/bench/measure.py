@@ -187,11 +187,12 @@ def with_gradients(subject: Subject, output: Tensor) -> Tensors:
     return {"output": output.detach(), **dict(zip(subject.leaves, gradients))}
 
 
-def too_far(what: str, error: float, torchs: float, dtype: torch.dtype) -> str | None:
-    """The status of a result so far from float64, where PyTorch is ``torchs`` away; None where that is good enough."""
-    if error <= WORSE_THAN_TORCH * torchs + ROUNDINGS * torch.finfo(dtype).eps:
+def too_far(what: str, error: float, torch_error: float, dtype: torch.dtype) -> str | None:
+    """The status of a result so far from float64, where PyTorch's error is ``torch_error``; None where that is good
+    enough."""
+    if error <= WORSE_THAN_TORCH * torch_error + ROUNDINGS * torch.finfo(dtype).eps:
         return None
-    return f"wrong: {what} off by {error:.1e} in relative norm, PyTorch by {torchs:.1e}"
+    return f"wrong: {what} off by {error:.1e} in relative norm, PyTorch by {torch_error:.1e}"
 
 
 def relative(actual: Tensor, exact: Tensor) -> float:
@@ -210,13 +211,6 @@ def failure(error: BaseException) -> str:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or exhausted:
         return f"out of memory: {text}"
     return f"error: {type(error).__name__}: {text}"
-
-
-def crashed(exitcode: int | None) -> str:
-    """A status for a process that died."""
-    if exitcode is not None and exitcode < 0:
-        return f"crashed: signal {-exitcode}"
-    return f"crashed: exit status {exitcode}"
 
 
 @contextlib.contextmanager
@@ -334,7 +328,7 @@ def sample(call: Callable[[], object], times: int) -> Sample:
 
 
 def timing(taken: list[Sample], ours: list[Sample] | None) -> Timing:
-    """What a rival's turns say, with the ratio to ``ours`` of the same rounds."""
+    """What someone's turns say, with the ratio to ``ours`` of the same rounds."""
     ratio = None
     if ours:
         pairs = [Sample(a.ms / b.ms, a.clean and b.clean) for a, b in zip(taken, ours)]

@@ -1,12 +1,12 @@
 """Measuring a network on a CPU as people run it: a training step with Adam, and inference.
 
-Rivals take turns, a call each, every round beginning with another one. Each has a process of its own, because what an
-allocator does to one depends on what others hold: PyTorch's own step has no page fault or 45,000, and takes 168 ms or
-230, by who shares its heap. (The allocator called 'shared' is that: all in one process.)
+Contenders take turns, a call each, every round beginning with another one. Each has a process of its own, because what
+an allocator does to one depends on what others hold: PyTorch's own step has no page fault or 45,000, and takes 168 ms
+or 230, by who shares its heap. (The allocator called 'shared' is that: all in one process.)
 
-Parameters are float32; lower dtypes are autocast's. Each rival is first compared with the float64 network: its output
-(inference) or gradients (training, with dropout left out; torch.compile's gradients are not looked at, as that would
-compile it twice).
+Parameters are float32; lower dtypes are autocast's. Each contender is first compared with the float64 network: its
+output (inference) or gradients (training, with dropout left out; torch.compile's gradients are not looked at, as that
+would compile it twice).
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import multiprocessing
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +30,22 @@ import torch
 from torch import Tensor, nn
 
 from perf import operators, providers, schema
-from perf.bench import machine, measure
+from perf.bench import measure, rows
 from perf.bench.measure import Effort, Sample, Timing
+from perf.bench.process import Ended, Process
 from perf.plan import Task
+from perf.schema import Measurement
 from tkernels.cpu import buffers
 
-# seconds a rival's rounds take, and the least number of rounds
+# seconds a contender's rounds take, and the least number of rounds
 EFFORT = Effort(4.0, 15)
 # steps before memory is looked at, and during it
 WARM_STEPS, WATCHED_STEPS = 2, 2
 # seconds in which the threads of who had the last turn stop waiting for more work
 PAUSE = 0.005
-# seconds a process has to end
-PATIENCE = 5.0
 NO_DROPOUT = {"dropout": 0.0, "dropout2d": 0.0}
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 COMPILED = "torch.compile"
-_Desk = tuple[SpawnProcess, Connection]
 
 
 def environment(allocator: str) -> dict[str, str | None]:
@@ -59,125 +56,95 @@ def environment(allocator: str) -> dict[str, str | None]:
     return {**own, "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT", "GLIBC_TUNABLES": None}
 
 
-class Contest:
-    """The rivals of one mode, dtype and allocator."""
+class Comparison:
+    """The contenders of one mode, dtype and allocator. ``at``: told a task's number when its turn comes."""
 
-    def __init__(
-        self, todo: Sequence[tuple[int, Task]], effort: Effort, current: Any, alive: Callable[[], None]
-    ) -> None:
-        self._todo, self._current, self._alive = todo, current, alive
+    def __init__(self, todo: Sequence[tuple[int, Task]], effort: Effort, at: Callable[[int], None]) -> None:
+        self._numbers, self._at = {task: number for number, task in todo}, at
         self._effort = EFFORT if effort == measure.NORMAL else effort
+        self._first = todo[0][1]
 
-    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        tasks = [task for _, task in self._todo]
-        groups = [tasks] if tasks[0].allocator == "shared" else [[task] for task in tasks]
+    def rows(self) -> Iterator[tuple[int, Measurement]]:
+        tasks = list(self._numbers)
         with contextlib.ExitStack() as stack:
-            desks = {task: desk for group in groups for desk in [stack.enter_context(_desk(group))] for task in group}
-            yield from self._measured({task: _Proxy(desk, task) for task, desk in desks.items()})
 
-    def _measured(self, rivals: dict[Task, _Proxy]) -> Iterator[tuple[int, dict[str, Any]]]:
-        first = self._todo[0][1]
-        what = "gradients" if first.mode == "train" else "output"
-        baseline = dataclasses.replace(first, provider=providers.BASELINE, layout="nhwc")
-        exact = Rival(baseline, exact=True).result()
-        torchs = measure.relative(Rival(baseline).result(), exact)
-        status: dict[Task, str] = {}
-        errors: dict[Task, float] = {}
-        for number, task in self._todo:
+            def started() -> Process:
+                # no daemon, as torch.compile starts processes of its own
+                made = Process(_serve, os.getpid(), daemon=False)
+                stack.callback(made.close)
+                return made
+
+            if self._first.allocator == "shared":
+                self._processes = dict.fromkeys(tasks, started())
+            else:
+                self._processes = {task: started() for task in tasks}
+            yield from self._measured()
+
+    def _ask(self, task: Task, what: str) -> Any:
+        """Have a contender do something; a status where that failed."""
+        try:
+            self._processes[task].send((task, what))
+            return self._processes[task].receive()
+        except Ended as end:
+            return str(end)
+
+    def _measured(self) -> Iterator[tuple[int, Measurement]]:
+        what = "gradients" if self._first.mode == "train" else "output"
+        baseline = dataclasses.replace(self._first, provider=providers.BASELINE, layout="nhwc")
+        exact = Contender(baseline, exact=True).result()
+        torch_error = measure.relative(Contender(baseline).result(), exact)
+        columns: dict[Task, dict[str, Any]] = {}
+        for task, number in self._numbers.items():
             self._at(number)
-            found = rivals[task].ask("prepare")
+            found = self._ask(task, "prepare")
             if isinstance(found, str):
-                status[task] = found
+                columns[task] = {"status": found}
                 continue
-            if found is not None:
-                errors[task] = measure.relative(torch.from_numpy(found), exact)
-            dtype = operators.DTYPES[task.dtype]
-            status[task] = measure.too_far(what, errors.get(task, 0.0), torchs, dtype) or schema.OK
-        timings = self._turns({task: rivals[task] for task, said in status.items() if said == schema.OK})
-        for number, task in self._todo:
-            self._at(number)
-            row = self._row(task, status[task], timings.get(task))
-            if task in timings and task.mode == "train" and task.allocator == "default":
-                memory = rivals[task].ask("memory")
-                row |= memory if isinstance(memory, dict) else {}
-            yield number, {**row, "err_fp64": errors.get(task), "torch_err_fp64": torchs}
+            error = None if found is None else measure.relative(torch.from_numpy(found), exact)
+            wrong = measure.too_far(what, error or 0.0, torch_error, operators.DTYPES[task.dtype])
+            columns[task] = {"err_fp64": error, "status": wrong or schema.OK}
+        timings = self._turns([task for task, found in columns.items() if found["status"] == schema.OK])
+        for task, number in self._numbers.items():
+            if task in timings:
+                columns[task] |= timings[task].columns()
+                if task.mode == "train" and task.allocator == "default":
+                    self._at(number)
+                    memory = self._ask(task, "memory")
+                    columns[task] |= memory if isinstance(memory, dict) else {}
+            yield number, rows.made(Measurement, "cpu", **task.columns(), torch_err_fp64=torch_error, **columns[task])
 
-    def _at(self, number: int) -> None:
-        self._current.value = number
-        self._alive()
-
-    def _turns(self, rivals: dict[Task, _Proxy]) -> dict[Task, Timing]:
-        if not rivals:
+    def _turns(self, tasks: Sequence[Task]) -> dict[Task, Timing]:
+        if not tasks:
             return {}
-        numbers = {task: number for number, task in self._todo}
 
         def turn(task: Task) -> Sample:
-            self._at(numbers[task])
+            self._at(self._numbers[task])
             time.sleep(PAUSE)
-            taken = rivals[task].ask("turn")
+            taken = self._ask(task, "turn")
             if not isinstance(taken, Sample):
                 raise RuntimeError(taken)
             return taken
 
-        calls: dict[str, Callable[[], Sample]] = {str(task): functools.partial(turn, task) for task in rivals}
+        calls: dict[str, Callable[[], Sample]] = {str(task): functools.partial(turn, task) for task in tasks}
         cost = sum(call().ms for call in calls.values()) / 1e3
-        ours = next((str(task) for task in rivals if task.provider == providers.OURS), "")
+        ours = next((str(task) for task in tasks if task.provider == providers.OURS), "")
         timings = measure.turns(calls, self._effort, cost, ours)
-        return {task: timings[str(task)] for task in rivals}
-
-    def _row(self, task: Task, status: str, timing: Timing | None) -> dict[str, Any]:
-        measured = timing.columns() if timing is not None else {}
-        return {**machine.stamp(), **machine.facts("cpu"), **task.columns(), **measured, "status": status}
+        return {task: timings[str(task)] for task in tasks}
 
 
-class _Proxy:
-    """A rival in its process."""
-
-    def __init__(self, desk: _Desk, task: Task) -> None:
-        self._desk, self._task = desk, task
-
-    def ask(self, what: str) -> Any:
-        """Have it do one of Rival's things; a status where that failed."""
-        process, connection = self._desk
-        try:
-            connection.send((self._task, what))
-            return connection.recv()
-        except (EOFError, OSError):
-            process.join()
-            return measure.crashed(process.exitcode)
-
-
-@contextlib.contextmanager
-def _desk(tasks: Sequence[Task]) -> Iterator[_Desk]:
-    """A process for these rivals and the connection to it."""
-    # with this process's environment; spawned because threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, os.getpid()))
-    process.start()
-    there.close()
-    try:
-        yield process, here
-    finally:
-        here.close()
-        process.join(PATIENCE)  # it sees that nobody is there
-        process.kill()
-        process.join()
-
-
-def _serve(desk: Connection, parent: int) -> None:
+def _serve(parent: Connection, pid: int) -> None:
     """Do what is asked, one thing after another, until nobody is there who could ask."""
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    rivals: dict[Task, Rival] = {}
+    threading.Thread(target=_die_with, args=(pid,), daemon=True).start()
+    contenders: dict[Task, Contender] = {}
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            task, what = desk.recv()
+            task, what = parent.recv()
             try:
-                rival = rivals.setdefault(task, Rival(task)) if what == "prepare" else rivals[task]
-                answer = getattr(rival, what)()
-            except Exception as error:  # whatever a rival does wrong is a row of the report
+                contender = contenders.setdefault(task, Contender(task)) if what == "prepare" else contenders[task]
+                answer = getattr(contender, what)()
+            except Exception as error:  # whatever a contender does wrong is a row of the report
                 answer = measure.failure(error)
-            desk.send(answer)
+            parent.send(answer)
 
 
 def _die_with(parent: int) -> None:
@@ -186,7 +153,7 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
-class Rival:
+class Contender:
     """Whose network is measured, and how: made and used in a process that may be its own. ``exact``: in float64."""
 
     def __init__(self, task: Task, exact: bool = False) -> None:

@@ -1,5 +1,5 @@
 """How far tkernels is ahead: the tables behind 'On the CPU' in the README, with what was aimed at beside what was
-measured. A ratio is a rival's time over tkernels' in the same round; tables show the median over the rounds and, where
+measured. A ratio is someone's time over tkernels' in the same round; tables show the median over the rounds and, where
 there is room, its quartiles."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ALLOCATORS = {
     "faultless": "fault-free allocator",
 }
 # the best that PyTorch offers: of these the one that comes nearest
-RIVALS = ("torch nhwc", "torch.compile nhwc", "torch.compile nchw")
+BEST = ("torch nhwc", "torch.compile nhwc", "torch.compile nchw")
 USUAL = f"{providers.USUAL} nchw"
 EAGER = "torch nhwc"
 
@@ -29,18 +29,18 @@ class Aim(NamedTuple):
 
     mode: str
     dtype: str
-    rivals: tuple[str, ...]
+    against: tuple[str, ...]
     label: str
     aims: dict[str, float]
 
 
 AIMS = (
-    Aim("train", "bf16", RIVALS, "training step, bf16", {"default": 1.35, "faultless": 1.15}),
-    Aim("train", "fp32", RIVALS, "training step, fp32", {"default": 1.40, "faultless": 1.10}),
+    Aim("train", "bf16", BEST, "training step, bf16", {"default": 1.35, "faultless": 1.15}),
+    Aim("train", "fp32", BEST, "training step, fp32", {"default": 1.40, "faultless": 1.10}),
     Aim("train", "bf16", (USUAL,), "training step, bf16, against the usual code: eager, NCHW, fp32",
         {"default": 3.8, "faultless": 2.6}),
-    Aim("infer", "bf16", RIVALS, "inference, bf16", {"default": 1.30, "faultless": 1.05}),
-    Aim("infer", "fp32", RIVALS, "inference, fp32", {"default": 1.30, "faultless": 1.00}),
+    Aim("infer", "bf16", BEST, "inference, bf16", {"default": 1.30, "faultless": 1.05}),
+    Aim("infer", "fp32", BEST, "inference, fp32", {"default": 1.30, "faultless": 1.00}),
 )  # fmt: skip
 # of single operators against PyTorch eager: geometric mean, worst
 OPERATORS_AIM = 1.10, 0.95
@@ -63,12 +63,12 @@ def machine_line() -> str:
 
 
 def network_tables(frame: pd.DataFrame) -> list[str]:
-    """Of rows of the modes train and infer: each rival in a line; then, batch by batch, what was reached, and aims."""
+    """Of rows of the modes train and infer: each in a line; then, batch by batch, what was reached, and aims."""
     if frame.empty:
         return []
     frame = frame.drop_duplicates(list(schema.KEY), keep="last")
-    frame = frame.assign(rival=frame.provider + " " + frame.layout)
-    found = [_rivals(frame)]
+    frame = frame.assign(contender=frame.provider + " " + frame.layout)
+    found = [_contenders(frame)]
     for (operator, batch, device), part in frame.groupby(["operator", "N", "device"], sort=False):
         where = machine_line() if device == machine.device_name("cpu") else device
         found.append(f"The fused {str(operator).upper()} at batch {batch} on {where}\n\n{_aims(part)}")
@@ -78,19 +78,19 @@ def network_tables(frame: pd.DataFrame) -> list[str]:
     return found
 
 
-def _rivals(frame: pd.DataFrame) -> str:
+def _contenders(frame: pd.DataFrame) -> str:
     rows = [
         [
             f"{schema.NETWORK_MODES[row['mode']]}, {row['dtype']}",
             row["allocator"],
-            row["rival"],
-            _number(row["ms_p50"], ".1f"),
+            row["contender"],
+            shown(row["ms_p50"], ".1f"),
             _spread(row),
-            _number(row["rounds"], ".0f"),
-            _number(row["page_faults"], ",.0f"),
-            _number(row["saved_mb"], ",.0f"),
-            _number(row["peak_memory_mb"], ",.0f"),
-            _number(row["err_fp64"], ".1e"),
+            shown(row["rounds"], ".0f"),
+            shown(row["page_faults"], ",.0f"),
+            shown(row["saved_mb"], ",.0f"),
+            shown(row["peak_memory_mb"], ",.0f"),
+            shown(row["err_fp64"], ".1e"),
             row["status"],
         ]
         for row in schema.records(frame)
@@ -100,8 +100,9 @@ def _rivals(frame: pd.DataFrame) -> str:
     return table(head, rows)
 
 
-def _number(value: Any, form: str) -> str:
-    return "" if pd.isna(value) else format(float(value), form)
+def shown(value: Any, form: str) -> str:
+    """A number as text; '' where there is none."""
+    return "" if schema.is_empty(value) else format(float(value), form)
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -126,18 +127,18 @@ def _aims(part: pd.DataFrame) -> str:
 
 
 def reached(part: pd.DataFrame, aim: Aim, allocator: str) -> str:
-    """The least ratio over the rivals, and whose it is; why there is none."""
+    """The least ratio over the others, and whose it is; why there is none."""
     rows = part[(part["mode"] == aim.mode) & (part.dtype == aim.dtype) & (part.allocator == allocator)]
     ours = rows[rows.provider == providers.OURS]
     if ours.empty:
         return "not measured"
     if ours.status.iloc[0] != schema.OK:
         return str(ours.status.iloc[0])
-    timed = rows[rows.rival.isin(aim.rivals) & rows.ratio_p50.notna()]
+    timed = rows[rows.contender.isin(aim.against) & rows.ratio_p50.notna()]
     if timed.empty:
         return "no rival"
     best = schema.records(timed.sort_values("ratio_p50", kind="stable"))[0]
-    name = f" {best['rival']}" if len(aim.rivals) > 1 else ""
+    name = f" {best['contender']}" if len(aim.against) > 1 else ""
     return _spread(best) + name
 
 
@@ -145,7 +146,7 @@ def _memory(part: pd.DataFrame) -> str:
     """Of a training step: ours as a share of eager's."""
     rows = []
     for dtype, steps in part[(part["mode"] == "train") & (part.allocator == "default")].groupby("dtype", sort=False):
-        ours, eager = (steps[steps.rival == rival] for rival in (f"{providers.OURS} nhwc", EAGER))
+        ours, eager = (steps[steps.contender == name] for name in (f"{providers.OURS} nhwc", EAGER))
         for column, text in (("saved_mb", "saved for backward"), ("peak_memory_mb", "peak resident memory")):
             if len(ours) and len(eager) and ours[column].notna().all() and eager[column].notna().all():
                 a, b = float(ours[column].iloc[0]), float(eager[column].iloc[0])

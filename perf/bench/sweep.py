@@ -20,12 +20,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import multiprocessing
 import platform
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +31,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from perf import operators, options, plan, providers, schema, shapes
-from perf.bench import machine, measure, network, ratios, worker
+from perf.bench import machine, measure, network, ratios, rows, worker
+from perf.bench.process import Ended, Process
 from perf.bench.ratios import ALLOCATORS
 from perf.options import Refused
 from perf.plan import Task
+from perf.schema import Measurement
 
 # seconds until a worker must have imported what it needs
 START_LIMIT = 300.0
@@ -77,11 +77,11 @@ def run(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     wanted = plan.Wanted(
         options.several("operator", args.op, operators.OPERATORS),
-        _several("mode", args.mode, (*schema.MODES, *schema.NETWORK_MODES)),
-        _several("dtype", args.dtype, operators.DTYPES),
-        _several("layout", args.layout, operators.LAYOUTS),
+        args.mode and options.several("mode", args.mode, (*schema.MODES, *schema.NETWORK_MODES)),
+        args.dtype and options.several("dtype", args.dtype, operators.DTYPES),
+        args.layout and options.several("layout", args.layout, operators.LAYOUTS),
         shapes.parse(args.shapes),
-        None if args.provider is None else providers.check(args.provider),
+        args.provider and providers.check(args.provider),
         plan.TIMINGS if args.cudagraph else plan.TIMINGS[:1],
         args.quick,
         device,
@@ -100,10 +100,6 @@ def run(args: argparse.Namespace) -> int:
         sweep(tasks, device, effort, path, args.limit)
         summary(schema.read(path))
     return 0
-
-
-def _several(what: str, given: Sequence[str] | None, allowed: Iterable[str]) -> list[str] | None:
-    return None if given is None else options.several(what, given, allowed)
 
 
 def _allocators(given: Sequence[str]) -> list[str]:
@@ -142,99 +138,63 @@ def _warn_of_mixture(path: Path) -> None:
 
 def sweep(tasks: Sequence[Task], device: str, effort: measure.Effort, path: Path, limit: float) -> None:
     """Measure the tasks in processes of their own, appending each row as it comes."""
-    earlier = plan.baselines(path, machine.device_name(device)) if path.stat().st_size else {}
-    writer = schema.Writer(path)
+    frame = schema.read(path) if path.stat().st_size else pd.DataFrame(columns=["device"])
+    speedups = rows.Speedups(schema.records(frame[frame.device == machine.device_name(device)]))
     lots: dict[tuple[object, ...], dict[int, Task]] = {}
     for number, task in enumerate(tasks):
         lots.setdefault(task.process, {})[number] = task
-    bar = tqdm(total=len(tasks), unit="row", disable=None, dynamic_ncols=True)
-    try:
+    with (
+        contextlib.closing(schema.Writer(path)) as writer,
+        tqdm(total=len(tasks), unit="row", disable=None, dynamic_ncols=True) as bar,
+    ):
         for todo in lots.values():
             while todo:
-                _one_worker(todo, device, effort, writer, limit, earlier, bar)
-    finally:
-        bar.close()
-        writer.close()
+                for number, row in _by_one_process(todo, device, effort, limit, bar):
+                    writer.append(speedups.filled(row))
+                    del todo[number]
+                    bar.update()
 
 
-def _one_worker(
-    todo: dict[int, Task],
-    device: str,
-    effort: measure.Effort,
-    writer: schema.Writer,
-    limit: float,
-    earlier: dict[plan.Key, dict[str, Any]],
-    bar: Any,
-) -> None:
-    """Run one worker until it is done or gone; tasks that have their rows leave ``todo``."""
-    allocator = next(iter(todo.values())).allocator
-    # spawned, not forked: torch's threads and CUDA do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    current = context.Value("i", min(todo), lock=False)
-    arguments = (list(todo.items()), device, effort, sender, current)
-    # one that has a network's rivals to start must be no daemon
-    process = context.Process(target=worker.main, args=arguments, daemon=not allocator)
-    with options.environment(network.environment(allocator) if allocator else {}):
-        process.start()
-    sender.close()
-    fate, patience = "", max(limit, START_LIMIT)
+def _by_one_process(
+    todo: dict[int, Task], device: str, effort: measure.Effort, limit: float, bar: Any
+) -> Iterator[tuple[int, Measurement]]:
+    """Rows of the tasks until a process has done them all or is gone; then of what it was at, too."""
+    at, tasks = min(todo), list(todo.items())
+    allocator = todo[at].allocator
+    # one that has a network's contenders to start must be no daemon
+    measuring = Process(
+        worker.main, tasks, device, effort, daemon=not allocator,
+        environment=network.environment(allocator) if allocator else {},
+    )  # fmt: skip
+    status, patience = "", max(limit, START_LIMIT)
     try:
-        while True:
-            bar.set_postfix_str(str(todo.get(current.value, "")), refresh=False)
-            if not receiver.poll(patience):
-                fate = f"timeout: no answer in {patience:g} s"
-                break
-            patience = limit
+        while not status:
+            bar.set_postfix_str(str(todo.get(at, "")), refresh=False)
             try:
-                message = receiver.recv()
-            except EOFError:
-                break
-            if message == worker.READY:
-                continue
-            if message is None:
-                break
-            number, row = message
-            if row.get("ms_p50"):
-                if row["provider"] == providers.BASELINE:
-                    row.setdefault("speedup_vs_torch", 1.0)
-                    earlier[todo[number].key()] = row
-                elif row.get("speedup_vs_torch") is None:
-                    row["speedup_vs_torch"] = _speedup(row, todo[number], earlier)
-            writer.append(row)
-            del todo[number]
-            bar.update()
-        if fate:
-            process.kill()
-    except BaseException:
-        process.kill()
-        raise
+                told = measuring.receive(patience)
+            except TimeoutError:
+                status = f"timeout: no answer in {patience:g} s"
+            except Ended as end:
+                status = str(end)
+            else:
+                if told is None:
+                    measuring.close()
+                    return
+                patience = limit
+                if isinstance(told, int):
+                    at = told
+                else:
+                    yield told
     finally:
-        process.join()
-        receiver.close()
-    if todo:
-        fate = fate or _cause(process.exitcode)
-        for number in _lost(todo, current.value):
-            writer.append({**machine.stamp(), **machine.facts(device), **todo.pop(number).columns(), "status": fate})
-            bar.update()
-
-
-def _speedup(row: dict[str, Any], task: Task, earlier: dict[plan.Key, dict[str, Any]]) -> float | None:
-    """Against the baseline's row of a sweep that is being resumed, or of a worker that has died since."""
-    baseline = earlier.get(dataclasses.replace(task, provider=providers.BASELINE).key())
-    return baseline["ms_p50"] / row["ms_p50"] if baseline else None
+        measuring.close(0.0)
+    for number in _lost(todo, at):
+        yield number, rows.made(Measurement, device, **todo[number].columns(), status=status)
 
 
 def _lost(todo: dict[int, Task], at: int) -> list[int]:
-    """The task a worker died at, with those that would die of the same: its provider's on the same problem."""
+    """The task a process died at, with those that would die of the same: its provider's on the same problem."""
     guilty = todo.get(at) or todo[min(todo)]
     return [n for n, t in todo.items() if t.problem == guilty.problem and t.provider == guilty.provider]
-
-
-def _cause(exitcode: int | None) -> str:
-    if exitcode == worker.BROKEN_GPU:
-        return "crashed: the GPU stopped answering"
-    return measure.crashed(exitcode)
 
 
 def summary(frame: pd.DataFrame) -> None:
@@ -251,22 +211,16 @@ def _calls(frame: pd.DataFrame) -> str:
     """Each row of a single call in a line."""
     if frame.empty:
         return ""
-    table = pd.DataFrame(
-        {
-            "operator": frame.operator,
-            "mode": frame["mode"],
-            "dtype": frame.dtype,
-            "layout": frame.layout,
-            "shape": [schema.shape_label(row) for row in schema.records(frame)],
-            "provider": frame.provider,
-            "timing": frame.timing,
-            "ms": frame.ms_p50.map("{:.4g}".format, na_action="ignore"),
-            "GB/s": frame.gbps.map("{:.1f}".format, na_action="ignore"),
-            "TFLOP/s": frame.tflops.map("{:.3g}".format, na_action="ignore"),
-            "roofline %": frame.roofline_pct.map("{:.0f}".format, na_action="ignore"),
-            "speedup": frame.speedup_vs_torch.map("{:.2f}".format, na_action="ignore"),
-            "err": frame.err_fp64.map("{:.1e}".format, na_action="ignore"),
-            "status": frame.status,
-        }
+    shown = {"ms": ("ms_p50", ".4g"), "GB/s": ("gbps", ".1f"), "TFLOP/s": ("tflops", ".3g"),
+             "roofline %": ("roofline_pct", ".0f"), "speedup": ("speedup_vs_torch", ".2f"),
+             "err": ("err_fp64", ".1e")}  # fmt: skip
+    table = frame[["operator", "mode", "dtype", "layout"]].assign(
+        shape=[schema.shape_label(row) for row in schema.records(frame)],
+        provider=frame.provider,
+        timing=frame.timing,
+        **{
+            name: frame[column].map(f"{{:{form}}}".format, na_action="ignore") for name, (column, form) in shown.items()
+        },
+        status=frame.status,
     )
     return table.fillna("").to_string(index=False)

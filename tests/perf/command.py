@@ -10,6 +10,7 @@ import pytest
 
 from perf import __main__ as perf
 from perf import schema
+from perf.schema import Measurement
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -49,17 +50,17 @@ def module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) 
     return name
 
 
-def row(**given: Any) -> dict[str, Any]:
+def row(**given: Any) -> Measurement:
     """A complete row of a sweep."""
     shape = dict(N=256, C=32, H=32, W=32, K=32, R=3, S=3, stride=1, padding=1, groups=1)  # noqa: C408
     names = dict(device="GPU", operator="conv2d", mode="fwd", dtype="bf16", layout="nhwc", provider="tkernels")  # noqa: C408
     times = dict(timing="wall", ms_p20=0.99, ms_p50=1.0, ms_p80=1.01, tflops=1.0, gbps=100.0, bytes=1e8, flops=1e9)  # noqa: C408
     peaks = {"roofline_pct": 50.0, "peak_tflops": 2.0, "peak_gbps": 200.0, "speedup_vs_torch": 1.0}
     errors = {"status": "ok", "err_fp64": 1e-3, "torch_err_fp64": 1e-3}
-    return {**dict.fromkeys(schema.NAMES), **shape, **names, **times, **peaks, **errors, **given}
+    return Measurement(**{**shape, **names, **times, **peaks, **errors, **given})
 
 
-def write(path: Path, *rows: dict[str, Any]) -> Path:
+def write(path: Path, *rows: Measurement) -> Path:
     """A sweep's CSV of these rows."""
     writer = schema.Writer(path)
     for given in rows:

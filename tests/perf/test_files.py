@@ -38,7 +38,7 @@ PLAIN = ("", "ok", "'quoted'", "it's = 1", "-1", "+2.5", "-1e-3", "-inf", "a-b",
 def test_text_is_no_formula_and_comes_back(tmp_path: Path, text: str) -> None:
     """By both ways that the project writes a CSV."""
     appended = write(tmp_path / "a.csv", row(status=text, provider=text))
-    schema.write(pd.DataFrame([row(status=text, provider=text)], columns=list(schema.NAMES)), tmp_path / "b.csv")
+    schema.write(pd.DataFrame([vars(row(status=text, provider=text))]), tmp_path / "b.csv")
     for path in (appended, tmp_path / "b.csv"):
         raw = pd.read_csv(path, dtype=str, keep_default_na=False).status[0]
         assert (raw[:1] == "'") if text in FORMULAS else (raw == text), raw
@@ -115,7 +115,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert path.stat().st_size == size
     (tmp_path / "full.csv").symlink_to("/dev/full")
     with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'full.csv'}'"):
-        schema.write(pd.DataFrame([row()]), tmp_path / "full.csv")
+        schema.write(pd.DataFrame([vars(row())]), tmp_path / "full.csv")
 
 
 def test_alone_is_the_lock_of_runs(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from perf import providers, schema, shapes
 from perf.bench import compare, gpu, measure
 from perf.bench.gpu import checks, facts, problems, profile, suite, summary, supervisor, tools
-from perf.bench.gpu.results import CHECK_NAMES, Failure, Outcome, Results
+from perf.bench.gpu.results import CheckRow, Failure, Outcome, ProfileRow, Results
 from perf.bench.gpu.session import Block, Request, Run
 from perf.bench.gpu.supervisor import Supervisor
 from tests.perf.command import environment, module, refused, row, run
@@ -295,7 +295,7 @@ def results(folder: Path) -> Results:
 def test_a_summary_has_one_screen_however_much_there_is_to_say(tmp_path: Path) -> None:
     found = results(tmp_path)
     for i in range(60):
-        found.take("checks", "check", {"check": f"case {i}", "what": "output", "status": "wrong: off"})
+        found.take("checks", "check", CheckRow(check=f"case {i}", what="output", status="wrong: off"))
         found.take("checks", "failed", (f"item {i}", "error: x"))
         for provider, ms in (("torch", 1.0), ("tkernels", 2.0 if i % 2 else 0.5)):
             found.take("products", "timing", row(N=i + 1, provider=provider, ms_p50=ms))
@@ -356,7 +356,7 @@ def test_a_profile_stands_beside_its_bytes_and_the_copy(tmp_path: Path) -> None:
     found.take("facts", "timing", row(operator="copy", provider="torch", gbps=2000.0))
     found.take("compile", "bytes", {"ours": 50e6, "faster": 10e6, "unused": 1.0})
     names = {"ours": 50.0, "theirs": 30.0, "faster": 20.0}
-    profile = [{"kernel": name, "calls": 2.0, "us": us, "share": us / 100} for name, us in names.items()]
+    profile = [ProfileRow(kernel=name, calls=2.0, us=us, share=us / 100) for name, us in names.items()]
     found.take("headline", "profile", profile)
     found.close()
     assert found.slowest() == ("ours", "faster")
@@ -370,7 +370,7 @@ def test_a_profile_counts_a_kernel_once() -> None:
     run = Run(Request("profile", "cuda", False, providers.OURS, 60.0), lambda kind, what: None)
     event = SimpleNamespace(key="a_kernel", device_type="DeviceType.CUDA", count=10, self_device_time_total=50.0)
     event.is_user_annotation = False
-    assert profile._row(run, event) == {"kernel": "a_kernel", "calls": 2.0, "us": 10.0}
+    assert profile._row(run, event) == ProfileRow(kernel="a_kernel", calls=2.0, us=10.0)
     event.is_user_annotation = True
     assert profile._row(run, event) is None
 
@@ -396,8 +396,8 @@ def test_nvidia_smi_that_hangs_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_kind_of_result_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no kind of result"):
         results(tmp_path).take("checks", "chekc", {})
-    with pytest.raises(KeyError, match="erorr"):
-        results(tmp_path).take("checks", "check", {**dict.fromkeys(CHECK_NAMES), "erorr": 1})
+    with pytest.raises(TypeError, match="rows of CheckRow, not of Measurement"):
+        results(tmp_path).take("checks", "check", row())
 
 
 def tools_of(told: list[tuple[str, Any]], **request: Any) -> Run:
@@ -504,7 +504,7 @@ def test_a_comparison_of_two_runs_sees_what_became_wrong(tmp_path: Path, capsys:
         (tmp_path / name).mkdir()
         found = results(tmp_path / name)
         found.take("products", "timing", row(ms_p20=0.99 * ms, ms_p50=ms, ms_p80=1.01 * ms))
-        found.take("checks", "check", {"check": "linear", "what": "output", "status": status})
+        found.take("checks", "check", CheckRow(check="linear", what="output", status=status))
         found.close()
     assert run("compare", tmp_path / "old", tmp_path / "new") == 1
     shown = capsys.readouterr().out

@@ -19,7 +19,7 @@ from perf.bench import machine, measure
 from perf.bench.gpu import checks, problems, products, training
 from perf.bench.gpu.problems import EXPANDED
 from perf.bench.gpu.session import Request, Run
-from perf.bench.gpu.training import Rival, Task
+from perf.bench.gpu.training import Contender, Workload
 from perf.static import traffic
 
 pytestmark = pytest.mark.gate("ttsem")
@@ -95,9 +95,9 @@ def test_our_kernels_are_what_is_checked(
     case = problems.case(operator, CASES[operator], variant=variant)
     checks.check(run(told), providers.load(providers.OURS), case)
     rows = [what for kind, what in told if kind == "check"]
-    assert {row["status"] for row in rows} == {"ok"}
+    assert {row.status for row in rows} == {"ok"}
     ways = {"again", "side stream", "profiled", "CUDA graph"}
-    assert ways < {row["what"] for row in rows}
+    assert ways < {row.what for row in rows}
     # the first run, three more as called, and the graph's three, of which one is its replay
     calls = 1 + 3 + 3
     assert len(launches) % calls == 0
@@ -117,7 +117,7 @@ def test_a_kernel_that_writes_something_else_each_time_is_seen(
     monkeypatch.setattr(measure, "evaluate", noisy)
     case = problems.case("matmul", CASES["matmul"])
     checks.check(run(told), providers.load(providers.OURS), case)
-    statuses = {what["what"]: what["status"] for kind, what in told if kind == "check"}
+    statuses = {what.what: what.status for kind, what in told if kind == "check"}
     assert all(statuses[way].startswith("differs: ") for way in ("again", "side stream", "CUDA graph"))
 
 
@@ -153,15 +153,15 @@ def test_each_gradient_is_timed_alone_on_our_kernels(
     monkeypatch.setattr(
         measure, "on_gpu", lambda *given: (benchmark.append(torch.backends.cudnn.benchmark), on_gpu(*given))[1]
     )
-    products.contest(run(told), case, providers.load(providers.OURS))
+    products.compare(run(told), case, providers.load(providers.OURS))
     assert benchmark == [True, False] * 3, "cuDNN takes its fastest algorithm, and nothing of it is left to others"
     assert not torch.backends.cudnn.benchmark
     rows = [what for kind, what in told if kind == "timing"]
-    assert [(row["provider"], row["mode"]) for row in rows] == [
+    assert [(row.provider, row.mode) for row in rows] == [
         (provider, mode) for mode in ("fwd", "dgrad", "wgrad") for provider in ("torch", "tkernels")
     ]
-    assert {row["status"] for row in rows} == {"ok"}
-    assert {row["timing"] for row in rows} == {"cudagraph"}
+    assert {row.status for row in rows} == {"ok"}
+    assert {row.timing for row in rows} == {"cudagraph"}
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -171,8 +171,8 @@ def test_the_training_step_is_of_our_kernels(graph: bool, told: list[tuple[str, 
     def small() -> Any:
         return FusedCNNClassifier(width=2, image_size=8), traffic.fused()[1]
 
-    rival = Rival("tkernels", small, graph=graph, optimizer="sgd")
-    row = training.measured(run(told), rival, Task("cnn", {"N": 2, "C": 3, "H": 8, "W": 8}, 10))
-    assert (row["status"], row["timing"]) == ("ok", "cudagraph" if graph else "wall")
-    assert row["peak_memory_mb"] == 5.0
+    contender = Contender("tkernels", small, graph=graph, optimizer="sgd")
+    row = training.measured(run(told), contender, Workload("cnn", {"N": 2, "C": 3, "H": 8, "W": 8}, 10))
+    assert (row.status, row.timing) == ("ok", "cudagraph" if graph else "wall")
+    assert row.peak_memory_mb == 5.0
     assert {"conv_stage_kernel", "linear_dgrad_kernel", "cross_entropy_backward"} <= set(launches)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from triton import testing
 from perf import plan, providers
 from perf.bench import machine, measure, worker
 from perf.bench.measure import Effort, Timing
+from perf.bench.rows import Speedups
 from perf.shapes import NAMED
 
 pytestmark = pytest.mark.gate("torch")
@@ -120,20 +122,21 @@ def test_each_provider_has_its_rows_before_the_next_is_compiled(cuda: Cuda, monk
         ["linear"], ["fwd", "full"], ["fp32"], ["nhwc"], [NAMED["tiny"]], ["tkernels", "torch"], plan.TIMINGS
     )
     todo = list(enumerate(plan.tasks(given)))
-    bench = worker._Bench(todo, "cpu", Effort(0.1, 3), SimpleNamespace(value=0))
+    bench = worker._Bench(todo, "cpu", Effort(0.1, 3), lambda number: None)
     bench._device = "cuda"
-    rows = [row for _, row in bench.rows()]
-    assert [row["provider"] for row in rows] == ["torch"] * 4 + ["tkernels"] * 4
-    assert {row["speedup_vs_torch"] for row in rows[:4]} == {1.0}
-    wall, graph = ([row for row in rows[4:] if row["timing"] == timing] for timing in plan.TIMINGS)
-    assert [(row["speedup_vs_torch"], row["peak_memory_mb"], row["status"]) for row in wall] == [(2.0, 1.0, "ok")] * 2
-    assert {row["status"] for row in graph} == {"error: RuntimeError: operation not permitted"}
+    speedups = Speedups()
+    rows = [speedups.filled(row) for _, row in bench.rows()]
+    assert [row.provider for row in rows] == ["torch"] * 4 + ["tkernels"] * 4
+    assert {row.speedup_vs_torch for row in rows[:4]} == {1.0}
+    wall, graph = ([row for row in rows[4:] if row.timing == timing] for timing in plan.TIMINGS)
+    assert [(row.speedup_vs_torch, row.peak_memory_mb, row.status) for row in wall] == [(2.0, 1.0, "ok")] * 2
+    assert {row.status for row in graph} == {"error: RuntimeError: operation not permitted"}
 
 
 @pytest.mark.parametrize("device, index", (("cuda", 0), ("cuda:1", 1)))
 def test_a_worker_takes_the_gpu_it_is_given(monkeypatch: pytest.MonkeyPatch, device: str, index: int) -> None:
     taken, sent = [], []
     monkeypatch.setattr(torch._C, "_cuda_setDevice", taken.append, raising=False)
-    worker.main([], device, Effort(0.1, 3), SimpleNamespace(send=sent.append), SimpleNamespace(value=0))
+    worker.main(cast(Connection, SimpleNamespace(send=sent.append)), [], device, Effort(0.1, 3))
     assert taken == [index]
-    assert sent == [worker.READY, None]
+    assert sent == [None]

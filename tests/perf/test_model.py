@@ -15,8 +15,9 @@ from torch import nn
 import tkernels
 from perf import schema
 from perf.bench import model
-from perf.bench.model import contest, names
-from perf.bench.model.contest import Effort, Task
+from perf.bench.measure import Effort
+from perf.bench.model import comparison, names
+from perf.bench.model.comparison import ModelMeasurement, Task
 from tests.perf.command import module, refused, run
 from tkernels.fusion import FusionReport
 
@@ -51,8 +52,10 @@ def _task(**given: Any) -> Task:
     return Task("own:tiny", 4, 8, "fp32", "train", True, "cpu", None)._replace(**given)
 
 
-def _by_provider(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {row["provider"]: row for row in rows}
+def _measured(task: Task, rounds: int) -> dict[str, dict[str, Any]]:
+    """The rows of a comparison without torch.compile, by provider."""
+    rows = comparison.measured(task, _tiny, Effort(5.0, rounds), compiled=False).rows
+    return {row.provider: vars(row) for row in rows}
 
 
 @pytest.fixture
@@ -71,11 +74,11 @@ def fused_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[nn.Module],
     return replace
 
 
-def test_every_contest_has_its_rows(own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_comparison_has_its_rows(own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.csv"
     assert run("model", f"{own}:build", *QUICK, "--csv", path, "--report") == 0
     frame = model.read(path)
-    assert list(frame.columns) == list(contest.NAMES)
+    assert list(frame.columns) == list(ModelMeasurement.names())
     assert (frame.status == schema.OK).all(), frame.status
     found = list(zip(frame["mode"], frame.dtype, frame.provider))
     assert found == [
@@ -110,12 +113,12 @@ def test_the_fused_model_is_what_runs_as_fused(fused_by: Any) -> None:
         return given
 
     fused_by(fuse)
-    rows = _by_provider(contest.measured(_task(), _tiny, Effort(3, 5.0, False)).rows)
+    rows = _measured(_task(), 3)
     assert len({id(given) for given in calls}) == 1
     # the first call, calls that warm up, a turn or more a round, memory's, the profile's, two other batch sizes
-    assert len(calls) >= 1 + contest.WARM_CALLS + 3 + contest.PROFILED_CALLS + 2
+    assert len(calls) >= 1 + comparison.WARM_CALLS + 3 + comparison.PROFILED_CALLS + 2
     assert rows["tkernels"]["fused"] == 1
-    assert "fused" not in rows["torch"]
+    assert rows["torch"]["fused"] is None
 
 
 def test_torchs_time_is_above_the_ratio(fused_by: Any) -> None:
@@ -125,7 +128,7 @@ def test_torchs_time_is_above_the_ratio(fused_by: Any) -> None:
         given.register_forward_pre_hook(lambda *_: time.sleep(0.1))
 
     fused_by(slower)
-    rows = _by_provider(contest.measured(_task(), _tiny, Effort(5, 5.0, False)).rows)
+    rows = _measured(_task(), 5)
     for column in ("vs_torch_p25", "vs_torch_p50", "speedup_vs_torch"):
         assert rows["tkernels"][column] < 0.6, column
     for column in ("ratio_p25", "ratio_p50"):
@@ -136,12 +139,12 @@ def test_torchs_time_is_above_the_ratio(fused_by: Any) -> None:
 def test_graphs_and_guards_are_dynamos(fused_by: Any) -> None:
     """A static graph, then one for all batch sizes."""
     fused_by(lambda given: given.compile(backend="eager"))
-    rows = _by_provider(contest.measured(_task(), _tiny, Effort(1, 5.0, False)).rows)
+    rows = _measured(_task(), 1)
     fused, eager = rows["tkernels"], rows["torch"]
     assert (fused["graphs"], fused["graphs_second"], fused["graphs_third"]) == (1, 1, 0)
     assert 1 < fused["guard_us"] < 10_000
     assert eager["graphs"] == 0
-    assert contest.guard_us(lambda: _tiny()) == 0
+    assert comparison.guard_us(lambda: _tiny()) == 0
 
 
 def test_a_wrong_output_is_no_ok_row(fused_by: Any) -> None:
@@ -150,7 +153,7 @@ def test_a_wrong_output_is_no_ok_row(fused_by: Any) -> None:
         given.forward = lambda x: forward(x) * 1.01
 
     fused_by(wrong)
-    rows = _by_provider(contest.measured(_task(mode="infer"), _tiny, Effort(1, 5.0, False)).rows)
+    rows = _measured(_task(mode="infer"), 1)
     assert rows["tkernels"]["status"].startswith("wrong: output off by 1.0e-02")
     assert rows["torch"]["status"] == schema.OK
 
@@ -166,7 +169,7 @@ def test_what_fails_is_a_row(own: str, tmp_path: Path, fused_by: Any, capsys: py
         raise ValueError("cannot fuse")
 
     fused_by(fuse)
-    rows = _by_provider(contest.measured(_task(), _tiny, Effort(2, 5.0, False)).rows)
+    rows = _measured(_task(), 2)
     assert rows["tkernels"]["status"] == "error: ValueError: cannot fuse"
     assert rows["torch again"]["vs_torch_p50"] > 0
     assert rows["torch"].get("ratio_p50") is None
@@ -196,12 +199,12 @@ def test_rows_are_added_to_a_file_of_this_command_only(own: str, tmp_path: Path,
 
 
 def test_a_training_step_leaves_no_gradients_and_may_have_an_optimizer() -> None:
-    plain = contest.Rival(_task(), _tiny)
+    plain = comparison.Contender(_task(), _tiny)
     before = [p.clone() for p in plain.model.parameters()]
     plain.step()
     assert all(torch.equal(p, old) for p, old in zip(plain.model.parameters(), before))
     assert all(p.grad is None for p in plain.model.parameters())
-    stepped = contest.Rival(_task(optimizer="sgd"), _tiny)
+    stepped = comparison.Contender(_task(optimizer="sgd"), _tiny)
     stepped.step()
     assert not any(torch.equal(p, old) for p, old in zip(list(stepped.model.parameters())[-2:], before[-2:]))
 
@@ -215,19 +218,19 @@ def test_every_output_with_classes_counts_in_the_loss() -> None:
         def forward(self, x: torch.Tensor) -> dict[str, Any]:
             return {"out": self.a(x), "aux": self.b(x).mean((2, 3)), "none": None}
 
-    rival = contest.Rival(_task(), TwoHeads)
+    contender = comparison.Contender(_task(), TwoHeads)
     graded: list[bool] = []
-    for head in (rival.model.a, rival.model.b):  # type: ignore[union-attr]
+    for head in (contender.model.a, contender.model.b):  # type: ignore[union-attr]
         head.weight.register_hook(lambda grad: graded.append(bool(grad.abs().sum() > 0)))  # type: ignore[union-attr]
-    rival.step()
+    contender.step()
     assert graded == [True, True]
 
 
 def test_means_are_geometric_and_of_the_last_row_of_each(tmp_path: Path) -> None:
     def row(name: str, provider: str, ratio: float, dtype: str = "fp32") -> dict[str, Any]:
         head = _task(name=name, dtype=dtype).columns()
-        return {**dict.fromkeys(contest.NAMES), **head, "device": "cpu", "provider": provider, "vs_torch_p50": ratio,
-                "status": "ok"}  # fmt: skip
+        given = {"device": "cpu", "provider": provider, "vs_torch_p50": ratio, "status": "ok"}
+        return vars(ModelMeasurement(**head, **given))
 
     rows = [
         row("a", "tkernels", 9.0),

@@ -1,4 +1,4 @@
-"""A network against its rivals on a CPU: who competes, ratios round by round, tables, and rivals that misbehave."""
+"""A network against others on a CPU: who competes, ratios round by round, tables, and those who misbehave."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from perf import options, plan, schema, shapes
-from perf.bench import measure, network, ratios
+from perf import plan, schema, shapes
+from perf.bench import measure, network, process, ratios
 from perf.bench.measure import Sample
+from perf.schema import Measurement
 from tests.perf.command import refused, row, run, write
 
 pytestmark = pytest.mark.gate("torch")
@@ -24,20 +25,20 @@ def _tasks(*names: str, **given: Any) -> list[plan.Task]:
     return plan.tasks(plan.Wanted(names, shapes=shapes.parse(["tiny"]), **{**wanted, **given}))
 
 
-def test_without_a_mode_the_network_is_trained_and_used_against_all_rivals() -> None:
+def test_without_a_mode_the_network_is_trained_and_used_against_everybody() -> None:
     tasks = _tasks("cnn", "linear", allocators=("default", "faultless"))
     calls = [task for task in tasks if task.operator == "linear"]
     assert [(task.mode, task.dtype, task.provider) for task in calls] == [
         (mode, "fp32", provider) for mode in ("fwd", "bwd") for provider in ("torch", "tkernels")
     ]
     assert {task.process for task in calls} == {()}
-    contests = [task for task in tasks if task.operator == "cnn"]
-    assert len(contests) == len({task.key() for task in contests}) == 2 * 2 * 2 * len(plan.RIVALS)
-    found = list(dict.fromkeys(task.process for task in contests))
+    comparisons = [task for task in tasks if task.operator == "cnn"]
+    assert len(comparisons) == len({task.key() for task in comparisons}) == 2 * 2 * 2 * len(plan.CONTENDERS)
+    found = list(dict.fromkeys(task.process for task in comparisons))
     assert len(found) == 8
-    for process in found:
-        rivals = [(task.provider, task.layout) for task in contests if task.process == process]
-        assert rivals == list(plan.RIVALS)
+    for lot in found:
+        contenders = [(task.provider, task.layout) for task in comparisons if task.process == lot]
+        assert contenders == list(plan.CONTENDERS)
 
 
 def test_single_calls_of_the_network_and_gpus_are_as_before() -> None:
@@ -54,7 +55,7 @@ def test_a_network_s_mode_of_anything_else_is_refused(capsys: pytest.CaptureFixt
     assert "unknown allocator 'mine'" in refused(capsys, "sweep", "--op", "cnn", "--allocator", "mine")
 
 
-def test_a_contest_that_is_not_complete_is_measured_again_whole(tmp_path: Path) -> None:
+def test_a_comparison_that_is_not_complete_is_measured_again_whole(tmp_path: Path) -> None:
     tasks = _tasks("cnn", modes=["train"])
     first = [task for task in tasks if task.dtype == "fp32"]
     path = write(tmp_path / "a.csv", *(row(**task.columns(), device="cpu") for task in first[:-1]))
@@ -84,13 +85,13 @@ def test_rounds_in_which_either_was_disturbed_do_not_count() -> None:
     assert measure.timing(theirs, ours).ratio == (2.0, 2.0, 2.0)
 
 
-def _row(provider: str, layout: str, ratio: float | None, **given: Any) -> dict[str, Any]:
+def _row(provider: str, layout: str, ratio: float | None, **given: Any) -> Measurement:
     named = {"operator": "cnn", "mode": "train", "dtype": "bf16", "allocator": "default", "N": 256, "device": "cpu: X"}
     spread = {} if ratio is None else {"ratio_p25": ratio - 0.1, "ratio_p50": ratio, "ratio_p75": ratio + 0.1}
     return row(**{**named, "provider": provider, "layout": layout, **spread, **given})
 
 
-def test_the_table_says_what_the_best_rival_is(tmp_path: Path) -> None:
+def test_the_table_says_what_the_best_other_one_is(tmp_path: Path) -> None:
     rows = [
         _row("tkernels", "nhwc", 1.0, saved_mb=60.0),
         _row("torch", "nhwc", 1.4, saved_mb=100.0),
@@ -115,7 +116,7 @@ def test_the_table_says_what_the_best_rival_is(tmp_path: Path) -> None:
 
 
 def test_the_operators_table_has_geometric_means(tmp_path: Path) -> None:
-    def call(operator: str, ratio: float, **given: Any) -> dict[str, Any]:
+    def call(operator: str, ratio: float, **given: Any) -> Measurement:
         return row(operator=operator, provider="torch", ratio_p50=ratio, **given)
 
     rows = [call("conv2d_relu", 0.9, N=3), call("conv2d_relu", 1.6), call("cross_entropy", 1.0), row(ratio_p50=1.0)]
@@ -147,14 +148,14 @@ def test_memory_of_a_step() -> None:
 def test_a_process_is_started_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "mine")
     monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
-    with options.environment(network.environment("faultless")):
+    with process.changed_environment(network.environment("faultless")):
         assert os.environ["MALLOC_MMAP_MAX_"] == "0"
         assert "GLIBC_TUNABLES" not in os.environ
     assert os.environ["GLIBC_TUNABLES"] == "mine"
     assert "MALLOC_MMAP_MAX_" not in os.environ
 
 
-RIVAL = """
+CONTENDER = """
 import os
 from models.cifar_cnn import CNNClassifier
 from torch import nn
@@ -166,12 +167,12 @@ class Dies(CNNClassifier):
 def cnn(arguments):
     return Dies(**arguments), nn.CrossEntropyLoss()
 """
-WRONG = RIVAL.replace("os.abort()", "return super().forward(images * 1.1)")
+WRONG = CONTENDER.replace("os.abort()", "return super().forward(images * 1.1)")
 
 
-def test_a_contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command to the table, with a rival that dies and one that is wrong."""
-    for name, text in (("dying", RIVAL), ("wrong", WRONG)):
+    for name, text in (("dying", CONTENDER), ("wrong", WRONG)):
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.syspath_prepend(tmp_path)
@@ -198,13 +199,13 @@ def test_a_contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 @pytest.mark.extended("torch")
 @pytest.mark.parametrize("allocator", ("default", "faultless", "shared"))
-def test_training_contests(allocator: str, tmp_path: Path) -> None:
-    """All rivals, torch.compile too."""
+def test_training_comparisons(allocator: str, tmp_path: Path) -> None:
+    """All contenders, torch.compile too."""
     path = tmp_path / "a.csv"
     options = ["--mode", "train", "--dtype", "bf16", "--shapes", "tiny", "--quick", "--allocator", allocator]
     assert run("sweep", "--op", "cnn", "--device", "cpu", *options, "--csv", path) == 0
     frame = schema.read(path)
-    assert list(zip(frame.provider, frame.layout)) == list(plan.RIVALS)
+    assert list(zip(frame.provider, frame.layout)) == list(plan.CONTENDERS)
     assert set(frame.status) == {"ok"}
     assert frame.ratio_p50.notna().all()
     compiled = frame.provider == "torch.compile"

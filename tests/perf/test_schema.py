@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import pytest
 
 from perf import plan, schema
+from perf.bench.gpu.results import CheckRow, ProfileRow
+from perf.bench.model.comparison import ModelMeasurement
 from perf.options import Refused
+from perf.schema import Measurement
 from tests.perf.command import row, write
 
 pytestmark = pytest.mark.gate("torch")
@@ -34,7 +38,7 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
     frame = schema.read(write(tmp_path / "a.csv", given, row()))
     assert len(frame) == 2
     first = schema.records(frame)[0]
-    assert first["config"] == given["config"]
+    assert first["config"] == given.config
     assert first["status"] == "error: two lines"
     assert first["N"] == 17
     assert pd.isna(first["groups"])
@@ -42,9 +46,22 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
     assert first["ms_p50"] == 1.0
 
 
-def test_unknown_columns_are_not_written() -> None:
+def test_a_column_that_there_is_not_is_an_error_when_the_row_is_made(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="colour"):
+        row(colour="red")
+    with pytest.raises(TypeError, match="colour"):
+        row().having(colour="red")
+    with pytest.raises(TypeError, match="rows of Measurement, not of CheckRow"):
+        write(tmp_path / "a.csv", cast(Measurement, CheckRow(check="a")))
     with pytest.raises(KeyError, match="colour"):
-        schema.line(row(colour="red"))
+        schema.frame_of([{"N": 1}, {"colour": 2}], schema.SHAPE)
+
+
+@pytest.mark.parametrize("kind", (Measurement, ModelMeasurement, CheckRow, ProfileRow))
+def test_every_kind_of_row_documents_its_columns(kind: type[schema.Row]) -> None:
+    for column in kind.columns():
+        assert column.kind in ("text", "whole", "number")
+        assert len(column.meaning) > 5, column.name
 
 
 def test_a_row_read_back_has_the_key_of_its_task(tmp_path: Path) -> None:
@@ -102,8 +119,8 @@ def test_cells_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
 
 
 def test_shapes_in_short() -> None:
-    assert schema.shape_label(row()) == "256x32x32x32→32 3x3"
-    assert schema.shape_label(row(stride=2, groups=32)) == "256x32x32x32→32 3x3/2 g32"
-    assert schema.shape_label(row(**dict.fromkeys(("H", "W", "K", "R", "S", "stride", "groups")))) == "256x32"
-    assert schema.shape_label(row(operator="attention", N=8, K=12, H=197, W=197, C=64)) == "8x12x197x64"
-    assert schema.shape_label(row(operator="attention", N=8, K=12, H=1, W=197, C=64)) == "8x12x1x64 at 197"
+    assert schema.shape_label(vars(row())) == "256x32x32x32→32 3x3"
+    assert schema.shape_label(vars(row(stride=2, groups=32))) == "256x32x32x32→32 3x3/2 g32"
+    assert schema.shape_label(vars(row(**dict.fromkeys(("H", "W", "K", "R", "S", "stride", "groups"))))) == "256x32"
+    assert schema.shape_label(vars(row(operator="attention", N=8, K=12, H=197, W=197, C=64))) == "8x12x197x64"
+    assert schema.shape_label(vars(row(operator="attention", N=8, K=12, H=1, W=197, C=64))) == "8x12x1x64 at 197"

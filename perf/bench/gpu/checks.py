@@ -15,6 +15,7 @@ from perf import operators, providers
 from perf.bench import measure
 from perf.bench.gpu import problems
 from perf.bench.gpu.problems import EXPANDED, LAYS, Case
+from perf.bench.gpu.results import CheckRow
 from perf.bench.gpu.session import Item, Run
 from perf.bench.measure import Subject
 from perf.operators import Tensors
@@ -89,19 +90,19 @@ def check(run: Run, provider: Provider, case: Case) -> None:
     problem, clear = case.problem(run.device), _clear_of_kinks(case, run.device)
     reference, precision = _reference(case, run.device, clear)
     baseline = providers.load(providers.BASELINE)
-    torchs = measure.evaluate(Checked(case, run.device, baseline, plain=True, clear=clear))
+    baseline_results = measure.evaluate(Checked(case, run.device, baseline, plain=True, clear=clear))
     least = TF32_ERROR if _product_eps(case) > torch.finfo(problem.dtype).eps else 0.0
     with problems.triton_only(run), provider.context():
         subject = Checked(case, run.device, provider, clear=clear)
         poison(run.device)
         first = measure.evaluate(subject)
         for name, exact in reference.items():
-            row = compare(first[name], torchs[name], exact, problem.dtype, least)
-            run.tell("check", {"check": str(case), "what": name, "reference": precision, **row})
-        del reference, torchs
+            found = compare(first[name], baseline_results[name], exact, problem.dtype, least)
+            run.tell("check", CheckRow(check=str(case), what=name, reference=precision, **found))
+        del reference, baseline_results
         for way, again in _ways(run).items():
             poison(run.device)
-            run.tell("check", {"check": str(case), "what": way, "status": _same(first, again(subject))})
+            run.tell("check", CheckRow(check=str(case), what=way, status=_same(first, again(subject))))
 
 
 def _reference(case: Case, device: str, clear: Tensor | None) -> tuple[Tensors, str]:
@@ -133,10 +134,10 @@ def _product_eps(case: Case) -> float:
     return 2.0**-10 if mode.dot_precision(dtype, precision) == "tf32" else torch.finfo(dtype).eps
 
 
-def compare(actual: Tensor, torchs: Tensor, exact: Tensor, dtype: torch.dtype, least: float = 0.0) -> dict[str, Any]:
+def compare(actual: Tensor, baseline: Tensor, exact: Tensor, dtype: torch.dtype, least: float = 0.0) -> dict[str, Any]:
     """Errors against the reference, PyTorch's beside ours, and the verdict, in which PyTorch's count as ``least``."""
     errors = measure.relative(actual, exact), largest(actual, exact)
-    others = measure.relative(torchs, exact), largest(torchs, exact)
+    others = measure.relative(baseline, exact), largest(baseline, exact)
     row = dict(zip(("error", "max_error", "torch_error", "torch_max_error"), (*errors, *others)))
     return {**row, "status": verdict(errors, (max(others[0], least), max(others[1], least)), torch.finfo(dtype).eps)}
 
@@ -154,11 +155,11 @@ def verdict(errors: tuple[float, float], others: tuple[float, float], eps: float
     """'ok', or what is wrong with (relative norm, maximum) where PyTorch's are ``others``."""
     bounds = (("relative norm", WRONG_NORM, LESS_EXACT_NORM), ("the maximum", WRONG_MAX, LESS_EXACT_MAX))
     found = []
-    for (where, (times, roundings), ratio), error, torchs in zip(bounds, errors, others):
-        if not error <= times * torchs + roundings * eps:
-            return f"wrong: off by {error:.1e} in {where}, PyTorch by {torchs:.1e}"
-        if max(error, eps) > ratio * max(torchs, eps):
-            found.append(f"{max(error, eps) / max(torchs, eps):.2f} times PyTorch's error in {where}")
+    for (where, (times, roundings), ratio), error, torch_error in zip(bounds, errors, others):
+        if not error <= times * torch_error + roundings * eps:
+            return f"wrong: off by {error:.1e} in {where}, PyTorch by {torch_error:.1e}"
+        if max(error, eps) > ratio * max(torch_error, eps):
+            found.append(f"{max(error, eps) / max(torch_error, eps):.2f} times PyTorch's error in {where}")
     return f"less exact: {', '.join(found)}" if found else "ok"
 
 
@@ -241,7 +242,7 @@ def repeat(run: Run, name: str, times: int, provider: Provider, forward: Forward
         torch.cuda.synchronize()
     count = int(wrong)
     status = f"differs: {count:,} of {times:,} runs from the first" if count else "ok"
-    run.tell("check", {"check": name, "what": "beside a busy stream", "status": status})
+    run.tell("check", CheckRow(check=name, what="beside a busy stream", status=status))
 
 
 def _forward(run: Run, provider: Provider, case: Case) -> tuple[Tensor, list[Tensor]]:

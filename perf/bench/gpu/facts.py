@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from perf import schema
-from perf.bench import machine, measure
+from perf.bench import machine, measure, rows
 from perf.bench.gpu.session import Item, Run
 from perf.bench.measure import Timing
+from perf.schema import Measurement
 from tkernels.core import targets
 
 # of nvidia-smi's long report what decides how fast a GPU is
@@ -60,7 +61,7 @@ def _copy(run: Run) -> None:
     goal = torch.empty_like(source)
     timing = _timed(run, lambda: goal.copy_(source))
     rate = 2 * size / timing.ms[1] / 1e6
-    run.tell("timing", {**_row(run, "copy", "", {"N": size}, timing), "bytes": 2 * size, "gbps": rate})
+    _tell(run, timing, operator="copy", N=size, bytes=2 * size, gbps=rate)
     run.tell("facts", {"copy": f"{rate:,.0f} GB/s"})
 
 
@@ -71,10 +72,7 @@ def _product(run: Run) -> None:
     timing = _timed(run, lambda: a @ b)
     flops = 2.0 * size**3
     rate = flops / timing.ms[1] / 1e9
-    run.tell(
-        "timing",
-        {**_row(run, "matmul", "bf16", {"N": size, "C": size, "K": size}, timing), "flops": flops, "tflops": rate},
-    )
+    _tell(run, timing, operator="matmul", dtype="bf16", N=size, C=size, K=size, flops=flops, tflops=rate)
     run.tell("facts", {"product": f"{rate:,.3g} TFLOP/s"})
 
 
@@ -84,9 +82,9 @@ def _timed(run: Run, call: Any) -> Timing:
     return measure.interleaved({"": call}, measure.QUICK)[""]
 
 
-def _row(run: Run, operator: str, dtype: str, shape: dict[str, int], timing: Timing) -> dict[str, Any]:
-    named = {"operator": operator, "mode": "fwd", "dtype": dtype, "layout": "", "provider": "torch", "timing": "wall"}
-    return {**machine.stamp(), **machine.facts(run.device), **named, **shape, **timing.columns(), "status": schema.OK}
+def _tell(run: Run, timing: Timing, **columns: Any) -> None:
+    named = {"mode": "fwd", "provider": "torch", "timing": "wall", "status": schema.OK}
+    run.tell("timing", rows.made(Measurement, run.device, **named, **timing.columns(), **columns))
 
 
 def write_environment(path: Path, facts: dict[str, str]) -> None:

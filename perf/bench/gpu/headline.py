@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 
 from perf.bench.gpu import training
 from perf.bench.gpu.session import Item, Run
-from perf.bench.gpu.training import Rival, Task
+from perf.bench.gpu.training import Contender, Workload
 from perf.static import traffic
 
 BATCHES, DRY_BATCHES = (256, 1024, 64), (4,)
@@ -22,37 +23,36 @@ COMPILED, MODES = "torch.compile", ("reduce-overhead", "max-autotune")
 def items(run: Run) -> list[Item]:
     """Batch by batch, whatever takes longest to compile last."""
     first, *others = DRY_BATCHES if run.request.dry else BATCHES
-    rivals = {rival.name: rival for rival in _rivals(run)}
-    found = [_item(run, rivals[name], first) for name in AT_ONCE]
-    found += [_item(run, rivals[name], first) for name in ONCE]
-    found += [_item(run, rivals[name], others[0]) for name in AT_ONCE if others]
-    found += [_item(run, rivals[name], first) for name in (COMPILED, f"{COMPILED} graph")]
-    found += [_item(run, rivals[name], batch) for batch in others[1:] for name in AT_ONCE]
-    found += [_item(run, rivals[f"{COMPILED} {mode}"], first) for mode in MODES[:1]]
-    found += [_item(run, rivals[COMPILED], batch) for batch in others]
-    return [*found, *(_item(run, rivals[f"{COMPILED} {mode}"], first) for mode in MODES[1:])]
+    order = [(name, first) for name in (*AT_ONCE, *ONCE)]
+    order += [(name, batch) for batch in others[:1] for name in AT_ONCE]
+    order += [(name, first) for name in (COMPILED, f"{COMPILED} graph")]
+    order += [(name, batch) for batch in others[1:] for name in AT_ONCE]
+    order += [(f"{COMPILED} {MODES[0]}", first), *((COMPILED, batch) for batch in others)]
+    order += [(f"{COMPILED} {mode}", first) for mode in MODES[1:]]
+    contenders = {each.name: each for each in _contenders(run)}
+    return [Item(f"batch {n} {name}", functools.partial(_timed, run, contenders[name], n)) for name, n in order]
 
 
-def _item(run: Run, rival: Rival, batch: int) -> Item:
-    return Item(f"batch {batch} {rival.name}", lambda: run.tell_timing(training.measured(run, rival, task(batch))))
+def _timed(run: Run, contender: Contender, batch: int) -> None:
+    run.tell_timing(training.measured(run, contender, workload(batch)))
 
 
-def task(batch: int) -> Task:
-    return Task("cnn", {"N": batch, "C": 3, "H": 32, "W": 32}, 10)
+def workload(batch: int) -> Workload:
+    return Workload("cnn", {"N": batch, "C": 3, "H": 32, "W": 32}, 10)
 
 
-def _rivals(run: Run) -> Iterator[Rival]:
-    yield Rival("tkernels", traffic.fused)
-    yield Rival("tkernels graph", traffic.fused, graph=True)
-    yield Rival("tkernels sgd graph", traffic.fused, graph=True, optimizer="sgd")
-    yield Rival("torch", traffic.plain, context=tuned)
-    yield Rival("torch graph", traffic.plain, graph=True, context=tuned)
-    yield Rival(COMPILED, training.compiled(traffic.plain, run), context=tuned)
+def _contenders(run: Run) -> Iterator[Contender]:
+    yield Contender("tkernels", traffic.fused)
+    yield Contender("tkernels graph", traffic.fused, graph=True)
+    yield Contender("tkernels sgd graph", traffic.fused, graph=True, optimizer="sgd")
+    yield Contender("torch", traffic.plain, context=tuned)
+    yield Contender("torch graph", traffic.plain, graph=True, context=tuned)
+    yield Contender(COMPILED, training.compiled(traffic.plain, run), context=tuned)
     # its own graphs leave the optimizer out; the whole step in one is what it can do at best
-    yield Rival(f"{COMPILED} graph", training.compiled(traffic.plain, run), graph=True, context=tuned)
+    yield Contender(f"{COMPILED} graph", training.compiled(traffic.plain, run), graph=True, context=tuned)
     for mode in MODES:
         build = training.compiled(traffic.plain, run, mode)
-        yield Rival(f"{COMPILED} {mode}", build, replayed=run.on_gpu, context=tuned)
+        yield Contender(f"{COMPILED} {mode}", build, replayed=run.on_gpu, context=tuned)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from perf.bench.gpu import headline, problems, resnet50, tools
 from perf.bench.gpu.checks import Checked
 from perf.bench.gpu.problems import Case
 from perf.bench.gpu.session import Item, Run
+from perf.bench.process import Ended, Process
 from perf.static import aot, meter, traffic
 from perf.static.rewritten import Rewritten
 from tkernels.core import targets
@@ -181,7 +182,7 @@ def compile_all(launches: Iterable[tuple[str, aot.Launch]], target: Target, proc
         busy = {compiler.connection: compiler for compiler in pool if compiler.start(next(todo, None))}
         while busy:
             for connection in multiprocessing.connection.wait(list(busy)):
-                compiler = busy.pop(connection)  # type: ignore[call-overload]
+                compiler = busy.pop(connection)
                 index, status = compiler.answer()
                 if status:
                     failures.append((listed[index].kernel.__name__, status))
@@ -191,19 +192,15 @@ def compile_all(launches: Iterable[tuple[str, aot.Launch]], target: Target, proc
                     busy[compiler.connection] = compiler
     finally:  # out of time, say: nothing may go on compiling beside what is measured
         for compiler in pool:
-            compiler.end()
+            compiler.close(0.0)
     return failures
 
 
-class _Compiler:
+class _Compiler(Process):
     """A process that compiles one launch after another. Forked: launches hold kernels, which cannot be sent."""
 
     def __init__(self, launches: list[aot.Launch], target: Target) -> None:
-        context = multiprocessing.get_context("fork")
-        self.connection, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(launches, target, there), daemon=True)
-        self._process.start()
-        there.close()
+        super().__init__(_serve, launches, target, method="fork")
         self._index = -1
 
     def start(self, index: int | None) -> bool:
@@ -211,23 +208,18 @@ class _Compiler:
         if index is None:
             return False
         self._index = index
-        self.connection.send(index)
+        self.send(index)
         return True
 
     def answer(self) -> tuple[int, str]:
         """Which launch it had, and what was wrong with it, empty where nothing was."""
         try:
-            return self._index, self.connection.recv()
-        except EOFError:
-            self._process.join()
-            return self._index, f"crashed: the compiler ended its process with {self._process.exitcode}"
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.join()
+            return self._index, self.receive()
+        except Ended as end:
+            return self._index, str(end)
 
 
-def _serve(launches: list[aot.Launch], target: Target, connection: Connection) -> None:
+def _serve(connection: Connection, launches: list[aot.Launch], target: Target) -> None:
     triton.runtime.driver.set_active(aot.StubDriver(aot.gpu_target(target)))
     while True:
         try:

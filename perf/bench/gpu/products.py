@@ -1,4 +1,4 @@
-"""Each product and each pass alone, replayed from a CUDA graph, ours and its rivals one after another."""
+"""Each product and each pass alone, replayed from a CUDA graph, ours and the others' one after another."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from perf import providers, schema
-from perf.bench import machine, measure
+from perf.bench import measure, rows
 from perf.bench.gpu import headline, problems
 from perf.bench.gpu.problems import Case
 from perf.bench.gpu.session import Item, Run
 from perf.bench.measure import Subject, Timing
 from perf.providers import Provider
+from perf.schema import Measurement
 
 # as a graph's replay is timed with the L2 cache cleared, a few repetitions are clear
 EFFORT = dataclasses.replace(measure.QUICK, seconds=0.3)
@@ -25,22 +25,21 @@ Found = tuple[Provider, Timing | str]
 
 
 def items(run: Run) -> list[Item]:
-    """A contest a case."""
+    """A comparison a case."""
     ours = providers.load(run.request.provider)
     cases = [case for case in problems.timed(run.request.dry) if case.operator in ours.functions]
-    return [Item(str(case), functools.partial(contest, run, case, ours)) for case in cases]
+    return [Item(str(case), functools.partial(compare, run, case, ours)) for case in cases]
 
 
-def contest(run: Run, case: Case, ours: Provider) -> None:
+def compare(run: Run, case: Case, ours: Provider) -> None:
     """Time every pass of a case with everybody; the baseline comes first, for the others' speedups. cuDNN takes its
     fastest algorithm."""
     first = dataclasses.replace(providers.load(providers.BASELINE), context=headline.tuned)
-    rivals = [first, ours, *_others(run, case)]
+    contenders = [first, ours, *_others(run, case)]
+    speedups = rows.Speedups()
     for mode in problems.passes(case.operator):
-        baseline = None
-        for rival, found in (_one_by_one if run.on_gpu else _in_turns)(run, case, mode, rivals):
-            baseline = found if rival.name == providers.BASELINE else baseline
-            run.tell_timing(row(run, case, mode, rival.name, found, baseline))
+        for contender, found in (_one_by_one if run.on_gpu else _in_turns)(run, case, mode, contenders):
+            run.tell_timing(speedups.filled(row(run, case, mode, contender.name, found)))
 
 
 def _others(run: Run, case: Case) -> list[Provider]:
@@ -48,11 +47,11 @@ def _others(run: Run, case: Case) -> list[Provider]:
     if case.operator == "attention" and run.on_gpu:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        torchs = providers.load(providers.BASELINE)
+        baseline = providers.load(providers.BASELINE)
         contexts = {
             name: functools.partial(sdpa_kernel, getattr(SDPBackend, value)) for name, value in ATTENTION.items()
         }
-        return [dataclasses.replace(torchs, name=f"torch {name}", context=c) for name, c in contexts.items()]
+        return [dataclasses.replace(baseline, name=f"torch {name}", context=c) for name, c in contexts.items()]
     if case.operator == "cross_entropy" and run.on_gpu:
         return [providers.load(name) for name in LOSSES if _installed(name)]
     return []
@@ -64,35 +63,33 @@ def _installed(name: str) -> bool:
     return False
 
 
-def _one_by_one(run: Run, case: Case, mode: str, rivals: list[Provider]) -> Iterator[Found]:
-    for rival in rivals:
-        with problems.triton_only(run), rival.context():
+def _one_by_one(run: Run, case: Case, mode: str, contenders: list[Provider]) -> Iterator[Found]:
+    for contender in contenders:
+        with problems.triton_only(run), contender.context():
             try:
-                found: Timing | str = measure.on_gpu(_prepared(run, case, mode, rival), "cudagraph", EFFORT)
+                found: Timing | str = measure.on_gpu(_prepared(run, case, mode, contender), "cudagraph", EFFORT)
             except Exception as error:  # a row of the report; the others go on
                 found = measure.failure(error)
-        yield rival, found
+        yield contender, found
 
 
-def _in_turns(run: Run, case: Case, mode: str, rivals: list[Provider]) -> Iterator[Found]:
-    calls = {rival.name: _prepared(run, case, mode, rival)() for rival in rivals}
+def _in_turns(run: Run, case: Case, mode: str, contenders: list[Provider]) -> Iterator[Found]:
+    calls = {contender.name: _prepared(run, case, mode, contender)() for contender in contenders}
     timings = measure.interleaved(calls, measure.QUICK)
-    yield from ((rival, timings[rival.name]) for rival in rivals)
+    yield from ((contender, timings[contender.name]) for contender in contenders)
 
 
-def _prepared(run: Run, case: Case, mode: str, rival: Provider) -> Callable[[], Callable[[], object]]:
-    return lambda: Subject(case.problem(run.device), rival, exact=False).call(mode)
+def _prepared(run: Run, case: Case, mode: str, contender: Provider) -> Callable[[], Callable[[], object]]:
+    return lambda: Subject(case.problem(run.device), contender, exact=False).call(mode)
 
 
-def row(
-    run: Run, case: Case, mode: str, provider: str, found: Timing | str, baseline: Timing | str | None
-) -> dict[str, Any]:
+def row(run: Run, case: Case, mode: str, provider: str, found: Timing | str) -> Measurement:
     """A line of timings.csv."""
-    named = {"operator": case.operator, "mode": mode, "dtype": case.dtype, "layout": case.layout, "provider": provider}
-    named["timing"] = "cudagraph" if run.on_gpu else "wall"
-    head = {**machine.stamp(), **machine.facts(run.device), **named, **dict(case.shape)}
+    made = rows.made(
+        Measurement, run.device, operator=case.operator, mode=mode, dtype=case.dtype, layout=case.layout,
+        provider=provider, timing="cudagraph" if run.on_gpu else "wall", **dict(case.shape),
+    )  # fmt: skip
     if isinstance(found, str):
-        return {**head, "status": found}
+        return made.having(status=found)
     rates = measure.rates(case.problem(run.device), mode, found)
-    speed = baseline.ms[1] / found.ms[1] if isinstance(baseline, Timing) else None
-    return {**head, **found.columns(), **rates, "speedup_vs_torch": speed, "status": schema.OK}
+    return made.having(**found.columns(), **rates, status=schema.OK)

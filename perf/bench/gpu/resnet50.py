@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from typing import Any
 
 from torch import nn
 
@@ -11,33 +11,30 @@ import tkernels
 from perf.bench import measure
 from perf.bench.gpu import headline, training
 from perf.bench.gpu.session import Item, Run
-from perf.bench.gpu.training import Rival, Task
+from perf.bench.gpu.training import Contender, Workload
 
 
 def items(run: Run) -> list[Item]:
-    """A row a rival, the compiler last."""
-    rivals = (
-        Rival("torch", plain, context=headline.tuned),
-        Rival("tkernels", _fused, context=headline.tuned),
-        Rival("torch.compile", training.compiled(plain, run), context=headline.tuned),
+    """A row a contender, the compiler last."""
+    contenders = (
+        Contender("torch", plain, context=headline.tuned),
+        Contender("tkernels", _fused, context=headline.tuned),
+        Contender("torch.compile", training.compiled(plain, run), context=headline.tuned),
     )
-    task = Task(
-        "resnet50",
-        {"N": 2, "C": 3, "H": 32, "W": 32} if run.request.dry else {"N": 256, "C": 3, "H": 224, "W": 224},
-        1000,
-    )
-    return [Item(rival.name, lambda rival=rival: _timed(run, rival, task)) for rival in rivals]  # type: ignore[misc]
+    shape = {"N": 2, "C": 3, "H": 32, "W": 32} if run.request.dry else {"N": 256, "C": 3, "H": 224, "W": 224}
+    workload = Workload("resnet50", shape, 1000)
+    return [Item(each.name, functools.partial(_timed, run, each, workload)) for each in contenders]
 
 
-def _timed(run: Run, rival: Rival, task: Task) -> None:
-    row: dict[str, Any] = training.measured(run, rival, task)
-    if rival.name == "tkernels" and run.on_gpu and row["status"] == "ok":
-        with rival.context(), measure.recorded_launches() as launched:
-            training.step(run, rival, task)()
+def _timed(run: Run, contender: Contender, workload: Workload) -> None:
+    row = training.measured(run, contender, workload)
+    if contender.name == "tkernels" and run.on_gpu and row.status == "ok":
+        with contender.context(), measure.recorded_launches() as launched:
+            training.step(run, contender, workload)()
         # equal values alone would not tell a model that runs as it was
-        row["config"] = f"{len(launched)} launches"
+        row = row.having(config=f"{len(launched)} launches")
         if not launched:
-            row["status"] = "error: fuse() launched none of our kernels: what was timed is PyTorch"
+            row = row.having(status="error: fuse() launched none of our kernels: what was timed is PyTorch")
     run.tell_timing(row)
 
 

@@ -10,31 +10,37 @@ import pandas as pd
 
 from perf import schema
 from perf.bench.compare import CHECKS, TIMINGS
-from perf.schema import Column
+from perf.schema import Measurement, Row, number, text
 from tkernels.core.targets import Target
 
 PROFILE = "profile.csv"
-CHECK_COLUMNS = (
-    Column("check", "text", "operator, shape, dtype, layout and how the tensors lie"),
-    Column("what", "text", "the output, the tensor whose gradient it is, or the way it was run again"),
-    Column("error", "number", "against the reference, relative norm"),
-    Column("torch_error", "number", "the same of PyTorch in this dtype"),
-    Column("max_error", "number", "largest error over the reference's largest magnitude"),
-    Column("torch_max_error", "number", "the same of PyTorch in this dtype"),
-    Column("reference", "text", "float64, or float32 where that did not fit in memory"),
-    Column("status", "text", "ok; less exact, wrong, differs, error or crashed, with the finding"),
-)
-CHECK_NAMES = tuple(column.name for column in CHECK_COLUMNS)
-PROFILE_COLUMNS = (
-    Column("kernel", "text", "as the GPU knows it"),
-    Column("calls", "number", "a step"),
-    Column("us", "number", "microseconds a step, all calls together"),
-    Column("share", "number", "of the step's time on the device"),
-    Column("mb", "number", "10^6 bytes a step that a count of its arguments gives; empty for what is not ours"),
-    Column("gbps", "number", "mb / us, in 10^9 bytes a second"),
-    Column("of_copy", "number", "gbps over the large copy's: near 1 it is bound by memory and as fast as that"),
-)
-PROFILE_NAMES = tuple(column.name for column in PROFILE_COLUMNS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckRow(Row):
+    """What checks.csv has of a result."""
+
+    check: str = text("operator, shape, dtype, layout and how the tensors lie")
+    what: str = text("the output, the tensor whose gradient it is, or the way it was run again")
+    error: float | None = number("against the reference, relative norm")
+    torch_error: float | None = number("the same of PyTorch in this dtype")
+    max_error: float | None = number("largest error over the reference's largest magnitude")
+    torch_max_error: float | None = number("the same of PyTorch in this dtype")
+    reference: str = text("float64, or float32 where that did not fit in memory")
+    status: str = text("ok; less exact, wrong, differs, error or crashed, with the finding")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileRow(Row):
+    """What profile.csv has of a kernel."""
+
+    kernel: str = text("as the GPU knows it")
+    calls: float = number("a step")
+    us: float = number("microseconds a step, all calls together")
+    share: float = number("of the step's time on the device")
+    mb: float | None = number("10^6 bytes a step that a count of its arguments gives; empty for what is not ours")
+    gbps: float | None = number("mb / us, in 10^9 bytes a second")
+    of_copy: float | None = number("gbps over the large copy's: near 1 it is bound by memory and as fast as that")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,24 +69,21 @@ class Results:
         self.out, self.provider = out, provider
         self.facts: dict[str, str] = {}
         self.target: Target | None = None
-        self.timings: list[dict[str, Any]] = []
-        self.checks: list[dict[str, Any]] = []
-        self.profile: list[dict[str, Any]] = []
+        self.timings: list[Measurement] = []
+        self.checks: list[CheckRow] = []
+        self.profile: list[ProfileRow] = []
         self.bytes: dict[str, float] = {}
         self.compiled = ""
         self.late: list[str] = []
         self.tools: list[tuple[str, str]] = []
         self.failures: list[Failure] = []
         self.outcomes: list[Outcome] = []
-        self._writers = {
-            TIMINGS: schema.Writer(out / TIMINGS),
-            CHECKS: schema.Writer(out / CHECKS, CHECK_NAMES),
-        }
+        self._timings, self._checks = schema.Writer(out / TIMINGS), schema.Writer(out / CHECKS, CheckRow)
 
     def close(self) -> None:
         """Close the files."""
-        for writer in self._writers.values():
-            writer.close()
+        self._timings.close()
+        self._checks.close()
 
     def take(self, block: str, kind: str, what: Any) -> None:
         """One thing told. Raises ValueError for a kind that does not exist."""
@@ -95,28 +98,29 @@ class Results:
     def _take_target(self, block: str, what: Target) -> None:
         self.target = what
 
-    def _take_timing(self, block: str, what: dict[str, Any]) -> None:
-        self.timings.append({**dict.fromkeys(schema.NAMES), **what})
-        self._writers[TIMINGS].append(what)
+    def _take_timing(self, block: str, what: Measurement) -> None:
+        self.timings.append(what)
+        self._timings.append(what)
 
-    def _take_check(self, block: str, what: dict[str, Any]) -> None:
-        self.checks.append({**dict.fromkeys(CHECK_NAMES), **what})
-        self._writers[CHECKS].append(what)
+    def _take_check(self, block: str, what: CheckRow) -> None:
+        self.checks.append(what)
+        self._checks.append(what)
 
     def _take_bytes(self, block: str, what: dict[str, float]) -> None:
         self.bytes = what
 
-    def _take_profile(self, block: str, what: list[dict[str, Any]]) -> None:
-        self.profile = [{**row, **self._traffic(row)} for row in what]
-        schema.write(pd.DataFrame(self.profile, columns=list(PROFILE_NAMES)), self.out / PROFILE)
+    def _take_profile(self, block: str, what: list[ProfileRow]) -> None:
+        self.profile = [self._with_bytes(row) for row in what]
+        frame = pd.DataFrame(map(vars, self.profile), columns=list(ProfileRow.names()))
+        schema.write(frame, self.out / PROFILE)
 
-    def _traffic(self, row: dict[str, Any]) -> dict[str, Any]:
-        moved = self.bytes.get(row["kernel"])
+    def _with_bytes(self, row: ProfileRow) -> ProfileRow:
+        moved = self.bytes.get(row.kernel)
         if moved is None:
-            return {"mb": None, "gbps": None, "of_copy": None}
-        rate = moved / row["us"] / 1e3
-        copy = next((t["gbps"] for t in self.timings if t["operator"] == "copy"), None)
-        return {"mb": moved / 1e6, "gbps": rate, "of_copy": rate / copy if copy else None}
+            return row
+        rate = moved / row.us / 1e3
+        copy = next((t.gbps for t in self.timings if t.operator == "copy"), None)
+        return row.having(mb=moved / 1e6, gbps=rate, of_copy=rate / copy if copy else None)
 
     def _take_compiled(self, block: str, what: str) -> None:
         self.compiled = what
@@ -132,5 +136,5 @@ class Results:
 
     def slowest(self, count: int = 5) -> tuple[str, ...]:
         """The kernels of ours that take most of a step."""
-        own = [row for row in self.profile if row["mb"] is not None]
-        return tuple(row["kernel"] for row in sorted(own, key=lambda row: -row["us"])[:count])
+        own = [row for row in self.profile if row.mb is not None]
+        return tuple(row.kernel for row in sorted(own, key=lambda row: -row.us)[:count])

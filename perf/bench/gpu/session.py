@@ -20,10 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from perf.bench.process import BROKEN_GPU, gpu_answers
+from perf.schema import Measurement
 from tkernels.core.targets import Target
-
-# exit status of a process whose GPU no longer answers
-BROKEN_GPU = 70
 
 
 class OutOfTime(BaseException):
@@ -62,11 +61,11 @@ class Run:
     def on_gpu(self) -> bool:
         return self.request.device != "cpu"
 
-    def tell_timing(self, row: dict[str, Any]) -> None:
+    def tell_timing(self, row: Measurement) -> None:
         """A row of timings.csv. Raises RuntimeError where what it was measured of has left the GPU unusable."""
         self.tell("timing", row)
-        if self.on_gpu and row["status"] != "ok" and not gpu_answers():
-            raise RuntimeError(f"{row['provider']} left the GPU unusable: {row['status']}")
+        if self.on_gpu and row.status != "ok" and not gpu_answers():
+            raise RuntimeError(f"{row.provider} left the GPU unusable: {row.status}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,22 +148,6 @@ def _one_line(error: Exception) -> str:
     from perf.bench import measure
 
     return measure.failure(error)
-
-
-def gpu_answers() -> bool:
-    """Whether the GPU can be used as before: after an access out of bounds every call fails, and after a capture that
-    could not be ended no random number can be drawn."""
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return True
-    try:
-        torch.cuda.set_stream(torch.cuda.default_stream())
-        torch.rand(1, device="cuda")
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

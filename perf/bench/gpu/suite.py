@@ -26,9 +26,11 @@ def items(run: Run) -> list[Item]:
     if run.request.dry:
         return [Item("tests", functools.partial(_run, run, "tests", QUICK_TESTS))]
     parallel = ("-n", str(min(14, os.cpu_count() or 1)), "--dist", "worksteal")
+    operators = [f"tests/{path.parent.name}" for path in sorted(tools.ROOT.glob("tkernels/ops/*/op.py"))]
+    others = ("tests", *(f"--ignore={folder}" for folder in operators))
     return [
-        Item("operators", functools.partial(_run, run, "operators", (*parallel, "tests/ops"))),
-        Item("rest", functools.partial(_run, run, "rest", (*parallel, "tests", "--ignore=tests/ops"))),
+        Item("operators", functools.partial(_run, run, "operators", (*parallel, *operators))),
+        Item("rest", functools.partial(_run, run, "rest", (*parallel, *others))),
     ]
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from perf import schema
 from perf.bench.gpu.results import Results
-from perf.schema import OK
+from perf.schema import OK, Measurement
 
 # rows shown of a list whose whole stands in a CSV
 MOST_WRONG, MOST_SLOWER, MOST_FASTER, MOST_LEFT = 8, 8, 5, 6
@@ -22,7 +22,7 @@ TIMED = {"wall": "as called", "cudagraph": "CUDA graph"}
 
 
 class Speed(NamedTuple):
-    """A contest: our time and the best rival's."""
+    """A comparison: our time and the best rival's."""
 
     what: str
     ours: float
@@ -67,11 +67,11 @@ def exit_status(found: Results) -> int:
 def wrongs(found: Results) -> list[tuple[str, str]]:
     """What is wrong and how: crashes, errors and wrong values of ours, the worst first."""
     rows = [(f"{f.block}: {f.item}", f.status) for f in found.failures]
-    rows += [(f"{c['check']}: {c['what']}", c["status"]) for c in found.checks if _is_wrong(c["status"])]
+    rows += [(f"{c.check}: {c.what}", c.status) for c in found.checks if _is_wrong(c.status)]
     rows += [
-        (f"{_label(t)}, {t['provider']}", t["status"])
+        (f"{_label(t)}, {t.provider}", t.status)
         for t in found.timings
-        if _is_ours(found, t) and t["status"] != OK and not t["status"].startswith(UNSUPPORTED)
+        if _is_ours(found, t) and t.status != OK and not t.status.startswith(UNSUPPORTED)
     ]
     rows += [(name, status) for name, status in found.tools if status.startswith(("wrong", "error"))]
     order = ("crashed", "wrong", "differs")
@@ -98,8 +98,8 @@ def _cut(rows: Sequence[Sequence[object]], most: int, where: str) -> list[Sequen
 
 def _wrong(found: Results) -> list[str]:
     rows = wrongs(found)
-    results, cases = len(found.checks), len({check["check"] for check in found.checks})
-    inexact = [c for c in found.checks if c["status"].startswith("less exact")]
+    results, cases = len(found.checks), len({check.check for check in found.checks})
+    inexact = [c for c in found.checks if c.status.startswith("less exact")]
     done = f"{results:,} results of {cases} cases were compared with a reference or with their first run"
     less = f", {len(inexact)} are less exact than PyTorch's (checks.csv)" if inexact else ""
     if not rows:
@@ -110,31 +110,31 @@ def _wrong(found: Results) -> list[str]:
 
 
 def speeds(found: Results) -> list[Speed]:
-    """Every contest of ours with the fastest of its rivals, the slowest of ours first."""
-    contests: dict[tuple[object, ...], list[dict[str, Any]]] = {}
+    """Every comparison of ours with the fastest of its rivals, the slowest of ours first."""
+    comparisons: dict[tuple[str, ...], list[tuple[float, Measurement]]] = {}
     for row in found.timings:
-        if row["status"] == OK and row.get("ms_p50"):
-            key = tuple(row[name] for name in schema.KEY if name not in ("provider", "device"))
-            contests.setdefault(key, []).append(row)
+        if row.status == OK and row.ms_p50:
+            key = schema.key(vars(row), [name for name in schema.TASK if name != "provider"])
+            comparisons.setdefault(key, []).append((row.ms_p50, row))
     listed = []
-    for rows in contests.values():
+    for rows in comparisons.values():
         # other ways to run us ("fast launch", "sgd") are no rivals
-        ours = next((row for row in rows if _name(row) == found.provider), None)
-        others = [row for row in rows if not _is_ours(found, row)]
-        if ours is not None and others:
-            best = min(others, key=lambda row: row["ms_p50"])
-            listed.append(Speed(_label(ours), ours["ms_p50"], _name(best), best["ms_p50"]))
+        ours = [(ms, row) for ms, row in rows if _name(row) == found.provider]
+        others = [(ms, _name(row)) for ms, row in rows if not _is_ours(found, row)]
+        if ours and others:
+            (ms, row), (least, rival) = ours[0], min(others)
+            listed.append(Speed(_label(row), ms, rival, least))
     return sorted(listed, key=lambda speed: speed.ratio)
 
 
-def _name(row: dict[str, Any]) -> str:
-    return str(row["provider"]).removesuffix(" graph")
+def _name(row: Measurement) -> str:
+    return str(row.provider).removesuffix(" graph")
 
 
-def _label(row: dict[str, Any]) -> str:
-    mode = {**schema.MODES, **schema.GRADIENTS, **schema.NETWORK_MODES}.get(row["mode"], row["mode"])
-    timing = f", {TIMED[row['timing']]}" if row["mode"] == "train" else ""
-    return f"{row['operator']} {schema.shape_label(row)} {row['dtype']} {mode}{timing}"
+def _label(row: Measurement) -> str:
+    mode = {**schema.MODES, **schema.GRADIENTS, **schema.NETWORK_MODES}.get(row.mode, row.mode)
+    timing = f", {TIMED[row.timing]}" if row.mode == "train" else ""
+    return f"{row.operator} {schema.shape_label(vars(row))} {row.dtype} {mode}{timing}"
 
 
 def _speeds(found: Results) -> list[str]:
@@ -158,22 +158,23 @@ def _speed_table(listed: Sequence[Speed], most: int) -> list[str]:
 
 
 def _training(found: Results) -> list[str]:
-    rows = [row for row in found.timings if row["mode"] == "train"]
+    rows = [row for row in found.timings if row.mode == "train"]
     if not rows:
         return []
     cells = []
-    for row in sorted(rows, key=lambda row: (row["operator"], row["N"])):
-        ok = row["status"] == OK
-        times = (f"{row['ms_p50']:.4g}", f"{1e3 * row['N'] / row['ms_p50']:,.0f}") if ok else (row["status"][:60], "")
-        memory, host = _number(row.get("peak_memory_mb")), _number(row.get("host_us"))
-        cells.append((row["operator"], row["N"], row["provider"], TIMED[row["timing"]], *times, memory, host))
+    for row in sorted(rows, key=lambda row: (row.operator, row.N)):
+        times = [row.status[:60], ""]
+        if row.status == OK and row.ms_p50 and row.N:
+            times = [f"{row.ms_p50:.4g}", f"{1e3 * row.N / row.ms_p50:,.0f}"]
+        memory, host = _number(row.peak_memory_mb), _number(row.host_us)
+        cells.append((row.operator, row.N, row.provider, TIMED[row.timing], *times, memory, host))
     head = ("network", "batch", "whose", "timed", "ms a step", "images/s", "peak MB", "host us")
     note = "bf16 autocast, channels_last, with Adam (SGD where it says so), random images."
     return ["", "## Training steps", "", note, "", *_table(head, cells)]
 
 
-def _number(value: Any, form: str = ",.0f") -> str:
-    return "" if value is None or value != value else format(float(value), form)
+def _number(value: float | None, form: str = ",.0f") -> str:
+    return "" if value is None else format(value, form)
 
 
 def _not_reached(found: Results) -> list[str]:
@@ -187,8 +188,8 @@ def _not_reached(found: Results) -> list[str]:
     rows += [(name, why) for name, why in found.tools if why.endswith("not installed") or why.startswith(UNSUPPORTED)]
     reasons: dict[str, list[str]] = {}
     for row in found.timings:
-        if row["status"] != OK and (not _is_ours(found, row) or row["status"].startswith(UNSUPPORTED)):
-            reasons.setdefault(row["status"][:160], []).append(f"{_label(row)}, {row['provider']}")
+        if row.status != OK and (not _is_ours(found, row) or row.status.startswith(UNSUPPORTED)):
+            reasons.setdefault(row.status[:160], []).append(f"{_label(row)}, {row.provider}")
     rows += [
         (names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), why) for why, names in reasons.items()
     ]
@@ -197,16 +198,16 @@ def _not_reached(found: Results) -> list[str]:
     return ["", f"## Not reached: {len(rows)}", "", *_table(("what", "why"), _cut(rows, MOST_LEFT, "log.txt"))]
 
 
-def _is_ours(found: Results, row: dict[str, Any]) -> bool:
-    return str(row["provider"]).startswith(found.provider)
+def _is_ours(found: Results, row: Measurement) -> bool:
+    return str(row.provider).startswith(found.provider)
 
 
 def _profile(found: Results) -> list[str]:
     if not found.profile:
         return []
     rows = [
-        (row["kernel"][:70], f"{row['calls']:g}", f"{row['us']:.1f}", f"{100 * row['share']:.1f}",
-         _number(row["mb"], ".1f"), _number(row["gbps"], ",.0f"), _number(row["of_copy"], ".0%"))
+        (row.kernel[:70], f"{row.calls:g}", f"{row.us:.1f}", f"{100 * row.share:.1f}",
+         _number(row.mb, ".1f"), _number(row.gbps, ",.0f"), _number(row.of_copy, ".0%"))
         for row in found.profile
     ]  # fmt: skip
     head = ("kernel", "calls a step", "us a step", "% of the step", "MB", "GB/s", "of the copy's")

@@ -5,16 +5,12 @@ A second process, with its imports done, stands by: starting one takes seconds t
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
-from types import TracebackType
 
-from perf import options
 from perf.bench.gpu import session
 from perf.bench.gpu.results import Failure, Outcome, Results
 from perf.bench.gpu.session import Block, Request
+from perf.bench.process import Ended, Process
 
 # seconds that a block has to end by itself when its time is over, and a process to start
 GRACE, START = 10.0, 120.0
@@ -22,48 +18,21 @@ GRACE, START = 10.0, 120.0
 MOST_CRASHES = 5
 
 
-class _Worker:
-    """A process that measures."""
+class _Worker(Process):
+    """A process that measures. ``used``: it was given something to do, and may have memory on the GPU."""
 
     def __init__(self, results: Results, dry: bool) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection: Connection
-        self._connection, there = context.Pipe()
-        self._process: SpawnProcess = context.Process(target=session.main, args=(there, results.out / "log.txt", dry))
         # compiling the CPU's passes takes half a minute, and is not what a dry run tries
-        with options.environment({"TKERNELS_COMPILE": "0"} if dry else {}):
-            self._process.start()
-        there.close()
-        self._ready = False
-        # whether it has done anything yet
+        compiles = {"TKERNELS_COMPILE": "0"} if dry else {}
+        super().__init__(session.main, results.out / "log.txt", dry, daemon=False, environment=compiles)
         self.used = False
 
-    def send(self, request: Request, module: str) -> None:
-        if not self._ready:
-            self.receive(time.monotonic() + START)
-            self._ready = True
-        self.used = True
-        self._connection.send((request, module))
-
-    def receive(self, until: float) -> tuple[str, object]:
-        """What it tells next. Raises TimeoutError, or EOFError where the process has ended."""
-        if not self._connection.poll(max(until - time.monotonic(), 0.0)):
-            raise TimeoutError
-        told: tuple[str, object] = self._connection.recv()
-        return told
-
-    def ended(self) -> str:
-        """How a process that has ended did so."""
-        self._process.join(GRACE)
-        code = self._process.exitcode
-        if code == session.BROKEN_GPU:
-            return "crashed: the GPU no longer answers"
-        return f"crashed: signal {-code}" if code is not None and code < 0 else f"crashed: exit status {code}"
-
-    def kill(self) -> None:
-        self._connection.close()
-        self._process.kill()
-        self._process.join(GRACE)  # one that waits within a driver that hangs does not even die
+    def begin(self, request: Request, module: str) -> None:
+        """Hand it a block. Raises as ``receive`` does where it did not even start."""
+        if not self.used:
+            self.used = True
+            self.receive(START)
+        self.send((request, module))
 
 
 class Supervisor:
@@ -77,12 +46,10 @@ class Supervisor:
     def __enter__(self) -> Supervisor:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         for worker in (self._current, self._spare):
             if worker is not None:
-                worker.kill()
+                worker.close(0.0)
 
     def do(self, block: Block, limit: float) -> Outcome:
         """Do a block within its limit; a process that crashes is replaced, and what it was at left out."""
@@ -111,7 +78,7 @@ class Supervisor:
     def _retire(self) -> None:
         """Give the process up, and its memory on the GPU, if it has done anything."""
         if self._current is not None and self._current.used:
-            self._current.kill()
+            self._current.close(0.0)
             self._current = None
 
 
@@ -128,10 +95,10 @@ class _Following:
     def follow(self, worker: _Worker, request: Request) -> str:
         """Take what a process tells until it has done the block, dies, or is far over its time."""
         try:
-            worker.send(request, self._block.module)
+            worker.begin(request, self._block.module)
             until = time.monotonic() + request.limit + GRACE
             while True:
-                kind, what = worker.receive(until)
+                kind, what = worker.receive(until - time.monotonic())
                 if kind == "end":
                     if what == "ok":
                         self._finish()
@@ -139,8 +106,8 @@ class _Following:
                 self._take(kind, what)
         except TimeoutError:
             return f"stopped: it did not answer {GRACE:.0f} s after its {request.limit:.0f} s"
-        except (EOFError, OSError):
-            return self._crashed(worker.ended())
+        except Ended as end:
+            return self._crashed(str(end))
 
     def _take(self, kind: str, what: object) -> None:
         if kind == "items":

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from models import engine, recipes
 from perf import schema
-from perf.bench import machine, measure
+from perf.bench import measure, rows
 from perf.bench.gpu.session import Run
 from perf.bench.measure import Timing
+from perf.schema import Measurement
 
 # windows of steps whose means are the samples, and the seconds of one
 WINDOWS, WINDOW = 7, 0.12
@@ -24,7 +25,7 @@ WARM_UP = 4
 Step = Callable[[], tuple[Tensor, Tensor]]
 
 
-class Rival(NamedTuple):
+class Contender(NamedTuple):
     """Whose step: ``build`` gives network and loss. ``graph``: captured as a CUDA graph by us; ``replayed``: it makes
     graphs itself; ``context``: entered round everything."""
 
@@ -36,7 +37,7 @@ class Rival(NamedTuple):
     optimizer: str = "adam"
 
 
-class Task(NamedTuple):
+class Workload(NamedTuple):
     """What is trained: a row's operator and shape, with so many classes."""
 
     operator: str
@@ -44,68 +45,70 @@ class Task(NamedTuple):
     classes: int
 
 
-def step(run: Run, rival: Rival, task: Task) -> Step:
+def step(run: Run, contender: Contender, workload: Workload) -> Step:
     """A training step on random images that stay the same, as models.train makes it: bf16 autocast over float32
     parameters, channels_last, the optimizer's step at the end."""
     torch.manual_seed(0)
-    model, loss = rival.build()
+    model, loss = contender.build()
     model = model.to(run.device).to(memory_format=torch.channels_last).train()
     optimizer = recipes.build_optimizer(
-        rival.optimizer, model, torch.tensor(1e-3, device=run.device) if rival.graph else 1e-3, 0.9, 0.0,
-        capturable=rival.graph and run.on_gpu,
+        contender.optimizer, model, torch.tensor(1e-3, device=run.device) if contender.graph else 1e-3, 0.9, 0.0,
+        capturable=contender.graph and run.on_gpu,
     )  # fmt: skip
-    shape = task.shape
+    shape = workload.shape
     images = torch.randn(shape["N"], shape["C"], shape["H"], shape["W"], device=run.device)
     images = images.contiguous(memory_format=torch.channels_last)
-    target = torch.randint(task.classes, (shape["N"],), device=run.device)
+    target = torch.randint(workload.classes, (shape["N"],), device=run.device)
     whole = engine.TrainingStep(model, loss, optimizer, amp=torch.bfloat16)
 
     def call() -> tuple[Tensor, Tensor]:
-        if rival.replayed:
+        if contender.replayed:
             torch.compiler.cudagraph_mark_step_begin()
         return whole(images, target)
 
     return call
 
 
-def measured(run: Run, rival: Rival, task: Task) -> dict[str, Any]:
-    """A row of timings.csv; what the rival raises becomes its status."""
-    named = {"operator": task.operator, "mode": "train", "dtype": "bf16", "layout": "nhwc", "provider": rival.name,
-             "timing": "cudagraph" if rival.graph or rival.replayed else "wall"}  # fmt: skip
-    head = {**machine.stamp(), **machine.facts(run.device), **named, **task.shape}
-    if rival.graph and not run.on_gpu:
-        return {**head, "status": "unsupported: a CPU has no CUDA graphs"}
+def measured(run: Run, contender: Contender, workload: Workload) -> Measurement:
+    """A row of timings.csv; what the contender raises becomes its status."""
+    timing = "cudagraph" if contender.graph or contender.replayed else "wall"
+    row = rows.made(
+        Measurement, run.device, operator=workload.operator, mode="train", dtype="bf16", layout="nhwc",
+        provider=contender.name, timing=timing, **workload.shape,
+    )  # fmt: skip
+    if contender.graph and not run.on_gpu:
+        return row.having(status="unsupported: a CPU has no CUDA graphs")
     if run.on_gpu:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if run.on_gpu else 0
     try:
-        with rival.context():
-            timing, status = _timed(run, rival, task)
+        with contender.context():
+            timed, status = _timed(run, contender, workload)
     except Exception as error:  # a row of the report; the others go on
-        return {**head, "status": measure.failure(error)}
-    row = {**head, **timing.columns(), "status": status}
+        return row.having(status=measure.failure(error))
+    row = row.having(**timed.columns(), status=status)
     if run.on_gpu:
-        row["peak_memory_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+        row = row.having(peak_memory_mb=(torch.cuda.max_memory_allocated() - before) / 1e6)
     return row
 
 
-def _timed(run: Run, rival: Rival, task: Task) -> tuple[Timing, str]:
+def _timed(run: Run, contender: Contender, workload: Workload) -> tuple[Timing, str]:
     last: list[Tensor] = []
 
     def prepare() -> Callable[[], object]:
-        call = step(run, rival, task)
+        call = step(run, contender, workload)
 
         def kept() -> None:
             last[:] = [call()[0]]
 
         return kept
 
-    call = measure.graphed(prepare) if rival.graph else prepare()
+    call = measure.graphed(prepare) if contender.graph else prepare()
     for _ in range(WARM_UP if run.on_gpu else 1):
         call()
-    host = measure.host_us(call) if run.on_gpu and not rival.graph else None
+    host = measure.host_us(call) if run.on_gpu and not contender.graph else None
     ms = measure.quantiles(_windows(run, call))
     status = schema.OK if torch.isfinite(last[0]).item() else "wrong: the loss is no longer finite"
     return Timing(ms, host_us=host), status

@@ -9,7 +9,7 @@ examples:
 A model is torchvision:NAME, timm:NAME, or module:function of your own that returns a module for images; 'all' is a
 list of one of each kind. Everyone takes turns, eager twice: what its two times differ by is the noise. A training step
 is forward, cross entropy, backward and zero_grad(set_to_none=True), with an optimizer's step only where one is asked
-for. Columns of the CSV: perf/schema.py and perf/bench/model/contest.py; perf compare takes two of them.
+for. Columns of the CSV: perf/schema.py and perf/bench/model/comparison.py; perf compare takes two of them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,8 +26,9 @@ import pandas as pd
 from models import recipes
 from perf import options, schema
 from perf.bench import machine, ratios
-from perf.bench.model import contest, names, worker
-from perf.bench.model.contest import AGAIN, COMPILED, Task
+from perf.bench.measure import Effort
+from perf.bench.model import names, worker
+from perf.bench.model.comparison import AGAIN, COMPILED, ModelMeasurement, Task
 from perf.options import Refused
 from perf.providers import OURS
 
@@ -65,10 +65,9 @@ def run(args: argparse.Namespace) -> int:
     for option in ("rounds", "seconds"):
         if getattr(args, option) <= 0:
             raise Refused(f"--{option} must be above 0, got {getattr(args, option)}")
-    with contextlib.ExitStack() as stack:
-        writer = None if args.csv is None else stack.enter_context(_writer(args.csv))
-        rows = _measure(args, tasks, device, writer)
-        frame = pd.DataFrame(rows, columns=list(contest.NAMES)) if args.csv is None else read(args.csv)
+    with contextlib.nullcontext() if args.csv is None else _writer(args.csv) as writer:
+        measured = _measure(args, tasks, device, writer)
+        frame = pd.DataFrame(map(vars, measured)) if args.csv is None else read(args.csv)
     means = summary(frame)
     if means:
         print(f"\n{means}")
@@ -77,14 +76,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(
     args: argparse.Namespace, tasks: Sequence[Task], device: str, writer: schema.Writer | None
-) -> list[dict[str, Any]]:
+) -> list[ModelMeasurement]:
     """Measure, print and write each task; all rows."""
-    print(
-        f"{_where(device)}, triton {machine.facts(device)['triton'] or 'none'}, commit {options.commit()}", flush=True
-    )
-    rows: list[dict[str, Any]] = []
-    process = worker.Worker(contest.Effort(args.rounds, args.seconds, args.compile))
-    try:
+    facts = machine.facts(device)
+    print(f"{_where(device)}, triton {facts['triton'] or 'none'}, commit {facts['commit']}", flush=True)
+    rows: list[ModelMeasurement] = []
+    with contextlib.closing(worker.Worker(Effort(args.seconds, args.rounds), args.compile)) as process:
         for task in tasks:
             done = process.measured(task)
             rows += done.rows
@@ -94,8 +91,6 @@ def _measure(
             print(f"\n{shown(task, done.rows)}", flush=True)
             if args.report and done.report:
                 print(f"\n{done.report}", flush=True)
-    finally:
-        process.close()
     return rows
 
 
@@ -116,65 +111,56 @@ def _writer(path: Path) -> Iterator[schema.Writer]:
     with options.alone(options.new_file(path)):
         if path.exists() and path.stat().st_size:
             read(path)
-        with contextlib.closing(schema.Writer(path, contest.NAMES)) as writer:
+        with contextlib.closing(schema.Writer(path, ModelMeasurement)) as writer:
             yield writer
 
 
 def read(path: Path) -> pd.DataFrame:
     """A CSV of this command with typed columns. Raises Refused for anything else."""
     frame = schema.table(path)
-    if list(frame.columns) != list(contest.NAMES):
+    if tuple(frame.columns) != ModelMeasurement.names():
         raise Refused(f"{path} is not a CSV of perf model, or of another version of it: name another file")
-    return schema.typed(frame, contest.COLUMNS, path)
+    return schema.typed(frame, ModelMeasurement.columns(), path)
 
 
 def _where(device: str) -> str:
-    return (
-        ratios.machine_line()
-        if device == "cpu"
-        else f"{machine.device_name(device)}, torch {machine.facts(device)['torch']}"
-    )
+    if device == "cpu":
+        return ratios.machine_line()
+    return f"{machine.device_name(device)}, torch {machine.facts(device)['torch']}"
 
 
-def shown(task: Task, rows: Sequence[Mapping[str, Any]]) -> str:
-    """One contest: a line a provider, then what Dynamo and fuse() made of the model."""
+def shown(task: Task, rows: Sequence[ModelMeasurement]) -> str:
+    """One comparison: a line a provider, then what Dynamo and fuse() made of the model."""
     optimizer = f" with {task.optimizer}" if task.optimizer and task.trains else ""
     title = f"{task.name} {task.batch}x3x{task.size}x{task.size} {task.dtype} {task.layout}"
     lines = [
         [
-            row["provider"],
-            _spread(row, "ms", ("p50", "p20", "p80"), ".4g"),
-            _spread(row, "vs_torch", ("p50", "p25", "p75"), ".3f"),
-            _number(row.get("peak_memory_mb"), ",.0f"),
-            _number(row.get("first_call_s"), ".1f"),
-            _number(row.get("err_fp64"), ".1e"),
-            row["status"],
+            row.provider,
+            _spread(row.ms_p50, row.ms_p20, row.ms_p80, ".4g"),
+            _spread(row.vs_torch_p50, row.vs_torch_p25, row.vs_torch_p75, ".3f"),
+            ratios.shown(row.peak_memory_mb, ",.0f"),
+            ratios.shown(row.first_call_s, ".1f"),
+            ratios.shown(row.err_fp64, ".1e"),
+            row.status,
         ]
         for row in rows
     ]
     head = ["", "ms (p20 to p80)", "eager over it (quartiles)", "peak MB", "first call s", "err", "status"]
-    ours = next(row for row in rows if row["provider"] == OURS)
-    words = [
-        f"{_number(ours.get('rounds'), '.0f') or 'no'} rounds",
-        *(f"{ours[column]} chains {column}" for column in ("fused", "left") if ours.get(column) is not None),
-    ]
-    if ours.get("guard_us") is not None:
+    ours = next(row for row in rows if row.provider == OURS)
+    words = [f"{ours.rounds or 'no'} rounds"]
+    if ours.fused is not None:
+        words += [f"{ours.fused} chains fused", f"{ours.left} chains left"]
+    if ours.guard_us is not None:
         words += [
-            f"guards {ours['guard_us']:.0f} us a call",
-            f"graphs {ours['graphs']}, at a second batch size {ours.get('graphs_second')} more, "
-            f"at a third {ours.get('graphs_third')}",
+            f"guards {ours.guard_us:.0f} us a call",
+            f"graphs {ours.graphs}, at a second batch size {ours.graphs_second} more, at a third {ours.graphs_third}",
         ]
     table = ratios.table(head, lines)
     return f"{title}, {schema.NETWORK_MODES[task.mode]}{optimizer}\n\n{table}\n\n{'; '.join(words)}"
 
 
-def _spread(row: Mapping[str, Any], prefix: str, percentiles: tuple[str, str, str], form: str) -> str:
-    middle, low, high = (_number(row.get(f"{prefix}_{name}"), form) for name in percentiles)
-    return f"{middle} ({low} to {high})" if middle else ""
-
-
-def _number(value: Any, form: str) -> str:
-    return "" if value is None or pd.isna(value) else format(float(value), form)
+def _spread(middle: float | None, low: float | None, high: float | None, form: str) -> str:
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})" if middle is not None else ""
 
 
 def summary(frame: pd.DataFrame) -> str:

@@ -11,6 +11,7 @@ the tests' affair.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import time
@@ -25,12 +26,13 @@ from torch.utils._pytree import tree_leaves
 
 import tkernels
 from models import recipes
-from perf import operators, options, schema
-from perf.bench import machine, measure, network
-from perf.bench.measure import Sample
+from perf import operators, schema
+from perf.bench import measure, network, rows
+from perf.bench.measure import Effort, Sample
 from perf.bench.model.names import Build
+from perf.bench.process import changed_environment
 from perf.providers import BASELINE, OURS
-from perf.schema import Column
+from perf.schema import Measurement, number, text
 
 COMPILED, AGAIN = network.COMPILED, f"{BASELINE} again"
 # seconds that a turn takes at least: short calls are made several times
@@ -38,24 +40,27 @@ TURN = 0.03
 WARM_CALLS = 2
 PROFILED_CALLS = 5
 LEARNING_RATE = 1e-4
-# what a model's row has besides a sweep's columns
-OWN = (
-    Column("optimizer", "text", "train: whose step is part of the training step; empty: none"),
-    Column("vs_torch_p25", "number", "torch's time over this provider's in the same round, 25th percentile; above 1 "
-           "this provider is ahead; of 'torch again', eager once more, it is the noise"),
-    Column("vs_torch_p50", "number", "the same, median"),
-    Column("vs_torch_p75", "number", "the same, 75th percentile"),
-    Column("first_call_s", "number", "seconds until the first call had returned, fuse() or compile() included"),
-    Column("guard_us", "number", "microseconds a call in which Dynamo checks its guards, among the other work"),
-    Column("graphs", "whole", "graphs Dynamo captured at the first call"),
-    Column("graphs_second", "whole", "graphs it captured more at a second batch size; tkernels only"),
-    Column("graphs_third", "whole", "graphs it captured more at a third batch size; tkernels only"),
-    Column("fused", "whole", "chains of layers that run fused; tkernels only"),
-    Column("left", "whole", "chains that were left to PyTorch; tkernels only"),
-    Column("breaks", "whole", "places at which Dynamo broke the graph; tkernels only"),
-)  # fmt: skip
-COLUMNS = (*schema.COLUMNS, *OWN)
-NAMES = tuple(column.name for column in COLUMNS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelMeasurement(Measurement):
+    """What perf model writes: a sweep's columns, and these."""
+
+    optimizer: str = text("train: whose step is part of the training step; empty: none")
+    vs_torch_p25: float | None = number(
+        "torch's time over this provider's in the same round, 25th percentile; above 1 this provider is ahead; of "
+        "'torch again', eager once more, it is the noise"
+    )
+    vs_torch_p50: float | None = number("the same, median")
+    vs_torch_p75: float | None = number("the same, 75th percentile")
+    first_call_s: float | None = number("seconds until the first call had returned, fuse() or compile() included")
+    guard_us: float | None = number("microseconds a call in which Dynamo checks its guards, among the other work")
+    graphs: int | None = number("graphs Dynamo captured at the first call")
+    graphs_second: int | None = number("graphs it captured more at a second batch size; tkernels only")
+    graphs_third: int | None = number("graphs it captured more at a third batch size; tkernels only")
+    fused: int | None = number("chains of layers that run fused; tkernels only")
+    left: int | None = number("chains that were left to PyTorch; tkernels only")
+    breaks: int | None = number("places at which Dynamo broke the graph; tkernels only")
 
 
 class Task(NamedTuple):
@@ -83,26 +88,18 @@ class Task(NamedTuple):
         return {
             "operator": self.name, "mode": self.mode, "dtype": self.dtype, "layout": self.layout,
             "N": self.batch, "C": 3, "H": self.size, "W": self.size, "timing": "wall",
-            "allocator": "shared" if self.device == "cpu" else "", "optimizer": self.optimizer if self.trains else None,
+            "allocator": "shared" if self.device == "cpu" else "", "optimizer": (self.trains and self.optimizer) or "",
         }  # fmt: skip
-
-
-class Effort(NamedTuple):
-    """Rounds, seconds after which they end, and whether torch.compile competes."""
-
-    rounds: int
-    seconds: float
-    compiled: bool
 
 
 class Measured(NamedTuple):
     """A row for each provider, and tkernels.explain's report in words."""
 
-    rows: list[dict[str, Any]]
+    rows: list[ModelMeasurement]
     report: str
 
 
-class Rival:
+class Contender:
     """A model of its own and what is timed of it."""
 
     def __init__(self, task: Task, build: Build, dtype: torch.dtype = torch.float32) -> None:
@@ -182,96 +179,114 @@ def providers(compiled: bool) -> dict[str, Callable[[nn.Module], None]]:
     return {BASELINE: _leave, OURS: _fuse, AGAIN: _leave, **others}
 
 
-def measured(task: Task, build: Build, effort: Effort, at: Callable[[int], None] = lambda number: None) -> Measured:
+def measured(
+    task: Task, build: Build, effort: Effort, compiled: bool, at: Callable[[int], object] = lambda number: None
+) -> Measured:
     """Measure everyone; whatever one raises becomes its row's status. ``at``: told whose turn it is, by number."""
     torch._dynamo.reset()
     gc.collect()
-    found: dict[str, dict[str, Any]] = {}
-    rivals: dict[str, Rival] = {}
+    competing = providers(compiled)
+    place = {name: i for i, name in enumerate(competing)}
+    columns: dict[str, dict[str, Any]] = {name: {"status": schema.OK} for name in competing}
+    contenders: dict[str, Contender] = {}
     report = ""
-    competing = providers(effort.compiled)
-    number = {name: i for i, name in enumerate(competing)}
     for name, prepare in competing.items():
-        at(number[name])
-        found[name] = {"status": schema.OK}
+        at(place[name])
         try:
-            rival = Rival(task, build)
-            found[name] |= _first_call(rival, prepare)
+            contender = Contender(task, build)
+            columns[name] |= _first_call(contender, prepare)
             if name == OURS:
                 # as it is now: other batch sizes will add graphs of their own
-                made = tkernels.explain(rival.model)
-                found[name] |= {"fused": len(made.fused), "left": len(made.left), "breaks": len(made.breaks)}
-                report = str(made)
-            rivals[name] = rival
+                explained = tkernels.explain(contender.model)
+                counts = {part: len(getattr(explained, part)) for part in ("fused", "left", "breaks")}
+                columns[name] |= counts
+                report = str(explained)
+            contenders[name] = contender
         except Exception as error:  # a row of the report; the others go on
-            found[name]["status"] = measure.failure(error)
-    if rivals and not task.trains:
-        _judge(task, build, rivals, found)
+            columns[name]["status"] = measure.failure(error)
+    if contenders and not task.trains:
+        for name, judged in _judged(task, build, contenders).items():
+            columns[name] |= judged
     try:
-        turn = {name: _turn(task, rival, functools.partial(at, number[name])) for name, rival in rivals.items()}
-        samples = measure.rounds(turn, effort.rounds, effort.seconds)
+        turn = {name: _turn(task, each, functools.partial(at, place[name])) for name, each in contenders.items()}
+        samples = measure.rounds(turn, effort.repetitions, effort.seconds)
     except Exception as error:
-        for name in rivals:
-            found[name]["status"] = measure.failure(error)
-        rivals, samples = {}, {}
+        for name in contenders:
+            columns[name]["status"] = measure.failure(error)
+        contenders, samples = {}, {}
     for name, taken in samples.items():
-        at(number[name])
-        found[name] |= _times(taken, samples)
+        at(place[name])
+        columns[name] |= _times(taken, samples)
         if name != AGAIN:
-            found[name]["peak_memory_mb"] = _peak_mb(task, rivals[name])
-    if OURS in rivals:
-        at(number[OURS])
+            columns[name]["peak_memory_mb"] = _peak_mb(task, contenders[name])
+    if OURS in contenders:
+        at(place[OURS])
         try:
-            found[OURS] |= _dynamos_part(task, rivals[OURS])
+            columns[OURS] |= _dynamos_part(task, contenders[OURS])
         except Exception as error:
-            found[OURS]["status"] = measure.failure(error)
-    head = {**machine.stamp(), **machine.facts(task.device), **task.columns()}
-    return Measured([{**head, "provider": name, **columns} for name, columns in found.items()], report)
+            columns[OURS]["status"] = measure.failure(error)
+    return Measured(made(task, columns), report)
 
 
-def _first_call(rival: Rival, prepare: Callable[[nn.Module], None]) -> dict[str, Any]:
+def made(task: Task, columns: dict[str, dict[str, Any]]) -> list[ModelMeasurement]:
+    """A row for each provider of which there are columns."""
+    speedups = rows.Speedups()
+    listed = (
+        rows.made(ModelMeasurement, task.device, **task.columns(), provider=name, **own)
+        for name, own in columns.items()
+    )
+    return [speedups.filled(row) for row in listed]
+
+
+def _first_call(contender: Contender, prepare: Callable[[nn.Module], None]) -> dict[str, Any]:
     before, start = _graphs(), time.perf_counter()
-    prepare(rival.model)
-    rival.step()
-    _wait(rival.images().device)
+    prepare(contender.model)
+    contender.step()
+    _wait(contender.images().device)
     return {"first_call_s": time.perf_counter() - start, "graphs": _graphs() - before}
 
 
-def _judge(task: Task, build: Build, rivals: dict[str, Rival], found: dict[str, dict[str, Any]]) -> None:
+def _judged(task: Task, build: Build, contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
     """Errors against the float64 model, and the status of who is much further away than PyTorch."""
     try:
-        exact = _flat(Rival(task, build, torch.float64).outputs())
+        exact = _flat(Contender(task, build, torch.float64).outputs())
     except Exception as error:
         print(f"note: {task.name} does not run in float64, outputs are not compared: {measure.failure(error)}")
-        return
-    errors = {name: measure.relative(_flat(rival.outputs()), exact) for name, rival in rivals.items()}
-    for name, own in errors.items():
-        torchs = errors.get(BASELINE, 0.0)
-        wrong = measure.too_far("output", own, torchs, operators.DTYPES[task.dtype])
-        found[name] |= {"err_fp64": own, "torch_err_fp64": torchs, "status": wrong or schema.OK}
+        return {}
+    errors = {name: measure.relative(_flat(each.outputs()), exact) for name, each in contenders.items()}
+    torch_error, dtype = errors.get(BASELINE, 0.0), operators.DTYPES[task.dtype]
+    return {
+        name: {
+            "err_fp64": error,
+            "torch_err_fp64": torch_error,
+            "status": measure.too_far("output", error, torch_error, dtype) or schema.OK,
+        }
+        for name, error in errors.items()
+    }
 
 
 def _flat(outputs: Iterable[Tensor]) -> Tensor:
     return torch.cat([output.double().flatten() for output in outputs])
 
 
-def _turn(task: Task, rival: Rival, begins: Callable[[], None]) -> Callable[[], Sample]:
+def _turn(task: Task, contender: Contender, begins: Callable[[], object]) -> Callable[[], Sample]:
     """``begins``: called at the beginning of each."""
     begins()
     for _ in range(WARM_CALLS):
         start = time.perf_counter()
-        rival.step()
+        contender.step()
         _wait(task.device)
         once = time.perf_counter() - start
     repeats = max(1, round(TURN / max(once, 1e-6)))
 
     def calls() -> None:
         for _ in range(repeats):
-            rival.step()
+            contender.step()
         _wait(task.device)
 
     def turn() -> Sample:
         begins()
+        time.sleep(network.PAUSE)  # whoever hears of it is done with that
         taken = measure.sample(calls, 1)
         return taken._replace(ms=taken.ms / repeats, page_faults=taken.page_faults / repeats)
 
@@ -285,30 +300,29 @@ def _times(taken: list[Sample], samples: dict[str, list[Sample]]) -> dict[str, A
     if eager:
         versus = measure.timing(eager, taken)
         columns |= dict(zip(("vs_torch_p25", "vs_torch_p50", "vs_torch_p75"), versus.ratio or ()))
-        columns["speedup_vs_torch"] = versus.ms[1] / timing.ms[1]
     return columns
 
 
-def _peak_mb(task: Task, rival: Rival) -> float | None:
+def _peak_mb(task: Task, contender: Contender) -> float | None:
     """Of a call, above what stands between calls."""
     if task.device == "cpu":
-        peak = network.peak_bytes(rival.step)
+        peak = network.peak_bytes(contender.step)
         return None if peak is None else peak / 1e6
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    rival.step()
+    contender.step()
     _wait(task.device)
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def _dynamos_part(task: Task, rival: Rival) -> dict[str, Any]:
+def _dynamos_part(task: Task, contender: Contender) -> dict[str, Any]:
     """What the fused model's guards cost, and whether it is captured again for other batch sizes."""
-    columns: dict[str, Any] = {"guard_us": guard_us(rival.step)}
+    columns: dict[str, Any] = {"guard_us": guard_us(contender.step)}
     second = max(task.batch // 2, 2) if task.batch > 2 else task.batch + 1
     third = second + 1 if second + 1 != task.batch else second + 2
     for column, batch in (("graphs_second", second), ("graphs_third", third)):
         before = _graphs()
-        rival.step(batch)
+        contender.step(batch)
         columns[column] = _graphs() - before
     return columns
 
@@ -318,7 +332,7 @@ def guard_us(call: Callable[[], object]) -> float:
     model's other work, where the objects that guards look at have left the caches."""
     # the profiler complains in stderr of a GPU that is not there
     with (
-        options.environment({"KINETO_LOG_LEVEL": "5"}),
+        changed_environment({"KINETO_LOG_LEVEL": "5"}),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
     ):
         for _ in range(PROFILED_CALLS):
