@@ -22,7 +22,8 @@ COMMANDS = {
     "gpu": "on a GPU, in minutes: what is wrong, slower than its rival, faster; one folder of results",
 }
 MODULES = {
-    **{name: f"perf.bench.{name}" for name in ("sweep", "model", "compare", "plot", "gpu")},
+    **{name: f"perf.bench.{name}" for name in ("sweep", "compare", "plot")},
+    **{name: f"perf.bench.{name}.command" for name in ("model", "gpu")},
     **{name: f"perf.static.{name}" for name in ("traffic", "host")},
     "static": "perf.static.report",
 }

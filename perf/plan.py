@@ -20,8 +20,8 @@ NETWORK, NETWORK_DTYPES = "cnn", ("fp32", "bf16")
 CONTENDERS = (
     (providers.BASELINE, "nhwc"),
     (providers.OURS, "nhwc"),
-    ("torch.compile", "nhwc"),
-    ("torch.compile", "nchw"),
+    (providers.COMPILED, "nhwc"),
+    (providers.COMPILED, "nchw"),
     (providers.USUAL, "nchw"),
 )
 # as pandas reads it back

@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import tkernels
 from perf.options import Refused
 
-BASELINE, OURS = "torch", "tkernels"
+BASELINE, OURS, COMPILED = "torch", "tkernels", "torch.compile"
 # a network as most scripts run it on a CPU: float32 without autocast, whatever dtype the others take
 USUAL = "torch-fp32"
 Function = Callable[..., Any]
@@ -40,18 +40,14 @@ class Provider:
     gpu_only: bool = False
 
 
-# What each name needs to be imported
-NEEDS = {OURS: "tkernels", BASELINE: "torch", "torch.compile": "torch", USUAL: "torch", "attorch": "attorch",
-         "liger-kernel": "liger_kernel", "flag-gems": "flag_gems"}  # fmt: skip
-
-
 def check(names: Iterable[str]) -> list[str]:
     """The names, each once. Raises Refused for one that is unknown or not installed."""
     checked = list(dict.fromkeys(names))
     for name in checked:
-        needed = name.removeprefix("module:") if name.startswith("module:") else NEEDS.get(name)
-        if needed is None:
-            raise Refused(f"unknown provider {name!r}, allowed: {', '.join(NEEDS)}, module:NAME")
+        own = name.startswith("module:")
+        if not own and name not in PROVIDERS:
+            raise Refused(f"unknown provider {name!r}, allowed: {', '.join(PROVIDERS)}, module:NAME")
+        needed = name.removeprefix("module:") if own else PROVIDERS[name].module
         try:
             found = importlib.util.find_spec(needed) is not None
         except ModuleNotFoundError:
@@ -65,38 +61,21 @@ def load(name: str) -> Provider:
     """The provider of a checked name. Raises ImportError where its module cannot be loaded."""
     if name.startswith("module:"):
         return _from_module(name)
-    return {
-        OURS: _tkernels,
-        BASELINE: _torch,
-        "torch.compile": _compiled,
-        USUAL: lambda: Provider(USUAL, {"cnn": _plain_cnn}),
-        "attorch": _attorch,
-        "liger-kernel": _liger,
-        "flag-gems": _flag_gems,
-    }[name]()
+    return PROVIDERS[name].load()
 
 
 def _torch() -> Provider:
-    def linear_relu(*args: Any) -> torch.Tensor:
-        return F.relu(F.linear(*args))
-
-    def batch_norm_relu(*args: Any) -> torch.Tensor:
-        return F.relu(F.batch_norm(*args))
-
-    def conv2d_relu(*args: Any) -> torch.Tensor:
-        return F.relu(F.conv2d(*args))
-
     return Provider(
         BASELINE,
         {
             "linear": F.linear,
             "matmul": torch.matmul,
             "attention": F.scaled_dot_product_attention,
-            "linear_relu": linear_relu,
+            "linear_relu": lambda *args: F.relu(F.linear(*args)),
             "conv2d": F.conv2d,
-            "conv2d_relu": conv2d_relu,
+            "conv2d_relu": lambda *args: F.relu(F.conv2d(*args)),
             "batch_norm": F.batch_norm,
-            "batch_norm_relu": batch_norm_relu,
+            "batch_norm_relu": lambda *args: F.relu(F.batch_norm(*args)),
             "cross_entropy": F.cross_entropy,
             "conv_stage": _plain_stage,
             "cnn": _plain_cnn,
@@ -119,12 +98,6 @@ def _plain_cnn(arguments: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
 def _tkernels() -> Provider:
     functional: Any = tkernels.functional
 
-    def batch_norm_relu(*args: Any) -> torch.Tensor:
-        return functional.batch_norm(*args, activation="relu")
-
-    def conv2d_relu(*args: Any) -> torch.Tensor:
-        return functional.conv2d(*args, activation="relu")
-
     def conv_stage(x: torch.Tensor, layers: Iterable[tuple[torch.Tensor, ...]], pool: int) -> torch.Tensor:
         stage = [functional.ConvBNLayer(weight, None, *norm, padding=1) for weight, *norm in layers]
         return functional.conv_stage(x, stage, pool, training=True)
@@ -136,15 +109,15 @@ def _tkernels() -> Provider:
         return FusedCNNClassifier(**arguments), modules.CrossEntropyLoss()
 
     own = ("linear", "linear_relu", "matmul", "conv2d", "batch_norm", "cross_entropy")
-    functions: dict[str, Function] = {name: getattr(functional, name) for name in own}
-    functions["attention"] = functional.scaled_dot_product_attention
-    fused: dict[str, Function] = {
-        "batch_norm_relu": batch_norm_relu,
-        "conv2d_relu": conv2d_relu,
+    functions: dict[str, Function] = {
+        **{name: getattr(functional, name) for name in own},
+        "attention": functional.scaled_dot_product_attention,
+        "batch_norm_relu": functools.partial(functional.batch_norm, activation="relu"),
+        "conv2d_relu": functools.partial(functional.conv2d, activation="relu"),
         "conv_stage": conv_stage,
         "cnn": cnn,
     }
-    return Provider(OURS, {**functions, **fused})
+    return Provider(OURS, functions)
 
 
 def _compiled() -> Provider:
@@ -163,7 +136,7 @@ def _compiled() -> Provider:
         return model, torch.compile(loss, dynamic=False)
 
     functions = {name: compile(function) for name, function in _torch().functions.items() if name != "cnn"}
-    return Provider("torch.compile", {**functions, "cnn": cnn})
+    return Provider(COMPILED, {**functions, "cnn": cnn})
 
 
 def _attorch() -> Provider:
@@ -185,14 +158,8 @@ def _attorch() -> Provider:
     def batch_norm(x: Any, mean: Any, var: Any, w: Any, b: Any, training: bool) -> Any:
         return bn.apply(x, training, w, b, mean, var)
 
-    functions = {
-        "linear": linear,
-        "linear_relu": linear_relu,
-        "conv2d": conv2d,
-        "batch_norm": batch_norm,
-        "cross_entropy": loss,
-    }
-    return Provider("attorch", functions, gpu_only=True)
+    functions: dict[str, Function] = {"linear": linear, "linear_relu": linear_relu, "conv2d": conv2d}
+    return Provider("attorch", {**functions, "batch_norm": batch_norm, "cross_entropy": loss}, gpu_only=True)
 
 
 def _liger() -> Provider:
@@ -227,3 +194,29 @@ def versions() -> dict[str, str]:
             return ""
 
     return {"torch": torch.__version__, "triton": version("triton")}
+
+
+class Known(NamedTuple):
+    """A provider by name: the module it needs, how it is loaded, and its colour in every picture."""
+
+    module: str
+    load: Callable[[], Provider]
+    colour: str
+
+
+# (colours are distinguishable with the common colour blindnesses: Okabe and Ito's palette, grey and Tol's wine)
+PROVIDERS = {
+    OURS: Known("tkernels", _tkernels, "#0072B2"),
+    BASELINE: Known("torch", _torch, "#999999"),
+    COMPILED: Known("torch", _compiled, "#E69F00"),
+    USUAL: Known("torch", lambda: Provider(USUAL, {"cnn": _plain_cnn}), "#CC79A7"),
+    "attorch": Known("attorch", _attorch, "#009E73"),
+    "liger-kernel": Known("liger_kernel", _liger, "#D55E00"),
+    "flag-gems": Known("flag_gems", _flag_gems, "#882255"),
+}
+OTHER_COLOUR = "#56B4E9"
+
+
+def colour(name: str) -> str:
+    """A provider's colour; modules of one's own share one."""
+    return PROVIDERS[name].colour if name in PROVIDERS else OTHER_COLOUR

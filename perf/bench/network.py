@@ -45,7 +45,6 @@ WARM_STEPS, WATCHED_STEPS = 2, 2
 PAUSE = 0.005
 NO_DROPOUT = {"dropout": 0.0, "dropout2d": 0.0}
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
-COMPILED = "torch.compile"
 
 
 def environment(allocator: str) -> dict[str, str | None]:
@@ -166,7 +165,7 @@ class Contender:
 
         functorch.donated_buffer = True
         self._layout = LAYOUTS[task.layout]
-        self._trains, self._compiled = task.mode == "train", task.provider == COMPILED
+        self._trains, self._compiled = task.mode == "train", task.provider == providers.COMPILED
         self._dtype = torch.float64 if exact else operators.DTYPES[task.dtype]
         lower = self._dtype in (torch.bfloat16, torch.float16) and task.provider != providers.USUAL
         self._autocast = torch.autocast("cpu", self._dtype if lower else torch.bfloat16, enabled=lower)

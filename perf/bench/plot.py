@@ -22,13 +22,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from perf import options, schema
-from perf.providers import BASELINE, NEEDS
+from perf.providers import BASELINE, COMPILED, OURS, colour
 from perf.schema import MODES
 from perf.static import traffic
 
-# one colour a provider in every picture; distinguishable with the common colour blindnesses (Okabe and Ito's palette)
-COLOURS = dict(zip(NEEDS, ("#0072B2", "#999999", "#E69F00", "#CC79A7", "#009E73", "#D55E00")))
-OTHER_COLOUR = "#56B4E9"
 # parts of the network, by the names of their layers, from the bottom of the stack up
 PARTS = (
     ("convolution", r"conv\d*$", "#0072B2"),
@@ -42,6 +39,8 @@ PARTS = (
 # bars say most from 0 on; where the slowest is so many times the fastest, the axis is logarithmic
 WIDE_RANGE = 25
 INDUCTOR_COLOUR = "#BBBBBB"
+# behind the provider in a label
+GRAPH = " (CUDA graph)"
 STYLE: Any = {
     "figure.dpi": 120,
     "font.size": 10,
@@ -83,16 +82,27 @@ def drawn(path: Path) -> Iterator[tuple[str, Figure]]:
     frame = schema.table(path)
     if "workspace_bytes" in frame.columns:
         schema.require(frame, traffic.NAMES, path)
-        yield "bytes", stacked_bytes(schema.typed(frame, traffic.COLUMNS, path))
+        yield "bytes", _signed(stacked_bytes(schema.typed(frame, traffic.COLUMNS, path)), frame, "target")
         return
     sweep = schema.read(path)
-    # networks against their rivals have a table
+    # networks against others have a table
     sweep = sweep[(sweep.status == schema.OK) & sweep.ms_p50.notna() & sweep["mode"].isin(list(MODES))]
+    several = sweep.device.nunique() > 1
     for (operator, dtype, device), rows in sweep.groupby(["operator", "dtype", "device"], sort=False):
-        yield _slug(f"{operator} {dtype}" + (f" {device}" if sweep.device.nunique() > 1 else "")), latency(rows)
+        name = f"{operator} {dtype}" + (f" {device}" if several else "")
+        yield _slug(name), _signed(latency(rows), rows, "device")
     for (device, dtype), rows in sweep.groupby(["device", "dtype"], sort=False):
-        name = f"roofline {dtype}" + (f" {device}" if sweep.device.nunique() > 1 else "")
-        yield _slug(name), roofline(rows)
+        name = f"roofline {dtype}" + (f" {device}" if several else "")
+        yield _slug(name), _signed(roofline(rows), rows, "device")
+
+
+def _signed(figure: Figure, rows: pd.DataFrame, machine: str) -> Figure:
+    """The figure with the machine, the versions and the source's commit at its foot."""
+    values = {name: ", ".join(filter(None, dict.fromkeys(rows[name].astype(str))))
+              for name in (machine, "torch", "triton", "commit")}  # fmt: skip
+    words = [value if name == "device" else f"{name} {value}" for name, value in values.items() if value]
+    figure.text(0.5, -0.01, "   ".join(words), ha="center", va="top", fontsize=7, color="#666666")
+    return figure
 
 
 def _slug(text: str) -> str:
@@ -101,12 +111,7 @@ def _slug(text: str) -> str:
 
 def _series(rows: pd.DataFrame) -> pd.Series:
     """What gets a bar of its own: the provider, and its timing where there are several."""
-    names = rows.provider.astype(str)
-    return names + np.where(rows.timing == "cudagraph", " (CUDA graph)", "")
-
-
-def _colour(series: str) -> str:
-    return COLOURS.get(series.removesuffix(" (CUDA graph)"), OTHER_COLOUR)
+    return rows.provider + np.where(rows.timing == "cudagraph", GRAPH, "")
 
 
 def _ordered(series: pd.Series) -> list[str]:
@@ -132,7 +137,7 @@ def latency(rows: pd.DataFrame) -> Figure:
     axes[0][0].set_ylabel("milliseconds a call\nmedian, p20 to p80")
     axes[1][0].set_ylabel("times as fast\nas PyTorch")
     first = rows.iloc[0]
-    figure.suptitle(f"{first.operator}, {first['dtype']}   ({first.device})", fontsize=11)
+    figure.suptitle(f"{first.operator}, {first['dtype']}", fontsize=11)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(series))
     return figure
@@ -145,29 +150,18 @@ def _labels(rows: pd.DataFrame) -> list[str]:
 
 
 def _bars(axes: Axes, rows: pd.DataFrame, shapes: list[str], series: list[str]) -> None:
-    step = 0.8 / len(series)
-    for i, name in enumerate(series):
-        part = rows[rows.series == name].drop_duplicates("label").set_index("label").reindex(shapes)
-        places = np.arange(len(shapes)) + (i - (len(series) - 1) / 2) * step
+    for places, part in _drawn_bars(axes, rows, shapes, series, "ms_p50"):
         spread = np.abs(np.vstack([part.ms_p50 - part.ms_p20, part.ms_p80 - part.ms_p50]).astype(float))
-        axes.bar(places, part.ms_p50, 0.92 * step, label=name, color=_colour(name),
-                 hatch="//" if name.endswith(")") else None, edgecolor="white", linewidth=0.4)  # fmt: skip
         axes.errorbar(places, part.ms_p50, yerr=spread, fmt="none", ecolor="#333333", elinewidth=0.9, capsize=2)
     if rows.ms_p80.max() > WIDE_RANGE * rows.ms_p20.min():
         axes.set_yscale("log")
         axes.set_ylim(bottom=rows.ms_p20.min() / 2)
         _plain_logarithmic(axes.yaxis)
-    axes.grid(axis="x", visible=False)
 
 
 def _speedups(axes: Axes, rows: pd.DataFrame, shapes: list[str], series: list[str]) -> None:
     others = [name for name in series if name != BASELINE]
-    step = 0.8 / max(len(others), 1)
-    for i, name in enumerate(others):
-        part = rows[rows.series == name].drop_duplicates("label").set_index("label").reindex(shapes)
-        places = np.arange(len(shapes)) + (i - (len(others) - 1) / 2) * step
-        axes.bar(places, part.speedup_vs_torch, 0.92 * step, color=_colour(name),
-                 hatch="//" if name.endswith(")") else None, edgecolor="white", linewidth=0.4)  # fmt: skip
+    for places, part in _drawn_bars(axes, rows, shapes, others, "speedup_vs_torch"):
         for place, value in zip(places, part.speedup_vs_torch):
             if pd.notna(value):
                 axes.annotate(f"{value:.2f}", (place, 0), xytext=(0, 4), textcoords="offset points", ha="center",
@@ -175,7 +169,20 @@ def _speedups(axes: Axes, rows: pd.DataFrame, shapes: list[str], series: list[st
     axes.axhline(1, color="#333333", linewidth=0.9)
     axes.margins(y=0.15)
     axes.set_xticks(range(len(shapes)), shapes, rotation=35, ha="right", rotation_mode="anchor", fontsize=8.5)
+
+
+def _drawn_bars(
+    axes: Axes, rows: pd.DataFrame, shapes: list[str], series: list[str], column: str
+) -> Iterator[tuple[np.ndarray[Any, Any], pd.DataFrame]]:
+    """Draw a bar of each series at each shape; where they stand, and the rows that they show."""
+    step = 0.8 / max(len(series), 1)
     axes.grid(axis="x", visible=False)
+    for i, name in enumerate(series):
+        part = rows[rows.series == name].drop_duplicates("label").set_index("label").reindex(shapes)
+        places = np.arange(len(shapes)) + (i - (len(series) - 1) / 2) * step
+        axes.bar(places, part[column], 0.92 * step, label=name, color=colour(name.removesuffix(GRAPH)),
+                 hatch="//" if name.endswith(GRAPH) else None, edgecolor="white", linewidth=0.4)  # fmt: skip
+        yield places, part
 
 
 def roofline(rows: pd.DataFrame) -> Figure:
@@ -191,17 +198,17 @@ def roofline(rows: pd.DataFrame) -> Figure:
         panel(place, part, markers)
     handles: list[Artist] = [plt.Line2D([], [], linestyle="", marker=markers[name], color="#666666", label=name)
                for name in dict.fromkeys(products.operator)]  # fmt: skip
-    handles += [Patch(color=_colour(name), label=name) for name in _ordered(rows.provider)]
+    handles += [Patch(color=colour(name), label=name) for name in _ordered(rows.provider)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
     first = rows.iloc[0]
-    figure.suptitle(f"roofline, {first['dtype']}   ({first.device})", fontsize=11)
+    figure.suptitle(f"roofline, {first['dtype']}", fontsize=11)
     return figure
 
 
 def _products(axes: Axes, rows: pd.DataFrame, markers: dict[str, str]) -> None:
     peaks = _roofs(axes, rows)
     for (operator, provider), part in rows.groupby(["operator", "provider"], sort=False):
-        look: Any = {"marker": markers[str(operator)], "color": _colour(str(provider))}
+        look: Any = {"marker": markers[str(operator)], "color": colour(str(provider))}
         axes.scatter(part.flops / part.bytes, part.tflops, s=34, edgecolors="white", linewidths=0.5, zorder=3, **look)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte (least traffic)", ylabel="TFLOP/s")
     axes.set_title(f"products   (peak: {peaks})", fontsize=10)
@@ -213,7 +220,7 @@ def _memory_bound(axes: Axes, rows: pd.DataFrame, markers: dict[str, str]) -> No
     names = list(dict.fromkeys(rows.operator + " " + rows["mode"]))
     for provider, part in rows.groupby("provider", sort=False):
         heights = [names.index(name) for name in part.operator + " " + part["mode"]]
-        axes.scatter(100 * part.gbps / part.peak_gbps, heights, s=34, color=_colour(str(provider)), edgecolors="white",
+        axes.scatter(100 * part.gbps / part.peak_gbps, heights, s=34, color=colour(str(provider)), edgecolors="white",
                      linewidths=0.5, zorder=3)  # fmt: skip
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="least traffic / time, in % of the peak bandwidth", title="memory-bound operators")
@@ -245,33 +252,32 @@ def stacked_bytes(frame: pd.DataFrame) -> Figure:
     """Bytes of a training step by part of the network, forward and backward, a bar a provider."""
     layers = frame[frame.layer != traffic.STEP]
     batch = int(frame.batch.iloc[0])
-    providers = [name for name in (BASELINE, "torch.compile", "tkernels") if (frame.provider == name).any()]
+    providers = [name for name in (BASELINE, COMPILED, OURS) if (frame.provider == name).any()]
     figure, axes = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
     left = pd.Series(0.0, index=providers)
     part_of = layers.layer.map(_part)
-    for name, _, colour in PARTS:
+
+    def kilobytes(chosen: pd.DataFrame, column: str) -> pd.Series:
+        return chosen.groupby("provider")[column].sum().reindex(providers).fillna(0).astype(float) / batch / 1e3
+
+    for name, _, filled in PARTS:
         for phase, hatch in (("forward", None), ("backward", "///")):
-            chosen = layers[(part_of == name) & (layers.phase == phase)]
-            width = chosen.groupby("provider").bytes.sum().reindex(providers).fillna(0).astype(float) / batch / 1e3
+            width = kilobytes(layers[(part_of == name) & (layers.phase == phase)], "bytes")
             label = name if phase == "forward" and (part_of == name).any() else None
-            axes.barh(providers, width, 0.62, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5,
+            axes.barh(providers, width, 0.62, left=left, color=filled, hatch=hatch, edgecolor="white", linewidth=0.5,
                       label=label)  # fmt: skip
             left = left + width
-    workspace = (
-        layers.groupby("provider").workspace_bytes.sum().reindex(providers).fillna(0).astype(float) / batch / 1e3
-    )
+    workspace = kilobytes(layers, "workspace_bytes")
     axes.barh(providers, workspace, 0.62, left=left, color="white", edgecolor="#333333", linewidth=0.8,
               label="workspaces")  # fmt: skip
-    shown = {
-        name: f"{left[name]:,.0f}" + (f" + {workspace[name]:,.0f}" if workspace[name] else "") for name in providers
-    }
+    shown = {name: f"{left[name]:,.0f}" + (f" + {workspace[name]:,.0f}" if workspace[name] else "")
+             for name in providers}  # fmt: skip
     left = left + workspace
-    whole = frame[(frame.layer == traffic.STEP) & (frame.provider == "torch.compile") & frame.bytes.notna()]
+    whole = frame[(frame.layer == traffic.STEP) & (frame.provider == COMPILED) & frame.bytes.notna()]
     if not whole.empty:
-        total = float(whole.bytes.iloc[0]) / batch / 1e3
-        axes.barh(["torch.compile"], [total], 0.62, color=INDUCTOR_COLOUR, label="Inductor's own count")
-        left["torch.compile"] = total
-        shown["torch.compile"] = f"{total:,.0f}"
+        left[COMPILED] = float(whole.bytes.iloc[0]) / batch / 1e3
+        shown[COMPILED] = f"{left[COMPILED]:,.0f}"
+        axes.barh([COMPILED], left[COMPILED], 0.62, color=INDUCTOR_COLOUR, label="Inductor's own count")
     for name in providers:
         if left[name]:
             axes.annotate(shown[name], (left[name], name), xytext=(5, 0), textcoords="offset points",

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layout", nargs="+", metavar="LAYOUT",
         help="of images: nhwc (channels_last), nchw (default: nhwc; train and infer: each provider's)")  # fmt: skip
     add("--provider", nargs="+", metavar="NAME",
-        help=f"{', '.join(providers.NEEDS)}, module:NAME (a module of yours whose functions are called as the "
+        help=f"{', '.join(providers.PROVIDERS)}, module:NAME (a module of yours whose functions are called as the "
         "operators) (default: torch tkernels; for train and infer torch.compile and torch-fp32 too)")  # fmt: skip
     add("--allocator", nargs="+", default=["shared", "default", "faultless"], metavar="NAME",
         help="for train and infer: shared (the system's, all providers in one process), default (the system's, a "

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from perf import providers, schema, shapes
-from perf.bench import compare, gpu, measure
-from perf.bench.gpu import checks, facts, problems, profile, suite, summary, supervisor, tools
+from perf.bench import compare, measure
+from perf.bench.gpu import checks, command, facts, problems, profile, suite, summary, supervisor, tools
 from perf.bench.gpu.results import CheckRow, Failure, Outcome, ProfileRow, Results
 from perf.bench.gpu.session import Block, Request, Run
 from perf.bench.gpu.supervisor import Supervisor
@@ -83,7 +83,7 @@ def test_a_dry_run_walks_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names = {path.name for path in out.iterdir()}
     assert names == {"summary.md", "timings.csv", "checks.csv", "profile.csv", "environment.txt", "log.txt"}
     text = (out / "summary.md").read_text()
-    for block in gpu.BLOCKS:
+    for block in command.BLOCKS:
         assert re.search(rf"\| {block.name} \| ok \| \d+ \|", text), block.name
     assert re.search(r"Nothing: \d+ results of 14 cases were compared", text)
     assert re.search(r"6 kernels compiled for sm_90 by \d+ processes", text)
@@ -159,13 +159,13 @@ def test_blocks_that_take_all_their_time_keep_within_the_whole(tmp_path: Path, m
             clock[0] += 0.0 if block.name == "facts" else limit
             return Outcome(block.name, "ok", limit)
 
-    monkeypatch.setattr(gpu, "Supervisor", Slow)
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(command, "Supervisor", Slow)
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
     assert run("gpu", "--dry-run", "--out", tmp_path / "run", "--minutes", "10") == 0
-    assert list(limits) == [block.name for block in gpu.BLOCKS]
+    assert list(limits) == [block.name for block in command.BLOCKS]
     spent = clock[0]
     assert spent == pytest.approx(600)
-    weights = {block.name: block.weight for block in gpu.BLOCKS}
+    weights = {block.name: block.weight for block in command.BLOCKS}
     # the minute that the facts did not take is for the others
     assert limits["compile"] > 600 * weights["compile"] / sum(weights.values())
     limits.clear()

@@ -14,9 +14,8 @@ from torch import nn
 
 import tkernels
 from perf import schema
-from perf.bench import model
 from perf.bench.measure import Effort
-from perf.bench.model import comparison, names
+from perf.bench.model import command, comparison, names
 from perf.bench.model.comparison import ModelMeasurement, Task
 from tests.perf.command import module, refused, run
 from tkernels.fusion import FusionReport
@@ -77,7 +76,7 @@ def fused_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[nn.Module],
 def test_every_comparison_has_its_rows(own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.csv"
     assert run("model", f"{own}:build", *QUICK, "--csv", path, "--report") == 0
-    frame = model.read(path)
+    frame = command.read(path)
     assert list(frame.columns) == list(ModelMeasurement.names())
     assert (frame.status == schema.OK).all(), frame.status
     found = list(zip(frame["mode"], frame.dtype, frame.provider))
@@ -161,7 +160,7 @@ def test_a_wrong_output_is_no_ok_row(fused_by: Any) -> None:
 def test_what_fails_is_a_row(own: str, tmp_path: Path, fused_by: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.csv"
     assert run("model", f"{own}:fails", *QUICK, "--dtype", "fp32", "--mode", "train", "--csv", path) == 0
-    failed = model.read(path)
+    failed = command.read(path)
     assert list(failed.status) == ["error: RuntimeError: no such weights"] * 3
     assert "3 of 3 rows are not ok" in capsys.readouterr().out
 
@@ -179,7 +178,7 @@ def test_a_crash_is_a_row_and_the_others_go_on(own: str, tmp_path: Path) -> None
     path = tmp_path / "out.csv"
     quick = (*QUICK, "--dtype", "fp32", "--mode", "infer")
     assert run("model", f"{own}:dies", f"{own}:build", *quick, "--csv", path) == 0
-    assert list(model.read(path).status) == [
+    assert list(command.read(path).status) == [
         "crashed: signal 6",
         "not measured: torch crashed: signal 6",
         "not measured: torch crashed: signal 6",
@@ -192,7 +191,7 @@ def test_rows_are_added_to_a_file_of_this_command_only(own: str, tmp_path: Path,
     quick = (*QUICK, "--dtype", "fp32", "--mode", "infer")
     for _ in range(2):
         assert run("model", f"{own}:build", *quick, "--csv", path) == 0
-    assert len(model.read(path)) == 6
+    assert len(command.read(path)) == 6
     other.write_text("a,b\n1,2\n")
     assert "is not a CSV of perf model" in refused(capsys, "model", f"{own}:build", *quick, "--csv", other)
     assert other.read_text() == "a,b\n1,2\n"
@@ -240,11 +239,11 @@ def test_means_are_geometric_and_of_the_last_row_of_each(tmp_path: Path) -> None
         row("b", "torch again", 0.95),
         row("a", "torch.compile", 4.0),
     ]
-    text = model.summary(pd.DataFrame(rows))
+    text = command.summary(pd.DataFrame(rows))
     cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
     assert cells == ["training step, fp32", "2", "1.000", "1.10", "0.500", "b 4x3x8x8 fp32", "1", "4.000", "0.984",
                      "0.050"]  # fmt: skip
-    assert model.summary(pd.DataFrame(rows[:2])) == ""
+    assert command.summary(pd.DataFrame(rows[:2])) == ""
 
 
 def test_a_list_stands_for_its_models() -> None:

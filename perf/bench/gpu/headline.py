@@ -11,13 +11,14 @@ import torch
 from perf.bench.gpu import training
 from perf.bench.gpu.session import Item, Run
 from perf.bench.gpu.training import Contender, Workload
+from perf.providers import COMPILED
 from perf.static import traffic
 
 BATCHES, DRY_BATCHES = (256, 1024, 64), (4,)
 # who is ready at once, and who compiles for a minute or more, at the first batch and then at the others
 AT_ONCE = ("tkernels", "tkernels graph", "torch", "torch graph")
 ONCE = ("tkernels sgd graph",)
-COMPILED, MODES = "torch.compile", ("reduce-overhead", "max-autotune")
+MODES = ("reduce-overhead", "max-autotune")
 
 
 def items(run: Run) -> list[Item]:

@@ -31,10 +31,10 @@ from perf.bench import measure, network, rows
 from perf.bench.measure import Effort, Sample
 from perf.bench.model.names import Build
 from perf.bench.process import changed_environment
-from perf.providers import BASELINE, OURS
+from perf.providers import BASELINE, COMPILED, OURS
 from perf.schema import Measurement, number, text
 
-COMPILED, AGAIN = network.COMPILED, f"{BASELINE} again"
+AGAIN = f"{BASELINE} again"
 # seconds that a turn takes at least: short calls are made several times
 TURN = 0.03
 WARM_CALLS = 2
