@@ -22,7 +22,6 @@ from perf.providers import BASELINE
 
 # by which factor an error must grow to count
 LESS_EXACT = 1.25
-MS = ("ms_p20", "ms_p50", "ms_p80")
 # of a run of perf gpu
 TIMINGS, CHECKS = "timings.csv", "checks.csv"
 

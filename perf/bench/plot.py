@@ -101,6 +101,10 @@ def _signed(figure: Figure, rows: pd.DataFrame, machine: str) -> Figure:
     values = {name: ", ".join(filter(None, dict.fromkeys(rows[name].astype(str))))
               for name in (machine, "torch", "triton", "commit")}  # fmt: skip
     words = [value if name == "device" else f"{name} {value}" for name, value in values.items() if value]
+    # the layout has no room for two lines below the axes: it is made first, and the legend held where it is
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    figure.legends[0].set_bbox_to_anchor((0, 0, 1, 1), figure.transFigure)
     figure.text(0.5, -0.01, "   ".join(words), ha="center", va="top", fontsize=7, color="#666666")
     return figure
 
@@ -138,8 +142,7 @@ def latency(rows: pd.DataFrame) -> Figure:
     axes[1][0].set_ylabel("times as fast\nas PyTorch")
     first = rows.iloc[0]
     figure.suptitle(f"{first.operator}, {first['dtype']}", fontsize=11)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(series))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(series))
     return figure
 
 

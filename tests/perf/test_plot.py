@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from perf import providers
+from perf.bench import plot
 from perf.static import traffic
 from tests.perf.command import refused, row, run, write
 
@@ -36,6 +38,17 @@ def test_graphs_gaps_and_unknown_providers_are_drawn(tmp_path: Path) -> None:
     failed = row(provider="tkernels", status="out of memory: 1 TB", ms_p20=None, ms_p50=None, ms_p80=None)
     assert run("plot", write(tmp_path / "a.csv", *rows[:-1], failed)) == 0
     assert _pictures(tmp_path) == ["a-conv2d-bf16.png", "a-roofline-bf16.png"]
+
+
+def test_a_picture_says_which_machine_and_commit_it_is_of(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", row(commit="abc"), row(commit="def", N=2, triton="3"))
+    feet = [[text.get_text() for text in figure.texts] for _, figure in plot.drawn(path)]
+    assert feet == [["GPU   triton 3   commit abc, def"]] * 2
+
+
+def test_every_provider_has_a_colour_of_its_own() -> None:
+    colours = [known.colour for known in providers.PROVIDERS.values()]
+    assert len({*colours, providers.colour("module:mine")}) == len(colours) + 1
 
 
 def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
