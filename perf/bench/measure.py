@@ -367,13 +367,17 @@ def on_gpu(prepare: Callable[[], Callable[[], object]], timing: str, effort: Eff
     ms = tuple(testing.do_bench(call, warmup=rep / 4, rep=rep, quantiles=[0.2, 0.5, 0.8]))
     if timing != "wall":
         return Timing(ms)
+    return Timing(ms, gpu_peak_mb(call), host_us(call))
+
+
+def gpu_peak_mb(call: Callable[[], object]) -> float:
+    """Most memory a call allocates on the current GPU above what stands between calls, in 10^6 bytes."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return Timing(ms, peak, host_us(call))
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def graphed(prepare: Callable[[], Callable[[], object]]) -> Callable[[], object]:

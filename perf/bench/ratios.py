@@ -84,13 +84,13 @@ def _contenders(frame: pd.DataFrame) -> str:
             f"{schema.NETWORK_MODES[row['mode']]}, {row['dtype']}",
             row["allocator"],
             row["contender"],
-            shown(row["ms_p50"], ".1f"),
+            formatted(row["ms_p50"], ".1f"),
             _spread(row),
-            shown(row["rounds"], ".0f"),
-            shown(row["page_faults"], ",.0f"),
-            shown(row["saved_mb"], ",.0f"),
-            shown(row["peak_memory_mb"], ",.0f"),
-            shown(row["err_fp64"], ".1e"),
+            formatted(row["rounds"], ".0f"),
+            formatted(row["page_faults"], ",.0f"),
+            formatted(row["saved_mb"], ",.0f"),
+            formatted(row["peak_memory_mb"], ",.0f"),
+            formatted(row["err_fp64"], ".1e"),
             row["status"],
         ]
         for row in schema.records(frame)
@@ -100,7 +100,7 @@ def _contenders(frame: pd.DataFrame) -> str:
     return table(head, rows)
 
 
-def shown(value: Any, form: str) -> str:
+def formatted(value: Any, form: str) -> str:
     """A number as text; '' where there is none."""
     return "" if schema.is_empty(value) else format(float(value), form)
 

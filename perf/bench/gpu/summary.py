@@ -11,6 +11,7 @@ import numpy as np
 
 from perf import schema
 from perf.bench.gpu.results import Results
+from perf.bench.ratios import formatted
 from perf.schema import OK, Measurement
 
 # rows shown of a list whose whole stands in a CSV
@@ -166,15 +167,11 @@ def _training(found: Results) -> list[str]:
         times = [row.status[:60], ""]
         if row.status == OK and row.ms_p50 and row.N:
             times = [f"{row.ms_p50:.4g}", f"{1e3 * row.N / row.ms_p50:,.0f}"]
-        memory, host = _number(row.peak_memory_mb), _number(row.host_us)
+        memory, host = formatted(row.peak_memory_mb, ",.0f"), formatted(row.host_us, ",.0f")
         cells.append((row.operator, row.N, row.provider, TIMED[row.timing], *times, memory, host))
     head = ("network", "batch", "whose", "timed", "ms a step", "images/s", "peak MB", "host us")
     note = "bf16 autocast, channels_last, with Adam (SGD where it says so), random images."
     return ["", "## Training steps", "", note, "", *_table(head, cells)]
-
-
-def _number(value: float | None, form: str = ",.0f") -> str:
-    return "" if value is None else format(value, form)
 
 
 def _not_reached(found: Results) -> list[str]:
@@ -207,7 +204,7 @@ def _profile(found: Results) -> list[str]:
         return []
     rows = [
         (row.kernel[:70], f"{row.calls:g}", f"{row.us:.1f}", f"{100 * row.share:.1f}",
-         _number(row.mb, ".1f"), _number(row.gbps, ",.0f"), _number(row.of_copy, ".0%"))
+         formatted(row.mb, ".1f"), formatted(row.gbps, ",.0f"), formatted(row.of_copy, ".0%"))
         for row in found.profile
     ]  # fmt: skip
     head = ("kernel", "calls a step", "us a step", "% of the step", "MB", "GB/s", "of the copy's")

@@ -138,9 +138,9 @@ def shown(task: Task, rows: Sequence[ModelMeasurement]) -> str:
             row.provider,
             _spread(row.ms_p50, row.ms_p20, row.ms_p80, ".4g"),
             _spread(row.vs_torch_p50, row.vs_torch_p25, row.vs_torch_p75, ".3f"),
-            ratios.shown(row.peak_memory_mb, ",.0f"),
-            ratios.shown(row.first_call_s, ".1f"),
-            ratios.shown(row.err_fp64, ".1e"),
+            ratios.formatted(row.peak_memory_mb, ",.0f"),
+            ratios.formatted(row.first_call_s, ".1f"),
+            ratios.formatted(row.err_fp64, ".1e"),
             row.status,
         ]
         for row in rows

@@ -185,6 +185,8 @@ def measured(
     """Measure everyone; whatever one raises becomes its row's status. ``at``: told whose turn it is, by number."""
     torch._dynamo.reset()
     gc.collect()
+    if task.device != "cpu":
+        torch.cuda.set_device(torch.device(task.device).index or 0)
     competing = providers(compiled)
     place = {name: i for i, name in enumerate(competing)}
     columns: dict[str, dict[str, Any]] = {name: {"status": schema.OK} for name in competing}
@@ -305,14 +307,10 @@ def _times(taken: list[Sample], samples: dict[str, list[Sample]]) -> dict[str, A
 
 def _peak_mb(task: Task, contender: Contender) -> float | None:
     """Of a call, above what stands between calls."""
-    if task.device == "cpu":
-        peak = network.peak_bytes(contender.step)
-        return None if peak is None else peak / 1e6
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    contender.step()
-    _wait(task.device)
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if task.device != "cpu":
+        return measure.gpu_peak_mb(contender.step)
+    peak = network.peak_bytes(contender.step)
+    return None if peak is None else peak / 1e6
 
 
 def _dynamos_part(task: Task, contender: Contender) -> dict[str, Any]:
