@@ -316,6 +316,11 @@ def frame_of(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column]) -> pd
     return pd.DataFrame(listed, columns=names).astype({c.name: "Int64" for c in columns if c.kind == "whole"})
 
 
+def as_text(frame: pd.DataFrame, index: bool = True) -> str:
+    """What is printed of a table: nothing where there is no value."""
+    return frame.astype(object).where(frame.notna(), "").to_string(index=index)
+
+
 def read(path: Path) -> pd.DataFrame:
     """A sweep's CSV with typed columns. Raises Refused for anything else."""
     frame = table(path)

@@ -58,11 +58,12 @@ def count(task: Task, target_name: str) -> meter.Step:
 
 def _of_task(task: Task, counted: meter.Step) -> Iterator[dict[str, Any]]:
     itemsize = operators.DTYPES[task.dtype].itemsize
+    case = {"operator": task.operator, "dtype": task.dtype, "provider": task.provider, **dict(task.shape)}
     for phase, mode in PHASES.items():
         saved = sum(counted.saved.values()) if phase == "forward" else 0
         calls = [call for call in counted.calls if call.phase == phase]
         least, _ = operators.get(task.operator).work(dict(task.shape), mode, itemsize)
-        yield {**task.columns(), "phase": phase, "least_bytes": least, **meter.counts(calls, saved)}
+        yield {**case, "phase": phase, "least_bytes": least, **meter.counts(calls, saved)}
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:

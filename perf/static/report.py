@@ -20,10 +20,10 @@ from typing import Any
 from tqdm import tqdm
 
 import perf.static.cases
-from perf import options
+from perf import options, schema
 from perf.options import Refused
 from perf.schema import Column
-from perf.static import aot, rules, tables, ttir
+from perf.static import aot, rules, ttir
 from perf.static.aot import Launch
 from perf.static.facts import Facts
 from tkernels.core.targets import TARGETS, Target
@@ -99,10 +99,11 @@ def run(args: argparse.Namespace) -> int:
     rows = [row for part in parts for row in part]
     if not rows:
         raise Refused(f"no case of {', '.join(names)} has a name with {args.case!r} in it")
-    frame = tables.of_rows(rows, COLUMNS)
-    print(tables.as_text(frame[list(SHOWN)].rename(columns=SHOWN), index=False))
+    frame = schema.frame_of(rows, COLUMNS)
+    print(schema.as_text(frame[list(SHOWN)].rename(columns=SHOWN), index=False))
     _print_problems(rows)
-    tables.write(frame, args.csv)
+    if args.csv is not None:
+        schema.write(frame, args.csv)
     return 0
 
 

@@ -22,7 +22,7 @@ from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from perf import operators, options, providers, schema, shapes
 from perf.options import Refused
 from perf.schema import Column
-from perf.static import aot, inductor, meter, operator_traffic, tables
+from perf.static import aot, inductor, meter, operator_traffic
 from tkernels.core import targets
 
 COLUMNS = (
@@ -77,13 +77,14 @@ def run(args: argparse.Namespace) -> int:
     head = {"commit": options.commit(), **providers.versions(), "target": args.target}
     if args.op is not None:
         rows = operator_traffic.rows(args.op, args.shapes or ["cnn"], args.dtype or ["bf16"], args.target)
-        frame = tables.of_rows([{**head, **row} for row in rows], operator_traffic.COLUMNS)
+        frame = schema.frame_of([{**head, **row} for row in rows], operator_traffic.COLUMNS)
         print(operator_traffic.summary(frame).to_string(index=False))
     else:
         rows = _rows_of_network(args)
-        frame = tables.of_rows([{**head, "batch": args.batch, **row} for row in rows], COLUMNS)
+        frame = schema.frame_of([{**head, "batch": args.batch, **row} for row in rows], COLUMNS)
         _print(frame, args.batch)
-    tables.write(frame, args.csv)
+    if args.csv is not None:
+        schema.write(frame, args.csv)
     return 0
 
 
@@ -172,7 +173,7 @@ def by_layer(layers: pd.DataFrame, batch: int) -> pd.DataFrame:
 
 
 def _print(frame: pd.DataFrame, batch: int) -> None:
-    shown = tables.as_text(by_layer(frame[frame.layer != STEP], batch))
+    shown = schema.as_text(by_layer(frame[frame.layer != STEP], batch))
     print(f"layer by layer, batch {batch}, bf16 NHWC; calls: Triton launches and ATen calls that compute\n{shown}\n")
     steps = frame[frame.layer == STEP].set_index("provider")
     eager = steps.loc["torch"]
@@ -190,4 +191,4 @@ def _print(frame: pd.DataFrame, batch: int) -> None:
             "added by last batch": steps.specialisations_added,
         }
     )
-    print(tables.as_text(summary.T))
+    print(schema.as_text(summary.T))
