@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.sources import imports
 from tkernels.core import _torch, settings
 
 pytestmark = pytest.mark.gate("torch")
@@ -67,16 +68,6 @@ def layer(file: str) -> str:
     if parts[-1].startswith("kernels"):
         return "kernels"
     return "config" if parts[-1] in CONFIG else "ops"
-
-
-def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, module or module.name) of all imports, wherever they stand."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports name the whole path"
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
 def module_of(name: str) -> str:

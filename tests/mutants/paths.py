@@ -93,7 +93,7 @@ MUTANTS = [
     _mutant("an epoch's step is never captured", "models/cuda_graph.py",
             "            if self._eager or not self._is_full(images, target):", "            if True:", "tests/models"),
     _mutant("perf times PyTorch as tkernels", "perf/providers.py",
-            '        "conv2d_relu": conv2d_relu,\n        "conv_stage": conv_stage,',
-            '        "conv2d_relu": conv2d_relu,\n        "conv_stage": _plain_stage,',
+            '        "conv_stage": conv_stage,\n        "cnn": cnn,\n    }\n    return Provider(OURS',
+            '        "conv_stage": _plain_stage,\n        "cnn": cnn,\n    }\n    return Provider(OURS',
             "tests/perf/test_providers.py", "tests/perf"),
 ]  # fmt: skip

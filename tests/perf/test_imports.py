@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_architecture import imports
+from tests.sources import imports
 
 pytestmark = pytest.mark.gate("torch")
 
