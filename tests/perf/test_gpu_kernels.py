@@ -18,6 +18,7 @@ from perf import providers, shapes
 from perf.bench import machine, measure
 from perf.bench.gpu import checks, problems, products, training
 from perf.bench.gpu.problems import EXPANDED
+from perf.bench.gpu.results import CheckRow
 from perf.bench.gpu.session import Request, Run
 from perf.bench.gpu.training import Contender, Workload
 from perf.static import traffic
@@ -128,7 +129,7 @@ def test_backward_alone_is_repeated(
     here, waits = run(told), []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(told)))
     checks.repeat(here, "a", 3, providers.load(providers.OURS), lambda: checks._with_dropout(here, case))
-    assert told[-1] == ("check", {"check": "a", "what": "beside a busy stream", "status": "ok"})
+    assert told[-1] == ("check", CheckRow(check="a", what="beside a busy stream", status="ok"))
     assert launches.count("linear_forward_kernel") == 1
     assert launches.count("linear_dgrad_kernel") == 1 + 3
     assert waits == [0], "the busy stream still writes to memory that is given back"
