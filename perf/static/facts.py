@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from perf.static import hopper, sass
 from tkernels.core.targets import Target
 
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA", "v_mfma", "v_wmma")
-_STORES = ("STG", "UTMASTG", "global_store", "buffer_store")
-
-# how often each instruction occurs, by its mnemonic with its suffixes
-Mix = collections.Counter[str]
+# from and to global memory, asynchronous copies among them (LDGDEPBAR only closes a group of them)
+_LOAD = re.compile(r"LDG(?!DEPBAR)|UTMALDG|global_load|buffer_load")
+_STORE = re.compile(r"STG|UTMASTG|global_store|buffer_store")
+_WAITING_LOAD = re.compile(r"LDG(?!STS|DEP)")
+# of 128 bits a thread
+_WIDE = re.compile(r"UTMALDG|UTMASTG|.*(\.128|dwordx4$|b128$)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What the machine code of one launch says. ``mix``: instructions of the whole kernel; ``loop``: of the innermost
-    loop with tensor-core instructions (empty without one). ``wgmma``: how Hopper's kernels use theirs, None without
-    any. Loads and stores are those from and to global memory, asynchronous copies among them."""
+    """What the machine code of one launch says. ``loop_...``: of the innermost loop with tensor-core instructions;
+    ``waiting_loads``: those of NVIDIA's there that are no asynchronous copies. ``tensor_core``: the mnemonic of what
+    the kernel uses, None without any; ``wgmma``: how Hopper's kernels use theirs."""
 
     kernel: str
     target: str
@@ -30,44 +31,19 @@ class Facts:
     registers: int
     spill_bytes: int
     shared_bytes: int
-    mix: Mix
-    loop: Mix
+    tensor_core: str | None
+    tensor_core_instructions: int
+    loads_128: int
+    stores_128: int
+    loop_wide_loads: int
+    loop_narrow_loads: int
+    waiting_loads: int
+    wgmma: hopper.Wgmma | None
     ttir: str = dataclasses.field(repr=False)
-    wgmma: hopper.Wgmma | None = None
 
     @property
     def has_dot(self) -> bool:
         return "tt.dot" in self.ttir
-
-    @property
-    def tensor_core(self) -> str | None:
-        """The tensor-core mnemonic the kernel uses, or None."""
-        return next((t for t in TENSOR_CORE if any(op.startswith(t) for op in self.mix)), None)
-
-    @property
-    def tensor_core_instructions(self) -> int:
-        return _count(self.mix, lambda op: op.startswith(TENSOR_CORE))
-
-    @property
-    def loads_128(self) -> int:
-        return _count(self.mix, lambda op: _is_load(op) and _is_wide(op))
-
-    @property
-    def stores_128(self) -> int:
-        return _count(self.mix, lambda op: op.startswith(_STORES) and _is_wide(op))
-
-    @property
-    def loop_wide_loads(self) -> int:
-        return _count(self.loop, lambda op: _is_load(op) and _is_wide(op))
-
-    @property
-    def loop_narrow_loads(self) -> int:
-        return _count(self.loop, lambda op: _is_load(op) and not _is_wide(op))
-
-    @property
-    def waiting_loads(self) -> int:
-        """Loads in NVIDIA's product loop that are no asynchronous copies."""
-        return _count(self.loop, lambda op: op.startswith("LDG") and not op.startswith(("LDGSTS", "LDGDEP")))
 
 
 def read(kernel: str, compiled: Any, target: Target) -> Facts:
@@ -81,11 +57,32 @@ def read(kernel: str, compiled: Any, target: Target) -> Facts:
             wgmma = hopper.inspect(compiled.asm["ptx"], code)
     else:
         (registers, spill_bytes), names, loops = _amd(compiled.asm["amdgcn"])
-    products = sorted((loop for loop in loops if any(op.startswith(TENSOR_CORE) for op in loop)), key=len)
+    products = [op for op in names if op.startswith(TENSOR_CORE)]
+    loops = sorted((loop for loop in loops if any(op.startswith(TENSOR_CORE) for op in loop)), key=len)
+    loop = loops[0] if loops else []
+    loop_loads, loop_wide_loads = _count(loop, _LOAD), _count(loop, _LOAD, _WIDE)
     return Facts(
-        kernel, target.name, compiled.metadata.num_warps, registers, spill_bytes,
-        compiled.metadata.shared, Mix(names), Mix(products[0] if products else ()), compiled.asm["ttir"], wgmma,
-    )  # fmt: skip
+        kernel=kernel,
+        target=target.name,
+        num_warps=compiled.metadata.num_warps,
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=compiled.metadata.shared,
+        tensor_core=next((t for t in TENSOR_CORE if any(op.startswith(t) for op in products)), None),
+        tensor_core_instructions=len(products),
+        loads_128=_count(names, _LOAD, _WIDE),
+        stores_128=_count(names, _STORE, _WIDE),
+        loop_wide_loads=loop_wide_loads,
+        loop_narrow_loads=loop_loads - loop_wide_loads,
+        waiting_loads=_count(loop, _WAITING_LOAD),
+        wgmma=wgmma,
+        ttir=compiled.asm["ttir"],
+    )
+
+
+def _count(names: Sequence[str], *kinds: re.Pattern[str]) -> int:
+    """How many instructions are of all these kinds."""
+    return sum(all(kind.match(name) for kind in kinds) for name in names)
 
 
 def _amd(listing: str) -> tuple[tuple[int, int], list[str], list[list[str]]]:
@@ -110,17 +107,3 @@ def _amd(listing: str) -> tuple[tuple[int, int], list[str], list[list[str]]]:
     # scalar registers spill to lanes of vector registers, which are no memory: scratch is
     spills = max(4 * fact("vgpr_spill_count"), fact("private_segment_fixed_size"))
     return (fact("vgpr_count"), spills), ops, loops
-
-
-def _count(mix: Mix, counts: Callable[[str], bool]) -> int:
-    return sum(n for op, n in mix.items() if counts(op))
-
-
-def _is_load(op: str) -> bool:
-    # LDGDEPBAR only closes a group of asynchronous copies
-    return op.startswith(("LDG", "UTMALDG", "global_load", "buffer_load")) and not op.startswith("LDGDEPBAR")
-
-
-def _is_wide(op: str) -> bool:
-    """Whether an instruction moves 128 bits a thread."""
-    return op.startswith(("UTMALDG", "UTMASTG")) or ".128" in op or op.endswith(("dwordx4", "b128"))

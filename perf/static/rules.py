@@ -106,8 +106,7 @@ def _resources(facts: Facts, target: Target) -> list[str]:
 
 
 def _product(launch: Launch, facts: Facts, target: Target) -> list[str]:
-    given = launch.arguments
-    rows, cols = _tile(facts.kernel, given)
+    rows, cols = ttir.tile(facts.ttir)
     found = []
     accumulators = rows * cols / (facts.num_warps * target.warp_size)
     if accumulators > MOST_ACCUMULATORS:
@@ -116,7 +115,7 @@ def _product(launch: Launch, facts: Facts, target: Target) -> list[str]:
     if warps < FEWEST_WARPS:
         found.append(f"{warps:.0f} warps a multiprocessor")
     if math.prod(launch.grid) < target.multiprocessors // 2 and launch.grid[1] == 1:
-        operations = sum(ttir.products(facts.ttir, given, launch.grid).values())
+        operations = sum(ttir.products(facts.ttir, launch.arguments, launch.grid).values())
         if operations > SMALL_PRODUCT:
             found.append(f"{math.prod(launch.grid)} programs for {target.multiprocessors} multiprocessors, not split")
     return [*found, *_operands(launch, facts, target, rows)] if sixteen_bit(launch) else found
@@ -136,26 +135,6 @@ def _operands(launch: Launch, facts: Facts, target: Target, rows: int) -> list[s
         if target.is_nvidia and facts.waiting_loads:
             found.append(f"waiting loads: {facts.waiting_loads} in the loop are not asynchronous")
     return found
-
-
-def _tile(kernel: str, given: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a product's accumulator."""
-    sides = {"linear_dgrad_kernel": ("BLOCK_K", "BLOCK_M"), "linear_wgrad_kernel": ("BLOCK_K", "BLOCK_N")}
-    rows, cols = sides.get(kernel, ("BLOCK_N", "BLOCK_M") if _transposed(kernel, given) else ("BLOCK_M", "BLOCK_N"))
-    return given[rows], given[cols]
-
-
-def _transposed(kernel: str, given: Mapping[str, Any]) -> bool:
-    """Whether a convolution's product has its tile's columns for rows, because one operand is computed."""
-    if kernel == "pointwise_wgrad_kernel":
-        return not given["OUT_ON_ROWS"]
-    computed = given.get("saved_ptr") is not None
-    if kernel == "conv_wgrad_kernel":
-        cast = given["x_ptr"].dtype != given["dy_ptr"].dtype
-        return cast != computed and given["OUT_ON_ROWS"] == computed
-    if given.get("FLAT"):
-        return given["x_ptr"].dtype != given["w_ptr"].dtype
-    return kernel == "pointwise_forward_kernel" or (kernel == "conv_dgrad_kernel" and computed)
 
 
 def sixteen_bit(launch: Launch) -> bool:

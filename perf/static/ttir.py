@@ -60,6 +60,12 @@ def products(text: str, arguments: Mapping[str, object], grid: tuple[int, int, i
     return {kind: operations * share for kind, operations in total.items()}
 
 
+def tile(text: str) -> tuple[int, int]:
+    """Rows and columns of the accumulator of the first product in a listing that has one."""
+    first = next(_DOT.finditer(text))
+    return int(first[1].split("x")[0]), int(first[3].split("x")[-1])
+
+
 def _region(lines: Iterator[str]) -> tuple[list[Operation], str]:
     """The operations up to the line that closes their region, and that line."""
     found: list[Operation] = []
