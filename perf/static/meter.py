@@ -227,7 +227,7 @@ class _Layers:
     def __init__(self, meter: _Meter) -> None:
         self._meter = meter
         self._outer: list[str] = []
-        self._owners: dict[Any, str] = {}
+        self._claimed: set[Any] = set()
 
     @contextlib.contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
@@ -261,21 +261,17 @@ class _Layers:
         nodes = [output.grad_fn]
         while nodes:
             node = nodes.pop()
-            if node is None or node in self._owners:
+            if node is None or node in self._claimed:
                 continue
-            self._owners[node] = name
+            self._claimed.add(node)
             node.register_prehook(lambda gradients: self._meter.enter(name))
             nodes += [following for following, _ in node.next_functions]
 
 
 def _written(func: Any, args: Any) -> list[Tensor]:
     """The arguments an ATen operator writes to."""
-    arguments = zip(func._schema.arguments, args)
-    return [
-        value
-        for argument, value in arguments
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
-    ]
+    infos = [argument.alias_info for argument in func._schema.arguments]
+    return [t for info, t in zip(infos, args) if info is not None and info.is_write and isinstance(t, Tensor)]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
