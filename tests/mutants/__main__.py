@@ -79,7 +79,8 @@ def _verdict(mutant: Mutant, timeout: float) -> tuple[str, str]:
         return "LIVES", done.stdout.splitlines()[-1]
     failed = [line.split(" - ")[0].split(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
     if done.returncode != DIES or not failed:
-        return "UNKNOWN", f"pytest ended with {done.returncode}: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+        *_, last = ["", *(done.stdout + done.stderr).strip().splitlines()]
+        return "UNKNOWN", f"pytest ended with {done.returncode}: {last}"
     if not _passes(mutant.gate, failed[0], timeout):
         return "UNKNOWN", f"{failed[0]} fails without it too"
     return "died", failed[0]
