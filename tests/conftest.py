@@ -175,17 +175,20 @@ def _passes_seen() -> set[Any]:
 
 
 @pytest.fixture(autouse=True)
-def _plans_run_twice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _passes_seen: set[Any]) -> None:
+def _plans_run_twice(request: pytest.FixtureRequest, _passes_seen: set[Any]) -> Iterator[None]:
     """Where operators' kernels are tested, later calls give what the first one gave. Under ttsem, where running them
     takes time, it is asked of the first plan of each pass in a file."""
-    if GATE in ("ttsem", "cuda") and request.path.parent.name in OPERATORS:
 
-        def wanted(body: Any) -> bool:
-            known = GATE == "ttsem" and body in _passes_seen
-            _passes_seen.add(body)
-            return not known
+    def wanted(body: Any) -> bool:
+        known = GATE == "ttsem" and body in _passes_seen
+        _passes_seen.add(body)
+        return not known
 
-        repeats.run_plans_twice(monkeypatch, _launched, wanted)
+    # (the fixture monkeypatch, asked for here, would undo a test's changes only after _same_start has looked)
+    with pytest.MonkeyPatch.context() as patch:
+        if GATE in ("ttsem", "cuda") and request.path.parent.name in OPERATORS:
+            repeats.run_plans_twice(patch, _launched, wanted)
+        yield
 
 
 @pytest.fixture
@@ -200,5 +203,6 @@ def tracing() -> Iterator[None]:
     """torch.export reads cuDNN's float32 switch by its old name, which must agree with the new ones the suite sets."""
     # (the attribute is frozen once torch.testing was imported)
     torch._C._set_cudnn_allow_tf32(False)
+    torch._dynamo.reset()  # what it saw of sizes before
     yield
     torch._dynamo.reset()
