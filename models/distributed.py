@@ -27,19 +27,13 @@ def check_environment() -> None:
     if not launched():
         return
     local_rank()
-    _whole("RANK", 0, 0, wanted() - 1)
-
-
-def check_address() -> None:
-    """Raise ValueError where the processes cannot know where the first one listens."""
-    if not launched():
-        return
-    _whole("MASTER_PORT", -1, 0, 65535)
+    _integer("RANK", 0, 0, wanted() - 1)
+    _integer("MASTER_PORT", -1, 0, 65535)
     if not os.environ.get("MASTER_ADDR"):
         raise ValueError("environment variable MASTER_ADDR must be the address of the first process, it is not set")
 
 
-def _whole(name: str, default: int, low: int, high: int | None = None) -> int:
+def _integer(name: str, default: int, low: int, high: int | None = None) -> int:
     """A variable's number; an empty one is not set. Raises ValueError."""
     text = os.environ.get(name) or str(default)
     value = int(text) if text.isascii() and text.removeprefix("-").isdigit() else None
@@ -52,17 +46,17 @@ def _whole(name: str, default: int, low: int, high: int | None = None) -> int:
 
 def wanted() -> int:
     """Of how many processes the job is."""
-    return _whole("WORLD_SIZE", 1, 1) if launched() else 1
+    return _integer("WORLD_SIZE", 1, 1) if launched() else 1
 
 
 def restarts() -> int:
     """How often torchrun started the job again after a process had died."""
-    return _whole("TORCHELASTIC_RESTART_COUNT", 0, 0)
+    return _integer("TORCHELASTIC_RESTART_COUNT", 0, 0)
 
 
 def local_rank() -> int:
     """The number of this process on its machine."""
-    return _whole("LOCAL_RANK", 0, 0)
+    return _integer("LOCAL_RANK", 0, 0)
 
 
 def active() -> bool:

@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: parse, train, report. Returns the exit status; bad options raise SystemExit(2)."""
     chosen = options.parse(argv)
     try:
-        distributed.check_address()
         chosen.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+    except OSError as error:
         return _fail(error, 2)
     try:
         with tkernels.backend(chosen.backend), distributed.joined(chosen.device):

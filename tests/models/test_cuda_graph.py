@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import Subset
 
-from models import checkpoint, data, options, recipes, train, trainer
+from models import checkpoint, options, recipes, train, trainer
 from models.cuda_graph import WARM_UP, CaptureError, GraphedStep
 from models.engine import TrainingStep
 from models.interrupt import Stopped, StopRequest
@@ -38,12 +37,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 
 
 @pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def few(data_dir: Path, seed: int, val_fraction: float | None) -> data.Data:
-        images = data.digits(data_dir, seed)
-        return images._replace(train=Subset(images.train, range(40)), val=Subset(images.val, range(16)))
-
-    monkeypatch.setitem(data._LOADERS, "digits", few)
+def no_report(few_digits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "_report", lambda *args: None)
 
 
@@ -87,7 +81,7 @@ RUNS = {
 }
 
 
-@pytest.mark.usefixtures("few_digits")
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("run", RUNS)
 def test_replayed_steps_train_as_eager_ones(
     gpu: Gpu, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
@@ -110,7 +104,7 @@ def test_replayed_steps_train_as_eager_ones(
     assert (tmp_path / "graph" / "history.csv").read_text() == (tmp_path / "eager" / "history.csv").read_text()
 
 
-@pytest.mark.usefixtures("few_digits", "gpu")
+@pytest.mark.usefixtures("no_report", "gpu")
 @pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)
 def test_checkpoints_do_not_say_that_there_was_a_graph(tmp_path: Path, optimizer: str) -> None:
     with_graph = trained(tmp_path / "graph", "--optimizer", optimizer)["optimizer_state_dict"]
@@ -131,7 +125,7 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopRequest, "requested", requested)
 
 
-@pytest.mark.usefixtures("few_digits")
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("steps", [5, 6], ids=["full batch next", "partial batch next"])
 @pytest.mark.parametrize("run", ["adam", "adamw", "sgd", "fast"])
 def test_goes_on_in_the_middle_of_an_epoch(
@@ -153,7 +147,7 @@ def test_goes_on_in_the_middle_of_an_epoch(
         assert not differ(resumed[part], whole[part])
 
 
-@pytest.mark.usefixtures("few_digits")
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("first", [True, False], ids=["graph first", "graph last"])
 @pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)
 def test_goes_on_without_a_graph_and_with_one(
@@ -309,7 +303,7 @@ def test_a_generator_that_stays_in_its_capture_ends_the_run(gpu: Gpu, monkeypatc
         weights(FORBIDDEN["driver"][0], True)
 
 
-@pytest.mark.usefixtures("few_digits")
+@pytest.mark.usefixtures("no_report")
 def test_the_command_ends_with_one_line(
     gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

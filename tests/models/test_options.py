@@ -163,8 +163,9 @@ def test_defaults_that_depend_on_the_data() -> None:
 def test_batches_that_processes_cannot_share(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "1")
+    job = {"WORLD_SIZE": "3", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
         options.parse(["--batch-size", "32"])
     assert "--batch-size: 32 examples cannot be shared by 3 processes" in capsys.readouterr().err

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Subset
 
-from models import checkpoint, data, options, plots, train, trainer
+from models import checkpoint, data, options, train, trainer
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from models.networks import Network
 
@@ -26,25 +25,11 @@ pytestmark = pytest.mark.gate("torch")
 
 FILES = ["checkpoint.pt", "confusion.png", "curves.png", "history.csv"]
 ROOT = Path(__file__).parents[2]
-Few = Callable[[Path, int, "float | None"], data.Data]
-
-
-@pytest.fixture(scope="module")
-def digits() -> Few:
-    """The digits data set of which only 40 images are trained on and 16 validated, made once a seed."""
-
-    @functools.cache
-    def few(data_dir: Path, seed: int, val_fraction: float | None) -> data.Data:
-        images = data.digits(data_dir, seed)
-        return images._replace(train=Subset(images.train, range(40)), val=Subset(images.val, range(16)))
-
-    return few
 
 
 @pytest.fixture
-def run(digits: Few, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def run(few_digits: None, tmp_path: Path) -> Callable[..., Path]:
     """Runs the command on few digits and returns where it wrote."""
-    monkeypatch.setitem(data._LOADERS, "digits", digits)
 
     def go(*arguments: str, name: str = "out", status: int = 0) -> Path:
         out = tmp_path / "not" / "there" / name
@@ -55,10 +40,8 @@ def run(digits: Few, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
 
 @pytest.fixture
-def small(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def small(run: Callable[..., Path], no_pictures: None) -> Callable[..., Path]:
     """The same with a small network and without pictures: for tests that run the command several times."""
-    for name in ("draw_curves", "draw_confusion"):
-        monkeypatch.setattr(plots, name, lambda *args: None)
     return functools.partial(run, "--width", "4", "--image-size", "8")
 
 
