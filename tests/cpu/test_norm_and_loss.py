@@ -332,3 +332,17 @@ def test_large_products_are_onednn_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mkldnn::_linear_pointwise" in operators(lambda: TF.linear(x, weight, None, "relu"))
     assert "mkldnn::_linear_pointwise" in operators(lambda: TF.linear(x, weight))
     assert "mkldnn::_linear_pointwise" not in operators(lambda: TF.linear(x[:8], weight, None, "relu"))
+
+
+def test_what_large_products_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, which has another dtype, and where autograd records."""
+    monkeypatch.setattr(product, "onednn_is_ahead", lambda threads: True)
+    x, weight = torch.randn(1024, 256), torch.randn(1024, 256, requires_grad=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = TF.linear(x, weight)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = F.linear(x, weight)
+    assert y.dtype is torch.bfloat16
+    assert torch.equal(y, expected)
+    gradients = [torch.autograd.grad(linear(x, weight).sin().sum(), weight)[0] for linear in (TF.linear, F.linear)]
+    assert torch.equal(*gradients)
