@@ -16,6 +16,7 @@ import tkernels.functional as F
 import tkernels.nn as tnn
 from models.cifar_cnn import AttentionCNN
 from tests.core.tracing import check_autocast_in_compile, check_dropout_in_compile, compare_compiled, operators
+from tests.strides import arrange
 
 pytestmark = [pytest.mark.gate("torch", "interp", "cuda"), pytest.mark.usefixtures("tracing")]
 # the interpreter takes its time
@@ -32,7 +33,7 @@ class Case:
     sizes: tuple[int, int] = (8, 8)
     mask: str = ""
     causal: bool = False
-    layout: str = ""
+    layout: str = "contiguous"
 
     def __str__(self) -> str:
         return self.name
@@ -45,12 +46,6 @@ CASES = [
     Case("added mask, strided", mask="added", layout="strided"),
 ]
 N, L, S = 2, 5, 6
-
-
-def arrange(t: Tensor, layout: str) -> Tensor:
-    if layout == "heads":
-        return t.transpose(1, 2).contiguous().transpose(1, 2)
-    return torch.stack([t, t], -1)[..., 0] if layout == "strided" else t
 
 
 def tensors(case: Case, device: str) -> tuple[list[Tensor], Tensor | None]:

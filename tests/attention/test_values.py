@@ -16,6 +16,7 @@ import tkernels
 from tests import tolerance
 from tests.attention.cases import factors
 from tests.conftest import GATE
+from tests.strides import arrange
 from tkernels.core import autotune, mode, targets
 from tkernels.functional import scaled_dot_product_attention
 from tkernels.ops.attention import config as tuning
@@ -80,17 +81,6 @@ CASES = [
     Case((2, 3, 9, 16), (2, 3, 9, 16), layout="packed", causal=True),
     Case((2, 3, 9, 16), (2, 3, 9, 16), layout="strided", scale=-0.5),
 ]
-
-
-def arrange(t: Tensor, layout: str) -> Tensor:
-    """The same values in other strides."""
-    if layout == "heads":
-        return t.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "packed":
-        return torch.cat([t, torch.full_like(t, 1e4)], -1)[..., : t.shape[-1]]
-    if layout == "strided":
-        return torch.stack([t, torch.full_like(t, 1e4)], -1)[..., 0]
-    return t
 
 
 def mask_of(case: Case, device: str) -> Tensor | None:

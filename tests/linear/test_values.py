@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tkernels
 from tests import tolerance
+from tests.strides import arrange
 from tkernels.core import activation as activations
 from tkernels.functional import linear, linear_relu
 from tkernels.nn import Linear, LinearReLU
@@ -75,25 +76,6 @@ CASES = [
     Case((2, 3), 7, 5, x="sliced", dy="sliced"),
     Case((6,), 7, 5, (5,), "silu", x="strided", w="strided", dy="strided"),
 ]
-
-
-def arrange(t: Tensor, layout: str) -> Tensor:
-    """The same values (the first row's, if expanded) in other strides."""
-    if layout == "transposed":
-        return t.mT.contiguous().mT
-    if layout == "sliced":
-        wide = t.new_full((*t.shape[:-1], t.shape[-1] + 3), 1e4)
-        wide[..., 1:-2] = t
-        return wide[..., 1:-2]
-    if layout == "strided":
-        return torch.stack([t, torch.full_like(t, 1e4)], -1)[..., 0]
-    if layout == "expanded":
-        return t[:1].expand(t.shape)
-    if layout == "offset":
-        return torch.cat([torch.full_like(t, 1e4)[:1], t])[1:]
-    if layout == "permuted":
-        return t.transpose(0, 1).contiguous().transpose(0, 1)
-    return t
 
 
 def leaf(t: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tkernels
 from tests import tolerance
+from tests.strides import arrange
 from tkernels.functional import matmul
 
 pytestmark = pytest.mark.gate("torch", "ttsem", "cuda")
@@ -67,23 +68,6 @@ CASES = [
     Case((3, 2100), (2100, 5), BF16),
     Case((2100,), (2100, 3)),
 ]
-
-
-def arrange(t: Tensor, layout: str) -> Tensor:
-    """The same values (the first row's, if expanded) in other strides."""
-    if layout == "transposed":
-        return t.mT.contiguous().mT
-    if layout == "heads":
-        return t.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "sliced":
-        wide = t.new_full((*t.shape[:-1], t.shape[-1] + 3), 1e4)
-        wide[..., 1:-2] = t
-        return wide[..., 1:-2]
-    if layout == "strided":
-        return torch.stack([t, torch.full_like(t, 1e4)], -1)[..., 0]
-    if layout == "expanded":
-        return t[:1].expand(t.shape)
-    return t
 
 
 def operands(case: Case, device: str) -> tuple[Tensor, Tensor]:
