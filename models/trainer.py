@@ -115,10 +115,8 @@ class Trainer:
     ) -> engine.EpochResult:
         label = f"epoch {epoch:{len(str(self.chosen.epochs))}}/{self.chosen.epochs}"
         before, start = self.totals.images, time.perf_counter()
-        batches, bar = (
-            self.loaders.train.epoch(epoch, self.batch),
-            engine.progress_bar(label, len(self.steps), self.batch),
-        )
+        batches = self.loaders.train.epoch(epoch, self.batch)
+        bar = engine.progress_bar(label, len(self.steps), self.batch)
         for step in bar(engine.train_epoch(self.model, batches, train, self.totals, self.steps[self.batch :])):
             self.batch = step.index + 1
             if step.last:

@@ -223,4 +223,4 @@ def _calls(frame: pd.DataFrame) -> str:
         },
         status=frame.status,
     )
-    return table.fillna("").to_string(index=False)
+    return schema.as_text(table, index=False)
