@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 
 from perf import operators, providers, schema
 from perf.bench import measure
@@ -219,3 +220,30 @@ def test_disturbed_repetitions_are_left_out_where_enough_remain() -> None:
     clean, disturbed = [Sample(1.0, True)] * 5, [Sample(9.0, False)] * 5
     assert measure._undisturbed(clean + disturbed) == [1.0] * 5
     assert measure._undisturbed(clean[:4] + disturbed) == [1.0] * 4 + [9.0] * 5
+
+
+class _Kinks(operators.Linear):
+    """Products of which the first, of 1024, is one rounding above 0."""
+
+    def tensors(self, shape: operators.Shape, source: operators.Sources) -> operators.Tensors:
+        x = source.normal(1024, 1)
+        x[0] = 1 + torch.finfo(torch.float32).eps
+        return {"input": x, "weight": torch.ones(1, 1), "bias": -torch.ones(1)}
+
+
+def test_a_gradient_may_take_either_side_of_a_kink_within_roundings_and_no_other() -> None:
+    """One element of a million on the other side of a ReLU is 1e-3 of a gradient's norm, and rightly so."""
+    reference = Reference(Problem(_Kinks("linear_relu"), {"N": 1024, "C": 1, "K": 1}, torch.float32, "nhwc", "cpu"))
+    linear = torch.nn.functional.linear
+
+    def other_side(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return (linear(x, w, b) - 2 * torch.finfo(torch.float32).eps).relu()
+
+    def another(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        z = linear(x, w, b)
+        return torch.where(z > 0.5, z.detach(), z.relu())
+
+    for function, status in ((other_side, "ok"), (another, "wrong: gradients off by")):
+        check = reference.check(Provider("p", {"linear_relu": function}))
+        assert check.status.startswith(status)
+        assert check.errors["bwd"] > 0.01
