@@ -3,21 +3,34 @@
 __version__ = "0.1.0"
 
 import contextlib
-from typing import Any
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
 
 from tkernels import functional, nn
 from tkernels.core.mode import backend, get_backend
 
-# Dynamo, which fusion rests on, cannot be imported where there is no folder for temporary files: the rest works there
-with contextlib.suppress(FileNotFoundError):
+if TYPE_CHECKING:
     from tkernels.fusion import explain, fuse, unfuse
 
 __all__ = ["__version__", "backend", "explain", "functional", "fuse", "get_backend", "nn", "unfuse"]
 
 
 def __getattr__(name: str) -> Any:
+    # Fusion rests on Dynamo, whose import takes as long as torch's own and needs a folder for temporary files: whoever
+    # asks for it pays
     if name in ("explain", "fuse", "unfuse"):
-        from tkernels import fusion  # says what is in its way
+        from tkernels import fusion
 
         return getattr(fusion, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Installed, the package has an entry point by which torch.compile finds the backend "tkernels". Run from its sources it
+# has not: the name is known once fusion is imported.
+if not entry_points(group="torch_dynamo_backends", name="tkernels"):
+    with contextlib.suppress(FileNotFoundError):
+        from tkernels import fusion as fusion

@@ -225,6 +225,24 @@ def test_import_touches_no_gpu() -> None:
     assert run_python(code).stdout.strip() == "False"
 
 
+def test_import_waits_for_dynamo_until_something_is_fused() -> None:
+    """Its import takes as long as torch's. From sources, without an entry point, the backend's name needs it."""
+    code = """
+import importlib.metadata, sys
+points = importlib.metadata.entry_points
+importlib.metadata.entry_points = lambda **given: INSTALLED if "name" in given else points(**given)
+import tkernels
+assert {"fuse", "explain", "unfuse"} <= set(dir(tkernels))
+print("torch._dynamo" in sys.modules)
+import torch
+print("tkernels" in torch._dynamo.list_backends())
+tkernels.fuse(torch.nn.Linear(2, 2))
+"""
+    shown = [run_python(code.replace("INSTALLED", found)).stdout.split() for found in ("['a point']", "[]")]
+    assert shown[0][0] == "False"
+    assert shown[1] == ["True", "True"]
+
+
 WITHOUT_TEMPORARY_FILES = """
 import tempfile
 def none():

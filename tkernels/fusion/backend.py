@@ -20,7 +20,7 @@ from tkernels.fusion.report import FusionReport
 _RESTS = ("eager", "inductor")
 Run = Callable[..., Any]
 
-# Installed, the package has this entry point. Run from its sources it has not: the name is known once it is imported.
+# the entry point that the package has where it is installed
 _torch.register_backend("tkernels", EntryPoint("tkernels", "tkernels.fusion:tkernels", "torch_dynamo_backends"))
 
 
