@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tkernels.functional as TF
 import tkernels.nn as tnn
@@ -288,3 +289,51 @@ def test_chain_of_negated_views(which: int, training: bool) -> None:
         y = made(given[0], None, None, torch.zeros(16), torch.ones(16), given[1], given[2], given[3])
     normed = F.batch_norm(x, torch.zeros(16), torch.ones(16), plain[1], plain[2], training)
     torch.testing.assert_close(y, F.relu(normed + plain[3]), rtol=1e-4, atol=1e-4)
+
+
+def _normed(x: Tensor) -> Tensor:
+    return ours(x, torch.zeros(64), torch.ones(64), torch.ones(64), torch.zeros(64))
+
+
+def _staged(x: Tensor) -> Tensor:
+    weight = torch.linspace(-1, 1, 16 * 64 * 9, dtype=x.dtype).view(16, 64, 3, 3)
+    layer = TF.ConvBNLayer(weight, None, torch.ones(16), torch.zeros(16), torch.zeros(16), torch.ones(16))
+    return TF.conv_stage(x, [layer], None, 0.0, True)
+
+
+def _lost(x: Tensor) -> Tensor:
+    return TF.cross_entropy(x.permute(0, 2, 3, 1).reshape(4096, 1024), torch.arange(4096) % 1000)
+
+
+CALLS = [(_normed, "native_batch_norm"), (_staged, "convolution"), (_lost, "log_softmax")]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.trace:FutureWarning")
+@pytest.mark.parametrize(("call", "torchs_own"), CALLS)
+def test_who_watches_torchs_calls_sees_them(call: Callable[[Tensor], Tensor], torchs_own: str) -> None:
+    """A mode is shown what runs; a pass of ours in a recording of torch.jit would be a constant."""
+    x, other = (torch.randn(64, 64, 32, 32).contiguous(memory_format=CL) for _ in range(2))
+    plain = call(x)
+    assert any(name.startswith("tkernels: ") for name in events(lambda: call(x), ()))
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        watched = call(x)
+    assert any(torchs_own in name for name in seen), seen
+    torch.testing.assert_close(watched, plain, rtol=1e-4, atol=1e-4)
+    traced = torch.jit.trace(call, x, check_trace=False)
+    torch.testing.assert_close(traced(other), call(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("call", "torchs_own"), CALLS)
+def test_float16_is_torchs(call: Callable[[Tensor], Tensor], torchs_own: str) -> None:
+    x = torch.randn(64, 64, 32, 32, dtype=torch.float16).contiguous(memory_format=CL)
+    with torch.no_grad():
+        found = events(lambda: call(x), (torchs_own,))
+    assert any(torchs_own in name for name in found)
+    assert not any(name.startswith("tkernels: ") for name in found)
