@@ -191,6 +191,21 @@ def test_other_pools_go_the_plain_way(change: dict[str, Any], taken: list[str]) 
     assert not taken
 
 
+def test_other_stages_go_the_plain_way(taken: list[str]) -> None:
+    """Another activation, padding of one side ("same" beside an even window), evaluation that is differentiated."""
+    x, layers, arguments = stage()
+    conv_stage(x, [layers[0], layers[1]._replace(activation="silu")], **arguments)
+    even = general.layers_for(3, [(8, 2, {"padding": "same"})], torch.float32, "cpu")
+    conv_stage(x, even, **arguments)
+    arguments["training"] = False
+    y = conv_stage(x, layers, **arguments)
+    assert not taken
+    assert y.requires_grad
+    with torch.no_grad():
+        conv_stage(x, layers, **arguments)
+    assert taken == ["evaluate"]
+
+
 def test_what_watches_or_transforms_calls_goes_the_plain_way(taken: list[str]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
