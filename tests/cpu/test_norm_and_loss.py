@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tkernels.functional as TF
 from tests.cpu.cases import take
+from tests.cpu.profiles import events
 from tests.tolerance import assert_close
 from tkernels.cpu import buffers, compiler, norm, product
 from tkernels.cpu import loss as cross_entropy_cpu
@@ -317,6 +318,48 @@ def test_calls_that_are_not_plain_take_torch() -> None:
     torch.testing.assert_close(per_sample, F.cross_entropy(x.detach(), target.clamp(min=0), reduction="none"))
     found = torch.func.grad(lambda logits: TF.cross_entropy(logits, target))(x.detach())
     torch.testing.assert_close(found, torch.autograd.grad(F.cross_entropy(x, target), x)[0])
+
+
+def test_batch_norms_that_the_passes_are_not_for() -> None:
+    """A residual, evaluation, vectors that are strided, an input of inference mode: as torch has them."""
+    x, weight, bias = (t.detach() for t in _batch((4096, 64)))
+    residual, every_other = torch.randn_like(x), torch.randn(4, 128).abs()[:, ::2]
+    mean, var, w, b = every_other
+    before = mean.clone()
+    normed = F.batch_norm(x, mean.clone(), var.clone(), w, b, True, 0.1, 1e-5)
+
+    def ours(x: Tensor, *vectors: Tensor, training: bool = True, residual: Tensor | None = None) -> Tensor:
+        return TF.batch_norm(x, *vectors, training, 0.1, 1e-5, "relu", residual)
+
+    plain = [t.contiguous() for t in every_other]
+    assert_close(ours(x, *(t.clone() for t in plain)), normed.relu().double(), 1)  # the pass is compiled
+    assert_close(ours(x, *(t.clone() for t in plain), residual=residual), (normed + residual).relu().double(), 1)
+    evaluated = F.batch_norm(x, mean, var, w, b, False, 0.1, 1e-5)
+    assert_close(ours(x, *plain, training=False), evaluated.relu().double(), 1)
+    assert torch.equal(plain[0], before)
+    moved = every_other.clone()
+    F.batch_norm(x, moved[0], moved[1], w, b, True, 0.1, 1e-5)
+    assert_close(ours(x, *every_other), normed.relu().double(), 1)
+    torch.testing.assert_close(every_other, moved)
+    assert not events(lambda: ours(x, *every_other), ())
+    with torch.inference_mode():
+        inference = x.clone()
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        F.batch_norm(inference, None, None, weight.requires_grad_(), bias, True)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        ours(inference, *plain[:2], weight, bias)
+    assert torch.equal(plain[0], before)
+
+
+def test_losses_of_any_smoothing() -> None:
+    """torch takes what is below 0 and refuses what is above 1."""
+    x, target = _logits(torch.float32)
+    ours, torchs = (f.cross_entropy(x, target, label_smoothing=-0.1) for f in (TF, F))
+    torch.testing.assert_close(ours, torchs)
+    torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(torchs, x))
+    for f in (TF, F):
+        with pytest.raises(RuntimeError, match="label_smoothing must be between 0.0 and 1.0"):
+            f.cross_entropy(x, target, label_smoothing=1.5)
 
 
 def test_large_products_are_onednn_s(monkeypatch: pytest.MonkeyPatch) -> None:
