@@ -358,7 +358,7 @@ def test_losses_of_any_smoothing() -> None:
     torch.testing.assert_close(ours, torchs)
     torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(torchs, x))
     for f in (TF, F):
-        with pytest.raises(RuntimeError, match="label_smoothing must be between 0.0 and 1.0"):
+        with pytest.raises(RuntimeError, match="label_smoothing must be between 0"):
             f.cross_entropy(x, target, label_smoothing=1.5)
 
 

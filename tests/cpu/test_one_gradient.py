@@ -81,3 +81,18 @@ def test_second_derivatives_are_those_of_torch_s_calls() -> None:
         found.append(torch.autograd.grad(g.square().sum(), leaves[1:]))
     for a, b in zip(*found):
         assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("padding, groups", [(0, 1), (1, 1), (0, 2)])
+def test_what_is_a_product_of_matrices(padding: int, groups: int) -> None:
+    """A 1 x 1 convolution without padding or groups; the gradients are torch's."""
+    leaves = [_leaf(2, 32, 9, 9, dtype=torch.bfloat16), _leaf(32, 32 // groups, 1, 1, dtype=torch.bfloat16)]
+    side = 9 + 2 * padding
+    arguments = (1, 1), (padding, padding), (1, 1), groups
+    ways = convolution.ways(2 * side * side, tuple(leaves[1].shape), *arguments, torch.bfloat16)
+    assert ways == (("product", "product") if (padding, groups) == (0, 1) else None)
+    if ways is not None:
+        y = convolution.conv2d(convolution.Call(*arguments, torch.bfloat16, ways), *leaves, None)
+        d = torch.randn_like(y)
+        expected = torch.autograd.grad(F.conv2d(*leaves), leaves, d)
+        torch.testing.assert_close(torch.autograd.grad(y, leaves, d), expected, rtol=0.02, atol=0.05)

@@ -343,9 +343,9 @@ def test_vectors_and_targets_of_other_dtypes_are_torchs() -> None:
     """Which takes bfloat16 vectors beside bfloat16 images and refuses the others."""
     x = torch.randn(64, 64, 32, 32).contiguous(memory_format=CL)
     for dtype in (torch.float64, torch.bfloat16):
-        with pytest.raises(RuntimeError, match="float32 input must be torch.float32"):
+        with pytest.raises(RuntimeError, match="statistics of a torch"):
             ours(x, torch.zeros(64, dtype=dtype), torch.ones(64, dtype=dtype), torch.ones(64), torch.zeros(64))
     vectors = [torch.full((64,), value, dtype=torch.bfloat16) for value in (0.0, 1.0, 1.0, 0.0)]
     assert NATIVE in events(lambda: ours(x.bfloat16(), *vectors), (PASS, NATIVE))
-    with pytest.raises(RuntimeError, match="(?i)type|Int"):
+    with pytest.raises(RuntimeError, match="Int"):
         TF.cross_entropy(torch.randn(4096, 1024), torch.zeros(4096, dtype=torch.int32))
