@@ -15,6 +15,9 @@ COMPAT_RUN = PYTHONPATH=$(CURDIR) $(COMPAT)/bin/python -m
 COMPAT_PACKAGES := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 \
 	pytest pytest-xdist hypothesis numpy pandas matplotlib tqdm scikit-learn
 
+# each gate of `make test` would compile the tests anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo perf test test-torch test-ttsem test-aot test-interp test-extended compat mutants lint clean
 
 help:

@@ -151,17 +151,19 @@ class _Rounds:
         return results
 
 
+def _where_extended(case: tuple[Any, ...]) -> tuple[str, ...]:
+    """The gates in which a case takes long and shows little more than the others."""
+    if case == ("uneven", "relu", torch.float32):
+        return ()
+    always = case in {("none", "leaky_relu", torch.float32), ("uneven", "silu", torch.bfloat16)}
+    return ("interp",) if always else ("ttsem", "interp")
+
+
 def _on_the_kernels() -> list[Any]:
-    """Every case in both dtypes; what needs a long time under ttsem's executor and shows little more is extended."""
-    always = {
-        ("uneven", "relu", torch.float32),
-        ("none", "leaky_relu", torch.float32),
-        ("uneven", "silu", torch.bfloat16),
-    }
     return [
         pytest.param(
             *case, dtype, id=f"{case[0]}-{case[1]}-{str(dtype).removeprefix('torch.')}",
-            marks=() if (case[0], case[1], dtype) in always else pytest.mark.extended("ttsem", "interp"),
+            marks=pytest.mark.extended(*_where_extended((case[0], case[1], dtype))),
         )
         for case in CASES
         for dtype in (torch.float32, torch.bfloat16)

@@ -97,7 +97,12 @@ BN = pytest.mark.parametrize("activation, residual, given, channels_last", [
 
 @pytest.mark.gate("interp", "cuda")
 @pytest.mark.parametrize(
-    "activation, residual, given", [(None, False, False), ("gelu", True, False), ("relu", False, True)]
+    "activation, residual, given",
+    [
+        pytest.param(None, False, False, marks=pytest.mark.extended("interp")),
+        ("gelu", True, False),
+        pytest.param("relu", False, True, marks=pytest.mark.extended("interp")),
+    ],
 )
 def test_batch_norms_launches(activation: str | None, residual: bool, given: bool, device: str) -> None:
     # (in the interpreter NCHW takes four times as long)

@@ -51,9 +51,13 @@ def test_unknown_backend_is_refused_and_changes_nothing() -> None:
 
 
 def test_environment_variable_sets_the_start_value() -> None:
-    show = "import tkernels; print(tkernels.get_backend())"
-    assert run_python(show, TKERNELS_BACKEND="torch").stdout.strip() == "torch"
-    assert run_python(show, TKERNELS_BACKEND="").stdout.strip() == "auto", "empty is not set"
+    show = """
+import importlib, os, tkernels
+print(tkernels.get_backend())
+os.environ["TKERNELS_BACKEND"] = ""
+print(importlib.reload(tkernels.core.mode).get_backend())
+"""
+    assert run_python(show, TKERNELS_BACKEND="torch").stdout.split() == ["torch", "auto"], "empty is not set"
 
 
 WRONG_BACKEND = """

@@ -117,7 +117,13 @@ def items(run):
 """
 
 
-@pytest.mark.parametrize("how, status", [("stop", "stopped after its"), ("hold", "stopped: it did not answer")])
+@pytest.mark.parametrize(
+    "how, status",
+    [
+        pytest.param("stop", "stopped after its", marks=pytest.mark.extended("torch")),  # it waits half a minute
+        ("hold", "stopped: it did not answer"),
+    ],
+)
 def test_an_item_that_fails_crashes_or_hangs_leaves_the_others(
     how: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,10 @@ def run(told: list[tuple[str, Any]]) -> Run:
     return Run(request, lambda kind, what: told.append((kind, what)))
 
 
-@pytest.mark.parametrize("variant", ["", "misaligned", "strided", EXPANDED])
+@pytest.mark.parametrize(
+    "variant",
+    ["", *(pytest.param(v, marks=pytest.mark.extended("ttsem")) for v in ("misaligned", "strided", EXPANDED))],
+)
 @pytest.mark.parametrize("operator", list(CASES))
 def test_our_kernels_are_what_is_checked(
     operator: str, variant: str, told: list[tuple[str, Any]], launches: list[str]
@@ -165,7 +168,7 @@ def test_each_gradient_is_timed_alone_on_our_kernels(
     assert {row.timing for row in rows} == {"cudagraph"}
 
 
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", [pytest.param(False, marks=pytest.mark.extended("ttsem")), True])
 def test_the_training_step_is_of_our_kernels(graph: bool, told: list[tuple[str, Any]], launches: list[str]) -> None:
     from models.cifar_cnn import FusedCNNClassifier
 
