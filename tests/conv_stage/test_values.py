@@ -328,10 +328,17 @@ def test_autocast_and_mixed_dtypes(device: str) -> None:
     assert layers[0].weight.grad.dtype == torch.float32
 
 
-def test_empty_batch(device: str) -> None:
-    layers = layers_for(3, [(4, 3, {"padding": 1})], torch.float32, device)
-    y = conv_stage(torch.empty(0, 3, 4, 4, device=device), layers, 2, training=False)
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batch(training: bool, device: str) -> None:
+    (layer,) = layers_for(3, [(4, 3, {"padding": 1})], torch.float32, device)
+    before = layer.running_mean.clone()
+    x = torch.empty(0, 3, 4, 4, device=device, requires_grad=True)
+    y = conv_stage(x, [layer], 2, training=training)
     assert y.shape == (0, 4, 2, 2)
+    dx, dw = torch.autograd.grad(y.sum(), (x, layer.weight))
+    assert dx.shape == x.shape
+    assert not dw.any()
+    assert torch.equal(layer.running_mean, before)
 
 
 def test_no_second_derivative(device: str, triton_runs: bool) -> None:

@@ -83,6 +83,20 @@ def test_who_wants_gradients_makes_another_kind(asked: list[Any]) -> None:
     assert len(asked) == 5
 
 
+@pytest.mark.parametrize("asked", ["linear"], indirect=True)
+def test_each_dtype_of_autocast_makes_another_kind(asked: list[Any]) -> None:
+    x, w = torch.zeros(8, 32), torch.zeros(16, 32)
+    before = torch.get_autocast_dtype("cuda")
+    try:
+        for dtype in (torch.float16, torch.bfloat16, torch.float16):
+            torch.set_autocast_dtype("cuda", dtype)
+            with autocast(True):
+                assert linear(x, w).dtype is dtype
+    finally:
+        torch.set_autocast_dtype("cuda", before)
+    assert len(asked) == 2
+
+
 def test_a_class_weight_that_comes_to_want_a_gradient_is_refused() -> None:
     x, target, weight = torch.zeros(8, 5), torch.zeros(8, dtype=torch.int64), torch.ones(5)
     cross_entropy(x, target, weight)

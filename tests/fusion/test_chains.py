@@ -234,6 +234,14 @@ def test_what_must_not_be_fused_whole(forward: Callable[..., Tensor], most: int,
     assert len(report(fused).fused) <= most
 
 
+def test_gradients_stop_where_the_model_stops_them(device: str) -> None:
+    model, fused = both(lambda: Layers(gradients_switched_between), device)
+    for network in (model, fused):
+        network(images(device)).sum().backward()
+        assert network.conv.weight.grad is None
+        assert network.bn.weight.grad is not None
+
+
 def test_what_disturbs_the_end_leaves_the_beginning(device: str) -> None:
     model, fused = both(lambda: Layers(statistics_read_between), device)
     assert_alike(fused, model, images(device), more=1)

@@ -102,7 +102,7 @@ MUTANTS = [
     _mutant("a negated view on kernels", MODE, "if _wraps_others(t) or (eager and t.is_neg()):",
             "if _wraps_others(t):", "tests/conformance", "tests/core", gate="ttsem"),
     _mutant("linear with a bias of two axes drops out in the kernel", "ops/linear/op.py",
-            "dropout=p if bias is None or bias.dim() < 2 else 0.0)", "dropout=p)", "tests/linear", gate="ttsem"),
+            "dropout=p if bias is None or bias.dim() < 2 else 0.0)", "dropout=p)", "tests/core"),
     _mutant("a conv stage without images on kernels", "ops/conv_stage/op.py",
             "if call.input.numel() == 0 or not mode", "if not mode", "tests/conv_stage", gate="ttsem"),
 ]  # fmt: skip
