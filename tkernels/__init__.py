@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 import contextlib
+import importlib
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,9 @@ __all__ = ["__version__", "backend", "explain", "functional", "fuse", "get_backe
 def __getattr__(name: str) -> Any:
     # Fusion rests on Dynamo, whose import takes as long as torch's own and needs a folder for temporary files: whoever
     # asks for it pays
-    if name in ("explain", "fuse", "unfuse"):
-        from tkernels import fusion
-
-        return getattr(fusion, name)
+    if name in ("explain", "fuse", "fusion", "unfuse"):
+        fusion = importlib.import_module("tkernels.fusion")
+        return fusion if name == "fusion" else getattr(fusion, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -33,4 +33,4 @@ def __dir__() -> list[str]:
 # has not: the name is known once fusion is imported.
 if not entry_points(group="torch_dynamo_backends", name="tkernels"):
     with contextlib.suppress(FileNotFoundError):
-        from tkernels import fusion as fusion
+        importlib.import_module("tkernels.fusion")

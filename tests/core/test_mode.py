@@ -239,12 +239,12 @@ import tkernels
 assert {"fuse", "explain", "unfuse"} <= set(dir(tkernels))
 print("torch._dynamo" in sys.modules)
 import torch
-print("tkernels" in torch._dynamo.list_backends())
+print(tkernels.fusion.__name__, "tkernels" in torch._dynamo.list_backends())
 tkernels.fuse(torch.nn.Linear(2, 2))
 """
     shown = [run_python(code.replace("INSTALLED", found)).stdout.split() for found in ("['a point']", "[]")]
     assert shown[0][0] == "False"
-    assert shown[1] == ["True", "True"]
+    assert shown[1] == ["True", "tkernels.fusion", "True"]
 
 
 WITHOUT_TEMPORARY_FILES = """
