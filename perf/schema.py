@@ -8,7 +8,7 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,9 +59,23 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurement(Row):
-    """What is timed, by perf sweep and perf gpu."""
+class Sizes(Row):
+    """Sizes of what was called. (Columns of a class's last base come first.)"""
 
+    N: int | None = number("batch: images, or rows of a matrix")
+    C: int | None = number("input channels, input features or classes; attention: features of a head")
+    H: int | None = number("rows of the input image; attention: queries")
+    W: int | None = number("columns of the input image; attention: keys")
+    K: int | None = number("output channels or output features; attention: heads")
+    R: int | None = number("rows of the convolution window")
+    S: int | None = number("columns of the convolution window")
+    stride: int | None = number("of the convolution, both axes")
+    padding: int | None = number("of the convolution, both axes")
+    groups: int | None = number("of the convolution; matmul: products in a batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Which(Row):
     timestamp: str = text("when the row was written, UTC, ISO 8601")
     commit: str = text("git commit of the source, -dirty where it was changed since; unknown outside git")
     host: str = text("name of the machine")
@@ -79,16 +93,12 @@ class Measurement(Row):
         "bf16, fp16 or fp32: of inputs, weights and outputs; train and infer: of autocast over float32 (fp32: none)"
     )
     layout: str = text("nhwc (channels_last) or nchw; empty where the operator has no images")
-    N: int | None = number("batch: images, or rows of a matrix")
-    C: int | None = number("input channels, input features or classes; attention: features of a head")
-    H: int | None = number("rows of the input image; attention: queries")
-    W: int | None = number("columns of the input image; attention: keys")
-    K: int | None = number("output channels or output features; attention: heads")
-    R: int | None = number("rows of the convolution window")
-    S: int | None = number("columns of the convolution window")
-    stride: int | None = number("of the convolution, both axes")
-    padding: int | None = number("of the convolution, both axes")
-    groups: int | None = number("of the convolution; matmul: products in a batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement(Sizes, _Which):
+    """What is timed, by perf sweep and perf gpu."""
+
     provider: str = text("whose code was measured")
     timing: str = text("wall: the call as a user makes it; cudagraph: replayed from a CUDA graph")
     allocator: str = text(
@@ -136,9 +146,18 @@ class Measurement(Row):
     status: str = text("ok; else wrong, error, out of memory, crashed, timeout or unsupported, with the reason")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counted(Row):
+    """What rows of what is counted, not timed, begin with."""
+
+    commit: str = text("git commit of the source")
+    torch: str = text("version of torch")
+    triton: str = text("version of triton")
+    target: str = text("the GPU the choosers believed in")
+
+
 COLUMNS, NAMES = Measurement.columns(), Measurement.names()
-SHAPE_COLUMNS = ("N", "C", "H", "W", "K", "R", "S", "stride", "padding", "groups")
-SHAPE = tuple(column for column in COLUMNS if column.name in SHAPE_COLUMNS)
+SHAPE, SHAPE_COLUMNS = Sizes.columns(), Sizes.names()
 # What makes two rows the same measurement
 KEY = ("device", "operator", "mode", "dtype", "layout", *SHAPE_COLUMNS, "provider", "timing",
        "allocator")  # fmt: skip
@@ -146,20 +165,10 @@ KEY = ("device", "operator", "mode", "dtype", "layout", *SHAPE_COLUMNS, "provide
 TASK = KEY[1:]
 # What CSVs of before have no column of
 LATER = ("allocator", "ratio_p25", "ratio_p50", "ratio_p75", "rounds", "page_faults", "saved_mb")
-# What counts, and is not timed, begins with these columns, and counts these
-COUNTED_FOR = (
-    Column("commit", "text", "git commit of the source"),
-    Column("torch", "text", "version of torch"),
-    Column("triton", "text", "version of triton"),
-    Column("target", "text", "the GPU the choosers believed in"),
-)
-COUNTED_BYTES = Column(
-    "bytes", "whole", "arguments of launches and ATen calls, read once and written once, without workspaces"
-)
-COUNTED_CALLS = (
-    Column("launches", "whole", "Triton launches"),
-    Column("aten_calls", "whole", "ATen calls that compute (no views, no allocations)"),
-)
+# of CSVs of what is counted, not timed
+BYTES = "arguments of launches and ATen calls, read once and written once, without workspaces"
+LAUNCHES = "Triton launches"
+ATEN_CALLS = "ATen calls that compute (no views, no allocations)"
 OK = "ok"
 # Text that a spreadsheet would take for a formula and execute; a quote before it makes it text again
 _FORMULA = re.compile(r"\s*[=+\-@\t\r\uff0b\uff0d\uff1d\uff20]")
@@ -307,13 +316,10 @@ def typed(frame: pd.DataFrame, columns: Iterable[Column], path: Path) -> pd.Data
     return result
 
 
-def frame_of(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column]) -> pd.DataFrame:
-    """A table of what was counted. Raises KeyError for a cell that is in none of the columns."""
-    listed, names = list(rows), [column.name for column in columns]
-    unknown = {name for row in listed for name in row if name not in names}
-    if unknown:
-        raise KeyError(f"no such columns: {sorted(unknown)}")
-    return pd.DataFrame(listed, columns=names).astype({c.name: "Int64" for c in columns if c.kind == "whole"})
+def frame_of(kind: type[Row], rows: Iterable[Row]) -> pd.DataFrame:
+    """A table of rows of one kind."""
+    frame = pd.DataFrame([vars(row) for row in rows], columns=list(kind.names()))
+    return frame.astype({column.name: "Int64" for column in kind.columns() if column.kind == "whole"})
 
 
 def as_text(frame: pd.DataFrame, index: bool = True) -> str:

@@ -81,8 +81,8 @@ def drawn(path: Path) -> Iterator[tuple[str, Figure]]:
     """The figures of one file, with the ends of their names. Raises Refused for a CSV of another kind."""
     frame = schema.table(path)
     if "workspace_bytes" in frame.columns:
-        schema.require(frame, traffic.NAMES, path)
-        yield "bytes", _signed(stacked_bytes(schema.typed(frame, traffic.COLUMNS, path)), frame, "target")
+        schema.require(frame, traffic.Traffic.names(), path)
+        yield "bytes", _signed(stacked_bytes(schema.typed(frame, traffic.Traffic.columns(), path)), frame, "target")
         return
     sweep = schema.read(path)
     # networks against others have a table

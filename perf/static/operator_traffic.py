@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,29 +11,36 @@ import pandas as pd
 import tkernels
 from perf import operators, options, plan, providers, schema, shapes
 from perf.plan import Task
-from perf.schema import Column
+from perf.schema import Counted, Sizes, number, text
 from perf.static import meter
 
 PROVIDERS = ("torch", "tkernels")
 # (the network is what the command counts without --op)
 NAMES = tuple(name for name in operators.OPERATORS if name != "cnn")
 PHASES = {"forward": "fwd", "backward": "bwd"}
-COLUMNS = (
-    *schema.COUNTED_FOR,
-    Column("operator", "text", "a name of perf/operators.py"),
-    Column("dtype", "text", "bf16, fp16 or fp32: of inputs, weights and outputs"),
-    *schema.SHAPE,
-    Column("provider", "text", "tkernels or torch (eager)"),
-    Column("phase", "text", "forward or backward"),
-    schema.COUNTED_BYTES,
-    Column("least_bytes", "whole", "each operand of the operator read once, each result written once"),
-    Column("workspace_bytes", "whole", "float32 operands made and dropped within the phase"),
-    *schema.COUNTED_CALLS,
-    Column("saved_bytes", "whole", "forward: distinct storages kept for backward, inputs and parameters counted"),
-)
 
 
-def rows(names: Sequence[str], given: Sequence[str], dtypes: Sequence[str], target_name: str) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Which(Counted):
+    operator: str = text("a name of perf/operators.py")
+    dtype: str = text("bf16, fp16 or fp32: of inputs, weights and outputs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OperatorTraffic(Sizes, _Which):
+    """What an operator moves in a phase."""
+
+    provider: str = text("tkernels or torch (eager)")
+    phase: str = text("forward or backward")
+    bytes: int | None = number(schema.BYTES)
+    least_bytes: int | None = number("each operand of the operator read once, each result written once")
+    workspace_bytes: int | None = number("float32 operands made and dropped within the phase")
+    launches: int | None = number(schema.LAUNCHES)
+    aten_calls: int | None = number(schema.ATEN_CALLS)
+    saved_bytes: int | None = number("forward: distinct storages kept for backward, inputs and parameters counted")
+
+
+def rows(names: Sequence[str], given: Sequence[str], dtypes: Sequence[str], target_name: str) -> list[OperatorTraffic]:
     """A row for each operator, shape, dtype, provider and phase. ``given``: shapes as perf sweep takes them. Raises
     Refused."""
     checked = options.several("operator", names, NAMES)
@@ -56,14 +64,14 @@ def count(task: Task, target_name: str) -> meter.Step:
         return meter.one_call(make, target_name)
 
 
-def _of_task(task: Task, counted: meter.Step) -> Iterator[dict[str, Any]]:
+def _of_task(task: Task, counted: meter.Step) -> Iterator[OperatorTraffic]:
     itemsize = operators.DTYPES[task.dtype].itemsize
-    case = {"operator": task.operator, "dtype": task.dtype, "provider": task.provider, **dict(task.shape)}
+    case = OperatorTraffic(operator=task.operator, dtype=task.dtype, provider=task.provider).having(**dict(task.shape))
     for phase, mode in PHASES.items():
         saved = sum(counted.saved.values()) if phase == "forward" else 0
         calls = [call for call in counted.calls if call.phase == phase]
         least, _ = operators.get(task.operator).work(dict(task.shape), mode, itemsize)
-        yield {**case, "phase": phase, "least_bytes": least, **meter.counts(calls, saved)}
+        yield case.having(phase=phase, least_bytes=least, **meter.counts(calls, saved))
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import importlib
 import math
 import multiprocessing
@@ -22,43 +23,47 @@ from tqdm import tqdm
 import perf.static.cases
 from perf import options, schema
 from perf.options import Refused
-from perf.schema import Column
+from perf.schema import Row, number, text
 from perf.static import aot, rules, ttir
 from perf.static.aot import Launch
 from perf.static.facts import Facts
 from tkernels.core.targets import TARGETS, Target
 
-COLUMNS = (
-    Column("operator", "text", "the file of perf/static/cases"),
-    Column("case", "text", "the case's name: pass, shape, dtype"),
-    Column("kernel", "text", "the kernel's name"),
-    Column("config", "text", "block sizes and launch options"),
-    Column("target", "text", "the GPU compiled for"),
-    Column("programs", "whole", "size of the grid"),
-    Column("num_warps", "whole", "warps of a program"),
-    Column("registers", "whole", "a thread"),
-    Column("spill_bytes", "whole", "a thread"),
-    Column("shared_bytes", "whole", "a program"),
-    Column("shared_limit", "whole", "what the target allows a program"),
-    Column("occupancy_estimate", "number", "share of a multiprocessor's warps, by registers and shared memory"),
-    Column("tensor_core", "text", "the tensor-core instruction used; empty without one"),
-    Column("tensor_core_instructions", "whole", "in the code, not executed"),
-    Column("loads_128", "whole", "128-bit loads in the code, async copies included"),
-    Column("stores_128", "whole", "128-bit stores in the code"),
-    Column("loop_wide_loads", "whole", "128-bit loads in the loop of the product"),
-    Column("loop_narrow_loads", "whole", "narrower ones there"),
-    Column("wgmma_from_registers", "whole", "wgmma whose left operand lies in registers; sm_90, as the next three"),
-    Column("wgmma_in_flight", "whole", "the most groups of wgmma that a wait leaves in flight"),
-    Column("wgmma_overwrites", "whole", "writes to registers that a wgmma in flight reads: wrong values"),
-    Column("wgmma_serialised", "text", "why ptxas runs one wgmma at a time (C7514, C7515); empty if they overlap"),
-    Column("bytes", "whole", "every tensor argument once"),
-    Column("flops", "number", "of the products, padding included"),
-    Column("estimate_us", "number", "microseconds at the peak rates: a bound, not a forecast"),
-    Column("bound_by", "text", "bytes or flops, whichever takes longer"),
-    Column("complaints", "text", "what breaks a rule of perf/static/rules.py; empty if nothing does"),
-    Column("status", "text", "ok, or what the compiler said"),
-)
-NAMES = tuple(column.name for column in COLUMNS)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled(Row):
+    """What the compiler made of a launch on a target."""
+
+    operator: str = text("the file of perf/static/cases")
+    case: str = text("the case's name: pass, shape, dtype")
+    kernel: str = text("the kernel's name")
+    config: str = text("block sizes and launch options")
+    target: str = text("the GPU compiled for")
+    programs: int | None = number("size of the grid")
+    num_warps: int | None = number("warps of a program")
+    registers: int | None = number("a thread")
+    spill_bytes: int | None = number("a thread")
+    shared_bytes: int | None = number("a program")
+    shared_limit: int | None = number("what the target allows a program")
+    occupancy_estimate: float | None = number("share of a multiprocessor's warps, by registers and shared memory")
+    tensor_core: str = text("the tensor-core instruction used; empty without one")
+    tensor_core_instructions: int | None = number("in the code, not executed")
+    loads_128: int | None = number("128-bit loads in the code, async copies included")
+    stores_128: int | None = number("128-bit stores in the code")
+    loop_wide_loads: int | None = number("128-bit loads in the loop of the product")
+    loop_narrow_loads: int | None = number("narrower ones there")
+    wgmma_from_registers: int | None = number("wgmma whose left operand lies in registers; sm_90, as the next three")
+    wgmma_in_flight: int | None = number("the most groups of wgmma that a wait leaves in flight")
+    wgmma_overwrites: int | None = number("writes to registers that a wgmma in flight reads: wrong values")
+    wgmma_serialised: str = text("why ptxas runs one wgmma at a time (C7514, C7515); empty if they overlap")
+    bytes: int | None = number("every tensor argument once")
+    flops: float | None = number("of the products, padding included")
+    estimate_us: float | None = number("microseconds at the peak rates: a bound, not a forecast")
+    bound_by: str = text("bytes or flops, whichever takes longer")
+    complaints: str = text("what breaks a rule of perf/static/rules.py; empty if nothing does")
+    status: str = text("ok, or what the compiler said")
+
+
 # What the machine code says, columns by the names of Facts
 FACTS = ("num_warps", "registers", "spill_bytes", "shared_bytes", "tensor_core_instructions", "loads_128", "stores_128",
          "loop_wide_loads", "loop_narrow_loads")  # fmt: skip
@@ -99,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [row for part in parts for row in part]
     if not rows:
         raise Refused(f"no case of {', '.join(names)} has a name with {args.case!r} in it")
-    frame = schema.frame_of(rows, COLUMNS)
+    frame = schema.frame_of(Compiled, rows)
     print(schema.as_text(frame[list(SHOWN)].rename(columns=SHOWN), index=False))
     _print_problems(rows)
     if args.csv is not None:
@@ -107,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _mapped(units: list[tuple[str, str, str]], jobs: int) -> Iterator[list[dict[str, Any]]]:
+def _mapped(units: list[tuple[str, str, str]], jobs: int) -> Iterator[list[Compiled]]:
     if jobs == 1:
         yield from map(report, units)
         return
@@ -116,22 +121,22 @@ def _mapped(units: list[tuple[str, str, str]], jobs: int) -> Iterator[list[dict[
         yield from pool.map(report, units)
 
 
-def report(unit: tuple[str, str, str]) -> list[dict[str, Any]]:
+def report(unit: tuple[str, str, str]) -> list[Compiled]:
     """Rows of one operator on one target: a row a distinct launch of each case whose name contains the text."""
-    operator, target_name, text = unit
+    operator, target_name, words = unit
     rows = []
     for case in importlib.import_module(f"perf.static.cases.{operator}").cases():
-        if text not in case.name or case.reason_to_skip(target_name) is not None:
+        if words not in case.name or case.reason_to_skip(target_name) is not None:
             continue
-        head = {"operator": operator, "case": case.name, "target": target_name}
+        head = Compiled(operator=operator, case=case.name, target=target_name)
         try:
             with aot.recording(target_name) as launches:
                 case.run()
         except Exception as error:  # a case that cannot be made is a row of the report
-            rows.append({**head, "status": _one_line(error)})
+            rows.append(head.having(status=_one_line(error)))
             continue
         distinct = {aot.specialisation(launch, target_name): launch for launch in launches}
-        rows += [{**head, **_of_launch(launch, TARGETS[target_name])} for launch in distinct.values()]
+        rows += [head.having(**_of_launch(launch, TARGETS[target_name])) for launch in distinct.values()]
     return rows
 
 
@@ -184,12 +189,12 @@ def estimate(moved: int, products: dict[str, float], target: Target) -> tuple[fl
     return max(by_bytes, by_flops), "flops" if by_flops > by_bytes else "bytes"
 
 
-def _print_problems(rows: list[dict[str, Any]]) -> None:
-    failed = [row for row in rows if row["status"] != "ok"]
-    bad = [row for row in rows if row.get("complaints")]
+def _print_problems(rows: list[Compiled]) -> None:
+    failed = [row for row in rows if row.status != "ok"]
+    bad = [row for row in rows if row.complaints]
     for row in failed:
-        print(f"{row['operator']}, {row['case']}, {row['target']}: {row['status']}")
+        print(f"{row.operator}, {row.case}, {row.target}: {row.status}")
     for row in bad:
-        print(f"{row['operator']}, {row['case']}, {row['kernel']}, {row['target']}: {row['complaints']}")
+        print(f"{row.operator}, {row.case}, {row.kernel}, {row.target}: {row.complaints}")
     compiled = len(rows) - len(failed)
     print(f"\n{compiled} launches compiled, {len(failed)} failed, {len(bad)} with complaints   (~ estimated)")

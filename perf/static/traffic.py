@@ -21,26 +21,30 @@ import tkernels
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from perf import operators, options, providers, schema, shapes
 from perf.options import Refused
-from perf.schema import Column
+from perf.schema import Counted, number, text
 from perf.static import aot, inductor, meter, operator_traffic
+from perf.static.operator_traffic import OperatorTraffic
 from tkernels.core import targets
 
-COLUMNS = (
-    *schema.COUNTED_FOR,
-    Column("batch", "whole", "images a step"),
-    Column("provider", "text", "tkernels, torch (eager) or torch.compile"),
-    Column("layer", "text", "the module's name; (step) for the whole step"),
-    Column("phase", "text", "forward or backward; empty in the row of the whole step"),
-    schema.COUNTED_BYTES,
-    Column("workspace_bytes", "whole", "float32 operands made and dropped within one pass of a layer"),
-    Column("workspace_alive", "whole", "in the row of the step: most bytes of workspace in one pass of a layer"),
-    *schema.COUNTED_CALLS,
-    Column("saved_bytes", "whole", "distinct storages kept for backward, parameters not counted"),
-    Column("specialisations", "whole", "in the row of the step: kernels that Triton compiles for it"),
-    Column("specialisations_added", "whole", "in the row of the step: further kernels for another last batch"),
-)
-NAMES = tuple(column.name for column in COLUMNS)
 STEP = "(step)"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic(Counted):
+    """What a layer moves in a phase, or the whole step."""
+
+    batch: int | None = number("images a step")
+    provider: str = text("tkernels, torch (eager) or torch.compile")
+    layer: str = text("the module's name; (step) for the whole step")
+    phase: str = text("forward or backward; empty in the row of the whole step")
+    bytes: int | None = number(schema.BYTES)
+    workspace_bytes: int | None = number("float32 operands made and dropped within one pass of a layer")
+    workspace_alive: int | None = number("in the row of the step: most bytes of workspace in one pass of a layer")
+    launches: int | None = number(schema.LAUNCHES)
+    aten_calls: int | None = number(schema.ATEN_CALLS)
+    saved_bytes: int | None = number("distinct storages kept for backward, parameters not counted")
+    specialisations: int | None = number("in the row of the step: kernels that Triton compiles for it")
+    specialisations_added: int | None = number("in the row of the step: further kernels for another last batch")
 
 
 def plain() -> tuple[nn.Module, nn.Module]:
@@ -74,21 +78,20 @@ def run(args: argparse.Namespace) -> int:
     options.one_of("target", args.target, targets.TARGETS)
     if args.csv is not None:
         options.new_file(args.csv)
-    head = {"commit": options.commit(), **providers.versions(), "target": args.target}
+    head: dict[str, Any] = {"commit": options.commit(), **providers.versions(), "target": args.target}
     if args.op is not None:
         rows = operator_traffic.rows(args.op, args.shapes or ["cnn"], args.dtype or ["bf16"], args.target)
-        frame = schema.frame_of([{**head, **row} for row in rows], operator_traffic.COLUMNS)
+        frame = schema.frame_of(OperatorTraffic, [row.having(**head) for row in rows])
         print(operator_traffic.summary(frame).to_string(index=False))
     else:
-        rows = _rows_of_network(args)
-        frame = schema.frame_of([{**head, "batch": args.batch, **row} for row in rows], COLUMNS)
+        frame = schema.frame_of(Traffic, [row.having(**head, batch=args.batch) for row in _rows_of_network(args)])
         _print(frame, args.batch)
     if args.csv is not None:
         schema.write(frame, args.csv)
     return 0
 
 
-def _rows_of_network(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _rows_of_network(args: argparse.Namespace) -> list[Traffic]:
     for name in ("shapes", "dtype"):
         if getattr(args, name) is not None:
             raise Refused(f"--{name} goes with --op, which is not given")
@@ -125,25 +128,26 @@ def added_specialisations(full: meter.Step, last: meter.Step, target_name: str) 
     return specialisations(last, target_name) - specialisations(full, target_name)
 
 
-def _rows(provider: str, counted: meter.Step, **of_step: int) -> list[dict[str, Any]]:
+def _rows(provider: str, counted: meter.Step, **of_step: int) -> list[Traffic]:
     """A row a layer and phase, and one of the whole step, with the columns that it alone has."""
     saved = {(layer, "forward"): size for layer, size in counted.saved.items()}
     passes: dict[tuple[str, str], list[meter.Call]] = {}
     for call in counted.calls:
         passes.setdefault((call.layer, call.phase), []).append(call)
-    found: list[dict[str, Any]] = [
-        {"layer": key[0], "phase": key[1], **meter.counts(passes.get(key, ()), saved.get(key, 0))}
+    found = [
+        Traffic(provider=provider, layer=key[0], phase=key[1]).having(
+            **meter.counts(passes.get(key, ()), saved.get(key, 0))
+        )
         for key in dict.fromkeys([*passes, *saved])
     ]
-    whole = meter.counts(counted.calls, sum(saved.values()))
-    found.append({"layer": STEP, "phase": "", **whole, "workspace_alive": counted.alive, **of_step})
-    return [{"provider": provider, **row} for row in found]
+    whole = Traffic(provider=provider, layer=STEP, workspace_alive=counted.alive)
+    return [*found, whole.having(**meter.counts(counted.calls, sum(saved.values())), **of_step)]
 
 
-def _inductor_row(batch: int) -> dict[str, Any]:
-    row = {"provider": "torch.compile", "layer": STEP, "phase": ""}
+def _inductor_row(batch: int) -> Traffic:
+    row = Traffic(provider="torch.compile", layer=STEP)
     try:
-        return {**row, "bytes": inductor.bytes_of_step(plain, batch)}
+        return row.having(bytes=inductor.bytes_of_step(plain, batch))
     except Exception as error:  # Inductor's inside changes from release to release
         print(f"note: Inductor's count is not to be had: {' '.join(str(error).split())[:200]}")
         return row

@@ -115,7 +115,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     shapes = "N=4 K=2 H=64 W=96 C=32", "N=64 C=32 K=16"
     assert run("traffic", "--op", "attention", "matmul", "--shapes", *shapes, "--dtype", "fp32", "--csv", path) == 0
     frame = pd.read_csv(path)
-    assert tuple(frame.columns) == tuple(column.name for column in operator_traffic.COLUMNS)
+    assert tuple(frame.columns) == operator_traffic.OperatorTraffic.names()
     assert set(frame.operator) == {"attention", "matmul"}
     assert len(frame) == 8
     ours = frame[frame.provider == "tkernels"]

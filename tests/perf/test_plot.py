@@ -58,7 +58,7 @@ def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
 
 
 def test_traffic_is_drawn_in_bars(tmp_path: Path) -> None:
-    names = ",".join(traffic.NAMES)
+    names = ",".join(traffic.Traffic.names())
     lines = [f"c,t,t,sm_90,4,{p},stage1.conv1,{phase},1000,{w},,1,0,9,," for p, w in (("torch", 0), ("tkernels", 50))
              for phase in ("forward", "backward")]  # fmt: skip
     (tmp_path / "t.csv").write_text(

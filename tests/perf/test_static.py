@@ -78,7 +78,7 @@ def test_the_command_reports_every_target(tmp_path: Path, capsys: pytest.Capture
     chosen = ["--op", "linear", "--target", "sm_80", "gfx942", "--case", "forward 256->128 relu bf16"]
     assert run("static", *chosen, "--csv", path) == 0
     frame = pd.read_csv(path)
-    assert tuple(frame.columns) == static.NAMES
+    assert tuple(frame.columns) == static.Compiled.names()
     assert set(frame.target) == {"sm_80", "gfx942"}
     assert set(frame.status) == {"ok"}
     assert (frame.spill_bytes == 0).all()

@@ -84,7 +84,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     path = tmp_path / "t.csv"
     assert run("traffic", "--batch", "4", "--last-batch", "3", "--no-inductor", "--csv", path) == 0
     frame = pd.read_csv(path)
-    assert tuple(frame.columns) == traffic.NAMES
+    assert tuple(frame.columns) == traffic.Traffic.names()
     for provider, rows in frame.groupby("provider"):
         whole = rows[rows.layer == traffic.STEP].iloc[0]
         parts = rows[rows.layer != traffic.STEP]
