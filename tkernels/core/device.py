@@ -96,9 +96,8 @@ def keep_scale(seed, row, col, n_cols, p, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
     # join puts its operands on a new last axis: ((0, 2), (1, 3)) flattens to 0, 1, 2, 3
     draws = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(BLOCK_M, BLOCK_N)
     uniform = tl.uint_to_uniform_float(draws)
-    # p = 1 keeps nothing: the factor is 0, not 1 / 0
-    factor = tl.where(p < 1.0, 1.0 / (1.0 - p), 0.0)
-    return tl.where(uniform >= p, factor, 0.0)
+    # (draws are below 1: p = 1 keeps nothing, and 1 / 0 is never chosen)
+    return tl.where(uniform >= p, 1.0 / (1.0 - p), 0.0)
 
 
 @triton.jit
