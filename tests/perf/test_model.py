@@ -137,7 +137,11 @@ def test_torchs_time_is_above_the_ratio(fused_by: Any) -> None:
 
 def test_graphs_and_guards_are_dynamos(fused_by: Any) -> None:
     """A static graph, then one for all batch sizes."""
-    fused_by(lambda given: given.compile(backend="eager"))
+
+    def compiled(given: nn.Module) -> None:  # (given.compile() captures nothing of a Sequential in torch 2.11)
+        given.forward = torch.compile(given.forward, backend="eager")
+
+    fused_by(compiled)
     rows = _measured(_task(), 1)
     fused, eager = rows["tkernels"], rows["torch"]
     assert (fused["graphs"], fused["graphs_second"], fused["graphs_third"]) == (1, 1, 0)
@@ -246,6 +250,7 @@ def test_means_are_geometric_and_of_the_last_row_of_each(tmp_path: Path) -> None
 
 
 def test_a_list_stands_for_its_models() -> None:
+    pytest.importorskip("timm")
     found = list(names.resolve(["torchvision:resnet50", "all", "torchvision:resnet18"]))
     assert found[0] == "torchvision:resnet50"
     assert sorted(found) == sorted(names.LISTED)
