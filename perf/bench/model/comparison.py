@@ -162,7 +162,8 @@ def _floats(output: Any) -> list[Tensor]:
 
 
 def _compile(model: nn.Module) -> None:
-    model.compile()
+    # (model.compile() captures nothing of a model that is an nn.Sequential in torch 2.11)
+    model.forward = torch.compile(model.forward)
 
 
 def _fuse(model: nn.Module) -> None:
