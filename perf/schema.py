@@ -230,6 +230,11 @@ def is_empty(cell: Any) -> bool:
     return cell is None or bool(pd.isna(cell))
 
 
+def _check_kind(row: Row, kind: type[Row], owner: str) -> None:
+    if type(row) is not kind:
+        raise TypeError(f"{owner} has rows of {kind.__name__}, not of {type(row).__name__}")
+
+
 class Writer:
     """Appends rows of one kind to a CSV, each whole and on disk before the call returns. Raises OSError where the disk
     is full."""
@@ -241,8 +246,7 @@ class Writer:
             self._write(",".join(kind.names()) + "\n")
 
     def append(self, row: Row) -> None:
-        if type(row) is not self._kind:
-            raise TypeError(f"{self._path} has rows of {self._kind.__name__}, not of {type(row).__name__}")
+        _check_kind(row, self._kind, str(self._path))
         self._write(line(row))
 
     def close(self) -> None:
@@ -317,8 +321,11 @@ def typed(frame: pd.DataFrame, columns: Iterable[Column], path: Path) -> pd.Data
 
 
 def frame_of(kind: type[Row], rows: Iterable[Row]) -> pd.DataFrame:
-    """A table of rows of one kind."""
-    frame = pd.DataFrame([vars(row) for row in rows], columns=list(kind.names()))
+    """A table of rows of one kind. Raises TypeError for a row of another, whose columns would be lost."""
+    listed = list(rows)
+    for row in listed:
+        _check_kind(row, kind, "the table")
+    frame = pd.DataFrame([vars(row) for row in listed], columns=list(kind.names()))
     return frame.astype({column.name: "Int64" for column in kind.columns() if column.kind == "whole"})
 
 

@@ -56,6 +56,10 @@ def test_a_column_that_there_is_not_is_an_error_when_the_row_is_made(tmp_path: P
         row().having(colour="red")
     with pytest.raises(TypeError, match="rows of Measurement, not of CheckRow"):
         write(tmp_path / "a.csv", cast(Measurement, CheckRow(check="a")))
+    with pytest.raises(TypeError, match="rows of Traffic, not of OperatorTraffic"):
+        schema.frame_of(Traffic, [Traffic(), OperatorTraffic()])
+    with pytest.raises(TypeError, match="colour"):
+        Traffic().having(colour="red")
 
 
 @pytest.mark.parametrize(
