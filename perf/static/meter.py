@@ -170,11 +170,15 @@ class _Meter(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         given = _tensors((args, kwargs))
+        if any(t.is_meta for t in (*given, *_tensors(result))):  # a plan is being made
+            return result
         storages = {_storage(t) for t in given}
         fresh = [t for t in _tensors(result) if _storage(t) not in storages]
         self._born |= {_storage(t): StorageWeakRef(t.untyped_storage()) for t in fresh}
         written = _written(func, args)
-        if name not in _ALLOCATIONS and (fresh or written):
+        if name in _KERNELS:
+            self._count("aten", name, [t for kernel in _KERNELS[name](args, result) for t in _distinct(kernel)])
+        elif name not in _ALLOCATIONS and (fresh or written):
             read = [t for t in given if not (name in _OVERWRITES and t is args[0])]
             self._count("aten", name, [*_distinct(read), *_distinct([*fresh, *written])])
         return result
@@ -266,6 +270,34 @@ class _Layers:
             self._claimed.add(node)
             node.register_prehook(lambda gradients: self._meter.enter(name))
             nodes += [following for following, _ in node.next_functions]
+
+
+def _convolution_gradients(args: Any, results: Any) -> list[list[Tensor]]:
+    """Each gradient that is asked for is a product of its own."""
+    dy, x, weight = args[:3]
+    dx, dw, db = results
+    return [_tensors(kernel) for kernel in ((dy, weight, dx), (dy, x, dw), (dy, db)) if kernel[-1] is not None]
+
+
+def _batch_norm(args: Any, results: Any) -> list[list[Tensor]]:
+    """In training one kernel finds the statistics and another normalises."""
+    x, training = args[0], args[5]
+    return [[x]] * bool(training) + [_tensors((args, results))]
+
+
+def _batch_norm_gradients(args: Any, results: Any) -> list[list[Tensor]]:
+    """In training one kernel sums and another forms the input's gradient."""
+    dy, x, training = args[0], args[1], args[7]
+    return [[dy, x]] * bool(training) + [_tensors((args, results))]
+
+
+# ATen's calls of several kernels on a GPU: what each of these reads and writes. (NHWC in 16 bits; the kernels' names
+# are in perf/results/h200-2026-11-27/profile-resnet50.csv.)
+_KERNELS: dict[str, Callable[[Any, Any], list[list[Tensor]]]] = {
+    "convolution_backward": _convolution_gradients,
+    "native_batch_norm": _batch_norm,
+    "native_batch_norm_backward": _batch_norm_gradients,
+}
 
 
 def _written(func: Any, args: Any) -> list[Tensor]:

@@ -82,7 +82,7 @@ def test_input_gradient(problem: Problem, transposed: bool) -> None:
     packed = conv.launch_pack(p.w, p.g, p.dtype, transposed, config=Config.of(BLOCK_R=8, BLOCK_C=16))
     dy, saved, activation = p.dy, p.saved, "relu"
     if transposed:
-        dy = conv_backward.launch_mask(dy, saved, "relu", False, Config.of(BLOCK_P=16, BLOCK_C=8))
+        dy = conv_backward.launch_mask(dy, saved, "relu", Config.of(BLOCK_P=16, BLOCK_C=8))
         assert torch.equal(dy, torch.where(saved > 0, p.dy, 0))
         saved = activation = None
     dx = conv_backward.launch_dgrad(dy, packed, p.g, p.dtype, not p.nchw, transposed, saved, activation, PRODUCT)
@@ -120,7 +120,7 @@ def test_either_operand_or_both_may_be_computed(device: str, name: str, masked: 
     packed = conv.launch_pack(p.w, p.g, p.dtype)
     y, _ = conv.launch_forward(x, packed, p.b, p.g, "relu", config=UNEVEN)
     assert_close(y, F.relu(p.z), p.g.reduction, dtype=p.dtype, name="y")
-    dy = p.dy if masked else conv_backward.launch_mask(p.dy, p.saved, "relu", False)
+    dy = p.dy if masked else conv_backward.launch_mask(p.dy, p.saved, "relu")
     through = (p.saved, "relu") if masked else (None, None)
     for transposed in (False, True):
         packed = conv.launch_pack(p.w, p.g, p.dtype, transposed)
@@ -180,7 +180,7 @@ def test_mask_changes_layout(device: str) -> None:
     """NCHW output saved, strided gradient: one pass makes dz NHWC."""
     p = Problem(device, "padded", torch.float32)
     dy = F.pad(p.dy.contiguous(), (1, 1))[..., 1:-1]
-    dz = conv_backward.launch_mask(dy, p.saved.contiguous(), "relu", True, Config.of(BLOCK_P=16, BLOCK_C=8))
+    dz = conv_backward.launch_mask(dy, p.saved.contiguous(), "relu", Config.of(BLOCK_P=16, BLOCK_C=8))
     assert torch.equal(dz, torch.where(p.saved > 0, p.dy, 0))
     assert dz.is_contiguous(memory_format=CL)
 
@@ -243,7 +243,7 @@ def test_batches_share_compiled_kernels(shape: tuple[int, int], groups: int) -> 
     def step(n: int) -> None:
         x, dy = images(n, c_in, 16), images(n, c_out, 16)
         w, b = torch.empty(c_out, c_in // groups, 3, 3, device="cuda"), torch.empty(c_out, device="cuda")
-        conv_backward.launch_mask(dy, dy, "relu", False)
+        conv_backward.launch_mask(dy, dy, "relu")
         if groups > 1:
             conv_depthwise.launch_forward(x, w, b, g, "relu")
             conv_depthwise.launch_dgrad(dy, w, g, dy.dtype)

@@ -55,6 +55,20 @@ def activation_gradient(dy, saved, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def pack_bits(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of truth values [ROWS, COLUMNS] as bytes [ROWS, COLUMNS // 8], the first column in the lowest bit."""
+    bits = tl.reshape(tile.to(tl.int32), (ROWS, COLUMNS // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    return tl.sum(bits, axis=2).to(tl.uint8)
+
+
+@triton.jit
+def unpack_bits(packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """pack_bits' tile, as int32 0 and 1."""
+    bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (ROWS, COLUMNS))
+
+
+@triton.jit
 def load_bias(bias_ptr, offs, mask, y_ptr):
     """A bias [columns] as torch adds it to a convolution: in the dtype of the result, y_ptr's. (What a large one is
     rounded to decides to which side of it sums in 16 bits are rounded, and so their variance.)"""

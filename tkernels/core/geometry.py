@@ -74,6 +74,13 @@ class Geometry(NamedTuple):
         return self.pad_h > 0 or self.pad_w > 0 or reach_h >= self.height or reach_w >= self.width
 
     @property
+    def symmetric(self) -> bool:
+        """Whether both sides are padded alike, as numbers can say it; 'same' pads even windows more on one."""
+        reach_h, reach_w = self.dilation_h * (self.kernel_h - 1), self.dilation_w * (self.kernel_w - 1)
+        steps_h, steps_w = self.height + 2 * self.pad_h - reach_h - 1, self.width + 2 * self.pad_w - reach_w - 1
+        return self.out_h == steps_h // self.stride_h + 1 and self.out_w == steps_w // self.stride_w + 1
+
+    @property
     def phases(self) -> tuple[int, int]:
         """How many residues of rows and of columns modulo the stride the input has."""
         return min(self.stride_h, self.height), min(self.stride_w, self.width)

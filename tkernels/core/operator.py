@@ -30,25 +30,25 @@ class Passes:
     ``forward(tensors, *static, needs)`` gives (y, *kept). The first ``differentiable`` tensors (a number, or a function
     of how many there are) may want gradients; ``needs`` says which do, None where nothing is differentiated.
     ``backward((dy, *kept), *static, needs)`` gives theirs. ``keep(tensors, static)``: what backward takes as static
-    arguments, if not forward's.
+    arguments, if not forward's. ``twice(*static)``: whether the result is to be had as two tensors of one memory, whose
+    gradients backward takes both, (dy, the other's, *kept), and can add as it reads them; in a trace there is one.
     """
 
     def __init__(
         self, name: str, differentiable: int | Callable[[int], int], forward: plan.Planned, backward: plan.Planned,
-        keep: Keep = None,
+        keep: Keep = None, twice: Callable[..., bool] = lambda *_: False,
     ) -> None:  # fmt: skip
         self._forward, self._differentiable = forward, differentiable
-        self._function = _function(name, forward, backward, keep)
+        self._function = _function(name, forward, backward, keep, twice)
 
-    def __call__(self, call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
+    def __call__(self, call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Any:
         """``call``: whose tensors these are, or are made of in one way only. (Plans are kept by pass, static arguments
         and call.)"""
         if differentiates(tensors) if call is None else call.differentiates:
             count = self._differentiable
             count = count if isinstance(count, int) else count(len(tensors))
-            y: Tensor = self._function.apply(call, static, tensors[count:], *autograd.apart(*tensors[:count]))
-            return y
-        return cast(Tensor, self._forward.of_call(call, tensors, *static, None)[0])
+            return self._function.apply(call, static, tensors[count:], *autograd.apart(*tensors[:count]))
+        return self._forward.of_call(call, tensors, *static, None)[0]
 
 
 def differentiates(tensors: plan.Tensors) -> bool:
@@ -56,7 +56,9 @@ def differentiates(tensors: plan.Tensors) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _function(name: str, forward_pass: plan.Planned, backward_pass: plan.Planned, keep: Keep) -> Any:
+def _function(
+    name: str, forward_pass: plan.Planned, backward_pass: plan.Planned, keep: Keep, twice: Callable[..., bool]
+) -> Any:
     def forward(
         ctx: Any, call: plan.KnownCall | None, static: tuple[Any, ...], others: plan.Tensors, *tensors: Tensor | None
     ) -> Any:
@@ -64,12 +66,12 @@ def _function(name: str, forward_pass: plan.Planned, backward_pass: plan.Planned
         y, *kept = forward_pass.of_call(call, tensors, *static, ctx.needs_input_grad[3:])  # of what follows ``others``
         autograd.save(ctx, *kept)
         ctx.static = static if keep is None else keep(tensors, static)
-        return y
+        return (y, cast(Tensor, y).detach()) if twice(*static) else y
 
     @autograd.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
         # (a call says nothing of dy: this plan is looked up by the tensors)
-        gradients = backward_pass((dy, *autograd.saved(ctx)), *ctx.static, ctx.needs_input_grad[3:])
+        gradients = backward_pass((*dy, *autograd.saved(ctx)), *ctx.static, ctx.needs_input_grad[3:])
         return None, None, None, *gradients
 
     # (its name is what grad_fn shows)

@@ -145,6 +145,14 @@ def make(body: Callable[..., Tensors], tensors: Tensors, static: tuple[Any, ...]
     return planner.plan(results)
 
 
+def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``function(*args)``, or, where there are slots among them, that as a step of their plan. Of meta tensors, which
+    stand for slots, the function has to give what it gives of others, laid out alike."""
+    slot = next((a for a in args if isinstance(a, Slot)), None)
+    result: Tensor = function(*args) if slot is None else slot.planner.call(function, *args)
+    return result
+
+
 def increment_version(written: Sequence[Any]) -> None:
     """Kernels write behind autograd's back: a graph that saved the old values must notice."""
     if not written:

@@ -71,6 +71,16 @@ class WeightSums(NamedTuple):
     unmoved: Tensor | None
 
 
+class Route(NamedTuple):
+    """Which of a convolution's products PyTorch computes: of the output, the input's gradient, the weight's."""
+
+    forward: bool = False
+    dgrad: bool = False
+    wgrad: bool = False
+
+
+OURS, PYTORCHS = Route(), Route(True, True, True)
+
 # how many of a layer's fields are tensors; they come first
 TENSORS = 7
 
@@ -130,7 +140,11 @@ class MaxPool(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StageCall:
-    """A call of a conv stage without its tensors: what its shapes and arguments come to."""
+    """A call of a conv stage without its tensors: what its shapes and arguments come to.
+
+    ``routes``: who computes each layer's products. ``twice``: whether it gives its result as two tensors, each of which
+    has a gradient. ``shortcut``: whether the last layer is the residual's.
+    """
 
     geometries: tuple[Geometry, ...]
     pool: Pooling
@@ -138,6 +152,18 @@ class StageCall:
     p: float
     training: bool
     activations: tuple[str | None, ...]
+    routes: tuple[Route, ...] = ()
+    twice: bool = False
+    shortcut: bool = False
+
+    @property
+    def depth(self) -> int:
+        """How many layers follow one another."""
+        return len(self.geometries) - self.shortcut
+
+    def route(self, i: int) -> Route:
+        """Of layer ``i``; all ours where nothing is said."""
+        return self.routes[i] if self.routes else OURS
 
     @property
     def plain_end(self) -> bool:

@@ -3,6 +3,7 @@ of the graph runs as it was, or goes on to Inductor."""
 
 from __future__ import annotations
 
+import operator
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -76,12 +77,15 @@ class Backend:
                 self.report.left.append((chain.name() if len(chain.steps) == 1 else chain.path(), call))
             else:
                 chosen.append(call)
-                self.report.left += call.left
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         replaced: dict[fx.Node, fx.Node] = {}
-        for call in sorted(calls.joined(chosen), key=lambda call: order[call.last]):
+        made: dict[fx.Node, Call] = {}
+        joined = calls.with_shortcuts(calls.joined(chosen), order) if eager else calls.joined(chosen)
+        for call in sorted(joined, key=lambda call: order[call.last]):
             self.report.fused.append((call.chains[0].where(), call.describe()))
-            _replace(gm.graph, call, replaced)
+            made[_replace(gm.graph, call, replaced)] = call
+        if eager:
+            _give_twice(gm.graph, made)
         count_together(gm.graph)
         gm.graph.lint()
         gm.recompile()
@@ -121,17 +125,34 @@ def _checked_rest(options: dict[str, Any] | None) -> str:
     return str(rest)
 
 
-def _replace(graph: fx.Graph, call: Call, replaced: dict[fx.Node, fx.Node]) -> None:
-    """``replaced``: the nodes that calls before this one stand for, and theirs."""
+def _replace(graph: fx.Graph, call: Call, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The call's node. ``replaced``: the nodes that calls before this one stand for, and theirs."""
     arguments = tuple(replaced.get(argument, argument) for argument in call.arguments)
     with graph.inserting_before(call.last):
         node = graph.call_function(call.function, arguments)
     node.meta.update(call.last.meta)
     replaced[call.last] = node
     call.last.replace_all_uses_with(node)
-    for chain in reversed(call.chains):
-        for step in reversed(chain.steps):
-            graph.erase_node(step.node)
+    nodes = [step.node for chain in call.every for step in chain.steps]
+    for node_of_chain in sorted(nodes, key=list(graph.nodes).index, reverse=True):
+        graph.erase_node(node_of_chain)
+    return node
+
+
+def _give_twice(graph: fx.Graph, made: dict[fx.Node, Call]) -> None:
+    """Where a residual block's result is read by two calls of conv stages, or twice by one, a tensor for each: their
+    gradients are then added where they are read, and by no pass of autograd's."""
+    for node, call in made.items():
+        readers = [user for user in node.users for argument in user.args if argument is node]
+        if call.twice is None or len(readers) != 2 or not all(user in made and made[user].stage for user in readers):
+            continue
+        node.target = call.twice
+        with graph.inserting_after(node):
+            second = graph.call_function(operator.getitem, (node, 1))
+            first = graph.call_function(operator.getitem, (node, 0))
+        parts = iter((first, second))
+        for user in dict.fromkeys(readers):
+            user.args = tuple([next(parts) if argument is node else argument for argument in user.args])
 
 
 def count_together(graph: fx.Graph) -> None:

@@ -15,29 +15,36 @@ from tkernels.fusion.chains import Chain, disturbed, incomplete
 from tkernels.fusion.steps import Step, value
 from tkernels.ops import cpu
 from tkernels.ops.batch_norm.op import batch_norm
-from tkernels.ops.conv import routing
-from tkernels.ops.conv.op import conv2d, described, pair
-from tkernels.ops.conv_stage.op import ConvBNLayer, MaxPool, conv_stage
+from tkernels.ops.conv.op import conv2d, pair
+from tkernels.ops.conv_stage.op import ConvBNLayer, MaxPool, conv_stage, residual_stage
 from tkernels.ops.cross_entropy.op import cross_entropy
 from tkernels.ops.linear.op import linear
 
 
 class Call(NamedTuple):
     """A function, the nodes or values that it is called with, and the chains it stands for. ``stage``: whether it is a
-    conv stage, which others may join; ``left``: (layer, why it is PyTorch's) of what its chain began with."""
+    conv stage, which others may join; ``shortcut``: the chain of a stage's residual; ``twice``: the function that gives
+    a stage's result for two readers."""
 
     function: Callable[..., Tensor]
     arguments: tuple[Any, ...]
     chains: tuple[Chain, ...]
     stage: bool = False
-    left: tuple[tuple[str, str], ...] = ()
+    shortcut: Chain | None = None
+    twice: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     @property
     def last(self) -> fx.Node:
         return self.chains[-1].last.node
 
+    @property
+    def every(self) -> tuple[Chain, ...]:
+        """The shortcut's too."""
+        return self.chains if self.shortcut is None else (*self.chains, self.shortcut)
+
     def describe(self) -> str:
-        return " -> ".join(chain.describe() for chain in self.chains)
+        layers = " -> ".join(chain.describe() for chain in self.chains)
+        return layers if self.shortcut is None else f"{layers} (shortcut {self.shortcut.describe()})"
 
 
 def call_of(chain: Chain, eager: bool) -> Call | str:
@@ -156,9 +163,6 @@ def _tensors(chain: Chain) -> list[Any]:
 def _conv_call(chain: Chain) -> Call | str:
     conv, norm = chain.first, chain.get("norm")
     if norm is not None:
-        if _of_pytorch(chain):
-            call = _norm_call(chain.without_first())
-            return call._replace(left=((chain.name(), "PyTorch's convolution is faster at its size"),))
         if chain.residual is not None and chain.last.kind in ("pool", "dropout2d"):
             return _conv_call(chain.without_last())
         return _stage((chain,))
@@ -171,35 +175,48 @@ def _conv_call(chain: Chain) -> Call | str:
     return Call(conv_activation, (conv.input, conv.arguments["weight"], conv.arguments["bias"]), (chain,))
 
 
-def _of_pytorch(chain: Chain) -> bool:
-    """Whether a chain's convolution is PyTorch's, at the sizes of this call."""
-    if mode.get_backend() != "auto" or mode.interpreting():
-        return False
-    conv = chain.first
-    x, weight = _sizes(value(conv.input)), _sizes(value(conv.arguments["weight"]))
-    g = described(x, weight, *_windows(conv), conv.arguments["groups"])
-    dtype = value(conv.node).dtype
-    precision = mode.dot_precision(dtype, "conv")
-    images = x[0] if len(x) == 4 else 1
-    return routing.before_batch_norm(
-        g, images, dtype, precision, value(chain.last.node).requires_grad, targets.current()
-    )
-
-
-def _stage(chains: Sequence[Chain]) -> Call:
-    """Chains of convolution and batch norm, each of which feeds the next, as one conv stage."""
+def _stage(chains: Sequence[Chain], shortcut: Chain | None = None) -> Call:
+    """Chains of convolution and batch norm, each of which feeds the next, as one conv stage. ``shortcut``: the chain
+    that makes its residual."""
+    if chains[-1].residual is not None and chains[-1].last.kind not in ("pool", "dropout2d"):
+        return _residual_stage(chains, shortcut)
     make_layer, parameters = [_layer(chain) for chain in chains], [_tensors(chain) for chain in chains]
     last, count = chains[-1], len(parameters[0])
     pool = last.get("pool")
     window = None if pool is None else _max_pool(pool)
     p = _probability(last.get("dropout2d"))
 
-    def conv_norm_stage(x: Tensor, residual: Tensor | None, *tensors: Tensor | None) -> Tensor:
+    def conv_norm_stage(x: Tensor, *tensors: Tensor | None) -> Tensor:
         layers = [layer(*tensors[count * i : count * i + count]) for i, layer in enumerate(make_layer)]
-        return conv_stage(x, layers, window, p, p > 0, residual)
+        return conv_stage(x, layers, window, p, p > 0)
 
     tensors = itertools.chain.from_iterable(parameters)
-    return Call(conv_norm_stage, (chains[0].first.input, last.residual, *tensors), tuple(chains), stage=True)
+    return Call(conv_norm_stage, (chains[0].first.input, *tensors), tuple(chains), stage=True)
+
+
+def _residual_stage(chains: Sequence[Chain], shortcut: Chain | None) -> Call:
+    """One that adds a residual, or what a shortcut makes of it, before its last activation."""
+    every = (*chains, *([] if shortcut is None else [shortcut]))
+    make_layer, parameters = [_layer(chain) for chain in every], [_tensors(chain) for chain in every]
+    last, count = chains[-1], len(parameters[0])
+
+    def call(twice: bool, x: Tensor, residual: Tensor, *tensors: Tensor | None) -> Any:
+        layers = [layer(*tensors[count * i : count * i + count]) for i, layer in enumerate(make_layer)]
+        own = None if shortcut is None else layers.pop()
+        return residual_stage(x, layers, residual, own, twice)
+
+    def residual_block(*arguments: Any) -> Tensor:
+        y: Tensor = call(False, *arguments)
+        return y
+
+    def residual_block_twice(*arguments: Any) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = call(True, *arguments)
+        return both
+
+    added = last.residual if shortcut is None else shortcut.first.input
+    arguments = chains[0].first.input, added, *itertools.chain.from_iterable(parameters)
+    twice = residual_block_twice if last.last.kind == "activation" else None
+    return Call(residual_block, arguments, tuple(chains), stage=True, shortcut=shortcut, twice=twice)
 
 
 def _layer(chain: Chain) -> Callable[..., ConvBNLayer]:
@@ -235,6 +252,25 @@ def joined(calls: Sequence[Call]) -> list[Call]:
                 call = _stage(whole)
         result.append(call)
     return result
+
+
+def with_shortcuts(calls: Sequence[Call], order: dict[fx.Node, int]) -> list[Call]:
+    """Residual blocks whose residual is a convolution and batch norm that nobody else reads, with those inside."""
+    result = list(calls)
+    for call in calls:
+        residual = call.chains[-1].residual if call.stage else None
+        own = next((c for c in calls if c.last is residual), None)
+        if own is None or not (own.stage and _is_shortcut(own) and _activation(call.chains[-1]) == "relu"):
+            continue
+        whole = [step for chain in (*call.chains, own.chains[0]) for step in chain.steps]
+        if call.twice is not None and disturbed(Chain(tuple(sorted(whole, key=lambda s: order[s.node])))) is None:
+            result.remove(own)
+            result[result.index(call)] = _stage(call.chains, own.chains[0])
+    return result
+
+
+def _is_shortcut(call: Call) -> bool:
+    return len(call.chains) == 1 and call.chains[0].last.kind == "norm" and len(call.last.users) == 1
 
 
 def _can_go_on(call: Call) -> bool:

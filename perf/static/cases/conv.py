@@ -44,7 +44,7 @@ def wgrad(g: Geometry, dtype: torch.dtype, activation: str | None = None, cast: 
 
 def mask(g: Geometry, dtype: torch.dtype, nchw: bool) -> None:
     y = image(g.out_channels, g.out_h, dtype, channels_last=not nchw)
-    kernels_backward.launch_mask(y, y, "relu", nchw)
+    kernels_backward.launch_mask(y, y, "relu")
 
 
 def depthwise(g: Geometry, dtype: torch.dtype) -> None:

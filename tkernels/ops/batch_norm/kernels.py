@@ -23,6 +23,10 @@ from tkernels.ops.batch_norm import config as tuning
 
 # A power of two: sums of values times it round as sums of the values do, and do not overflow.
 SMALL = tl.constexpr(2.0**-24)
+# Columns whose signs lie together; a tile has at most so many, and a divisor of them.
+SIGNS = tl.constexpr(64)
+# a Norm's fields in its absence
+NO_NORM = (None, None, None, None, 0.0)
 _BATCH_ARGS = ["n_rows", "n_tiles", "tiles_each", "producers", "count", "eps", "momentum"]
 
 
@@ -164,17 +168,33 @@ def load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, channel, ok, channels, e
 
 
 @triton.jit
-def gradient_of_sum(dy_ptr, saved_ptr, x, mean, scale, shift, offsets, mask, ACTIVATION: tl.constexpr,
-                    SAVED: tl.constexpr):  # fmt: skip
-    """dz, the gradient of the activation's input, as a float32 tile.
+def signs_of(tile, group, n_rows, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where a tile's signs lie (int64), and which of them exist: a byte for eight columns, [columns // 64, rows, 8], so
+    that a tile's lie together."""
+    rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = group * BLOCK_C
+    starts = ((column // SIGNS).to(tl.int64) * n_rows + rows) * (SIGNS // 8) + column % SIGNS // 8
+    return starts[:, None] + tl.arange(0, BLOCK_C // 8)[None, :], (rows < n_rows)[:, None]
+
+
+@triton.jit
+def gradient_of_sum(dy_ptr, more_ptr, saved_ptr, x, mean, scale, shift, offsets, mask, tile, group, n_rows,
+                    ACTIVATION: tl.constexpr, SAVED: tl.constexpr, BLOCK_R: tl.constexpr,
+                    BLOCK_C: tl.constexpr):  # fmt: skip
+    """dz, the gradient of the activation's input, as a float32 tile: of dy, or of the sum of both gradients given.
 
     The input is computed again from x (and the residual, where SAVED is 'residual'); SAVED 'output' reads the
-    activation's sign off the saved output instead.
+    activation's sign off the saved output instead, 'signs' a bit of it.
     """
     dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if more_ptr is not None:
+        dz += tl.load(more_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION is not None:
         if SAVED == "output":
             z = tl.load(saved_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        elif SAVED == "signs":
+            places, exist = signs_of(tile, group, n_rows, BLOCK_R, BLOCK_C)
+            z = common.unpack_bits(tl.load(saved_ptr + places, mask=exist, other=0), BLOCK_R, BLOCK_C)
         else:
             z = tl.fma(x - mean, scale, shift)
             if SAVED == "residual":
@@ -297,10 +317,12 @@ def finalize_statistics_kernel(partials_ptr, stats_ptr, running_mean_ptr, runnin
         tl.store(running_var_ptr + offs_c, new_var.to(running_var_ptr.dtype.element_ty), mask=ok)
 
 
-# y = activation((x - mean) * (invstd * weight) + bias + residual), one tile [BLOCK_R, BLOCK_C] a program, in float32.
-# Grid: groups * tiles.
-@triton.jit(do_not_specialize=_BATCH_ARGS)
-def normalize_kernel(x_ptr, residual_ptr, y_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, n_rows, eps, channels, units,
+# y = activation((x - mean) * (invstd * weight) + bias + residual), one tile [BLOCK_R, BLOCK_C] a program, in float32;
+# where signs_ptr is given, a bit of each value that says whether it is above 0 or NaN. The residual goes through a norm
+# of its own, and is rounded behind it, where other_mean_ptr is given. Grid: groups * tiles.
+@triton.jit(do_not_specialize=[*_BATCH_ARGS, "other_eps"])
+def normalize_kernel(x_ptr, residual_ptr, y_ptr, signs_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, other_mean_ptr,
+                     other_var_ptr, other_weight_ptr, other_bias_ptr, other_eps, n_rows, eps, channels, units,
                      UNIT: tl.constexpr, SPATIAL: tl.constexpr, PLANES: tl.constexpr, ACTIVATION: tl.constexpr,
                      BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     pid = tl.program_id(0)
@@ -312,17 +334,27 @@ def normalize_kernel(x_ptr, residual_ptr, y_ptr, mean_ptr, var_ptr, weight_ptr, 
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     z = tl.fma(x - mean, scale, shift)
     if residual_ptr is not None:
-        z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = common.activate(z, ACTIVATION)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        r = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if other_mean_ptr is not None:
+            mean, scale, shift = load_scale(other_mean_ptr, other_var_ptr, other_weight_ptr, other_bias_ptr,
+                                            col // SPATIAL, ok, channels, other_eps)  # fmt: skip
+            r = tl.fma(r - mean, scale, shift).to(y_ptr.dtype.element_ty).to(tl.float32)
+        z += r
+    y = common.activate(z, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask=mask)
+    if signs_ptr is not None:
+        places, exist = signs_of(tile, group, n_rows, BLOCK_R, BLOCK_C)
+        above = (y.to(tl.float32) <= 0.0) == 0  # NaN lets gradients through
+        tl.store(signs_ptr + places, common.pack_bits(above, BLOCK_R, BLOCK_C), mask=exist)
 
 
-# sum(dz) and sum(dz * (x - mean)) of a run of tiles_each tiles, per column or channel; writes dz where dz_ptr is given
+# sum(dz) and sum(dz * (x - mean)) of a run of tiles_each tiles, per column or channel, where dz is of dy + more (more
+# may be None); writes dz where dz_ptr is given
 # (the residual's gradient, which the input gradient then reads instead of dy and what the activation needs).
 # Grid: groups * producers. Writes [4, producers, line]: each sum and its remainder.
 @triton.jit(do_not_specialize=_BATCH_ARGS)
-def gradient_sums_kernel(dy_ptr, x_ptr, saved_ptr, dz_ptr, partials_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr,
-                         n_rows, n_tiles, tiles_each, producers, eps, channels, units, UNIT: tl.constexpr,
+def gradient_sums_kernel(dy_ptr, more_ptr, x_ptr, saved_ptr, dz_ptr, partials_ptr, mean_ptr, var_ptr, weight_ptr,
+                         bias_ptr, n_rows, n_tiles, tiles_each, producers, eps, channels, units, UNIT: tl.constexpr,
                          SPATIAL: tl.constexpr, PLANES: tl.constexpr, ACTIVATION: tl.constexpr, SAVED: tl.constexpr,
                          BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     pid = tl.program_id(0)
@@ -340,7 +372,8 @@ def gradient_sums_kernel(dy_ptr, x_ptr, saved_ptr, dz_ptr, partials_ptr, mean_pt
     for t in range(start, end):
         offsets, mask, _count = tile_of(t, group, n_rows, channels, width, BLOCK_R, BLOCK_C, PLANES)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dz = gradient_of_sum(dy_ptr, saved_ptr, x, mean, scale, shift, offsets, mask, ACTIVATION, SAVED)
+        dz = gradient_of_sum(dy_ptr, more_ptr, saved_ptr, x, mean, scale, shift, offsets, mask, t, group, n_rows,
+                             ACTIVATION, SAVED, BLOCK_R, BLOCK_C)  # fmt: skip
         if dz_ptr is not None:
             rounded = dz.to(dz_ptr.dtype.element_ty)
             tl.store(dz_ptr + offsets, rounded, mask=mask)
@@ -405,8 +438,8 @@ def finalize_gradients_kernel(partials_ptr, dweight_ptr, dbias_ptr, coefficients
 # dx of one tile [BLOCK_R, BLOCK_C]: (dz - first - (x - mean) * second) * scale, or dz * scale where the statistics
 # were given (no coefficients). Writes dz, the residual's gradient, where dz_ptr is given. Grid: groups * tiles.
 @triton.jit(do_not_specialize=_BATCH_ARGS)
-def input_gradient_kernel(dy_ptr, x_ptr, saved_ptr, dx_ptr, dz_ptr, coefficients_ptr, mean_ptr, var_ptr, weight_ptr,
-                          bias_ptr, n_rows, eps, channels, units, UNIT: tl.constexpr, SPATIAL: tl.constexpr,
+def input_gradient_kernel(dy_ptr, more_ptr, x_ptr, saved_ptr, dx_ptr, dz_ptr, coefficients_ptr, mean_ptr, var_ptr,
+                          weight_ptr, bias_ptr, n_rows, eps, channels, units, UNIT: tl.constexpr, SPATIAL: tl.constexpr,
                           PLANES: tl.constexpr, ACTIVATION: tl.constexpr, SAVED: tl.constexpr, BLOCK_R: tl.constexpr,
                           BLOCK_C: tl.constexpr):  # fmt: skip
     pid = tl.program_id(0)
@@ -416,11 +449,12 @@ def input_gradient_kernel(dy_ptr, x_ptr, saved_ptr, dx_ptr, dz_ptr, coefficients
     col, ok = column_of(group, width, BLOCK_C, PLANES)
     mean, scale, shift = load_scale(mean_ptr, var_ptr, weight_ptr, bias_ptr, col // SPATIAL, ok, channels, eps)
     # without coefficients, and where the activation does not ask for it, x is never read
-    if coefficients_ptr is not None or (ACTIVATION is not None and SAVED != "output"):
+    if coefficients_ptr is not None or (ACTIVATION is not None and SAVED != "output" and SAVED != "signs"):
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     else:
         x = mean
-    dz = gradient_of_sum(dy_ptr, saved_ptr, x, mean, scale, shift, offsets, mask, ACTIVATION, SAVED)
+    dz = gradient_of_sum(dy_ptr, more_ptr, saved_ptr, x, mean, scale, shift, offsets, mask, tile, group, n_rows,
+                         ACTIVATION, SAVED, BLOCK_R, BLOCK_C)  # fmt: skip
     if dz_ptr is not None:
         tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if dx_ptr is not None:
@@ -474,27 +508,33 @@ def launch_finalize_statistics(
 
 def launch_normalize(
     x: Tensor, m: Matrix, norm: Norm, activation: str | None = None, residual: Tensor | None = None,
-    config: Config | None = None, y: Tensor | None = None,
+    config: Config | None = None, y: Tensor | None = None, signs: Tensor | None = None, of_residual: Norm | None = None,
 ) -> Tensor:  # fmt: skip
-    """The output, laid out as dense ``x`` and ``residual``, written to ``y`` where given."""
+    """The output, laid out as dense ``x`` and ``residual``, written to ``y`` where given. ``signs``: signs_like's, of
+    the output; ``of_residual``: a norm that the residual is yet to go through."""
     config = config or tuning.normalize(m)
     if y is None:
         y = like(x)
     launch(
         normalize_kernel, (tuning.groups(m, config) * tuning.tiles(m, config),),
-        x, residual, y, norm.mean, norm.var, norm.weight, norm.bias, m.rows, norm.eps, m.channels,
-        m.width // m.unit, UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes, ACTIVATION=activation,
-        **config.options(),
+        x, residual, y, signs, *norm[:4], *(of_residual or NO_NORM), m.rows, norm.eps, m.channels, m.width // m.unit,
+        UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes, ACTIVATION=activation, **config.options(),
     )  # fmt: skip
     return y
+
+
+def signs_like(x: Tensor, m: Matrix) -> Tensor | None:
+    """Room for a bit of each value of dense ``x``; None where columns do not come in such groups."""
+    return None if m.planes or m.width % SIGNS.value else x.new_empty(m.rows * m.width // 8, dtype=torch.uint8)
 
 
 def launch_gradient_sums(
     dy: Tensor, x: Tensor, m: Matrix, norm: Norm, activation: str | None = None, saved: Tensor | None = None,
     saved_is: str | None = None, write_dz: bool = False, config: Config | None = None, dz: Tensor | None = None,
+    more: Tensor | None = None,
 ) -> tuple[Partials, Tensor | None]:  # fmt: skip
-    """Partial sums for the gradients, and dz if ``write_dz``, or where given. ``saved_is``: 'output', 'residual' or
-    None."""
+    """Partial sums for the gradients, and dz if ``write_dz``, or where given. ``saved_is``: 'output', 'signs',
+    'residual' or None; ``more``: a second gradient to be added to dy, laid out alike."""
     config = config or tuning.gradient(m)
     producers, each = tuning.producers(m, config, targets.current())
     partials = x.new_empty(producers * 4 * _line(m), dtype=torch.float32)
@@ -502,7 +542,7 @@ def launch_gradient_sums(
     # fusing the products' additions would count what they lose twice
     launch(
         gradient_sums_kernel, (tuning.groups(m, config) * producers,),
-        dy, x, saved, dz, partials, norm.mean, norm.var, norm.weight, norm.bias, m.rows, tuning.tiles(m, config),
+        dy, more, x, saved, dz, partials, norm.mean, norm.var, norm.weight, norm.bias, m.rows, tuning.tiles(m, config),
         each, producers, norm.eps, m.channels, m.width // m.unit, UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes,
         ACTIVATION=activation, SAVED=saved_is, enable_fp_fusion=False, **config.options(),
     )  # fmt: skip
@@ -541,24 +581,26 @@ def gradient_like(parameter: Tensor | None) -> Tensor | None:
 def launch_input_gradient(
     dy: Tensor, x: Tensor, m: Matrix, norm: Norm, coefficients: Tensor | None, activation: str | None = None,
     saved: Tensor | None = None, saved_is: str | None = None, needs_input: bool = True, write_dz: bool = False,
-    config: Config | None = None,
+    config: Config | None = None, more: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """(dx, dz), each where asked for. ``coefficients``: None where the statistics were given (evaluation)."""
+    """(dx, dz), each where asked for. ``coefficients``: None where the statistics were given (evaluation); ``more``:
+    launch_gradient_sums'."""
     dx = like(x) if needs_input else None
     dz = like(x) if write_dz else None
-    input_gradient(dy, x, m, norm, coefficients, dx, dz, activation, saved, saved_is, config)
+    input_gradient(dy, x, m, norm, coefficients, dx, dz, activation, saved, saved_is, config, more)
     return dx, dz
 
 
 def input_gradient(
     dy: Tensor, x: Tensor, m: Matrix, norm: Norm, coefficients: Tensor | None, dx: Tensor | None, dz: Tensor | None,
     activation: str | None, saved: Tensor | None, saved_is: str | None, config: Config | None = None,
+    more: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes what launch_input_gradient returns."""
     config = config or tuning.gradient(m)
     launch(
         input_gradient_kernel, (tuning.groups(m, config) * tuning.tiles(m, config),),
-        dy, x, saved, dx, dz, coefficients, norm.mean, norm.var, norm.weight, norm.bias, m.rows, norm.eps,
+        dy, more, x, saved, dx, dz, coefficients, norm.mean, norm.var, norm.weight, norm.bias, m.rows, norm.eps,
         m.channels, m.width // m.unit, UNIT=m.unit, SPATIAL=m.spatial, PLANES=m.planes, ACTIVATION=activation,
         SAVED=saved_is, **config.options(),
     )  # fmt: skip

@@ -21,7 +21,15 @@ from tkernels.core.geometry import Geometry
 from tkernels.core.launch import launch
 from tkernels.ops.batch_norm.kernels import load_scale, raw_gradient
 from tkernels.ops.conv import config as tuning
-from tkernels.ops.conv.kernels import channel_units, empty_pixels, locate_pixels, pixel_offsets, row_pitch, window
+from tkernels.ops.conv.kernels import (
+    channel_units,
+    empty_pixels,
+    is_nhwc,
+    locate_pixels,
+    pixel_offsets,
+    row_pitch,
+    window,
+)
 
 
 @triton.jit
@@ -348,21 +356,26 @@ def conv_mask_kernel(dy_ptr, saved_ptr, dz_ptr, pixels, width, image_pixels, cha
     tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_mask(dy: Tensor, saved: Tensor, activation: str, saved_nchw: bool, config: Config | None = None) -> Tensor:
-    """dz = dy times the activation's derivative, NHWC. ``saved``: dense in NHWC, or in NCHW if ``saved_nchw``."""
+def launch_mask(dy: Tensor, saved: Tensor, activation: str, config: Config | None = None) -> Tensor:
+    """dz = dy times the activation's derivative, NHWC. ``saved``: dense in one of the two formats."""
+    dz = empty_pixels(dy, tuple(dy.shape), dy.dtype, channels_last=True)
+    activation_gradient(dy, saved, dz, activation, config)
+    return dz
+
+
+def activation_gradient(dy: Tensor, saved: Tensor, dz: Tensor, activation: str, config: Config | None = None) -> None:
+    """Writes what launch_mask returns."""
     n, channels, height, width = dy.shape
-    dz = empty_pixels(dy, (n, channels, height, width), dy.dtype, channels_last=True)
     if dz.numel() == 0:
-        return dz
+        return
     config = config or tuning.mask(channels)
     pixels = n * height * width
     grid = (cdiv(pixels, config["BLOCK_P"]), cdiv(channels, config["BLOCK_C"]))
     launch(
         conv_mask_kernel, grid,
-        dy, saved, dz, pixels, width, height * width, channels, *dy.stride(), NCHW=saved_nchw, ACTIVATION=activation,
-        **config.options(),
+        dy, saved, dz, pixels, width, height * width, channels, *dy.stride(), NCHW=not is_nhwc(saved),
+        ACTIVATION=activation, **config.options(),
     )  # fmt: skip
-    return dz
 
 
 def launch_dgrad(dy: Tensor, packed: Tensor, g: Geometry, dtype: torch.dtype, channels_last: bool = True,

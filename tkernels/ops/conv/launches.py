@@ -46,6 +46,12 @@ def forward(
     kernels.forward(x, weight if packed is None else packed, bias, y, z, g, activation, channels_last)
 
 
+@library.launches("conv2d_activation_gradient", mutates="dz", flops=library.no_flops)
+def activation_gradient(dy: Tensor, saved: Tensor, dz: Tensor, activation: str) -> None:
+    """Writes dz = dy times the activation's derivative, NHWC. ``saved``: what that needs."""
+    kernels_backward.activation_gradient(dy, saved, dz, activation)
+
+
 def _gradient_flops(
     dy: Sequence[int], x: Any, weight: Sequence[int], packed: Any, saved: Any, dx: Any, dw: Any, *_: Any
 ) -> int:
@@ -102,4 +108,4 @@ def _masked(
     read_once = not g.depthwise and not (needs_input and g.taps > 1)
     if read_once and kernels.is_nhwc(dy) and kernels.is_nhwc(saved):
         return dy, saved
-    return kernels_backward.launch_mask(dy, saved, activation, not kernels.is_nhwc(saved)), None
+    return kernels_backward.launch_mask(dy, saved, activation), None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from tkernels.core import _torch, autotune, checks, mode, plan, targets
 from tkernels.core import activation as activations
-from tkernels.core.geometry import Geometry, suggests_channels_last
+from tkernels.core.geometry import Geometry, as_nhwc, suggests_channels_last
 from tkernels.core.operator import Decision, Operator, Passes
-from tkernels.ops.conv import routing
+from tkernels.core.records import OURS, Route
+from tkernels.ops.conv import aten, routing
 
 if mode.HAS_TRITON:
     from tkernels.ops.conv import kernels, launches
@@ -64,9 +65,9 @@ def _check(
         return None
     g, autocast = _checked(input, weight, bias, stride, padding, dilation, groups)
     static = g, autocast or input.dtype, activation
-    if mode.get_backend() == "auto" and torch_is_faster(input, weight, bias, *static):
-        return None
-    return Decision(static)
+    found = route(input, weight, bias, *static)
+    # (what follows PyTorch's forward is PyTorch's)
+    return None if found.forward else Decision((*static, found))
 
 
 def _checked(
@@ -207,44 +208,63 @@ def _padding(
     return padding, (2 * padding[0], 2 * padding[1])
 
 
-def torch_is_faster(
+def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, dtype: torch.dtype, activation: str | None
-) -> bool:
-    """Whether backend 'auto' leaves this convolution to PyTorch: by estimate, or as measured where autotuning is on."""
+) -> Route:
+    """Who computes this convolution's products: by estimate, or as measured where autotuning is on."""
+    if mode.get_backend() != "auto":
+        return OURS
+    fused, biased = activation is not None, bias is not None
     if mode.traced():
-        sizes = g.in_channels, g.out_channels, g.groups, g.kernel_h, g.kernel_w, g.stride_h, g.stride_w
-        return _torch_is_faster_in_traces(*[operator.index(size) for size in sizes], dtype, activation is not None)
+        sizes = [operator.index(size) for size in g[:3] + g[5:9]]
+        return Route(*_route_in_traces(*sizes, dtype, fused, biased))
     images = x.shape[0] if x.dim() == 4 else 1
     precision = mode.dot_precision(dtype, "conv")
-    if not autotune.enabled:
-        return routing.compute_bound(g, images, dtype, precision, activation is not None, targets.current())
-    if x.dim() == 3:
-        x = x.unsqueeze(0)
-    # an odd total of 'same' padding is PyTorch's to work out: only what it takes as numbers is compared
-    pad = (g.pad_h, g.pad_w)
-
-    def theirs() -> Tensor:
-        y = F.conv2d(x, weight, bias, (g.stride_h, g.stride_w), pad,
-                                       (g.dilation_h, g.dilation_w), g.groups)  # fmt: skip
-        return activations.apply(y, activation)
-
-    with torch.no_grad():
-        return autotune.torch_is_faster(
-            "conv2d", images, (g, dtype, precision, activation, suggests_channels_last(x)),
-            lambda: _passes(None, (x, weight, bias), (g, dtype, activation)), theirs,
-        )  # fmt: skip
+    found = routing.of_conv(g, images, dtype, precision, fused, biased, targets.current())
+    if not (autotune.enabled and routing.cudnn_competes(g, dtype, precision, targets.current())):
+        return found
+    return _measured_route(x, weight, bias, g, images, dtype, precision, activation)
 
 
 @_torch.constant_in_traces  # which has no business with facts of GPUs
-def _torch_is_faster_in_traces(
+def _route_in_traces(
     in_channels: int, out_channels: int, groups: int, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int,
-    dtype: torch.dtype, fused: bool,
-) -> bool:  # fmt: skip
-    """The estimate for many large maps: in a trace their sizes may be symbols, and one graph serves them all."""
-    side = 64
-    g = Geometry(in_channels, out_channels, groups, side * stride_h, side * stride_w, kernel_h, kernel_w, stride_h,
-                 stride_w, 0, 0, 1, 1, side, side)  # fmt: skip
-    return routing.compute_bound(g, 256, dtype, mode.dot_precision(dtype, "conv"), fused, targets.current())
+    dtype: torch.dtype, fused: bool, biased: bool,
+) -> tuple[bool, ...]:  # fmt: skip
+    g = routing.large(in_channels, out_channels, groups, kernel_h, kernel_w, stride_h, stride_w)
+    precision = mode.dot_precision(dtype, "conv")
+    return tuple(routing.of_conv(g, routing.MANY, dtype, precision, fused, biased, targets.current()))
+
+
+def _measured_route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, images: int, dtype: torch.dtype, precision: str,
+    activation: str | None,
+) -> Route:  # fmt: skip
+    """Each product by the clock, of maps in NHWC. (Nothing is differentiated: values do not matter.)"""
+    x, weight = x.detach(), weight.detach()
+    maps = kernels.empty_pixels(x, (images, g.in_channels, g.height, g.width), dtype, True)
+    dy = kernels.empty_pixels(x, (images, g.out_channels, g.out_h, g.out_w), dtype, True)
+    cast, dx, dw = aten.weight_of(weight, dtype), torch.empty_like(maps), torch.empty_like(weight)
+    bias = None if bias is None else bias.detach()
+
+    def theirs() -> Tensor:
+        return activations.apply(aten.forward(maps, cast, bias, g), activation)
+
+    calls: list[tuple[Callable[[], object], Callable[[], object]]] = [
+        (lambda: _passes(None, (maps, weight, bias), (g, dtype, activation, OURS)), theirs),
+        (
+            lambda: launches.gradients(dy, None, weight, None, None, dx, None, None, tuple(g), None, True),
+            lambda: aten.input_gradient(dy, maps, cast, g),
+        ),
+        (
+            lambda: launches.gradients(dy, maps, weight, None, None, None, dw, None, tuple(g), None, True),
+            lambda: aten.weight_gradient(dy, maps, cast, weight, g),
+        ),
+    ]
+    shape = g, dtype, precision, activation, bias is not None
+    return Route(*[
+        autotune.torch_is_faster(f"conv2d {name}", images, shape, *both) for name, both in zip(routing.PASSES, calls)
+    ])  # fmt: skip
 
 
 def _run(call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:
@@ -257,8 +277,9 @@ def _run(call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, 
 
 @plan.Planned
 def _forward(
-    tensors: plan.Tensors, g: Geometry, dtype: torch.dtype, activation: str | None, needs: tuple[bool, ...] | None
-) -> plan.Tensors:
+    tensors: plan.Tensors, g: Geometry, dtype: torch.dtype, activation: str | None, route: Route,
+    needs: tuple[bool, ...] | None,
+) -> plan.Tensors:  # fmt: skip
     """y, and what backward needs."""
     x, weight, bias = cast(Any, tensors)
     needs_input, needs_weight, needs_bias = needs or (False, False, False)
@@ -281,26 +302,42 @@ def _forward(
 
 def _keep(tensors: plan.Tensors, static: tuple[Any, ...]) -> tuple[Any, ...]:
     x: Any = tensors[0]
-    g, _, activation = static
-    return g, activation, suggests_channels_last(x), x.dtype
+    g, _, activation, route = static
+    return g, activation, suggests_channels_last(x), x.dtype, route
 
 
 @plan.Planned
 def _backward(
-    tensors: plan.Tensors, g: Geometry, activation: str | None, channels_last: bool, dtype: torch.dtype,
+    tensors: plan.Tensors, g: Geometry, activation: str | None, channels_last: bool, dtype: torch.dtype, route: Route,
     needs: tuple[bool, ...],
 ) -> plan.Tensors:  # fmt: skip
     """Gradients of input (of ``dtype``, in the memory format ``channels_last`` says), weight and bias."""
     dy, x, weight, bias, packed, saved = cast(Any, tensors)
     dx = dw = db = None
-    if needs[0]:
-        dx = kernels.empty_pixels(dy, (dy.shape[0], g.in_channels, g.height, g.width), dy.dtype, channels_last)
-    if x is not None:
-        dw = torch.empty_like(weight)
+    shape = dy.shape[0], g.in_channels, g.height, g.width
+    by_pytorch = needs[0] and route.dgrad, x is not None and route.wgrad
+    if any(by_pytorch):
+        if activation is not None:
+            dz = kernels.empty_pixels(dy, tuple(dy.shape), dy.dtype, True)
+            launches.activation_gradient(dy, saved, dz, activation)
+            dy, activation, saved = dz, None, None
+        dy = as_nhwc(dy)
+        maps = kernels.empty_pixels(dy, shape, dy.dtype, True) if x is None else as_nhwc(x.to(dy.dtype))
+        cast_weight = aten.weight_of(weight, dy.dtype)
+        if by_pytorch[0]:
+            dx = aten.input_gradient(dy, maps, cast_weight, g)
+            dx = dx if channels_last else dx.contiguous()
+        if by_pytorch[1]:
+            dw = aten.weight_gradient(dy, maps, cast_weight, weight, g)
+    own_dx = kernels.empty_pixels(dy, shape, dy.dtype, channels_last) if needs[0] and dx is None else None
+    own_dw = torch.empty_like(weight) if x is not None and dw is None else None
     if bias is not None:
         db = torch.empty_like(bias)
-    launches.gradients(dy, x, weight, packed, saved, dx, dw, db, tuple(g), activation, channels_last)
-    return dx if dx is None else dx.to(dtype), dw, db
+    if not (own_dx is own_dw is db is None):
+        x = x if own_dw is not None else None
+        launches.gradients(dy, x, weight, packed, saved, own_dx, own_dw, db, tuple(g), activation, channels_last)
+    dx = own_dx if dx is None else dx
+    return dx if dx is None else dx.to(dtype), own_dw if dw is None else dw, db
 
 
 _passes = Passes("Conv2d", 3, _forward, _backward, _keep)

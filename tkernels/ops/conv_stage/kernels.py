@@ -21,13 +21,20 @@ from tkernels.core.config import Config, cdiv
 from tkernels.core.geometry import Geometry, Pooling
 from tkernels.core.launch import launch
 from tkernels.core.records import Norm, Partials
-from tkernels.ops.batch_norm.kernels import SMALL, count_batch, load_scale, squared_deviations, store_sums, tile_sum
+from tkernels.ops.batch_norm.kernels import (
+    NO_NORM,
+    SMALL,
+    count_batch,
+    load_scale,
+    squared_deviations,
+    store_sums,
+    tile_sum,
+)
 from tkernels.ops.conv import config as conv_tuning
 from tkernels.ops.conv.kernels import Window, channel_units, empty_pixels, forward_tile, window
 from tkernels.ops.conv_stage import config as tuning
 
 UNROLLED_TAPS = tl.constexpr(tuning.UNROLLED_TAPS)
-NO_NORM = (None, None, None, None, 0.0)
 
 
 @triton.jit

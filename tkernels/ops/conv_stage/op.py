@@ -3,9 +3,10 @@ PyTorch's body."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from tkernels.core.records import TENSORS, ConvBNLayer, MaxPool, StageCall
 from tkernels.ops import cpu
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
-from tkernels.ops.conv_stage import passes
+from tkernels.ops.conv_stage import passes, routes
 
 __all__ = ["ConvBNLayer", "MaxPool", "conv_stage"]
 
@@ -50,11 +51,37 @@ def conv_stage(
         residual = _in_maps_dtype(input, residual)
     window = None if pool is None else (*pool,) if isinstance(pool, MaxPool) else (pool, None, 0)
     tensors = passes.call_tensors(input, layers, residual)
-    return _operator(tensors, tuple([layer[TENSORS:] for layer in layers]), window, dropout_p, training)
+    y: Tensor = _operator(
+        tensors, tuple([layer[TENSORS:] for layer in layers]), window, dropout_p, training, False, False
+    )
+    return y
+
+
+def residual_stage(
+    input: Tensor,
+    layers: Sequence[ConvBNLayer],
+    residual: Tensor,
+    shortcut: ConvBNLayer | None = None,
+    twice: bool = False,
+) -> Any:
+    """conv_stage with a residual, for graphs whose readers are known.
+
+    ``shortcut``: the layer, without activation, that makes the residual of the tensor given for it; it is then never
+    stored behind its batch norm. ``twice``: the result is a pair of one memory, a tensor for each of two readers, who
+    do not write to it: what they send back is added as backward reads it, where autograd would add it in a pass of its
+    own.
+    """
+    if shortcut is not None and mode.traced():
+        residual, shortcut = conv_stage(residual, [shortcut]), None
+    every = list(layers) if shortcut is None else [*layers, shortcut]
+    tensors = passes.call_tensors(input, every, _in_maps_dtype(input, residual))
+    others = tuple([layer[TENSORS:] for layer in every])
+    y = _operator(tensors, others, None, 0.0, False, twice, shortcut is not None)
+    return (y, y) if twice and isinstance(y, Tensor) else y
 
 
 class _Arguments(NamedTuple):
-    """conv_stage's, as :meth:`of` makes them of the operator's."""
+    """conv_stage's and residual_stage's, as :meth:`of` makes them of the operator's; a shortcut is the last layer."""
 
     input: Tensor
     layers: Sequence[ConvBNLayer]
@@ -62,12 +89,14 @@ class _Arguments(NamedTuple):
     pool: tuple[Any, ...] | None  # a MaxPool's fields
     dropout_p: float
     training: bool
+    twice: bool
+    shortcut: bool
 
     @classmethod
     def of(cls, given: tuple[Any, ...]) -> _Arguments:
-        *tensors, others, pool, dropout_p, training = given
+        *tensors, others, pool, dropout_p, training, twice, shortcut = given
         layers = [ConvBNLayer._make((*t, *other)) for t, other in zip(passes.layer_tensors(tensors), others)]
-        return cls(tensors[0], layers, passes.residual_of(tensors), pool, dropout_p, training)
+        return cls(tensors[0], layers, passes.residual_of(tensors), pool, dropout_p, training, twice, shortcut)
 
 
 def _check(*given: Any) -> Decision | None:
@@ -79,32 +108,41 @@ def _check(*given: Any) -> Decision | None:
     stage = _described(call)
     if call.input.numel() == 0 or not mode.use_triton(*given[:-_OTHERS]):
         return None
+    measured = [layer.measures(call.training) for layer in call.layers]
+    twice = call.twice and not mode.traced()
+    stage = dataclasses.replace(
+        stage, routes=routes.of(call.input, stage, measured), twice=twice, shortcut=call.shortcut
+    )
     options = tuple([(layer.momentum, layer.eps, layer.counts(call.training)) for layer in call.layers])
     return Decision((stage, options), dropout=stage.p)
 
 
-_OTHERS = 4  # arguments of the operator behind its tensors
+_OTHERS = 6  # arguments of the operator behind its tensors
 
 
 def _described(call: _Arguments) -> StageCall:
     """What the call comes to. Raises what torch raises."""
-    input, layers, residual, pool, dropout_p, training = call
+    input, layers, residual, pool, dropout_p, training, _, shortcut = call
     checks.tensor(input=input)
     checks.probability("dropout_p", dropout_p)
     if input.dim() != 4:
         raise ValueError(f"input must be 4-D (N, C, H, W), got shape {checks.shape(input)}")
-    geometries = _geometries(input, layers)
+    depth = len(layers) - shortcut
+    geometries = _geometries(input, layers[:depth])
     pooling = _pooling(geometries[-1], pool)
+    of_shortcut = _geometries(residual, layers[depth:]) if residual is not None and shortcut else ()
     autocast = mode.autocast_dtype(input)
-    for i, (layer, g) in enumerate(zip(layers, geometries)):
+    for i, (layer, g) in enumerate(zip(layers, (*geometries, *of_shortcut))):
         _check_layer(i, layer, input, g, training, autocast)
     dtype = _maps_dtype(input)
     if residual is not None:
         if pool is not None or dropout_p > 0:
             raise ValueError(f"residual goes with neither pool nor dropout, got pool={pool} and dropout_p={dropout_p}")
-        _check_residual(input, residual, geometries[-1], dtype)
+        if not shortcut:
+            _check_residual(input, residual, geometries[-1], dtype)
     p = float(dropout_p) if training else 0.0
-    return StageCall(geometries, pooling, dtype, p, training, tuple([layer.activation for layer in layers]))
+    names = tuple([layer.activation for layer in layers])
+    return StageCall((*geometries, *of_shortcut), pooling, dtype, p, training, names)
 
 
 def _geometries(input: Tensor, layers: Sequence[ConvBNLayer]) -> tuple[Geometry, ...]:
@@ -208,7 +246,18 @@ def _check_residual(input: Tensor, residual: Tensor, g: Geometry, dtype: torch.d
 def _reference(*given: Any) -> Tensor:
     """On a CPU its passes, else torch's own calls, differentiated and cast by torch; Dropout2d draws as torch.nn's."""
     call = _Arguments.of(given)
-    x, layers, residual, pool, dropout_p, training = call
+    x, layers, residual, pool, dropout_p, training, _, shortcut = call
+    if shortcut:
+        *layers, own = layers
+        residual = _reference(
+            *passes.call_tensors(cast(Tensor, residual), [own], None),
+            (own[TENSORS:],),
+            None,
+            0.0,
+            training,
+            False,
+            False,
+        )
     p = float(dropout_p) if training else 0.0
     if not mode.jit_traced():  # sizes are none there
         stage = _described(call)
@@ -226,5 +275,7 @@ def _reference(*given: Any) -> Tensor:
 
 
 _operator = Operator(
-    _reference, _check, Passes("ConvStage", passes.leaves, passes.forward, passes.backward, passes.keep)
+    _reference,
+    _check,
+    Passes("ConvStage", passes.leaves, passes.forward, passes.backward, passes.keep, lambda stage, _: stage.twice),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import geometry, library, mode, plan
 from tkernels.core.geometry import Geometry, Pooling
-from tkernels.core.records import TENSORS, ConvBNLayer, StageCall
+from tkernels.core.records import TENSORS, ConvBNLayer, Route, StageCall
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv_stage import triton_body as body
 from tkernels.ops.conv_stage.triton_body import SavedLayer
@@ -61,13 +61,12 @@ def forward(
         return _traced_forward(tensors, stage, options, needs)
     (x, *_, seed), residual = cast(Any, tensors), residual_of(tensors)
     layers = _layers(tensors, options)
-    x = body.conv_input(x, stage.geometries[0], stage.dtype)
+    x = body.conv_input(x, stage.geometries[0], stage.dtype, stage.route(0))
     nhwc = _channels_last(tensors[0], layers, stage)
-    y, saved = body.forward(x, layers, stage, nhwc, needs is not None, seed, residual)
+    y, saved, behind = body.forward(x, layers, stage, nhwc, needs is not None, seed, residual)
     if needs is None:
         return (y,)
-    tasks = body.wanted(needs, [layer.var is None for layer in saved])
-    behind = body.behind_residual(y, residual, stage.activations[-1])
+    tasks = body.wanted(needs, [layer.var is None for layer in saved], stage.depth)
     kept: list[Tensor | None] = [seed, behind]
     maps = body.kept_maps(layers, stage, tasks, _reads_last(residual, stage))
     for layer, task, needs_bias, (reads_x, reads_raw) in zip(saved, tasks, needs[2::4], maps):
@@ -95,7 +94,7 @@ def _layers(tensors: Sequence[Tensor | None], options: Options) -> list[ConvBNLa
 
 
 def _channels_last(x: Any, layers: Sequence[ConvBNLayer], stage: StageCall) -> bool:
-    return geometry.stage_channels_last(x, [layer.weight for layer in layers], stage.geometries)[-1]
+    return geometry.stage_channels_last(x, [layer.weight for layer in layers[: stage.depth]], stage.geometries)[-1]
 
 
 def _reads_last(residual: Tensor | None, stage: StageCall) -> bool:
@@ -107,11 +106,14 @@ def _reads_last(residual: Tensor | None, stage: StageCall) -> bool:
 def backward(
     tensors: plan.Tensors, stage: StageCall, eps: tuple[float, ...], input_format: InputFormat, needs: tuple[bool, ...]
 ) -> plan.Tensors:
-    """body.backward's gradients, of dy and what forward kept."""
+    """body.backward's gradients, of dy, where ``stage.twice`` of the output's second gradient, and of what forward
+    kept."""
     if mode.traced():
         return _traced_backward(tensors, stage, eps, needs, input_format)
-    dy, seed, behind, *kept = tensors
-    return tuple(body.backward(cast(Tensor, dy), _saved(kept), behind, seed, stage, eps, needs, input_format))
+    dy, *rest = cast(Any, tensors)
+    more = rest.pop(0) if stage.twice else None
+    seed, behind, *kept = rest
+    return tuple(body.backward(dy, more, _saved(kept), behind, seed, stage, eps, needs, input_format))
 
 
 def _saved(kept: Sequence[Tensor | None]) -> list[SavedLayer]:
@@ -125,14 +127,17 @@ def _saved(kept: Sequence[Tensor | None]) -> list[SavedLayer]:
 def _numbers(stage: StageCall) -> tuple[Any, ...]:
     """The stage as arguments of an operator."""
     names = [activations.ACTIVATIONS.index(name) for name in stage.activations]
-    return [size for g in stage.geometries for size in g], list(stage.pool), names, stage.dtype, stage.p
+    routes = [by_pytorch for route in stage.routes for by_pytorch in route]
+    return [size for g in stage.geometries for size in g], list(stage.pool), names, routes, stage.dtype, stage.p
 
 
 def _stage(
-    geometries: Sequence[int], pool: Sequence[int], names: Sequence[int], dtype: torch.dtype, p: float
-) -> StageCall:
+    geometries: Sequence[int], pool: Sequence[int], names: Sequence[int], routes: Sequence[bool], dtype: torch.dtype,
+    p: float,
+) -> StageCall:  # fmt: skip
     called = tuple([activations.ACTIVATIONS[i] for i in names])
-    return StageCall(_geometries(geometries), Pooling._make(pool), dtype, p, False, called)
+    by_layer = tuple([Route(*routes[i : i + 3]) for i in range(0, len(routes), 3)])
+    return StageCall(_geometries(geometries), Pooling._make(pool), dtype, p, False, called, by_layer)
 
 
 def _geometries(numbers: Sequence[int]) -> tuple[Geometry, ...]:
@@ -172,10 +177,10 @@ def _traced_forward(
 
 def _call(
     tensors: Sequence[Tensor | None], geometries: Sequence[int], pool: Sequence[int], names: Sequence[int],
-    dtype: torch.dtype, p: float, eps: Sequence[float], needs: Sequence[bool],
+    routes: Sequence[bool], dtype: torch.dtype, p: float, eps: Sequence[float], needs: Sequence[bool],
 ) -> tuple[plan.Tensors, StageCall, Options, tuple[bool, ...] | None]:  # fmt: skip
     """forward's arguments of the operator's."""
-    stage = _stage(geometries, pool, names, dtype, p)
+    stage = _stage(geometries, pool, names, routes, dtype, p)
     return tuple(tensors), stage, tuple([(0.0, e, False) for e in eps]), tuple(needs) or None
 
 
@@ -189,9 +194,10 @@ def _forward_results(*arguments: Any) -> list[Tensor]:
     if needs is None:
         return results
     measured = [layer.measures(False) for layer in layers]
-    maps = body.kept_maps(layers, stage, body.wanted(needs, measured), _reads_last(residual_of(tensors), stage))
+    tasks = body.wanted(needs, measured, stage.depth)
+    maps = body.kept_maps(layers, stage, tasks, _reads_last(residual_of(tensors), stage))
     for i, (g, from_batch, (reads_x, reads_raw)) in enumerate(zip(stage.geometries, measured, maps)):
-        stored = reads_x and (i > 0 or body.conv_input(x, g, dtype) is not x)
+        stored = reads_x and (i > 0 or body.conv_input(x, g, dtype, stage.route(0)) is not x)
         results.append(empty_pixels(x, (n, g.in_channels, g.height, g.width), dtype, True) if stored else _nothing(x))
         out = n, g.out_channels, g.out_h, g.out_w
         results.append(empty_pixels(x, out, dtype, True) if reads_raw else _nothing(x))
@@ -216,11 +222,11 @@ def _forward_flops(tensors: Any, geometries: Sequence[int], *_: Any) -> int:
 @library.whole_pass("conv_stage_forward", fake=_forward_results, flops=_forward_flops)
 def _forward_operator(
     tensors: Sequence[Tensor | None], geometries: Sequence[int], pool: Sequence[int], names: Sequence[int],
-    dtype: torch.dtype, p: float, eps: Sequence[float], needs: Sequence[bool],
+    routes: Sequence[bool], dtype: torch.dtype, p: float, eps: Sequence[float], needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """forward's, of the same tensors: y and, where ``needs`` is not empty, of each layer its input, its raw output and
     the batch's statistics [4, C], each empty where backward reads none, or, of the input, where it is x itself."""
-    given, stage, options, asked = _call(tensors, geometries, pool, names, dtype, p, eps, needs)
+    given, stage, options, asked = _call(tensors, geometries, pool, names, routes, dtype, p, eps, needs)
     y, *kept = cast(Any, forward(given, stage, options, asked))
     results = [y]
     for i, layer in enumerate(_saved(kept[2:])):
@@ -245,8 +251,8 @@ def _traced_backward(
 
 
 def _gradients(
-    tensors: Sequence[Tensor | None], geometries: Sequence[int], pool: Any, names: Any, dtype: torch.dtype, p: Any,
-    eps: Any, needs: Sequence[bool], input_dtype: torch.dtype, channels_last: bool,
+    tensors: Sequence[Tensor | None], geometries: Sequence[int], pool: Any, names: Any, routes: Any, dtype: torch.dtype,
+    p: Any, eps: Any, needs: Sequence[bool], input_dtype: torch.dtype, channels_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Empty results of the operator below."""
     dy, _, _, *kept = cast(Any, tensors)
@@ -263,7 +269,7 @@ def _gradients(
 
 
 def _backward_flops(
-    tensors: Any, geometries: Sequence[int], pool: Any, names: Any, dtype: Any, p: Any, eps: Any,
+    tensors: Any, geometries: Sequence[int], pool: Any, names: Any, routes: Any, dtype: Any, p: Any, eps: Any,
     needs: Sequence[bool], *_: Any,
 ) -> int:  # fmt: skip
     products = _products(geometries, tensors[0][0])
@@ -273,10 +279,10 @@ def _backward_flops(
 @library.whole_pass("conv_stage_backward", fake=_gradients, flops=_backward_flops)
 def _backward_operator(
     tensors: Sequence[Tensor | None], geometries: Sequence[int], pool: Sequence[int], names: Sequence[int],
-    dtype: torch.dtype, p: float, eps: Sequence[float], needs: Sequence[bool], input_dtype: torch.dtype,
-    channels_last: bool,
+    routes: Sequence[bool], dtype: torch.dtype, p: float, eps: Sequence[float], needs: Sequence[bool],
+    input_dtype: torch.dtype, channels_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     """backward's gradients, those that are needed."""
-    stage, input_format = _stage(geometries, pool, names, dtype, p), (input_dtype, channels_last)
+    stage, input_format = _stage(geometries, pool, names, routes, dtype, p), (input_dtype, channels_last)
     found = backward(tuple(tensors), stage, tuple(eps), input_format, tuple(needs))
     return [t for t in found if t is not None]
