@@ -166,6 +166,7 @@ TASK = KEY[1:]
 # What CSVs of before have no column of
 LATER = ("allocator", "ratio_p25", "ratio_p50", "ratio_p75", "rounds", "page_faults", "saved_mb")
 # of CSVs of what is counted, not timed
+STEP = "(step)"  # the whole step, among its layers or calls
 BYTES = "arguments of launches and ATen calls, read once and written once, without workspaces"
 LAUNCHES = "Triton launches"
 ATEN_CALLS = "ATen calls that compute (no views, no allocations)"

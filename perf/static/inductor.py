@@ -16,7 +16,7 @@ from torch import Tensor
 from perf.static import meter
 
 
-def bytes_of_step(build: meter.Build, batch: int) -> int:
+def bytes_of_step(build: meter.Build, batch: int, image_size: int = 32) -> int:
     """Bytes of the forward and the backward graph of a classifier with its loss, in bf16 NHWC.
 
     Raises RuntimeError where this torch's Inductor cannot be asked.
@@ -28,7 +28,7 @@ def bytes_of_step(build: meter.Build, batch: int) -> int:
 
     network, loss = build()
     model = meter.in_bf16(network)
-    images, target = meter.batch_of(batch)
+    images, target = meter.batch_of(batch, image_size)
     counts: list[int] = []
 
     def step(images: Tensor, target: Tensor) -> Tensor:

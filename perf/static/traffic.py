@@ -4,7 +4,8 @@ Every launch and every ATen call counts its tensor arguments, read once and writ
 backward in bf16 NHWC: of the fused network on Triton, and of plain PyTorch. torch.compile's bytes are Inductor's own
 count. Float32 operands that live within one pass of a layer (split-K partial sums, statistics) are shown apart.
 
-With --op the same is counted of single operators, beside the least they have to move.
+With --op the same is counted of single operators, beside the least they have to move; with --model of a model of
+torchvision, timm or one's own, plain and after fuse(), by kernel.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ import tkernels
 from models.cifar_cnn import CNNClassifier, FusedCNNClassifier
 from perf import operators, options, providers, schema, shapes
 from perf.options import Refused
-from perf.schema import Counted, number, text
-from perf.static import aot, inductor, meter, operator_traffic
+from perf.schema import STEP, Counted, number, text
+from perf.static import aot, inductor, meter, model_traffic, operator_traffic
+from perf.static.model_traffic import ModelTraffic
 from perf.static.operator_traffic import OperatorTraffic
 from tkernels.core import targets
-
-STEP = "(step)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--last-batch", type=int, default=17, metavar="N",
         help="images in the last, smaller batch, which should compile nothing new (default: 17)")  # fmt: skip
     add("--target", default="sm_90", metavar="NAME", help=f"{', '.join(targets.TARGETS)} (default: sm_90)")
+    add("--model", metavar="NAME",
+        help="of a model, plain and after fuse(): a name of torchvision's, timm:NAME or module:function")  # fmt: skip
+    add("--image-size", type=int, default=224, metavar="N", help="for --model: rows and columns (default: 224)")
     add("--op", nargs="+", metavar="NAME", help=f"of single operators: {', '.join(operator_traffic.NAMES)}")
     add("--shapes", nargs="+", metavar="SHAPES",
         help=f"for --op: {', '.join(shapes.NAMED)}, FILE.csv, or 'N=256 C=32 K=64' (default: cnn)")  # fmt: skip
@@ -79,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         options.new_file(args.csv)
     head: dict[str, Any] = {"commit": options.commit(), **providers.versions(), "target": args.target}
-    if args.op is not None:
+    if args.model is not None:
+        frame = schema.frame_of(ModelTraffic, [row.having(**head) for row in _rows_of_model(args)])
+        model_traffic.show(frame)
+    elif args.op is not None:
         rows = operator_traffic.rows(args.op, args.shapes or ["cnn"], args.dtype or ["bf16"], args.target)
         frame = schema.frame_of(OperatorTraffic, [row.having(**head) for row in rows])
         print(operator_traffic.summary(frame).to_string(index=False))
@@ -89,6 +95,15 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         schema.write(frame, args.csv)
     return 0
+
+
+def _rows_of_model(args: argparse.Namespace) -> list[ModelTraffic]:
+    for name in ("op", "shapes", "dtype"):
+        if getattr(args, name) is not None:
+            raise Refused(f"--{name} does not go with --model")
+    if args.batch < 2 or args.image_size < 1:
+        raise Refused(f"--batch must be at least 2 and --image-size 1, got {args.batch} and {args.image_size}")
+    return model_traffic.rows(args.model, args.batch, args.image_size, args.target, not args.no_inductor)
 
 
 def _rows_of_network(args: argparse.Namespace) -> list[Traffic]:

@@ -19,6 +19,7 @@ from perf.static.cases.networks import geometry, layers
 from tkernels.core import autotune, mode, targets
 from tkernels.core.autotune import Tuner
 from tkernels.core.config import Config
+from tkernels.core.records import OURS, PYTORCHS, Route
 from tkernels.ops.conv import op as conv_ops
 from tkernels.ops.conv import routing
 
@@ -221,34 +222,56 @@ def test_without_the_switch_nothing_is_measured(monkeypatch: pytest.MonkeyPatch)
     assert autotune.pick("op", 8, (), FIRST, lambda config: pytest.fail("launched"), None) is FIRST
 
 
-def test_only_large_convolutions_go_to_pytorch() -> None:
-    hopper, bf16 = targets.TARGETS["sm_90"], (torch.bfloat16, "ieee")
+HOPPER, BF16 = targets.TARGETS["sm_90"], (torch.bfloat16, "ieee")
+
+
+def test_a_convolution_alone() -> None:
+    """As measured on an H100: PyTorch's forward pays for a bias and an activation with passes of their own."""
     for layer in LAYERS:
-        assert not routing.compute_bound(window(*layer), 256, *bf16, True, hopper), layer
+        assert routing.of_conv(window(*layer), 256, *BF16, True, True, True, HOPPER) == OURS, layer
     large = [g for g in map(geometry, layers("conv2d")) if g.taps == 9 and g.in_channels >= 256 and g.height >= 14]
     assert large
     for g in large:
-        assert routing.compute_bound(g, 256, *bf16, False, hopper), g
-        assert not routing.compute_bound(g, 256, torch.float32, "ieee", False, hopper), g
-        assert not routing.compute_bound(g, 64, *bf16, False, targets.TARGETS["gfx942"]), g
+        assert routing.of_conv(g, 256, *BF16, False, False, True, HOPPER) == PYTORCHS, g
+        assert routing.of_conv(g, 256, *BF16, False, False, False, HOPPER) == Route(True), "no gradient is asked for"
+        assert routing.of_conv(g, 256, torch.float32, "ieee", False, False, True, HOPPER) == OURS, g
+        assert routing.of_conv(g, 64, *BF16, False, False, True, targets.TARGETS["gfx942"]) == OURS, g
+    wide = next(
+        g for g in map(geometry, layers("conv2d")) if g.taps == 1 and (g.in_channels, g.out_channels) == (64, 256)
+    )
+    assert routing.of_conv(wide, 256, *BF16, False, True, True, HOPPER) == Route(False, True, True)
+    assert routing.of_conv(wide, 256, *BF16, False, False, True, HOPPER) == PYTORCHS
 
 
-def test_convolutions_before_a_batch_norm() -> None:
-    hopper, bf16 = targets.TARGETS["sm_90"], (torch.bfloat16, "ieee")
+def test_a_layer_of_a_stage() -> None:
     large, small = window(128, 128, 28), window(32, 32, 32)
-    assert routing.before_batch_norm(large, 64, *bf16, True, hopper)
-    assert routing.before_batch_norm(large, 64, *bf16, False, hopper)
-    assert not routing.before_batch_norm(small, 256, *bf16, True, hopper)
-    assert not routing.before_batch_norm(large, 64, torch.float32, "ieee", True, hopper)
+    assert routing.of_stage(large, 64, *BF16, True, HOPPER) == PYTORCHS
+    assert routing.of_stage(large, 64, *BF16, False, HOPPER) == PYTORCHS
+    assert routing.of_stage(small, 256, *BF16, True, HOPPER) == OURS
+    assert routing.of_stage(large, 64, torch.float32, "ieee", True, HOPPER) == OURS
     wide = next(g for g in map(geometry, layers("conv2d")) if g.taps == 1 and g.in_channels == 64)
-    assert routing.before_batch_norm(wide, 256, *bf16, True, hopper)
-    assert not routing.before_batch_norm(wide, 256, *bf16, False, hopper), "a pass over the result is left out"
-    assert not routing.before_batch_norm(large, 64, *bf16, True, targets.TARGETS["gfx942"])
+    assert routing.of_stage(wide, 256, *BF16, True, HOPPER) == PYTORCHS
+    assert not routing.of_stage(wide, 256, *BF16, False, HOPPER).forward, "a pass over the result is left out"
+    assert routing.of_stage(large, 64, *BF16, True, targets.TARGETS["gfx942"]) == OURS
+    stem = window(3, 64, 224, 7, 2)
+    assert routing.of_stage(stem, 256, *BF16, True, HOPPER) == Route(False, True, True)
+    even = large._replace(kernel_h=2, kernel_w=2)  # padded more on one side, as 'same' does
+    assert not even.symmetric
+    assert routing.of_stage(even, 64, *BF16, True, HOPPER) == OURS
+
+
+def test_each_target_says_where_its_figures_are_from() -> None:
+    for target in targets.TARGETS.values():
+        speeds = routing.speeds(target)
+        assert speeds.source == "estimated" or speeds.source.startswith("measured: perf/results/")
+        for table in (speeds.own, speeds.own_stage, speeds.pytorch):
+            assert set(table) == set(routing.PASSES)
+            assert all(0 < share <= 1 for shares in table.values() for share in shares)
 
 
 def test_under_triton_no_convolution_goes_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     went: list[str] = []
-    monkeypatch.setattr(routing, "compute_bound", lambda *_: True)
+    monkeypatch.setattr(routing, "of_conv", lambda *_: PYTORCHS)
     monkeypatch.setattr(conv_ops._operator, "reference", lambda *_: went.append("torch"))
     monkeypatch.setattr(conv_ops._operator, "run", lambda *_: went.append("triton"))
     monkeypatch.setattr(mode, "_can_run", lambda tensors: True)

@@ -32,9 +32,9 @@ class Expected(NamedTuple):
 
 
 NETWORKS = {
-    # the stem, one stage in each of eight blocks, three projections
-    "resnet18": Expected(12, 20, 0, (61, 103)),
-    "resnet50": Expected(21, 53, 0, (153, 269)),
+    # the stem, one stage in each of eight blocks, with its projection
+    "resnet18": Expected(9, 20, 0, (58, 103)),
+    "resnet50": Expected(17, 53, 0, (149, 265)),
     # five stages, two hidden linear layers
     "vgg16_bn": Expected(7, 13, 0, (44, 68)),
     "mobilenet_v2": Expected(16, 52, 0, (156, 273)),
@@ -44,12 +44,12 @@ NETWORKS = {
     "densenet121": Expected(121, 121, 0, (364, 539)),
     # linear -> GELU in each block
     "convnext_tiny": Expected(18, 0, 0, (18, 60)),
-    "regnet_y_400mf": Expected(53, 53, 0, (192, 333)),
-    "timm:resnet26d": Expected(13, 31, 0, (90, 157)),
+    "regnet_y_400mf": Expected(49, 53, 0, (188, 329)),
+    "timm:resnet26d": Expected(9, 31, 0, (86, 153)),
     "timm:efficientnet_b0": Expected(47, 49, 0, (179, 322)),
     "timm:mobilenetv3_large_100": Expected(34, 46, 0, (156, 280)),
     # the batch norm of a block's input is added to a sum that is there already
-    "timm:repvgg_a0": Expected(44, 61, 17, (134, 260)),
+    "timm:repvgg_a0": Expected(39, 61, 17, (128, 256)),
 }
 QUICK = ("resnet18", "timm:mobilenetv3_large_100")
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import tkernels
-from perf import schema
+from perf import models, schema
 from perf.bench.measure import Effort
-from perf.bench.model import command, comparison, names
+from perf.bench.model import command, comparison
 from perf.bench.model.comparison import ModelMeasurement, Task
 from tests.perf.command import module, refused, run
 from tkernels.fusion import FusionReport
@@ -249,9 +249,9 @@ def test_means_are_geometric_and_of_the_last_row_of_each(tmp_path: Path) -> None
 
 def test_a_list_stands_for_its_models() -> None:
     pytest.importorskip("timm")
-    found = list(names.resolve(["torchvision:resnet50", "all", "torchvision:resnet18"]))
+    found = list(models.resolve(["torchvision:resnet50", "all", "torchvision:resnet18"]))
     assert found[0] == "torchvision:resnet50"
-    assert sorted(found) == sorted(names.LISTED)
+    assert sorted(found) == sorted(models.LISTED)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ import numpy as np
 import pandas as pd
 
 from models import recipes
-from perf import options, schema
+from perf import models, options, schema
 from perf.bench import machine, ratios
 from perf.bench.measure import Effort
-from perf.bench.model import names, worker
+from perf.bench.model import worker
 from perf.bench.model.comparison import AGAIN, ModelMeasurement, Task
 from perf.options import Refused
 from perf.providers import COMPILED, OURS
@@ -40,7 +40,7 @@ MEAN_AIMS, LEAST_AIM = {"train": 1.10, "infer": 1.15}, 0.98
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add("model", nargs="+", metavar="NAME", help=f"torchvision:NAME, timm:NAME, module:function, or {names.ALL}")
+    add("model", nargs="+", metavar="NAME", help=f"torchvision:NAME, timm:NAME, module:function, or {models.ALL}")
     add("--batch", type=int, default=16, metavar="N", help="images a call (default: 16)")
     add("--size", type=int, nargs="+", default=[96], metavar="N", help="height and width of the images (default: 96)")
     add("--dtype", nargs="+", default=list(DTYPES), metavar="DTYPE",
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, then measure. Status 0 even where a model failed: its rows say so."""
     device = options.device(args.device)
-    tasks = list(_tasks(args, list(names.resolve(args.model)), device))
+    tasks = list(_tasks(args, list(models.resolve(args.model)), device))
     for option in ("rounds", "seconds"):
         if getattr(args, option) <= 0:
             raise Refused(f"--{option} must be above 0, got {getattr(args, option)}")

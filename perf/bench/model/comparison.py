@@ -29,8 +29,8 @@ from models import recipes
 from perf import operators, schema
 from perf.bench import measure, network, rows
 from perf.bench.measure import Effort, Sample
-from perf.bench.model.names import Build
 from perf.bench.process import changed_environment
+from perf.models import Build
 from perf.providers import BASELINE, COMPILED, OURS
 from perf.schema import Measurement, number, text
 

@@ -6,8 +6,9 @@ import contextlib
 import os
 from multiprocessing.connection import Connection
 
+from perf import models
 from perf.bench.measure import Effort
-from perf.bench.model import comparison, names
+from perf.bench.model import comparison
 from perf.bench.model.comparison import Measured, Task
 from perf.bench.process import Ended, Process
 
@@ -51,7 +52,7 @@ def _serve(parent: Connection, effort: Effort, compiled: bool) -> None:
         with contextlib.suppress(EOFError):
             while True:
                 task: Task = parent.recv()
-                build = names.resolve([task.name])[task.name]
+                build = models.resolve([task.name])[task.name]
                 parent.send(comparison.measured(task, build, effort, compiled, parent.send))
     except (BrokenPipeError, KeyboardInterrupt):
         os._exit(1)  # the parent is gone, or going
