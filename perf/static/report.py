@@ -3,6 +3,10 @@
 Registers, spills, shared memory, tensor-core and 128-bit instruction counts are read off the machine code. Occupancy
 and microseconds are estimates by formula: the time is the larger of bytes (every tensor argument once) at the peak
 bandwidth and operations at the peak rate, which no kernel reaches.
+
+Then, for sm_90, the products of whole networks: tile, programs that fit, waves, milliseconds of ours and of a vendor's
+library by estimate (perf/static/model.py), whose product the backend 'auto' takes, and totals; --network leaves out all
+else. --measured lays the estimates beside what a run of perf gpu timed.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import perf.static.cases
 from perf import options, schema
 from perf.options import Refused
 from perf.schema import Row, number, text
-from perf.static import aot, rules, ttir
+from perf.static import aot, model, products, rules, ttir
 from perf.static.aot import Launch
 from perf.static.facts import Facts
 from tkernels.core.targets import TARGETS, Target
@@ -56,10 +60,16 @@ class Compiled(Row):
     wgmma_in_flight: int | None = number("the most groups of wgmma that a wait leaves in flight")
     wgmma_overwrites: int | None = number("writes to registers that a wgmma in flight reads: wrong values")
     wgmma_serialised: str = text("why ptxas runs one wgmma at a time (C7514, C7515); empty if they overlap")
+    tile: str = text("rows x columns of the product's tile; empty without a product")
+    resident: int | None = number("programs that a multiprocessor holds at once, by registers and shared memory")
+    fit: int | None = number("programs that the target holds at once")
+    waves: float | None = number("programs over those that fit")
+    l2_bytes_clock: float | None = number("bytes a clock of a multiprocessor that operands need of L2 at the peak rate")
     bytes: int | None = number("every tensor argument once")
     flops: float | None = number("of the products, padding included")
     estimate_us: float | None = number("microseconds at the peak rates: a bound, not a forecast")
     bound_by: str = text("bytes or flops, whichever takes longer")
+    estimated_ms: float | None = number("milliseconds by perf/static/model.py, a forecast; empty but on sm_90")
     complaints: str = text("what breaks a rule of perf/static/rules.py; empty if nothing does")
     status: str = text("ok, or what the compiler said")
 
@@ -87,6 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--op", nargs="+", metavar="NAME", help=f"{', '.join(operators())} (default: all)")
     add("--target", nargs="+", metavar="NAME", help=f"{', '.join(TARGETS)} (default: all)")
     add("--case", metavar="TEXT", default="", help="only cases whose names contain this")
+    add("--network", nargs="+", metavar="NAME",
+        help=f"only the products of networks: {', '.join(products.networks())}")  # fmt: skip
+    add("--measured", type=Path, metavar="FILE", help="the products in a run's timings.csv, estimated and measured")
     add("--jobs", type=int, default=1, metavar="N", help="processes that compile (default: 1)")
     add("--csv", type=Path, metavar="FILE", help="where the rows go; an older file is replaced")
 
@@ -99,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
         raise Refused(f"--jobs must be at least 1, got {args.jobs}")
     if args.csv is not None:
         options.new_file(args.csv)
+    if args.network or args.measured:
+        return _run_products(args, chosen)
     units = [(name, target, args.case) for name in names for target in chosen]
     parts = tqdm(_mapped(units, args.jobs), total=len(units), unit="target", disable=None)
     rows = [row for part in parts for row in part]
@@ -107,8 +122,34 @@ def run(args: argparse.Namespace) -> int:
     frame = schema.frame_of(Compiled, rows)
     print(schema.as_text(frame[list(SHOWN)].rename(columns=SHOWN), index=False))
     _print_problems(rows)
+    if not (args.op or args.case):
+        modelled = [name for name in chosen if name in model.MODELLED]
+        products.print_networks(
+            [row for target in modelled for name in products.networks() for row in products.of_network(name, target)]
+        )
     if args.csv is not None:
         schema.write(frame, args.csv)
+    return 0
+
+
+def _run_products(args: argparse.Namespace, chosen: list[str]) -> int:
+    """The same of products, whose rows are others."""
+    if args.op or args.case:
+        raise Refused("--op and --case choose among kernels: they do not go with --network or --measured")
+    if args.measured is not None:
+        if args.network:
+            raise Refused("--network and --measured choose different products: one of them")
+        for name in args.target or ():
+            options.one_of("target of the model", name, model.MODELLED)
+        rows = products.of_run(args.measured, TARGETS[model.MODELLED[0]])
+        products.print_run(rows, args.measured)
+    else:
+        names = options.several("network", args.network, products.networks())
+        units = [(name, target) for target in chosen for name in names]
+        rows = [row for unit in tqdm(units, unit="network", disable=None) for row in products.of_network(*unit)]
+        products.print_networks(rows)
+    if args.csv is not None:
+        schema.write(schema.frame_of(products.Product, rows), args.csv)
     return 0
 
 
@@ -156,17 +197,21 @@ def _of_launch(launch: Launch, target: Target) -> dict[str, Any]:
 
 
 def _of_code(launch: Launch, facts: Facts, target: Target) -> dict[str, Any]:
-    products = ttir.products(facts.ttir, launch.arguments, launch.grid)
-    microseconds, bound = estimate(sum(launch.bytes.values()), products, target)
+    work = ttir.products(facts.ttir, launch.arguments, launch.grid)
+    microseconds, bound = estimate(sum(launch.bytes.values()), work, target)
+    modelled = model.estimate(launch, facts, work, target)
+    milliseconds = modelled.milliseconds
     wgmma = {} if facts.wgmma is None else vars(facts.wgmma)
     return {
         **{name: getattr(facts, name) for name in FACTS},
         **{f"wgmma_{name}": value for name, value in wgmma.items()},
         "occupancy_estimate": round(rules.occupancy(facts.registers, facts.shared_bytes, facts.num_warps, target), 3),
         "tensor_core": facts.tensor_core or "",
-        "flops": sum(products.values()),
+        **products.columns(facts, modelled),
+        "flops": modelled.operations,
         "estimate_us": round(microseconds, 3),
         "bound_by": bound,
+        "estimated_ms": None if milliseconds is None else round(milliseconds, 5),
         "complaints": "; ".join(rules.complaints(launch, facts)),
     }
 
@@ -181,11 +226,11 @@ def _config(launch: Launch) -> str:
     return " ".join(f"{name}={value}" for name, value in shown.items())
 
 
-def estimate(moved: int, products: dict[str, float], target: Target) -> tuple[float, str]:
+def estimate(moved: int, work: dict[str, float], target: Target) -> tuple[float, str]:
     """Microseconds at the target's peak rates, and which of bytes and flops takes them."""
-    rates = {"16-bit": target.tflops, "tf32": target.tflops / 2, "ieee": target.tflops_fp32}
+    rates = model.rates(target)
     by_bytes = moved / target.gbps / 1e3
-    by_flops = sum(operations / rates[kind] for kind, operations in products.items()) / 1e6
+    by_flops = sum(operations / rates[kind] for kind, operations in work.items()) / 1e6
     return max(by_bytes, by_flops), "flops" if by_flops > by_bytes else "bytes"
 
 

@@ -76,20 +76,24 @@ def _excuses(exception: Excused, complaint: str, kernel: str, launch: Launch) ->
     return all(given[name] == value for name, value in exception.given.items())
 
 
-def occupancy(registers: int, shared_bytes: int, num_warps: int, target: Target) -> float:
-    """Estimated share of a multiprocessor's warps that can be resident, from registers, shared memory and limits."""
+def resident(registers: int, shared_bytes: int, num_warps: int, target: Target) -> int:
+    """Estimated programs that a multiprocessor holds at once, from registers, shared memory and limits."""
     # registers are handed out by the warp, in units of 256 (NVIDIA) or 8 a lane (AMD)
     unit = 256 if target.is_nvidia else 8 * target.warp_size
     of_warp = -(-max(registers, 1) * target.warp_size // unit) * unit
     # NVIDIA's driver keeps a KiB of shared memory a program
     of_program = shared_bytes + (1024 if target.is_nvidia else 0)
-    programs = min(
+    return min(
         target.registers_mp // (of_warp * num_warps),
         target.shared_memory_mp // of_program if of_program else target.max_programs_mp,
         target.max_warps_mp // num_warps,
         target.max_programs_mp,
     )
-    return programs * num_warps / target.max_warps_mp
+
+
+def occupancy(registers: int, shared_bytes: int, num_warps: int, target: Target) -> float:
+    """The same as a share of a multiprocessor's warps."""
+    return resident(registers, shared_bytes, num_warps, target) * num_warps / target.max_warps_mp
 
 
 def _resident_warps(facts: Facts, target: Target) -> float:

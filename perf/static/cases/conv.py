@@ -34,12 +34,13 @@ def dgrad(g: Geometry, dtype: torch.dtype, transposed: bool = False, channels_la
     kernels_backward.launch_dgrad(dy, packed, g, dtype, channels_last, transposed, saved, activation)
 
 
-def wgrad(g: Geometry, dtype: torch.dtype, activation: str | None = None, cast: bool = False) -> None:
+def wgrad(g: Geometry, dtype: torch.dtype, activation: str | None = None, cast: bool = False,
+          bias: bool = True) -> None:  # fmt: skip
     dy = image(g.out_channels, g.out_h, dtype)
     x = image(g.in_channels, g.height, torch.float32 if cast else dtype)
     saved = dy if activation else None
-    workspace = kernels_backward.launch_wgrad(x, dy, g, True, True, saved, activation)
-    kernels_backward.launch_merge(workspace, g, weight_of(g), empty(g.out_channels))
+    workspace = kernels_backward.launch_wgrad(x, dy, g, True, bias, saved, activation)
+    kernels_backward.launch_merge(workspace, g, weight_of(g), empty(g.out_channels) if bias else None)
 
 
 def mask(g: Geometry, dtype: torch.dtype, nchw: bool) -> None:

@@ -63,12 +63,22 @@ def wgrad(g: Geometry, dtype: torch.dtype) -> None:
     conv_backward.launch_wgrad(x, dz, g, True, False, raw, config=config, through=through)
 
 
-def pointwise(g: Geometry, dtype: torch.dtype, activation: str = "relu") -> None:
-    """A 1x1 layer that normalises its input as it loads it, forward and weight gradient."""
+def pointwise_forward(g: Geometry, dtype: torch.dtype, activation: str = "relu") -> None:
+    """A 1x1 layer that normalises its input as it loads it."""
     x, norm = image(g.in_channels, g.height, dtype), norm_of_batch(g.in_channels)
     packed = conv.launch_pack(weight_of(g), g, dtype)
     kernels_pointwise.launch_forward(x, norm, packed, None, g, whole(), activation)
+
+
+def pointwise_wgrad(g: Geometry, dtype: torch.dtype, activation: str = "relu") -> None:
+    """Its weight gradient, which does so again."""
+    x, norm = image(g.in_channels, g.height, dtype), norm_of_batch(g.in_channels)
     kernels_pointwise.launch_wgrad(x, norm, image(g.out_channels, g.out_h, dtype), g, activation)
+
+
+def pointwise(g: Geometry, dtype: torch.dtype, activation: str = "relu") -> None:
+    pointwise_forward(g, dtype, activation)
+    pointwise_wgrad(g, dtype, activation)
 
 
 def weights(dtype: torch.dtype) -> None:
