@@ -247,6 +247,33 @@ def linear_finish_kernel(partials_ptr, b_ptr, y_ptr, z_ptr, seed_ptr, M, N, b_st
                 BLOCK_N)  # fmt: skip
 
 
+# One program: a [BLOCK_M, BLOCK_N] tile of y, activation and dropout of a product z[M, N]. Grid: (tiles of y,).
+@triton.jit(do_not_specialize=["M"])
+def linear_end_kernel(z_ptr, y_ptr, seed_ptr, M, N, p, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+                      BLOCK_N: tl.constexpr):  # fmt: skip
+    pid_m, pid_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    z = load_tile(z_ptr, offs_m, pid_n * BLOCK_N + tl.arange(0, BLOCK_N), N, 1, M, N).to(tl.float32)
+    finish_tile(z, None, y_ptr, None, seed_ptr, offs_m, pid_n * BLOCK_N, M, N, 0, p, ACTIVATION, BLOCK_M, BLOCK_N)
+
+
+# One program: a [BLOCK_M, BLOCK_N] tile of dz, for products that read it as it is. Grid: (tiles of dz,).
+@triton.jit(do_not_specialize=["M"])
+def linear_mask_kernel(dy_ptr, saved_ptr, seed_ptr, dz_ptr, M, N, dy_stride, p, UNIT: tl.constexpr,
+                       ACTIVATION: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_N: tl.constexpr):  # fmt: skip
+    N *= UNIT
+    dy_stride *= UNIT
+    pid_m, pid_n = tile_of_program(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
+    dz = gradient_tile(dy_ptr, saved_ptr, seed, offs_m, pid_n * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,
+                       BLOCK_M, BLOCK_N)  # fmt: skip
+    offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
 def row_stride(t: Tensor) -> int | None:
     """The distance between rows of ``t`` [..., C] seen as a matrix, or None where it is none: the last dimension must
     be dense and the others must fold into one."""
@@ -487,6 +514,39 @@ def finish(
     launch(
         linear_finish_kernel, (tiles,),
         partials, b, y, z, seed, m, n, b_stride, p, splits, ACTIVATION=activation, **config.options(),
+    )  # fmt: skip
+
+
+@library.launches("linear_end", mutates="y", flops=library.no_flops)
+def end(
+    z: Tensor, y: Tensor, seed: Tensor | None, activation: str | None, p: float, *, config: Config | None = None
+) -> None:
+    """Writes y = dropout(activation(z)), both contiguous; y may be z."""
+    m, n = _rows(z), z.shape[-1]
+    if z.numel() == 0:
+        return
+    config = config or tuning.finish(n, targets.current())
+    tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
+    launch(linear_end_kernel, (tiles,), z, y, seed, m, n, p, ACTIVATION=activation, **config.options())
+
+
+@library.launches("linear_activation_gradient", mutates="dz", flops=library.no_flops)
+def activation_gradient(
+    dy: Tensor, saved: Tensor | None, seed: Tensor | None, dz: Tensor, activation: str | None, p: float, *,
+    config: Config | None = None,
+) -> None:  # fmt: skip
+    """Writes dz, contiguous; arguments as launch_dgrad's."""
+    m, n = _rows(dy), dy.shape[-1]
+    if dz.numel() == 0:
+        return
+    config = config or tuning.finish(n, targets.current())
+    tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
+    stride = _stride(dy)
+    unit = _unit(dy, n, stride)
+    launch(
+        linear_mask_kernel, (tiles,),
+        dy, saved, seed, dz, m, n // unit, stride // unit, p, UNIT=unit, ACTIVATION=activation,
+        SCALED=p > 0 and seed is None, **config.options(),
     )  # fmt: skip
 
 

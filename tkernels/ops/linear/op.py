@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import math
+import operator
+from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tkernels.core import _torch, autotune, checks, mode, plan, targets
 from tkernels.core import activation as activations
-from tkernels.core import checks, mode, plan
 from tkernels.core.operator import Decision, Operator, Passes
+from tkernels.core.records import OURS, Route
 from tkernels.ops import cpu
+from tkernels.ops.linear import routing
 
 if mode.HAS_TRITON:
     from tkernels.ops.linear import kernels
@@ -65,8 +71,47 @@ def _check(
     _check_shapes(input, weight, bias)
     autocast = mode.autocast_dtype(input)
     checks.matching_kinds(input, weight, bias, autocast)
+    static = activation, p, _route(input, weight, autocast or input.dtype, activation is not None or p > 0)
     # (dropout behind a bias of several axes is torch's own)
-    return Decision((activation, p), cast=autocast, dropout=p if bias is None or bias.dim() < 2 else 0.0)
+    return Decision(static, cast=autocast, dropout=p if bias is None or bias.dim() < 2 else 0.0)
+
+
+def _route(input: Tensor, weight: Tensor, dtype: torch.dtype, fused: bool) -> Route:
+    """Who computes the products: by estimate, or as measured where autotuning is on."""
+    if mode.get_backend() != "auto" or weight.dim() == 1 or input.numel() == 0:
+        return OURS
+    n, k = operator.index(weight.shape[0]), operator.index(weight.shape[1])
+    if mode.traced():
+        return Route(*_route_in_traces(n, k, dtype, fused))
+    m, precision, target = input.numel() // k, mode.dot_precision(dtype, "matmul"), targets.current()
+    if not (autotune.enabled and routing.cublas_competes(dtype, precision, target)):
+        return routing.of_linear(m, n, k, dtype, precision, fused, target)
+    return _measured_route(input.detach(), m, n, k, dtype, precision, fused)
+
+
+@_torch.constant_in_traces  # which has no business with facts of GPUs
+def _route_in_traces(n: int, k: int, dtype: torch.dtype, fused: bool) -> tuple[bool, ...]:
+    precision = mode.dot_precision(dtype, "matmul")
+    return tuple(routing.of_linear(routing.MANY, n, k, dtype, precision, fused, targets.current()))
+
+
+def _measured_route(input: Tensor, m: int, n: int, k: int, dtype: torch.dtype, precision: str, fused: bool) -> Route:
+    """Each product by the clock, on matrices without values."""
+    x, w, y = (input.new_empty(shape, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
+    activation = "relu" if fused else None
+    dx, dw = torch.empty_like(x), torch.empty_like(w)
+    calls: list[tuple[Callable[[], object], Callable[[], object]]] = [
+        (
+            lambda: kernels.forward(x, w, None, y, None, None, activation, 0.0),
+            lambda: kernels.end(F.linear(x, w), y, None, activation, 0.0) if fused else F.linear(x, w),
+        ),
+        (lambda: kernels.input_gradient(y, w, None, None, dx, None, 0.0), lambda: y @ w),
+        (lambda: kernels.weight_gradient(y, x, None, None, dw, None, None, 0.0), lambda: y.t() @ x),
+    ]
+    shape = n, k, dtype, precision, fused
+    return Route(*[
+        autotune.torch_is_faster(f"linear {name}", m, shape, *both) for name, both in zip(routing.PASSES, calls)
+    ])  # fmt: skip
 
 
 def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -130,8 +175,8 @@ def _run(call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, 
         return _run(call, (input, weight.unsqueeze(0), bias, seed), static).squeeze(-1)
     if bias is not None and bias.dim() > 1:
         # rows of their own: the sum is a separate pass, and what follows it too, with dropout as torch draws it
-        activation, p = static
-        y = activations.apply(_passes(call, (input, weight, None, None), (None, 0.0)) + bias, activation)
+        activation, p, route = static
+        y = activations.apply(_passes(call, (input, weight, None, None), (None, 0.0, route)) + bias, activation)
         return F.dropout(y, p) if p > 0 else y
     return _passes(call, tensors, static)
 
@@ -144,32 +189,79 @@ def _saves_seed(activation: str | None) -> bool:
 
 @plan.Planned
 def _forward(
-    tensors: plan.Tensors, activation: str | None, p: float, needs: tuple[bool, ...] | None
+    tensors: plan.Tensors, activation: str | None, p: float, route: Route, needs: tuple[bool, ...] | None
 ) -> plan.Tensors:  # fmt: skip
     """y, and what backward needs."""
     input, weight, bias, seed = cast(Any, tensors)
     needs_input, needs_weight, _ = needs or (False, False, False)
     x, w = kernels.dense_rows(input), kernels.dense_weight(weight)
     keeps_z = needs is not None and activations.needs_input(activation, p)
-    y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=keeps_z)
+    z: Tensor | None
+    if route.forward:
+        z = y = plan.call(_product, x, w, bias)
+        if activation is not None or seed is not None:
+            # (what backward does not read is written over)
+            y = torch.empty_like(z) if keeps_z else z
+            kernels.end(z, y, seed, activation, p)
+    else:
+        y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=keeps_z)
+    z = z if keeps_z else None
     saved = None if activation is None else z if z is not None else y
     return y, x if needs_weight else None, w if needs_input else None, saved, seed if _saves_seed(activation) else None
 
 
 @plan.Planned
 def _backward(
-    tensors: plan.Tensors, activation: str | None, p: float, needs: tuple[bool, ...]
+    tensors: plan.Tensors, activation: str | None, p: float, route: Route, needs: tuple[bool, ...]
 ) -> plan.Tensors:  # fmt: skip
     """Gradients of input, weight and bias, of dy and what _forward kept. The bias's has a value for each output
     feature; autograd sums it for a bias of one element."""
     dy, x, w, saved, seed = cast(Any, tensors)
     dy = kernels.dense_rows(dy)
     dx = dw = db = None
+    fused = activation is not None or p > 0
+    if fused and (_by_pytorch(route, x, w) or _forms_gradient(dy, x, w)):
+        dz = dy.new_empty(dy.shape)
+        kernels.activation_gradient(dy, saved, seed, dz, activation, p)
+        dy, saved, activation, p, seed = dz, None, None, 0.0, None
     if w is not None:
-        dx = kernels.launch_dgrad(dy, w, saved, activation, p, seed)
+        own = not route.dgrad
+        dx = kernels.launch_dgrad(dy, w, saved, activation, p, seed) if own else plan.call(_input_gradient, dy, w)
+    if x is not None and route.wgrad:
+        dw, x = plan.call(_weight_gradient, dy, x), None
     if x is not None or needs[2]:
-        dw, db = kernels.launch_wgrad(dy, x, saved, activation, p, seed, needs[2])
+        own_dw, db = kernels.launch_wgrad(dy, x, saved, activation, p, seed, needs[2])
+        dw = own_dw if dw is None else dw
     return dx, dw, db
+
+
+def _by_pytorch(route: Route, x: Tensor | None, w: Tensor | None) -> bool:
+    """Whether a gradient that is asked for is PyTorch's product."""
+    return (route.dgrad and w is not None) or (route.wgrad and x is not None)
+
+
+def _forms_gradient(dy: Tensor, x: Tensor | None, w: Tensor | None) -> bool:
+    """Whether our products read the gradient behind what is fused as a pass has formed it. (No question of a trace,
+    whose rows may be a symbol.)"""
+    if mode.traced() or (x is None and w is None):
+        return False
+    n, k = dy.shape[-1], x.shape[-1] if x is not None else w.shape[1]  # type: ignore[union-attr]
+    return routing.forms_gradient(math.prod(dy.shape[:-1]), n, k)
+
+
+# PyTorch's products. (Dense rows fold into matrices without copies.)
+
+
+def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, w, bias)
+
+
+def _input_gradient(dz: Tensor, w: Tensor) -> Tensor:
+    return dz @ w
+
+
+def _weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
+    return dz.reshape(-1, dz.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
 _passes = Passes("Linear", 3, _forward, _backward)

@@ -9,8 +9,9 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from tkernels.core import _torch, autograd, checks, mode, plan
+from tkernels.core import _torch, autograd, autotune, checks, mode, plan, targets
 from tkernels.core.operator import Decision, Operator, differentiates
+from tkernels.ops.linear import routing
 
 if mode.HAS_TRITON:
     from tkernels.ops.matmul import kernels
@@ -38,7 +39,26 @@ def _check(a: Tensor, b: Tensor) -> Decision | None:
     _check_shapes(a, b)
     dtype = mode.autocast_dtype(a)
     _check_kinds(a, b, dtype)
-    return Decision((), cast=dtype)
+    return None if _torch_is_faster(a, b, dtype or a.dtype) else Decision((), cast=dtype)
+
+
+def _torch_is_faster(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether backend 'auto' leaves this product to PyTorch: by estimate, or as measured where autotuning is on. (In a
+    trace sizes may be symbols: ours.)"""
+    if mode.get_backend() != "auto" or mode.traced() or a.numel() * b.numel() == 0:
+        return False
+    k = a.shape[-1]
+    n = b.shape[-1] if b.dim() > 1 else 1
+    batches = math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]))
+    m = batches * (a.shape[-2] if a.dim() > 1 else 1)
+    precision, target = mode.dot_precision(dtype, "matmul"), targets.current()
+    if not (autotune.enabled and routing.cublas_competes(dtype, precision, target)):
+        return routing.of_matmul(m, n, k, dtype, precision, target)
+    x, y = a.detach().to(dtype), b.detach().to(dtype)
+    with torch.no_grad():
+        return autotune.torch_is_faster(
+            "matmul", m, (n, k, dtype, precision, batches), lambda: _run(None, (x, y), ()), lambda: torch.matmul(x, y)
+        )
 
 
 def _check_shapes(a: Tensor, b: Tensor) -> None:
