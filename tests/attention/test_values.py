@@ -253,6 +253,39 @@ def test_small_tiles(dtype: torch.dtype, chunk: int, device: str) -> None:
     assert torch.equal(only_v[1], dv)
 
 
+@pytest.mark.gate("ttsem", "cuda")
+@pytest.mark.parametrize(
+    "n_q, n_k, rows, keys", ((70, 70, 16, 32), (75, 90, 32, 16), (90, 41, 16, 16), (20, 90, 16, 32))
+)
+def test_tiles_on_and_off_the_diagonal(n_q: int, n_k: int, rows: int, keys: int, device: str) -> None:
+    """Causal, tiles that the mask cuts, that it leaves whole, and that end beyond the queries or the keys; what keys
+    hold that no query sees does not matter."""
+    from tkernels.core.config import Config
+    from tkernels.ops.attention import kernels as attention
+    from tkernels.ops.attention import kernels_backward as attention_backward
+
+    case = Case((1, 4, n_q, 16), (1, 2, n_k, 16), causal=True, gqa=True)
+    q, k, v = (t.detach() for t in tensors(case, device))
+    config = Config.of(num_warps=4, BLOCK_M=rows, BLOCK_N=keys, BLOCK_D=16, BLOCK_V=16, CHUNK=16)
+    options = None, 0.0, True, 0.3, None
+    o, lse = attention.launch_forward(q, k, v, *options, config=config)
+    do = torch.randn(o.shape).to(device)
+    delta = attention_backward.launch_delta(o, do)
+    assert lse is not None
+    dq = attention_backward.launch_dq(q, k, v, do, lse, delta, *options, config=config)
+    dk, dv = attention_backward.launch_dkv(q, k, v, do, lse, delta, *options, config=config)
+    inputs64 = [exact(t).requires_grad_() for t in (q, k, v)]
+    o64 = reference(*inputs64, causal=True, scale=0.3, gqa=True)
+    want = torch.autograd.grad(o64, inputs64, do.cpu().double())
+    for name, got, expected in zip(("o", "dq", "dk", "dv"), (o, dq, dk, dv), (o64.detach(), *want)):
+        assert got is not None
+        tolerance.assert_close(got, expected, 4 * n_k, scale=2.0, name=name)
+    k[:, :, n_q:] = math.inf
+    again = attention_backward.launch_dkv(q, k, v, do, lse, delta, *options, config=config)
+    for got, expected in zip(again, (dk, dv)):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.gate("torch")
 def test_rows_on_hopper() -> None:
     """No 16-bit configuration has products of fewer than 64 rows, of which an H200 computed wrong values, nor has one

@@ -29,10 +29,11 @@ class Tile(NamedTuple):
     apart: bool = False
 
 
-# By where a product accumulates, or a target whose compiler wants others; then by the head dimension covered and by
-# whether there is a mask or dropout ("extras"). The largest tiles tried that compile without spills in every variant,
-# in 99 KiB of shared memory for 'mma', and with eight warps on a multiprocessor. ptxas, left alone, spills a few bytes
-# to stay below 128 registers: hence maxnreg.
+# By where a product accumulates ("part": of heads that leave features of their blocks empty, which wants registers), or
+# a target whose compiler wants others; then by the head dimension covered and by whether there is a mask or dropout
+# ("extras"). The largest tiles tried that compile without spills in every variant, in 99 KiB of shared memory for
+# 'mma', and with eight warps on a multiprocessor. ptxas, left alone, spills a few bytes to stay below 128 registers:
+# hence maxnreg. The rows of a wgmma are 64 for four warps: eight warps with 64 form each weight of dk and dv twice.
 Table = dict[str, dict[tuple[int, bool], Tile]]
 _FORWARD: Table = {
     "mma": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 32, 256),
@@ -56,8 +57,8 @@ _DQ: Table = {
             (128, False): Tile(64, 64, 256), (128, True): Tile(32, 64, 256),
             (256, False): Tile(64, 32, 256, 64), (256, True): Tile(32, 64, 256, 64)},
     "sm_120": {(64, True): Tile(128, 16, 256), (256, False): Tile(32, 64, 256, 64)},
-    "wgmma": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 32, 256),
-              (128, False): Tile(128, 64, 256), (128, True): Tile(128, 16, 256),
+    "wgmma": {(64, False): Tile(128, 64, 256, stages=3), (64, True): Tile(128, 32, 256),
+              (128, False): Tile(128, 64, 256, stages=3), (128, True): Tile(128, 16, 256),
               (256, False): Tile(128, 32, 256), (256, True): Tile(64, 16, 256)},
     "tmem": {(64, False): Tile(128, 64, 256), (64, True): Tile(128, 32, 256),
              (128, False): Tile(128, 64, 256), (128, True): Tile(128, 16, 256),
@@ -72,9 +73,10 @@ _DKV: Table = {
     "mma": {(64, False): Tile(32, 128, 256), (64, True): Tile(16, 128, 256),
             (128, False): Tile(64, 64, 256), (128, True): Tile(64, 32, 256, stages=3),
             (256, False): Tile(32, 32, 256, 64), (256, True): Tile(32, 32, 256, 64)},
-    "wgmma": {(64, False): Tile(64, 64, 256), (64, True): Tile(64, 64, 256),
-              (128, False): Tile(64, 64, 256), (128, True): Tile(32, 64, 256),
-              (256, False): Tile(32, 64, 256, apart=True), (256, True): Tile(16, 64, 256, apart=True)},
+    "wgmma": {(64, False): Tile(64, 128, 256, stages=3), (64, True): Tile(32, 128, 256, stages=3),
+              (128, False): Tile(64, 128, 256, stages=3), (128, True): Tile(16, 128, 256),
+              (256, False): Tile(32, 128, 256, stages=3, apart=True), (256, True): Tile(16, 128, 256, apart=True)},
+    "wgmma part": {(128, False): Tile(32, 128, 256, stages=3)},
     "tmem": {(64, False): Tile(64, 128, 256), (64, True): Tile(32, 128, 256),
              (128, False): Tile(64, 128, 256), (128, True): Tile(32, 128, 256),
              (256, False): Tile(32, 64, 256, maxnreg=255), (256, True): Tile(16, 64, 256, 64, maxnreg=255)},
@@ -85,7 +87,8 @@ _DKV: Table = {
              (128, False): Tile(32, 64, 256, 32), (128, True): Tile(16, 64, 256, 32)},
 }  # fmt: skip
 # Float32, whatever the precision: operands are twice as large, and without tensor cores a thread holds whole rows of a
-# chunk. By where a product accumulates ('' for all others) and the head dimension covered (0 for all others).
+# chunk. By a target or where a product accumulates ('' for all others), and by the head dimension covered (0 for all
+# others).
 Float32Table = dict[tuple[str, int], Tile]
 _FLOAT32_FORWARD: Float32Table = {
     ("", 0): Tile(32, 32, 256, 16), ("", 32): Tile(32, 32, 256, 16, maxnreg=255),
@@ -99,6 +102,7 @@ _FLOAT32_DKV: Float32Table = {
     ("", 0): Tile(32, 32, 256, 16, maxnreg=255, apart=True),
     ("tmem", 0): Tile(32, 32, 256, 16, stages=1, maxnreg=255, apart=True),
     ("cdna", 0): Tile(16, 32, 256, 16, apart=True),
+    ("sm_120", 32): Tile(32, 16, 256, 16, maxnreg=255, apart=True),
 }
 
 
@@ -137,11 +141,14 @@ def _tile(
     half: Table, single: Float32Table, head: int, v_head: int, itemsize: int, extras: bool, target: Target
 ) -> Tile:
     """Of the tables of 16-bit operands and of float32's."""
-    where, widest = _accumulates(target), max(_blocks(head, v_head))
+    where, blocks = _accumulates(target), _blocks(head, v_head)
+    widest = max(blocks)
     if itemsize == 2:
         key = max(64, widest), extras
-        return half.get(target.name, {}).get(key) or half[where][key]
-    return next(single[key] for key in ((where, widest), (where, 0), ("", widest), ("", 0)) if key in single)
+        names = (target.name, where) if blocks == (head, v_head) else (target.name, f"{where} part", where)
+        return next(half[name][key] for name in names if key in half.get(name, {}))
+    return next(single[key] for key in ((target.name, widest), (where, widest), (where, 0), ("", widest), ("", 0))
+                if key in single)  # fmt: skip
 
 
 def _config(head: int, v_head: int, tile: Tile, target: Target) -> Config:

@@ -115,15 +115,13 @@ def exponential(s, ADDED: tl.constexpr):
 
 @triton.jit
 def load_lse(lse_ptr, first_row, offs_m, n_q, ADDED: tl.constexpr):
-    """Of rows ``offs_m`` of the head that begins at ``first_row``: the two numbers of an added mask, else (LSE, 0).
-    Rows that are not there attend to nothing."""
-    inside = offs_m < n_q
+    """Of rows ``offs_m`` of the head that begins at ``first_row``: the two numbers of an added mask, else (LSE, 0)."""
     if ADDED:
         lse_ptr += first_row
-        logsum = tl.load(lse_ptr + first_row + n_q + offs_m, mask=inside, other=0.0)
+        logsum = tl.load(lse_ptr + first_row + n_q + offs_m)
     else:
         logsum = 0.0
-    return tl.load(lse_ptr + first_row + offs_m, mask=inside, other=float("inf")), logsum
+    return tl.load(lse_ptr + first_row + offs_m), logsum
 
 
 @triton.jit

@@ -113,8 +113,9 @@ def attention_dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_ptr
         q = load_rows(q_ptr, offs_m, offs_d, q_stride_m, n_q, HEAD, HEAD == BLOCK_D, True)
         do = load_rows(do_ptr, offs_m, tl.arange(0, BLOCK_V), do_stride_m, n_q, V_HEAD, V_HEAD == BLOCK_V, True)
     seed = None if seed_ptr is None else tl.load(seed_ptr)
-    lse, logsum = load_lse(lse_ptr, first_row, offs_m, n_q, mask_ptr is not None and not BOOLEAN)
-    delta = tl.load(delta_ptr + first_row + offs_m, mask=offs_m < n_q, other=0.0)
+    there = tl.minimum(offs_m, n_q - 1)  # dq's other rows are not stored
+    lse, logsum = load_lse(lse_ptr, first_row, there, n_q, mask_ptr is not None and not BOOLEAN)
+    delta = tl.load(delta_ptr + first_row + there)
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     end = n_k
     whole = n_k // BLOCK_N * BLOCK_N
@@ -148,9 +149,14 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
                          BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
                          BLOCK_N: tl.constexpr):  # fmt: skip
     ADDED: tl.constexpr = mask_ptr is not None and not BOOLEAN
-    tile, _index, batch, kv_head = program_of(tiles, kv_heads, False)
+    tile, index, batch, kv_head = program_of(tiles, kv_heads, False)
+    first_head = kv_head * group
+    q_ptr += (batch * q_stride_b + first_head * q_stride_h) * UNIT
     k_ptr += (batch * k_stride_b + kv_head * k_stride_h) * UNIT
     v_ptr += (batch * v_stride_b + kv_head * v_stride_h) * UNIT
+    do_ptr += (batch * do_stride_b + first_head * do_stride_h) * UNIT
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_stride_b + first_head * mask_stride_h
     q_stride_m *= UNIT
     k_stride_n *= UNIT
     v_stride_n *= UNIT
@@ -174,25 +180,36 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
     steps = tl.maximum(tl.cdiv(n_q, BLOCK_M) - first_tile, 1)
     if CHUNK == BLOCK_D:  # heads in pieces have no wgmma in this loop, and ptxas spills on sm_120
         tl.assume(steps * group > 0)
-    # one loop over all queries of all heads of the group
+    # One loop over all queries of all heads of the group, in which the tiles on a causal mask's diagonal alone compare.
+    # Keys that are not there give rows of dk and dv that are not stored. A query that is not there has the last one's
+    # weights and no gradient: it adds 0, or NaN to keys for which the last one has a NaN.
     for step in range(steps * group):
-        head = kv_head * group + step // steps
+        head = (step // steps).to(tl.int64)  # of the group
         first = (first_tile + step % steps) * BLOCK_M
         offs_m = first + tl.arange(0, BLOCK_M)
-        q_at = q_ptr + (batch * q_stride_b + head * q_stride_h) * UNIT
-        do_at = do_ptr + (batch * do_stride_b + head * do_stride_h) * UNIT
-        first_row = (batch * (kv_heads * group) + head) * n_q
-        lse, logsum = load_lse(lse_ptr, first_row, offs_m, n_q, ADDED)
+        there = tl.minimum(offs_m, n_q - 1)
+        q_at = q_ptr + head * q_stride_h * UNIT
+        do_at = do_ptr + head * do_stride_h * UNIT
+        first_row = (index * group + head) * n_q
+        lse, logsum = load_lse(lse_ptr, first_row, there, n_q, ADDED)
         if CHUNK == BLOCK_D or dv_ptr is not None:
             do = load_rows(do_at, offs_m, offs_v, do_stride_m, n_q, V_HEAD, V_HEAD == BLOCK_V, True)
-        s, qt = products(k, k_ptr, offs_n, k_stride_n, n_k, q_at, offs_m, q_stride_m, n_q, HEAD, BLOCK_D, CHUNK, True,
+        s, qt = products(k, k_ptr, offs_n, k_stride_n, n_k, q_at, there, q_stride_m, n_q, HEAD, BLOCK_D, CHUNK, False,
                          PRECISION, BLOCK_N, BLOCK_M)  # fmt: skip
+        if dk_ptr is not None and CHUNK == BLOCK_D:  # ahead of the weights, which are formed meanwhile
+            dw = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         mask_at = None
         if mask_ptr is not None:
-            mask_at = mask_ptr + (batch * mask_stride_b + head * mask_stride_h)
-        s = masked_scores(s, mask_at, offs_m[None, :], offs_n[:, None], mask_stride_m, mask_stride_n, n_q, n_k,
-                          score_scale, CAUSAL, BOOLEAN, True)  # fmt: skip
+            mask_at = mask_ptr + head * mask_stride_h
+        s = masked_scores(s, mask_at, there[None, :], offs_n[:, None], mask_stride_m, mask_stride_n, n_q, n_k,
+                          score_scale, CAUSAL, BOOLEAN, False)  # fmt: skip
         weights = weights_of(s, lse, logsum, 0, ADDED)
+        if CAUSAL:
+            if first < (tile + 1) * BLOCK_N:
+                # (0, but NaN in a row of NaN)
+                unseen = weights_of(tl.full((1, BLOCK_M), float("-inf"), tl.float32), lse, logsum, 0, ADDED)
+                seen = (offs_n - first)[:, None] <= tl.arange(0, BLOCK_M)[None, :]
+                weights = tl.where(seen & (offs_n < n_q)[:, None], weights, unseen)
         if seed is not None:
             keep = tl.trans(common.keep_scale(seed, first_row + offs_m, tile * BLOCK_N, n_k, p, BLOCK_M, BLOCK_N))
         if dv_ptr is not None:
@@ -201,9 +218,7 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
                 dropped = weights * keep
             dv = common.add_product(dv, dropped.to(do.dtype), do, PRECISION)
         if dk_ptr is not None:
-            if CHUNK == BLOCK_D:
-                dw = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            else:
+            if CHUNK != BLOCK_D:
                 dw, _dot = products(None, v_ptr, offs_n, v_stride_n, n_k, do_at, offs_m, do_stride_m, n_q, V_HEAD,
                                     BLOCK_V, CHUNK, True, PRECISION, BLOCK_N, BLOCK_M)  # fmt: skip
             if seed is not None:
@@ -212,7 +227,7 @@ def attention_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, mask_ptr, seed_ptr, lse_pt
             if CHUNK == BLOCK_D:
                 q = tl.trans(qt)
             else:
-                q = load_rows(q_at, offs_m, offs_d, q_stride_m, n_q, HEAD, HEAD == BLOCK_D, True)
+                q = load_rows(q_at, there, offs_d, q_stride_m, n_q, HEAD, HEAD == BLOCK_D, False)
             dk = common.add_product(dk, ds.to(q.dtype), q, PRECISION)
     rows = offs_n.to(tl.int64)[:, None]
     mask_n = (offs_n < n_k)[:, None]
