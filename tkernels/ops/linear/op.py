@@ -201,7 +201,7 @@ def _forward(
         z = y = plan.call(_product, x, w, bias)
         if activation is not None or seed is not None:
             # (what backward does not read is written over)
-            y = torch.empty_like(z) if keeps_z else z
+            y = torch.empty_like(z) if keeps_z or mode.traced() else z
             kernels.end(z, y, seed, activation, p)
     else:
         y, z = kernels.launch_forward(x, w, bias, activation, p, seed, save_z=keeps_z)
