@@ -120,8 +120,9 @@ def dgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target, maske
 
 @functools.lru_cache(maxsize=4096)
 def _wgrad(
-    reduction: int, group_out: int, dtype: torch.dtype, precision: str, target: Target, flat: bool, masked: bool
-) -> Config:
+    reduction: int, group_out: int, dtype: torch.dtype, precision: str, target: Target, flat: bool, masked: bool,
+    aligned: bool,
+) -> Config:  # fmt: skip
     rows, cols = max(reduction, group_out), min(reduction, group_out)
     block_m, block_n, warps = product_tile(False, rows, cols, dtype, precision)
     block_p = reduction_block(64, dtype, precision, target)
@@ -131,14 +132,19 @@ def _wgrad(
     second_map = (block_m if group_out > reduction else block_n) if masked else 0
     # left alone ptxas aims at 128 registers for some of these and spills two
     maxnreg = 168 if target.name == "sm_100" and block_m * block_n == 16384 and dtype != torch.float32 else None
+    if target.name == "sm_90" and dtype.itemsize == 2 and aligned and not masked and block_m * block_n == 16384:
+        maxnreg = 128  # Triton 3.6 takes 142, and a multiprocessor would hold one program, not two
     n_stages = stages((block_m + block_n + second_map) * block_p * dtype.itemsize, target)
     return Config.of(warps, n_stages, target.registers(maxnreg), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_P=block_p)
 
 
-def wgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target, masked: bool = False) -> Config:
+def wgrad(
+    g: Geometry, dtype: torch.dtype, precision: str, target: Target, masked: bool = False, plain: bool = False
+) -> Config:
     """Tiles of the weight gradient: BLOCK_M and BLOCK_N of its longer and its shorter side, BLOCK_P pixels a step.
-    ``masked``: as for dgrad."""
-    return _wgrad(g.reduction, g.group_out, dtype, precision, target, g.flattened, masked)
+    ``masked``: as for dgrad. ``plain``: both operands are loaded as they lie."""
+    aligned = plain and not g.flattened and (g.group_in | g.group_out) % 8 == 0
+    return _wgrad(g.reduction, g.group_out, dtype, precision, target, g.flattened, masked, aligned)
 
 
 def wgrad_sides(g: Geometry) -> tuple[int, int, bool]:
@@ -150,19 +156,36 @@ def wgrad_sides(g: Geometry) -> tuple[int, int, bool]:
     return (g.group_out, g.reduction, True) if out_on_rows else (g.reduction, g.group_out, False)
 
 
-def splits(pixels: int, tiles: int, block_p: int, workspace_bytes: int, target: Target) -> int:
-    """Into how many runs of pixels a weight gradient is cut: two programs a multiprocessor, at least MIN_STEPS
-    steps a run, at most 32 MiB of workspace (``workspace_bytes`` a split)."""
-    wanted = cdiv(2 * target.multiprocessors, max(tiles, 1))
+@functools.lru_cache(maxsize=4096)
+def splits(pixels: int, tiles: int, block_p: int, workspace_bytes: int, target: Target, resident: int = 2) -> int:
+    """Into how many runs of pixels a weight gradient is cut, each with partial sums of ``workspace_bytes``: of the most
+    that one to four waves of programs hold, ``resident`` a multiprocessor, the one that takes the least time. At least
+    MIN_STEPS steps a run, at most 32 MiB of workspace."""
+    pixels, tiles = max(pixels, 1), max(tiles, 1)
+    places = resident * target.multiprocessors
     affordable = max(1, (32 << 20) // max(workspace_bytes, 1))
-    return max(1, min(wanted, affordable, cdiv(pixels, block_p * MIN_STEPS), 65535))
+    most = min(affordable, cdiv(pixels, block_p * MIN_STEPS), 65535)
+    # a run's partial sums, written and read, beside all products at half of the peak rate; a wave's pipelines, filled
+    toll = 2e3 * target.tflops / (target.gbps * pixels) * tiles / places
+    filling = 4 * block_p / pixels
+    counts = [max(1, min(waves * places // tiles, most)) for waves in (1, 2, 3, 4)]
+    return min(counts, key=lambda count: cdiv(tiles * count, places) * (1 / count + filling) + toll * count)
+
+
+def resident(config: Config, target: Target) -> int:
+    """How many programs of a weight gradient a multiprocessor is given: two where its registers suffice for them, each
+    thread having as many as it may, or 128 of them with at most 32 accumulators."""
+    threads = target.warp_size * config.num_warps
+    few = config["BLOCK_M"] * config["BLOCK_N"] <= 32 * threads
+    return max(1, min(2, target.registers_mp // ((config.maxnreg or (128 if few else 255)) * threads)))
 
 
 def runs(
-    pixels: int, tiles: int, block_p: int, workspace_bytes: int, target: Target, wanted: int | None = None
+    pixels: int, tiles: int, config: Config, workspace_bytes: int, target: Target, wanted: int | None = None
 ) -> tuple[int, int]:
     """(pixels a run, runs) of a weight gradient: whole steps, and no more runs than ``wanted`` or splits says."""
-    count = wanted or splits(pixels, tiles, block_p, workspace_bytes, target)
+    block_p = config["BLOCK_P"]
+    count = wanted or splits(pixels, tiles, block_p, workspace_bytes, target, resident(config, target))
     run = max(cdiv(cdiv(pixels, count), block_p), 1) * block_p
     return run, max(cdiv(pixels, run), 1)
 

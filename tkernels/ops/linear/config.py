@@ -8,6 +8,7 @@ from tkernels.core.config import Config, block, cdiv
 from tkernels.core.targets import Target
 
 MAX_SPLITS = 64
+STEPS_ALONE = 8  # steps along the batch that a program of the weight gradient takes alone, whatever idles beside it
 # Where ptxas, left alone, aims at 64 or 128 registers and spills a few bytes for it in the gradients' larger tiles.
 MORE_REGISTERS = {"sm_100": 128, "sm_120": 168}
 
@@ -75,11 +76,12 @@ def wgrad(n: int, k: int, itemsize: int, precision: str, target: Target) -> Conf
     if itemsize == 4 and precision == "ieee":
         cap = MORE_REGISTERS["sm_120"] if target.name == "sm_120" else None
         return _ieee(target, cap, BLOCK_M=16, BLOCK_N=block(n, 16, 64), BLOCK_K=block(k, 16, 64))
-    # a warp of 64 needs twice the rows to load 16 bytes a thread
-    bm, bn, bk, warps = target.warp_size, block(n, 16, 64), block(k, 16, 64), 4
+    hopper = target.name == "sm_90" and itemsize == 2
+    # a warp of 64 needs twice the rows to load 16 bytes a thread; wgmma has two instructions a barrier in 32 rows
+    bm, bn, bk, warps = 64 if hopper else target.warp_size, block(n, 16, 64), block(k, 16, 64), 4
     # RDNA's registers do not hold the larger tile
     if cdiv(n, 128) * cdiv(k, 128) >= target.multiprocessors and (target.is_nvidia or target.warp_size == 64):
-        bm, bn, bk, warps = 32, 128, 128, 256 // target.warp_size
+        bm, bn, bk, warps = 64 if hopper else 32, 128, 128, 256 // target.warp_size
     stages = _stages(target, (2 * bn + bk) * bm * itemsize)
     cap = MORE_REGISTERS["sm_120"] if target.name == "sm_120" and bn * bk <= 4096 else None
     return Config.of(
@@ -96,14 +98,15 @@ def forward_splits(tiles: int, reduction: int, target: Target) -> int:
     multiprocessors = target.multiprocessors
     if reduction < 1024 or 2 * tiles > multiprocessors:
         return 0
-    return min(cdiv(multiprocessors, tiles), reduction // 256, MAX_SPLITS)
+    return min(multiprocessors // tiles, reduction // 256, MAX_SPLITS)
 
 
 @functools.lru_cache(maxsize=1024)
 def wgrad_splits(tiles: int, rows: int, block_rows: int, target: Target) -> int:
-    """Programs that share the batch of a tile of dw; 0 where the tiles alone fill the GPU, whatever the batch."""
+    """Programs that share the batch of a tile of dw; 0 where the tiles alone fill the GPU, whatever the batch, or the
+    batch is so short that the second kernels take longer than it does."""
     multiprocessors = target.multiprocessors
-    if 2 * tiles > multiprocessors:
+    if 2 * tiles > multiprocessors or rows <= STEPS_ALONE * block_rows:
         return 0
     return max(1, min(2 * multiprocessors // tiles, rows // (2 * block_rows), MAX_SPLITS))
 

@@ -213,14 +213,16 @@ def linear_wgrad_kernel(dy_ptr, saved_ptr, seed_ptr, x_ptr, dw_ptr, db_ptr, M, N
     end_step = tl.minimum(first_step + steps, tl.cdiv(M, BLOCK_M))
     seed = None if seed_ptr is None else tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
-    db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # rows that a thread has of a step are summed first, or db would take registers that the product needs
+    DB_ROWS: tl.constexpr = min(BLOCK_M, 16)
+    db = tl.zeros((DB_ROWS, BLOCK_N), dtype=tl.float32)
     tl.assume(first_step < end_step)
     for step in range(first_step, end_step):
         offs_m = step * BLOCK_M + tl.arange(0, BLOCK_M)
         dz = gradient_tile(dy_ptr, saved_ptr, seed, offs_m, pid_n * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,
                            BLOCK_M, BLOCK_N)  # fmt: skip
         if db_ptr is not None:
-            db += dz.to(tl.float32)
+            db += tl.sum(tl.reshape(dz.to(tl.float32), (BLOCK_M // DB_ROWS, DB_ROWS, BLOCK_N)), axis=0)
         if WITH_WEIGHT:
             xt = load_tile(x_ptr, offs_k, offs_m, 1, x_stride, K, M)
             acc = tl.dot(xt, dz.to(xt.dtype), acc, input_precision=PRECISION)
