@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -106,3 +107,34 @@ def test_a_weight_gradient_leaves_few_places_empty(name: str) -> None:
             assert count == 1 or waves == 1 or programs >= 0.8 * waves * places, (g, batch, programs, places)
             # a run is worth its workspace
             assert count == 1 or pixels / count >= conv.MIN_STEPS * config["BLOCK_P"] / 2
+
+
+def test_large_tiles_are_for_large_products() -> None:
+    """By features, channels and the image's size: 128 x 256, of which a multiprocessor of sm_90 holds one."""
+    half = torch.bfloat16
+
+    def area(config: Config, *names: str) -> int:
+        return math.prod(config[name] for name in names)
+
+    large, small = 128 * 256, 128 * 128
+    g, few, strided = window(256, 256, 14), window(512, 512, 7), window(256, 256, 28, stride=2)
+    assert area(conv.forward(g, half, "ieee", LARGE, True), "BLOCK_M", "BLOCK_N") == large
+    assert area(conv.dgrad(g, half, "ieee", LARGE, plain=True), "BLOCK_M", "BLOCK_N") == large
+    assert area(conv.wgrad(g, half, "ieee", LARGE, plain=True), "BLOCK_M", "BLOCK_N") == large
+    # NCHW, or an activation of many values; two tiles for three images; phases; float32
+    for config in (
+        conv.forward(g, half, "ieee", LARGE),
+        conv.forward(few, half, "ieee", LARGE, True),
+        conv.dgrad(strided, half, "ieee", LARGE, plain=True),
+        conv.dgrad(window(256, 256, 14, 1), half, "ieee", LARGE, masked=True, plain=True),
+        conv.wgrad(g, half, "ieee", LARGE, masked=True, plain=True),
+        conv.forward(g, torch.float32, "tf32", LARGE, True),
+    ):
+        assert area(config, "BLOCK_M", "BLOCK_N") == small
+    assert area(linear.forward(4096, 4096, 2, "ieee", False, LARGE, True), "BLOCK_M", "BLOCK_N") == large
+    assert area(linear.dgrad(4096, 4096, 2, "ieee", LARGE, True), "BLOCK_M", "BLOCK_K") == large
+    assert area(linear.wgrad(4096, 4096, 2, "ieee", LARGE, True), "BLOCK_N", "BLOCK_K") == large
+    assert area(linear.forward(4096, 4096, 2, "ieee", False, LARGE), "BLOCK_M", "BLOCK_N") == small
+    assert area(linear.wgrad(32768, 128, 2, "ieee", LARGE, True), "BLOCK_N", "BLOCK_K") == small
+    assert area(matmul.product(4096, 4096, 4096, 2, "ieee", LARGE, True), "BLOCK_M", "BLOCK_N") == large
+    assert matmul.product(4, 4096, 4096, 2, "ieee", LARGE, True) == matmul.product(4, 4096, 4096, 2, "ieee", LARGE)

@@ -400,7 +400,7 @@ def input_gradient(dy: Tensor, packed: Tensor, dx: Tensor, g: Geometry, channels
     precision = mode.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
         "conv2d dgrad", n, (g, dy.dtype, precision, activation, channels_last),
-        tuning.dgrad(g, dy.dtype, precision, targets.current(), saved is not None),
+        tuning.dgrad(g, dy.dtype, precision, targets.current(), saved is not None, channels_last),
         lambda c: input_gradient(dy, packed, dx, g, channels_last, transposed, saved, activation, c), dy,
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
