@@ -15,8 +15,6 @@ from perf.static.facts import Facts
 from tkernels.core import targets
 from tkernels.core.targets import Target
 
-# Accumulators a thread where an epilogue follows the product.
-MOST_ACCUMULATORS = 64
 # Warps a multiprocessor holds of a product's kernel.
 FEWEST_WARPS = 8
 # Bytes a multiprocessor has under way in a kernel bound by memory, and launches too small to be bound by it.
@@ -110,11 +108,8 @@ def _resources(facts: Facts, target: Target) -> list[str]:
 
 
 def _product(launch: Launch, facts: Facts, target: Target) -> list[str]:
-    rows, cols = ttir.tile(facts.ttir)
+    rows, _cols = ttir.tile(facts.ttir)
     found = []
-    accumulators = rows * cols / (facts.num_warps * target.warp_size)
-    if accumulators > MOST_ACCUMULATORS:
-        found.append(f"{accumulators:.0f} accumulators a thread")
     warps = _resident_warps(facts, target)
     if warps < FEWEST_WARPS:
         found.append(f"{warps:.0f} warps a multiprocessor")

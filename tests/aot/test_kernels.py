@@ -152,7 +152,7 @@ FAULTS: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "a multiple of 8 that the kernel does not know of": ({"IN_UNIT": 1}, ("sm_80", "sm_90"), "narrow loads"),
     "tl.trans": ({"TRANS": True}, ("sm_80",), "not asynchronous"),
     "too few registers": ({"wide": 256, "maxnreg": 64}, ("sm_80",), "spills"),
-    "a tile too large for its warps": ({"wide": 256}, ("sm_80",), "128 accumulators a thread"),
+    "a tile too large for its warps": ({"wide": 256, "num_warps": 2}, ("sm_80",), "spills"),
     "a computed left operand": ({"COMPUTED": True}, ("sm_90",), "left operands in registers"),
     "registers overwritten": ({"COMPUTED": True}, ("sm_90",), "overwrites registers"),
     "a loop that may have no step": ({"COMPUTED": True, "MAY_BE_EMPTY": True}, ("sm_90",), "serialised wgmma: C7515"),

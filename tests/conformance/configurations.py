@@ -69,6 +69,8 @@ POOL: dict[str, tuple[Any, ...]] = {
     "pool": tuple(_poolings()),
     "channels_last": (True, False),
     "masked": (True, False),
+    "plain": (True, False),
+    "training": (True, False),
     "elements": (1, 30, 500, 9_000, 40_000, 70_000, 10**6, 10**7),
     "columns": (1, 9, 17, 40, 70, 150, 300, 5000),
     "channels": (1, 3, 8, 9, 17, 33, 64, 100, 512),

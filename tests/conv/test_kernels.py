@@ -232,7 +232,7 @@ def images(n: int, channels: int, size: int) -> Tensor:
 
 
 @pytest.mark.gate("aot")
-@pytest.mark.parametrize("shape, groups", (((64, 64), 1), ((3, 32), 1), ((32, 32), 32)))
+@pytest.mark.parametrize("shape, groups", (((64, 64), 1), ((256, 256), 1), ((3, 32), 1), ((32, 32), 32)))
 def test_batches_share_compiled_kernels(shape: tuple[int, int], groups: int) -> None:
     """Batches of 256, 250, 17 and 1: one specialisation of each kernel."""
     from perf.static import aot

@@ -179,7 +179,7 @@ def test_only_the_gradients_asked_for(
     if triton_runs:
         assert launches == [FORWARD, *[DGRAD] * needs[0], *[n for n in launches if n not in (FORWARD, DGRAD)]]
         assert launches.count(WGRAD) == (needs[1] or needs[2])
-        assert launches.count(FINISH) == needs[1] + needs[2]
+        assert launches.count(FINISH) == 0  # a program takes so few rows alone
         # x for dw, w for dx, and one tensor of y's shape for the activation
         assert sorted(t.numel() for t in saved) == sorted([30] + [42] * needs[1] + [35] * needs[0])
 

@@ -22,7 +22,7 @@ def test_it_prints_a_row_for_each_way(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_every_launch_of_the_step_is_counted() -> None:
     frame = host.measure(256, 1)
-    assert frame.calls["tkernels"] == 59
+    assert frame.calls["tkernels"] == 55
     assert (frame["us a call"] > 0).all()
 
 
@@ -37,8 +37,8 @@ def test_calls_between_launches_stay_few() -> None:
         profile.runcall(step)
     calls = sum(entry.callcount for entry in profile.getstats())
     # before torch 2.14 each autograd function runs through Python of torch's own; Triton 3.6's stub has a call more
-    most = 29 if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14) else 33
-    assert calls / 56 < most, calls / 56
+    most = 31 if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14) else 35
+    assert calls / 52 < most, calls / 52
 
 
 def test_no_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

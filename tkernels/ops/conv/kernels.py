@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tkernels.core import activation as activations
 from tkernels.core import autotune, mode, targets
 from tkernels.core import device as common
 from tkernels.core.config import Config, cdiv
@@ -307,9 +308,10 @@ def forward(x: Tensor, packed: Tensor, bias: Tensor | None, y: Tensor, z: Tensor
         return
     n = x.shape[0]
     precision = mode.dot_precision(packed.dtype, "conv")
+    plain = channels_last and z is None and not activations.needs_input(activation)
     config = config or autotune.pick(
         "conv2d forward", n, (g, packed.dtype, precision, activation, channels_last),
-        tuning.forward(g, packed.dtype, precision, targets.current()),
+        tuning.forward(g, packed.dtype, precision, targets.current(), plain),
         lambda c: forward(x, packed, bias, y, z, g, activation, channels_last, c), x,
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)

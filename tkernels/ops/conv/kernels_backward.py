@@ -400,7 +400,7 @@ def input_gradient(dy: Tensor, packed: Tensor, dx: Tensor, g: Geometry, channels
     precision = mode.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
         "conv2d dgrad", n, (g, dy.dtype, precision, activation, channels_last),
-        tuning.dgrad(g, dy.dtype, precision, targets.current(), saved is not None),
+        tuning.dgrad(g, dy.dtype, precision, targets.current(), saved is not None, channels_last),
         lambda c: input_gradient(dy, packed, dx, g, channels_last, transposed, saved, activation, c), dy,
     )  # fmt: skip
     group_in, group_out, in_unit, out_unit = channel_units(g)
@@ -430,10 +430,10 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     precision = mode.dot_precision(dy.dtype, "conv")
     config = config or autotune.pick(
         "conv2d wgrad", dy.shape[0], (g, dy.dtype, precision, activation, needs_weight, needs_bias),
-        tuning.wgrad(g, dy.dtype, precision, targets.current(), saved is not None),
+        tuning.wgrad(g, dy.dtype, precision, targets.current(), saved is not None, plain=True),
         lambda c: launch_wgrad(x, dy, g, needs_weight, needs_bias, saved, activation, c, runs, through), dy,
     )  # fmt: skip
-    block_m, block_n, block_p = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_P"]
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
     rows, cols, out_on_rows = tuning.wgrad_sides(g)
     weight_tiles = g.groups * cdiv(rows, block_m) * cdiv(cols, block_n) if needs_weight else 0
     block_b = min(block_m, block_n)
@@ -443,7 +443,7 @@ def launch_wgrad(x: Tensor, dy: Tensor, g: Geometry, needs_weight: bool = True, 
     pixels = dy.shape[0] * g.out_h * g.out_w
     if pixels == 0:  # the kernel takes a run to have some
         return dy.new_zeros((1, size), dtype=torch.float32)
-    run, runs = tuning.runs(pixels, tiles, block_p, size * 4, targets.current(), runs)
+    run, runs = tuning.runs(pixels, tiles, config, size * 4, targets.current(), runs)
     workspace = dy.new_empty((runs, size), dtype=torch.float32)
     group_in, group_out, in_unit, out_unit = channel_units(g)
     strides = x.stride() if g.flattened else (0, 0, 0, 0)

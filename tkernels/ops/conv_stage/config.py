@@ -63,7 +63,8 @@ def normalizes_in_wgrad(g: Geometry, dtype: torch.dtype, precision: str, target:
 @functools.lru_cache(maxsize=1024)
 def _with_epilogue(config: Config, exact: bool, target: Target) -> Config:
     """A product's tiles where an epilogue reduces them: at most 32 accumulators a thread leave it registers enough for
-    two programs a multiprocessor (64 of them spill on sm_90 and sm_100)."""
+    two programs a multiprocessor (64 of them spill on sm_90 and sm_100, where they are normalised or go through an
+    activation's derivative)."""
     warps = config.num_warps
     while warps < 8 and config["BLOCK_M"] * config["BLOCK_N"] > 32 * target.warp_size * warps:
         warps *= 2
@@ -74,14 +75,21 @@ def _with_epilogue(config: Config, exact: bool, target: Target) -> Config:
     return dataclasses.replace(config, num_warps=warps, maxnreg=cap)
 
 
-def forward(g: Geometry, dtype: torch.dtype, precision: str, target: Target, channels_last: bool = True) -> Config:
-    """Tiles of the convolution with a batch norm epilogue: those of the plain one, on more warps.
+def forward(
+    g: Geometry, dtype: torch.dtype, precision: str, target: Target, channels_last: bool = True, training: bool = False
+) -> Config:
+    """Tiles of the convolution with a batch norm epilogue: those of the plain one, on more warps. ``training``: the
+    epilogue is partial statistics, beside which sm_90 holds a tile of 128 x 128, one a multiprocessor: for long loops.
 
     An NCHW store holds an offset for every element: half the pixels where a tile would have 8192 of them.
     """
-    config = _with_epilogue(
-        conv_tuning.forward(g, dtype, precision, target), conv_tuning.is_exact(dtype, precision), target
-    )
+    if training and channels_last and g.reduction >= 1024 and conv_tuning.is_hopper(g, dtype, target):
+        config = conv_tuning.forward(g, dtype, precision, target, plain=True)
+        if config.num_warps == 8:
+            sizes = {**dict(config.blocks), "BLOCK_N": min(config["BLOCK_N"], 128)}
+            return dataclasses.replace(config, blocks=tuple(sizes.items()))
+    config = conv_tuning.forward(g, dtype, precision, target)
+    config = _with_epilogue(config, conv_tuning.is_exact(dtype, precision), target)
     return config if channels_last else _half_the_pixels(config, 8192)
 
 
@@ -113,7 +121,10 @@ def pointwise_forward(g: Geometry, dtype: torch.dtype, precision: str, target: T
 
 def pointwise_wgrad(g: Geometry, dtype: torch.dtype, precision: str, target: Target) -> Config:
     """Tiles of its weight gradient, with the same prologue."""
-    return _with_prologue(wgrad(g, dtype, precision, target), "BLOCK_P", dtype, target)
+    config = _with_prologue(wgrad(g, dtype, precision, target), "BLOCK_P", dtype, target)
+    if conv_tuning.is_hopper(g, dtype, target) and config.num_warps == 8:
+        return dataclasses.replace(config, maxnreg=128)  # two programs a multiprocessor, whatever the activation
+    return config
 
 
 @functools.lru_cache(maxsize=1024)

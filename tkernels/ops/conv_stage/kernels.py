@@ -281,7 +281,7 @@ def launch_conv(x: Tensor, packed: Tensor, bias: Tensor | None, g: Geometry, nor
     config = config or autotune.pick(
         "conv_stage forward", n,
         (g, packed.dtype, precision, norm is None, channels_last, activation, residual is not None),
-        tuning.forward(g, packed.dtype, precision, targets.current(), channels_last),
+        tuning.forward(g, packed.dtype, precision, targets.current(), channels_last, norm is None),
         # nothing is counted while it is timed
         lambda c: launch_conv(x, packed, bias, g, norm, None, channels_last, activation, residual, c), x,
     )  # fmt: skip

@@ -146,8 +146,8 @@ def launch_wgrad(x: Tensor, norm: Norm, dy: Tensor, g: Geometry, activation: str
     config = config or tuning.pointwise_wgrad(g, dy.dtype, precision, targets.current())
     rows, cols, out_on_rows = conv_tuning.wgrad_sides(g)
     tiles = cdiv(rows, config["BLOCK_M"]) * cdiv(cols, config["BLOCK_N"])
-    pixels, block_p = dy.shape[0] * g.out_h * g.out_w, config["BLOCK_P"]
-    run, runs = conv_tuning.runs(pixels, tiles, block_p, rows * cols * 4, targets.current())
+    pixels = dy.shape[0] * g.out_h * g.out_w
+    run, runs = conv_tuning.runs(pixels, tiles, config, rows * cols * 4, targets.current())
     workspace = dy.new_empty((runs, rows * cols), dtype=torch.float32)
     group_in, group_out, in_unit, out_unit = channel_units(g)
     launch(

@@ -213,14 +213,16 @@ def linear_wgrad_kernel(dy_ptr, saved_ptr, seed_ptr, x_ptr, dw_ptr, db_ptr, M, N
     end_step = tl.minimum(first_step + steps, tl.cdiv(M, BLOCK_M))
     seed = None if seed_ptr is None else tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
-    db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # rows that a thread has of a step are summed first, or db would take registers that the product needs
+    DB_ROWS: tl.constexpr = min(BLOCK_M, 16)
+    db = tl.zeros((DB_ROWS, BLOCK_N), dtype=tl.float32)
     tl.assume(first_step < end_step)
     for step in range(first_step, end_step):
         offs_m = step * BLOCK_M + tl.arange(0, BLOCK_M)
         dz = gradient_tile(dy_ptr, saved_ptr, seed, offs_m, pid_n * BLOCK_N, M, N, dy_stride, p, ACTIVATION, SCALED,
                            BLOCK_M, BLOCK_N)  # fmt: skip
         if db_ptr is not None:
-            db += dz.to(tl.float32)
+            db += tl.sum(tl.reshape(dz.to(tl.float32), (BLOCK_M // DB_ROWS, DB_ROWS, BLOCK_N)), axis=0)
         if WITH_WEIGHT:
             xt = load_tile(x_ptr, offs_k, offs_m, 1, x_stride, K, M)
             acc = tl.dot(xt, dz.to(xt.dtype), acc, input_precision=PRECISION)
@@ -371,9 +373,12 @@ def forward(
         forward(x.new_zeros((*x.shape[:-1], 1)), w.new_zeros((n, 1)), b, y, z, seed, activation, p)
         return
     target, precision = targets.current(), mode.dot_precision(x.dtype, "matmul")
+    x_stride, (w_stride, w_transposed) = _stride(x), _checked_weight_stride(w)
+    unit = _unit(x, k, x_stride, w_stride)
+    plain = n % unit == 0 and tuning.is_plain(activation, seed is not None, unit)
     config = config or autotune.pick(
         "linear forward", m, (n, k, x.dtype, precision, activation, seed is not None, z is not None),
-        tuning.forward(n, k, x.element_size(), precision, seed is not None, target),
+        tuning.forward(n, k, x.element_size(), precision, seed is not None, target, plain),
         lambda c: forward(x, w, b, y, z, seed, activation, p, config=c, splits=splits), x,
     )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
@@ -381,8 +386,6 @@ def forward(
         splits = tuning.forward_splits(tiles, k, target)
     steps, parts = split(k, config["BLOCK_K"], splits)
     partials = x.new_empty((parts, m, n), dtype=torch.float32) if splits else None
-    x_stride, (w_stride, w_transposed) = _stride(x), _checked_weight_stride(w)
-    unit = _unit(x, k, x_stride, w_stride)
     b_stride = 0 if b is None or b.numel() == 1 else b.stride(0)
     launch(
         linear_forward_kernel, (tiles, parts),
@@ -420,9 +423,13 @@ def input_gradient(
         dx.zero_()
         return
     target, precision = targets.current(), mode.dot_precision(dy.dtype, "matmul")
+    dy_stride, (w_stride, w_transposed) = _stride(dy), _checked_weight_stride(w)
+    unit = _unit(dy, n, k, dy_stride, w_stride)
     config = config or autotune.pick(
         "linear dgrad", m, (n, k, dy.dtype, precision, activation, seed is not None),
-        tuning.dgrad(n, k, dy.element_size(), precision, target),
+        tuning.dgrad(
+            n, k, dy.element_size(), precision, target, tuning.is_plain(activation, seed is not None, unit)
+        ),
         lambda c: input_gradient(dy, w, saved, seed, dx, activation, p, config=c, splits=splits), dy,
     )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(k, config["BLOCK_K"])
@@ -430,8 +437,6 @@ def input_gradient(
         splits = tuning.forward_splits(tiles, n, target)
     steps, parts = split(n, config["BLOCK_N"], splits)
     partials = dy.new_empty((parts, m, k), dtype=torch.float32) if splits else None
-    dy_stride, (w_stride, w_transposed) = _stride(dy), _checked_weight_stride(w)
-    unit = _unit(dy, n, k, dy_stride, w_stride)
     launch(
         linear_dgrad_kernel, (tiles, parts),
         dy, saved, seed, w, dx, partials, m, n // unit, k // unit, dy_stride // unit, w_stride // unit, p, steps,
@@ -473,9 +478,13 @@ def weight_gradient(
                 empty.zero_()
         return
     target, precision = targets.current(), mode.dot_precision(dy.dtype, "matmul")
+    dy_stride, x_stride = _stride(dy), 0 if x is None else _stride(x)
+    unit = _unit(dy, n, k, dy_stride, x_stride)
     config = config or autotune.pick(
         "linear wgrad", m, (n, k, dy.dtype, precision, activation, seed is not None, db is not None),
-        tuning.wgrad(n, k, dy.element_size(), precision, target),
+        tuning.wgrad(
+            n, k, dy.element_size(), precision, target, tuning.is_plain(activation, seed is not None, unit)
+        ),
         lambda c: weight_gradient(dy, x, saved, seed, dw, db, activation, p, config=c, splits=splits), dy,
         rows="",  # BLOCK_M is a step of the reduction here
     )  # fmt: skip
@@ -483,8 +492,6 @@ def weight_gradient(
     if splits is None:
         splits = tuning.wgrad_splits(tiles, m, config["BLOCK_M"], target)
     steps, parts = split(m, config["BLOCK_M"], splits)
-    dy_stride, x_stride = _stride(dy), 0 if x is None else _stride(x)
-    unit = _unit(dy, n, k, dy_stride, x_stride)
     out_w, out_b = dw, db
     if splits:
         # one row a split: its length does not depend on the batch

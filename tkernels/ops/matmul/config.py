@@ -13,9 +13,10 @@ __all__ = ["product", "splits", "vector"]
 
 
 @functools.lru_cache(maxsize=1024)
-def product(m: int, n: int, k: int, itemsize: int, precision: str, target: Target) -> Config:
-    """For out[m, n] = a[m, k] @ b[k, n]; of ``m`` only the height of a tile that holds few rows."""
-    config = linear.forward(n, k, itemsize, precision, False, target)
+def product(m: int, n: int, k: int, itemsize: int, precision: str, target: Target, plain: bool = False) -> Config:
+    """For out[m, n] = a[m, k] @ b[k, n]; of ``m`` only the height of a tile that holds few rows. ``plain``: loads and
+    stores are wide."""
+    config = linear.forward(n, k, itemsize, precision, False, target, plain and m > 64)
     if config.maxnreg is None and (config.num_warps == 4 or (itemsize == 4 and precision == "ieee")):
         # ptxas, left alone, spills a few bytes to stay below 80, 96 or 128 registers
         config = dataclasses.replace(config, maxnreg=target.registers(168 if config.num_warps == 4 else 128))

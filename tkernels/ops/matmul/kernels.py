@@ -206,19 +206,21 @@ def _launch_matrices(a: Tensor, b: Tensor, layouts: tuple[Matrices, Matrices], i
     (batches, m, n), k = out.shape, a.shape[-1]
     la, lb = layouts
     precision = mode.dot_precision(a.dtype, "matmul")
+    a_unit = la.unit(a, m if la.transposed else k)
+    b_unit = lb.unit(b, k if lb.transposed else n)
+    # rows matter to the width of a load only where they are what is dense
+    m_unit, n_unit, k_unit = _width(a, m) if la.transposed else 1, _width(a, n), _width(a, k)
     config = config or autotune.pick(
         "matmul", m, (batches, n, k, a.dtype, precision, la.transposed, lb.transposed),
-        tuning.product(m, n, k, a.element_size(), precision, targets.current()),
+        tuning.product(
+            m, n, k, a.element_size(), precision, targets.current(), min(a_unit, b_unit, n_unit, k_unit) > 1
+        ),
         lambda c: _launch_matrices(a, b, layouts, inner, out, c, splits), a,
     )  # fmt: skip
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     if splits is None:
         splits = tuning.splits(batches * tiles, k, targets.current())
     steps, parts = linear.split(k, config["BLOCK_K"], splits)
-    a_unit = la.unit(a, m if la.transposed else k)
-    b_unit = lb.unit(b, k if lb.transposed else n)
-    # rows matter to the width of a load only where they are what is dense
-    m_unit, n_unit, k_unit = _width(a, m) if la.transposed else 1, _width(a, n), _width(a, k)
     target = a.new_empty((parts, batches, m, n), dtype=torch.float32) if splits else out
     launch(
         matmul_kernel, (batches * tiles, parts),
