@@ -33,6 +33,7 @@ from tkernels.core import mode, targets
 from tkernels.core.targets import Target
 from tkernels.ops.conv import routing
 from tkernels.ops.conv_stage import config as stage_tuning
+from tkernels.ops.linear import routing as matrix_routing
 
 DTYPE = torch.bfloat16
 PASSES = ("fwd", "dgrad", "wgrad")
@@ -115,10 +116,12 @@ def resnet50(images: int) -> list[tuple[tuple[Shape, bool], int]]:
 
 
 def chosen(layer: Layer, step: str, target: Target) -> str:
-    """Whose product a layer's pass takes under backend 'auto', 'ours' or 'vendor'. Only here a chooser is asked; linear
-    layers, matmul and attention have none."""
-    if layer.operator not in ("conv2d", "conv_stage"):
+    """Whose product a layer's pass takes under backend 'auto', 'ours' or 'vendor'. Only here choosers are asked;
+    attention has none."""
+    if layer.operator == "attention":
         return "ours"
+    if layer.operator not in ("conv2d", "conv_stage"):
+        return _chosen_of_matrices(layer, step, target)
     asked = geometry(layer.shape), layer.shape["N"], DTYPE, mode.dot_precision(DTYPE, "conv")
     if layer.operator == "conv2d":
         # a bias and no activation, as it is timed
@@ -126,6 +129,17 @@ def chosen(layer: Layer, step: str, target: Target) -> str:
     else:
         route = routing.of_stage(*asked, True, target)
     theirs = dict(zip(PASSES, route))
+    return "vendor" if theirs[step] else "ours"
+
+
+def _chosen_of_matrices(layer: Layer, step: str, target: Target) -> str:
+    sizes = layer.shape["N"], layer.shape["K"], layer.shape["C"]
+    asked = DTYPE, mode.dot_precision(DTYPE, "matmul")
+    if layer.operator == "matmul":
+        return "vendor" if matrix_routing.of_matmul(*sizes, *asked, target) else "ours"
+    fused = layer.activation is not None or layer.dropout > 0
+    route = matrix_routing.of_linear(*sizes, *asked, fused, target)
+    theirs = dict(zip(PASSES, route)) | {"bwd": route.dgrad and route.wgrad}
     return "vendor" if theirs[step] else "ours"
 
 

@@ -167,3 +167,46 @@ def test_signs_tell_what_the_output_tells(values: str, device: str) -> None:
     expected.backward(torch.ones_like(expected))
     assert given[1].grad is not None
     assert torch.equal(given[1].grad.cpu(), residual.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.gate("ttsem", "cuda")
+@pytest.mark.parametrize("activation", ("relu", "gelu"))
+def test_places_of_maxima_that_are_kept_or_found_again(activation: str, device: str) -> None:
+    """A byte a window, in eager calls, or another look at it, as traces take: the same, ties and NaN among them."""
+    from tkernels.core.records import Norm
+    from tkernels.ops.conv_stage import kernels, kernels_backward
+    from tkernels.ops.conv_stage.op import described_pooling
+
+    pool = described_pooling(7, 6, (3, 3), (2, 2), (1, 1))
+    raw = torch.randint(-2, 3, (2, 20, 7, 6)).float()
+    raw[0, 3, 2, 2] = raw[1, 7, 6, 5] = float("nan")
+    raw = raw.to(device).contiguous(memory_format=CL)
+    dy = torch.randn(2, 20, pool.out_h, pool.out_w).to(device).contiguous(memory_format=CL)
+    norm = Norm(*(t.to(device) for t in (torch.zeros(20), torch.ones(20), torch.rand(20) + 0.5, torch.zeros(20))), 1e-5)
+    taps = kernels.taps_like(raw, pool)
+    assert taps is not None
+    pooled = kernels.launch_end(raw, pool, norm, activation=activation, taps=taps)
+    assert torch.equal(
+        pooled.nan_to_num(7.0), kernels.launch_end(raw, pool, norm, activation=activation).nan_to_num(7.0)
+    )
+    sums, gradients = [], []
+    for known in (taps, None):
+        sums.append(kernels_backward.launch_end_sums(dy, raw, pool, norm, activation=activation, taps=known).data)
+        gradients.append(
+            kernels_backward.launch_end_gradient(dy, raw, pool, norm, None, activation=activation, taps=known)
+        )
+    assert torch.equal(sums[0].nan_to_num(7.0), sums[1].nan_to_num(7.0))
+    assert_close(gradients[0].nan_to_num(7.0), gradients[1].cpu().double().nan_to_num(7.0), 4, name="gradient")
+
+
+@pytest.mark.gate("ttsem", "cuda")
+def test_a_stem_keeps_where_its_maxima_are(device: str) -> None:
+    from tkernels.functional import MaxPool
+
+    for pool, kept in ((MaxPool(3, 2, 1), 1), (MaxPool(2), 0), (MaxPool(17, 1, 8), 0)):
+        plan.forget()
+        (layer,) = layers_for(3, [(8, 3, {"padding": 1})], torch.float32, device)
+        x = torch.randn(1, 3, 18, 18, device=device)
+        conv_stage(x, [layer], pool, training=True)
+        buffers = [b for made in plan._plans.values.values() for step in made._steps for b in step.buffers]
+        assert [dtype for *_, dtype in buffers].count(torch.uint8) == kept, pool

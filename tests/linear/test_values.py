@@ -14,6 +14,7 @@ import tkernels
 from tests import tolerance
 from tests.strides import arrange
 from tkernels.core import activation as activations
+from tkernels.core import plan
 from tkernels.functional import linear, linear_relu
 from tkernels.nn import Linear, LinearReLU
 
@@ -494,3 +495,15 @@ def test_backend_torch_launches_nothing(device: str, launches: list[str]) -> Non
     with tkernels.backend("torch"):
         assert torch.equal(linear(x, w), torch.nn.functional.linear(x, w))
     assert not launches
+
+
+@pytest.mark.gate("ttsem", "cuda")
+def test_autocast_casts_input_and_weight_alone(device: str) -> None:
+    """Biases are read and parameters' gradients written in their own dtype: no passes over them."""
+    x, w, b = (leaf(torch.randn(shape, device=device)) for shape in ((6, 8), (16, 8), (16,)))
+    with torch.autocast(device, dtype=BF16):
+        y = linear(x, w, b, "relu")
+    y.sum().backward()
+    casts = [[step for step in made._steps if step.function is Tensor.to] for made in plan._plans.values.values()]
+    assert [len(steps) for steps in casts] == [2, 1]
+    assert {t.grad.dtype for t in (x, w, b) if t.grad is not None} == {F32}

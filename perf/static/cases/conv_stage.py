@@ -94,15 +94,18 @@ def end(channels: int, pool: Pooling, dtype: torch.dtype, training: bool = True,
         activation: str = "relu") -> None:  # fmt: skip
     raw = image(channels, pool.height, dtype)
     norm, p, seed = (norm_of_batch(channels), 0.25, whole()) if training else (None, 0.0, None)
-    kernels.launch_end(raw, pool, norm, p, seed, channels_last, activation)
+    taps = kernels.taps_like(raw, pool) if training else None
+    kernels.launch_end(raw, pool, norm, p, seed, channels_last, activation, taps)
 
 
 def end_backward(channels: int, pool: Pooling, dtype: torch.dtype, nchw: bool = False,
                  activation: str = "relu") -> None:  # fmt: skip
     raw, dy = image(channels, pool.height, dtype), image(channels, pool.out_h, dtype, channels_last=not nchw)
     norm, seed = norm_of_batch(channels), whole()
-    kernels_backward.launch_end_sums(dy, raw, pool, norm, 0.25, seed, activation)
-    kernels_backward.launch_end_gradient(dy, raw, pool, norm, empty(2, channels), 0.25, seed, activation)
+    # without a byte a window as traces have it, too
+    for taps in dict.fromkeys((kernels.taps_like(raw, pool), None)):
+        kernels_backward.launch_end_sums(dy, raw, pool, norm, 0.25, seed, activation, taps)
+        kernels_backward.launch_end_gradient(dy, raw, pool, norm, empty(2, channels), 0.25, seed, activation, taps)
 
 
 def cases() -> list[Case]:

@@ -223,11 +223,12 @@ def keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C: tl.const
 
 
 # One program: a [BLOCK_P output pixels of one image, BLOCK_C channels] tile of
-# y = dropout2d(max_pool(activation(batch_norm(x)))); without mean_ptr only pooled.
+# y = dropout2d(max_pool(activation(batch_norm(x)))); without mean_ptr only pooled. Writes the place of each maximum in
+# its window, a byte, NHWC, where taps_ptr is given.
 # Grid: (images x tiles, channel tiles).
 @triton.jit(do_not_specialize=["eps", "p", "tiles", "height", "width", "out_w", "out_pixels"])
-def stage_end_kernel(x_ptr, y_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, p, tiles, height, width,
-                     out_w, out_pixels, channels, UNIT: tl.constexpr, WINDOW: tl.constexpr, BORDER: tl.constexpr,
+def stage_end_kernel(x_ptr, y_ptr, taps_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, p, tiles, height,
+                     width, out_w, out_pixels, channels, UNIT: tl.constexpr, WINDOW: tl.constexpr, BORDER: tl.constexpr,
                      NCHW: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr,
                      BLOCK_C: tl.constexpr):  # fmt: skip
     channels *= UNIT
@@ -244,11 +245,14 @@ def stage_end_kernel(x_ptr, y_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias
         mean, scale, shift = 0.0, 1.0, 0.0
     top = offs_p // out_w * WINDOW.stride_h - WINDOW.pad_h
     left = offs_p % out_w * WINDOW.stride_w - WINDOW.pad_w
-    y, _which, _centred = window_best(x_ptr, image * height * width, top, left, mask_p, height, width, channels, offs_c,
+    y, which, _centred = window_best(x_ptr, image * height * width, top, left, mask_p, height, width, channels, offs_c,
                                       mask_c, mean, scale, shift, WINDOW, BORDER, NORMALIZE, ACTIVATION, BLOCK_P,
                                       BLOCK_C)  # fmt: skip
     if seed_ptr is not None:
         y *= keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C)
+    if taps_ptr is not None:
+        places = (image * out_pixels + offs_p)[:, None] * channels + offs_c[None, :]
+        tl.store(taps_ptr + places, which.to(tl.uint8), mask=mask_p[:, None] & mask_c[None, :])
     if NCHW:
         offsets = (image * channels + offs_c)[None, :] * out_pixels + offs_p[:, None]
     else:
@@ -316,12 +320,21 @@ def launch_fold(partials: Partials, channels: int, kernel: Any, config: Config |
     return partials
 
 
+def taps_like(x: Tensor, pool: Pooling) -> Tensor | None:
+    """Room for the place of each window's maximum, NHWC. None where windows do not overlap, so that finding it again
+    costs a read that is made anyway, or have more pixels than a byte can say."""
+    if not pool.overlaps or pool.taps > 255:
+        return None
+    return empty_pixels(x, (x.shape[0], x.shape[1], pool.out_h, pool.out_w), torch.uint8, True)
+
+
 def launch_end(x: Tensor, pool: Pooling, norm: Norm | None, p: float = 0.0, seed: Tensor | None = None,
-               channels_last: bool = True, activation: str | None = "relu",
+               channels_last: bool = True, activation: str | None = "relu", taps: Tensor | None = None,
                config: Config | None = None) -> Tensor:  # fmt: skip
     """dropout2d(max_pool(activation(batch_norm(x)))) of an NHWC map, or its max pooling alone where ``norm`` is None.
 
-    ``seed``: None for no dropout. ``channels_last``: the output's memory format.
+    ``seed``: None for no dropout. ``channels_last``: the output's memory format. ``taps``: taps_like's, written where
+    given.
     """
     n, channels = x.shape[:2]
     y = empty_pixels(x, (n, channels, pool.out_h, pool.out_w), x.dtype, channels_last)
@@ -333,7 +346,7 @@ def launch_end(x: Tensor, pool: Pooling, norm: Norm | None, p: float = 0.0, seed
     tiles = cdiv(out_pixels, config["BLOCK_P"])
     launch(
         stage_end_kernel, (n * tiles, cdiv(channels, config["BLOCK_C"])),
-        x, y, seed, *(norm or NO_NORM), p, tiles, pool.height, pool.width, pool.out_w, out_pixels,
+        x, y, taps, seed, *(norm or NO_NORM), p, tiles, pool.height, pool.width, pool.out_w, out_pixels,
         channels // unit, UNIT=unit, NCHW=not channels_last, ACTIVATION=activation, **pooling_window(pool),
         **config.options(),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """A conv stage on Triton, backward: the stage's end replayed, and the input gradient with batch norm in its epilogue.
 
 Nothing was kept of pooling, dropout and activation: each pass finds the window's maximum again from the raw output and
-draws the dropout factors again from the seed. Sums for batch norm's gradients come as partials in the form of
-batch_norm's gradient_sums_kernel.
+draws the dropout factors again from the seed. Where windows overlap, so that a pixel would find those of several again,
+a byte says where each maximum is (``taps``), except to traces. Sums for batch norm's gradients come as partials in the
+form of batch_norm's gradient_sums_kernel.
 """
 
 from __future__ import annotations
@@ -58,13 +59,35 @@ def pooled_gradient(dy, best, centred, scale, shift, ACTIVATION: tl.constexpr):
     return common.activation_gradient(dy, best, ACTIVATION)
 
 
+@triton.jit
+def at_tap(taps_ptr, x_ptr, image, row, col, mask, height, width, out_w, out_pixels, channels, offs_c, mask_c, mean,
+           scale, shift, WINDOW: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+    """window_best's (best, centred) where ``taps`` say it is."""
+    inside = mask[:, None] & mask_c[None, :]
+    window = tl.where(mask, image * out_pixels + row * out_w + col, 0)
+    tap = tl.load(taps_ptr + window[:, None] * channels + offs_c[None, :], mask=inside, other=0).to(tl.int32)
+    y = row[:, None] * WINDOW.stride_h - WINDOW.pad_h + tap // WINDOW.kernel_w
+    x = col[:, None] * WINDOW.stride_w - WINDOW.pad_w + tap % WINDOW.kernel_w
+    pixel = tl.where(inside, image * height * width + y * width + x, 0)
+    raw = tl.load(x_ptr + pixel * channels + offs_c[None, :], mask=inside, other=0.0).to(tl.float32)
+    return activated(raw, mean, scale, shift, x_ptr, ACTIVATION)
+
+
+@triton.jit
+def activated(raw, mean, scale, shift, x_ptr, ACTIVATION: tl.constexpr):
+    """(the activation of a raw tile as it would be stored, raw - mean)."""
+    centred = raw - mean[None, :]
+    value = common.activate(tl.fma(centred, scale[None, :], shift[None, :]), ACTIVATION)
+    return value.to(x_ptr.dtype.element_ty).to(tl.float32), centred
+
+
 # One program: over a run of units_each tiles [BLOCK_P windows of one image, BLOCK_C channels], the sums of dz and of
 # dz * (x - mean), where dz is the gradient of batch norm's output, not 0 at each window's maximum only.
 # Grid: (producers, channel tiles).
 @triton.jit(do_not_specialize=["eps", "p", "units", "units_each", "producers", "tiles", "height", "width", "out_w",
                                "out_pixels", "dy_stride_n"])  # fmt: skip
-def stage_sums_kernel(dy_ptr, x_ptr, partials_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, p, units,
-                      units_each, producers, tiles, height, width, out_w, out_pixels, channels, dy_stride_n,
+def stage_sums_kernel(dy_ptr, x_ptr, taps_ptr, partials_ptr, seed_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, p,
+                      units, units_each, producers, tiles, height, width, out_w, out_pixels, channels, dy_stride_n,
                       dy_stride_c, dy_stride_h, dy_stride_w, UNIT: tl.constexpr, DENSE: tl.constexpr,
                       WINDOW: tl.constexpr, BORDER: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr,
                       BLOCK_C: tl.constexpr):  # fmt: skip
@@ -84,10 +107,14 @@ def stage_sums_kernel(dy_ptr, x_ptr, partials_ptr, seed_ptr, mean_ptr, var_ptr, 
         mask_p = offs_p < out_pixels
         row = offs_p // out_w
         col = offs_p % out_w
-        best, _which, centred = window_best(x_ptr, image * height * width, row * WINDOW.stride_h - WINDOW.pad_h,
-                                            col * WINDOW.stride_w - WINDOW.pad_w, mask_p, height, width, channels,
-                                            offs_c, mask_c, mean, scale, shift, WINDOW, BORDER, True, ACTIVATION,
-                                            BLOCK_P, BLOCK_C)  # fmt: skip
+        if taps_ptr is not None:
+            best, centred = at_tap(taps_ptr, x_ptr, image, row, col, mask_p, height, width, out_w, out_pixels, channels,
+                                   offs_c, mask_c, mean, scale, shift, WINDOW, ACTIVATION)  # fmt: skip
+        else:
+            best, _which, centred = window_best(x_ptr, image * height * width, row * WINDOW.stride_h - WINDOW.pad_h,
+                                                col * WINDOW.stride_w - WINDOW.pad_w, mask_p, height, width, channels,
+                                                offs_c, mask_c, mean, scale, shift, WINDOW, BORDER, True, ACTIVATION,
+                                                BLOCK_P, BLOCK_C)  # fmt: skip
         dz = load_pooled(dy_ptr, image, row, col, mask_p, out_w, out_pixels, channels, offs_c, mask_c, dy_stride_n,
                          dy_stride_c, dy_stride_h, dy_stride_w, DENSE)  # fmt: skip
         if seed_ptr is not None:
@@ -150,11 +177,12 @@ def stage_gradient_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mea
 
 
 # As stage_gradient_kernel where windows overlap: BLOCK_P pixels of one image, each asking every window it lies in
-# whether it is that window's maximum. Grid: (images x tiles, channel tiles).
+# whether it is that window's maximum, or reading it off the window's byte of taps_ptr.
+# Grid: (images x tiles, channel tiles).
 @triton.jit(do_not_specialize=["eps", "p", "tiles", "height", "width", "out_h", "out_w", "dy_stride_n"])
-def stage_overlap_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr,
-                         eps, p, tiles, height, width, out_h, out_w, channels, dy_stride_n, dy_stride_c, dy_stride_h,
-                         dy_stride_w, UNIT: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr,
+def stage_overlap_kernel(dy_ptr, x_ptr, taps_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean_ptr, var_ptr, weight_ptr,
+                         bias_ptr, eps, p, tiles, height, width, out_h, out_w, channels, dy_stride_n, dy_stride_c,
+                         dy_stride_h, dy_stride_w, UNIT: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr,
                          BORDER: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr,
                          BLOCK_C: tl.constexpr):  # fmt: skip
     channels *= UNIT
@@ -168,27 +196,35 @@ def stage_overlap_kernel(dy_ptr, x_ptr, dx_ptr, seed_ptr, coefficients_ptr, mean
     y = offs_p // width
     x = offs_p % width
     origin = image * height * width
+    raw = load_pixels(x_ptr, origin, y, x, mask_p, width, channels, offs_c, mask_c)
+    best, at_best = activated(raw, mean, scale, shift, x_ptr, ACTIVATION)
     dz = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     WINDOWS_H: tl.constexpr = (WINDOW.kernel_h + WINDOW.stride_h - 1) // WINDOW.stride_h
     WINDOWS_W: tl.constexpr = (WINDOW.kernel_w + WINDOW.stride_w - 1) // WINDOW.stride_w
-    for i in range(WINDOWS_H * WINDOWS_W):
+    for i in tl.range(0, WINDOWS_H * WINDOWS_W, loop_unroll_factor=4 if taps_ptr is not None else 1):
         row = (y + WINDOW.pad_h) // WINDOW.stride_h - i // WINDOWS_W
         col = (x + WINDOW.pad_w) // WINDOW.stride_w - i % WINDOWS_W
         top = row * WINDOW.stride_h - WINDOW.pad_h
         left = col * WINDOW.stride_w - WINDOW.pad_w
         covers = mask_p & (row >= 0) & (row < out_h) & (y - top < WINDOW.kernel_h)
         covers = covers & (col >= 0) & (col < out_w) & (x - left < WINDOW.kernel_w)
-        best, which, at_best = window_best(x_ptr, origin, top, left, covers, height, width, channels, offs_c, mask_c,
-                                           mean, scale, shift, WINDOW, BORDER, True, ACTIVATION, BLOCK_P,
-                                           BLOCK_C)  # fmt: skip
+        if taps_ptr is not None:
+            window = tl.where(covers, image * out_h * out_w + row * out_w + col, 0)
+            which = tl.load(taps_ptr + window[:, None] * channels + offs_c[None, :],
+                            mask=covers[:, None] & mask_c[None, :], other=0).to(tl.int32)  # fmt: skip
+        else:
+            _best, which, _centred = window_best(x_ptr, origin, top, left, covers, height, width, channels, offs_c,
+                                                 mask_c, mean, scale, shift, WINDOW, BORDER, True, ACTIVATION, BLOCK_P,
+                                                 BLOCK_C)  # fmt: skip
         dy = load_pooled(dy_ptr, image, row, col, covers, out_w, out_h * out_w, channels, offs_c, mask_c,
                          dy_stride_n, dy_stride_c, dy_stride_h, dy_stride_w, DENSE)  # fmt: skip
         tap = (y - top) * WINDOW.kernel_w + x - left
         chosen = covers[:, None] & (which == tap[:, None])
-        dz += tl.where(chosen, pooled_gradient(dy, best, at_best, scale, shift, ACTIVATION), 0.0)
+        dz += tl.where(chosen, dy, 0.0)
     if seed_ptr is not None:
         dz *= keep_channels(seed_ptr, image, first_channel, channels, p, BLOCK_C)
-    raw = load_pixels(x_ptr, origin, y, x, mask_p, width, channels, offs_c, mask_c)
+    # of a window's maximum the pixel's own activation tells the derivative
+    dz = pooled_gradient(dz, best, at_best, scale, shift, ACTIVATION)
     dx = raw_gradient(dz, raw, mean, scale, coefficients_ptr, offs_c, mask_c, channels)
     tl.store(dx_ptr + (origin + offs_p)[:, None] * channels + offs_c[None, :], dx.to(dx_ptr.dtype.element_ty),
              mask=mask_p[:, None] & mask_c[None, :])  # fmt: skip
@@ -231,8 +267,10 @@ def conv_stage_dgrad_kernel(dy_ptr, w_ptr, x_ptr, dz_ptr, partials_ptr, mean_ptr
 
 
 def launch_end_sums(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, p: float = 0.0, seed: Tensor | None = None,
-                    activation: str | None = "relu", config: Config | None = None) -> Partials:  # fmt: skip
-    """Partial sums for batch norm's gradients from the stage's incoming gradient (any strides) and the raw map x."""
+                    activation: str | None = "relu", taps: Tensor | None = None,
+                    config: Config | None = None) -> Partials:  # fmt: skip
+    """Partial sums for batch norm's gradients from the stage's incoming gradient (any strides) and the raw map x.
+    ``taps``: launch_end's."""
     n, channels = x.shape[:2]
     config = config or tuning.end_sums(channels, pool, targets.current())
     unit = conv_tuning.unit(channels)
@@ -244,7 +282,7 @@ def launch_end_sums(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, p: float =
     dense, strides = gradient_strides(dy)
     launch(
         stage_sums_kernel, (producers, cdiv(channels, config["BLOCK_C"])),
-        dy, x, partials, seed, *norm, p, n * tiles, each, producers, tiles, pool.height, pool.width, pool.out_w,
+        dy, x, taps, partials, seed, *norm, p, n * tiles, each, producers, tiles, pool.height, pool.width, pool.out_w,
         out_pixels, channels // unit, *strides, UNIT=unit, DENSE=dense, ACTIVATION=activation, **pooling_window(pool),
         **config.options(),
     )  # fmt: skip
@@ -253,8 +291,9 @@ def launch_end_sums(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, p: float =
 
 def launch_end_gradient(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, coefficients: Tensor | None,
                         p: float = 0.0, seed: Tensor | None = None, activation: str | None = "relu",
-                        config: Config | None = None) -> Tensor:  # fmt: skip
-    """The raw map's gradient, NHWC. ``coefficients``: batch_norm's, None where the statistics were given."""
+                        taps: Tensor | None = None, config: Config | None = None) -> Tensor:  # fmt: skip
+    """The raw map's gradient, NHWC. ``coefficients``: batch_norm's, None where the statistics were given; ``taps``:
+    launch_end's."""
     n, channels = x.shape[:2]
     dx = empty_pixels(x, (n, channels, pool.height, pool.width), x.dtype, channels_last=True)
     config = config or tuning.end_gradient(channels, pool, targets.current())
@@ -265,12 +304,13 @@ def launch_end_gradient(dy: Tensor, x: Tensor, pool: Pooling, norm: Norm, coeffi
     dense, strides = gradient_strides(dy)
     sizes: tuple[int, ...] = (pool.height, pool.width, pool.out_h, pool.out_w)
     kernel = stage_overlap_kernel
+    maps: tuple[Tensor | None, ...] = dy, x, taps, dx
     if not pool.overlaps:
-        kernel = stage_gradient_kernel
+        kernel, maps = stage_gradient_kernel, (dy, x, dx)
         sizes += (spots, cells_w)
     launch(
         kernel, (n * tiles, cdiv(channels, config["BLOCK_C"])),
-        dy, x, dx, seed, coefficients, *norm, p, tiles, *sizes, channels // unit, *strides, UNIT=unit,
+        *maps, seed, coefficients, *norm, p, tiles, *sizes, channels // unit, *strides, UNIT=unit,
         DENSE=dense, ACTIVATION=activation, **pooling_window(pool), **config.options(),
     )  # fmt: skip
     return dx

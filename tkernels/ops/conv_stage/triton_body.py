@@ -67,11 +67,14 @@ def forward(
     x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, nhwc: bool, keep: bool, seed: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, list[SavedLayer], Tensor | None]:  # fmt: skip
-    """(y, what backward needs of each layer, of the last activation behind a residual, both if ``keep``). ``x``:
-    conv_input's; ``nhwc``: whether y is channels_last; ``seed``: dropout's; ``residual``: in the maps' dtype, or, with
-    a shortcut, the input of that."""
+    """(y, what backward needs of each layer, what it needs of the last activation behind a residual or of where the
+    windows' maxima are, both if ``keep``).
+
+    ``x``: conv_input's; ``nhwc``: whether y is channels_last; ``seed``: dropout's; ``residual``: in the maps' dtype,
+    or, with a shortcut, the input of that.
+    """
     saved: list[SavedLayer] = []
-    signs: Tensor | None = None
+    tells: Tensor | None = None
     packed = _pack(layers, stage)
     last = stage.depth - 1
     before: Before = None
@@ -101,13 +104,14 @@ def forward(
         if before is not None:
             x = raw
         elif end and not stage.plain_end:
-            x = kernels.launch_end(raw, stage.pool, norm, stage.p, seed, nhwc, activation)
+            tells = kernels.taps_like(raw, stage.pool) if keep else None
+            x = kernels.launch_end(raw, stage.pool, norm, stage.p, seed, nhwc, activation, tells)
         else:
             if end and keep and residual is not None and activation == "relu":
-                signs = batch_norm.signs_like(raw, _matrix(raw))
+                tells = batch_norm.signs_like(raw, _matrix(raw))
             added = (residual, of_residual) if end else (None, None)
-            x = _normalized(raw, norm, activation, added[0], nhwc or not end, signs, added[1])
-    behind = behind_residual(x, residual, stage.activations[last]) if signs is None else signs
+            x = _normalized(raw, norm, activation, added[0], nhwc or not end, tells, added[1])
+    behind = behind_residual(x, residual, stage.activations[last]) if tells is None else tells
     return x, [*saved, *own], behind
 
 
@@ -286,12 +290,12 @@ def backward(
     # layers whose weight's gradient waits for its runs to be merged
     waiting: list[tuple[int, Tensor]] = []
     # the gradient of a layer's activation, or, if masked, of its batch norm's output
-    if more is not None and behind is None:
+    if more is not None and (behind is None or not stage.plain_end):
         dy, more = dy + more, None
     d = as_nhwc(dy) if stage.plain_end else dy
     partials: Partials | None = None
     masked = False
-    if behind is not None:
+    if behind is not None and stage.plain_end:
         more = None if more is None else as_nhwc(more)
         layer, activation, sums = saved[last], stage.activations[last], tasks[last].sums
         d, partials = _behind_activation(d, more, behind, layer, eps[last], activation, sums)
@@ -307,7 +311,7 @@ def backward(
         if not (task.raw or task.sums):
             break
         norm = layer.norm(eps[i])
-        end = _End(stage, seed) if i == last and not stage.plain_end else None
+        end = _End(stage, seed, behind) if i == last and not stage.plain_end else None
         activation = None if masked else stage.activations[i]
         coefficients, gradients[3 + 4 * i], gradients[4 + 4 * i] = _norm_gradients(
             d, layer, norm, task, end, partials, activation
@@ -418,6 +422,7 @@ class _End(NamedTuple):
 
     stage: StageCall
     seed: Tensor | None
+    taps: Tensor | None
 
 
 def _norm_gradients(
@@ -438,7 +443,8 @@ def _norm_gradients(
         return None, None, None
     raw, m = layer.output, _matrix(layer.output)
     if end is not None:
-        partials = conv_stage_backward.launch_end_sums(d, raw, end.stage.pool, norm, end.stage.p, end.seed, activation)
+        pool, p = end.stage.pool, end.stage.p
+        partials = conv_stage_backward.launch_end_sums(d, raw, pool, norm, p, end.seed, activation, end.taps)
     elif partials is None:
         partials, _ = batch_norm.launch_gradient_sums(d, raw, m, norm, activation)
     dweight, dbias, coefficients = batch_norm.launch_finalize_gradients(
@@ -454,7 +460,9 @@ def _raw_gradient(
     raw = layer.output
     if end is not None:
         pool, p = end.stage.pool, end.stage.p
-        return conv_stage_backward.launch_end_gradient(d, raw, pool, norm, coefficients, p, end.seed, activation)
+        return conv_stage_backward.launch_end_gradient(
+            d, raw, pool, norm, coefficients, p, end.seed, activation, end.taps
+        )
     return cast(Tensor, batch_norm.launch_input_gradient(d, raw, _matrix(raw), norm, coefficients, activation)[0])
 
 

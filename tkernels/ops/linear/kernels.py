@@ -99,7 +99,7 @@ def finish_tile(acc, b_ptr, y_ptr, z_ptr, seed_ptr, offs_m, first_n, M, N, b_str
     rows = offs_m.to(tl.int64)
     offsets = rows[:, None] * N + offs_n[None, :]
     if b_ptr is not None:
-        acc += tl.load(b_ptr + offs_n * b_stride, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += common.load_bias(b_ptr, offs_n * b_stride, mask_n, y_ptr)[None, :]
     if z_ptr is not None:
         tl.store(z_ptr + offsets, acc.to(z_ptr.dtype.element_ty), mask=mask)
     acc = common.activate(acc, ACTIVATION)

@@ -62,7 +62,8 @@ def _probability(activation: str | None, dropout_p: float, training: bool) -> fl
 def _check(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dropout_p: float, training: bool
 ) -> Decision | None:
-    """Integers, complex numbers and sparse tensors are PyTorch's."""
+    """Integers, complex numbers and sparse tensors are PyTorch's. Parameters keep their dtype under autocast: passes
+    cast the weight, and write gradients in it."""
     p = _probability(activation, dropout_p, training)
     checks.tensor(input=input, weight=weight)
     checks.optional_tensor(bias=bias)
@@ -71,9 +72,10 @@ def _check(
     _check_shapes(input, weight, bias)
     autocast = mode.autocast_dtype(input)
     checks.matching_kinds(input, weight, bias, autocast)
-    static = activation, p, _route(input, weight, autocast or input.dtype, activation is not None or p > 0)
+    dtype = autocast or input.dtype
+    static = activation, p, _route(input, weight, dtype, activation is not None or p > 0), dtype
     # (dropout behind a bias of several axes is torch's own)
-    return Decision(static, cast=autocast, dropout=p if bias is None or bias.dim() < 2 else 0.0)
+    return Decision(static, dropout=p if bias is None or bias.dim() < 2 else 0.0)
 
 
 def _route(input: Tensor, weight: Tensor, dtype: torch.dtype, fused: bool) -> Route:
@@ -175,8 +177,9 @@ def _run(call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, 
         return _run(call, (input, weight.unsqueeze(0), bias, seed), static).squeeze(-1)
     if bias is not None and bias.dim() > 1:
         # rows of their own: the sum is a separate pass, and what follows it too, with dropout as torch draws it
-        activation, p, route = static
-        y = activations.apply(_passes(call, (input, weight, None, None), (None, 0.0, route)) + bias, activation)
+        activation, p, route, dtype = static
+        z = _passes(call, (input, weight, None, None), (None, 0.0, route, dtype))
+        y = activations.apply(z + bias.to(dtype), activation)
         return F.dropout(y, p) if p > 0 else y
     return _passes(call, tensors, static)
 
@@ -189,16 +192,17 @@ def _saves_seed(activation: str | None) -> bool:
 
 @plan.Planned
 def _forward(
-    tensors: plan.Tensors, activation: str | None, p: float, route: Route, needs: tuple[bool, ...] | None
+    tensors: plan.Tensors, activation: str | None, p: float, route: Route, dtype: torch.dtype,
+    needs: tuple[bool, ...] | None,
 ) -> plan.Tensors:  # fmt: skip
     """y, and what backward needs."""
     input, weight, bias, seed = cast(Any, tensors)
     needs_input, needs_weight, _ = needs or (False, False, False)
-    x, w = kernels.dense_rows(input), kernels.dense_weight(weight)
+    x, w = kernels.dense_rows(input.to(dtype)), kernels.dense_weight(weight.to(dtype))
     keeps_z = needs is not None and activations.needs_input(activation, p)
     z: Tensor | None
     if route.forward:
-        z = y = plan.call(_product, x, w, bias)
+        z = y = plan.call(_product, x, w, None if bias is None else bias.to(dtype))
         if activation is not None or seed is not None:
             # (what backward does not read is written over)
             y = torch.empty_like(z) if keeps_z or mode.traced() else z
@@ -210,12 +214,17 @@ def _forward(
     return y, x if needs_weight else None, w if needs_input else None, saved, seed if _saves_seed(activation) else None
 
 
+def _keep(tensors: plan.Tensors, static: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *static[:3], tuple([None if t is None else t.dtype for t in tensors[:3]])
+
+
 @plan.Planned
 def _backward(
-    tensors: plan.Tensors, activation: str | None, p: float, route: Route, needs: tuple[bool, ...]
+    tensors: plan.Tensors, activation: str | None, p: float, route: Route, dtypes: tuple[Any, ...],
+    needs: tuple[bool, ...],
 ) -> plan.Tensors:  # fmt: skip
-    """Gradients of input, weight and bias, of dy and what _forward kept. The bias's has a value for each output
-    feature; autograd sums it for a bias of one element."""
+    """Gradients of input, weight and bias, of ``dtypes``, of dy and what _forward kept. The bias's has a value for each
+    output feature; autograd sums it for a bias of one element."""
     dy, x, w, saved, seed = cast(Any, tensors)
     dy = kernels.dense_rows(dy)
     dx = dw = db = None
@@ -227,10 +236,13 @@ def _backward(
     if w is not None:
         own = not route.dgrad
         dx = kernels.launch_dgrad(dy, w, saved, activation, p, seed) if own else plan.call(_input_gradient, dy, w)
+        dx = dx.to(dtypes[0])
     if x is not None and route.wgrad:
-        dw, x = plan.call(_weight_gradient, dy, x), None
+        dw, x = plan.call(_weight_gradient, dy, x).to(dtypes[1]), None
     if x is not None or needs[2]:
-        own_dw, db = kernels.launch_wgrad(dy, x, saved, activation, p, seed, needs[2])
+        own_dw = None if x is None else dy.new_empty((dy.shape[-1], x.shape[-1]), dtype=dtypes[1])
+        db = dy.new_empty(dy.shape[-1], dtype=dtypes[2]) if needs[2] else None
+        kernels.weight_gradient(dy, x, saved, seed, own_dw, db, activation, p)
         dw = own_dw if dw is None else dw
     return dx, dw, db
 
@@ -264,5 +276,5 @@ def _weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
     return dz.reshape(-1, dz.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
-_passes = Passes("Linear", 3, _forward, _backward)
+_passes = Passes("Linear", 3, _forward, _backward, _keep)
 _operator = Operator(_reference, _check, _run)
