@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tkernels.core import _torch, autotune, checks, mode, plan, targets
 from tkernels.core import activation as activations
 from tkernels.core.geometry import Geometry, as_nhwc, suggests_channels_last
-from tkernels.core.operator import Decision, Operator, Passes
+from tkernels.core.operator import Decision, Operator, Passes, differentiates
 from tkernels.core.records import OURS, Route
 from tkernels.ops.conv import aten, routing
 
@@ -220,7 +220,8 @@ def route(
         return Route(*_route_in_traces(*sizes, dtype, fused, biased))
     images = x.shape[0] if x.dim() == 4 else 1
     precision = mode.dot_precision(dtype, "conv")
-    found = routing.of_conv(g, images, dtype, precision, fused, biased, targets.current())
+    recorded = differentiates((x, weight, bias))
+    found = routing.of_conv(g, images, dtype, precision, fused, biased, recorded, targets.current())
     if not (autotune.enabled and routing.cudnn_competes(g, dtype, precision, targets.current())):
         return found
     return _measured_route(x, weight, bias, g, images, dtype, precision, activation)
@@ -233,7 +234,7 @@ def _route_in_traces(
 ) -> tuple[bool, ...]:  # fmt: skip
     g = routing.large(in_channels, out_channels, groups, kernel_h, kernel_w, stride_h, stride_w)
     precision = mode.dot_precision(dtype, "conv")
-    return tuple(routing.of_conv(g, routing.MANY, dtype, precision, fused, biased, targets.current()))
+    return tuple(routing.of_conv(g, routing.MANY, dtype, precision, fused, biased, True, targets.current()))
 
 
 def _measured_route(
