@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ GRADIENTS = [Route(False, *each) for each in itertools.product((False, True), re
 
 
 @pytest.fixture
-def ran(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def ran(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What was launched, and "aten dgrad" and "aten wgrad" for PyTorch's products."""
     gradients = aten._gradients
 
@@ -34,8 +35,11 @@ def ran(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return gradients(dy, x, weight, g, wanted)
 
     monkeypatch.setattr(aten, "_gradients", spy)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    return launches
+    # plans are run twice and their bits compared
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield launches
+    torch.use_deterministic_algorithms(before, warn_only=before)
 
 
 def check(x: Tensor, w: Tensor, b: Tensor | None, activation: str | None, **window: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ OWN = {
 
 
 @pytest.fixture
-def ran(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def ran(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What was launched, and "aten forward", "aten dgrad" and "aten wgrad" for PyTorch's products."""
     forward, gradients = aten._forward, aten._gradients
 
@@ -43,8 +44,10 @@ def ran(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(aten, "_forward", spy_forward)
     monkeypatch.setattr(aten, "_gradients", spy_gradients)
     # plans are run twice and their bits compared
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    return launches
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield launches
+    torch.use_deterministic_algorithms(before, warn_only=before)
 
 
 def by_pytorch(ran: list[str]) -> list[str]:
