@@ -68,6 +68,12 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
+def asks_choosers() -> bool:
+    """Whether products may be PyTorch's where that is faster: under 'auto' and, whoever runs the interpreter wants to
+    see kernels, not in it."""
+    return get_backend() == "auto" and not _INTERPRETING
+
+
 def why_not_triton(*tensors: Tensor | None) -> str | None:
     """The reason why these tensors cannot go through Triton, or None where they can."""
     if not HAS_TRITON:
