@@ -128,7 +128,7 @@ def test_a_whole_step_is_counted_alike_in_all_calls(made: list[host.Made], count
         step()
         assert [str(call[4]).split()[0] for call in made] == counted
         found.append(list(counted))
-    assert len(found[0]) == 56
+    assert len(found[0]) == 52
     assert found[1:] == found[:1] * 2
 
 

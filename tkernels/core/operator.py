@@ -36,7 +36,7 @@ class Passes:
 
     def __init__(
         self, name: str, differentiable: int | Callable[[int], int], forward: plan.Planned, backward: plan.Planned,
-        keep: Keep = None, twice: Callable[..., bool] = lambda *_: False,
+        keep: Keep = None, twice: Callable[..., bool] | None = None,
     ) -> None:  # fmt: skip
         self._forward, self._differentiable = forward, differentiable
         self._function = _function(name, forward, backward, keep, twice)
@@ -57,7 +57,7 @@ def differentiates(tensors: plan.Tensors) -> bool:
 
 
 def _function(
-    name: str, forward_pass: plan.Planned, backward_pass: plan.Planned, keep: Keep, twice: Callable[..., bool]
+    name: str, forward_pass: plan.Planned, backward_pass: plan.Planned, keep: Keep, twice: Callable[..., bool] | None
 ) -> Any:
     def forward(
         ctx: Any, call: plan.KnownCall | None, static: tuple[Any, ...], others: plan.Tensors, *tensors: Tensor | None
@@ -66,7 +66,7 @@ def _function(
         y, *kept = forward_pass.of_call(call, tensors, *static, ctx.needs_input_grad[3:])  # of what follows ``others``
         autograd.save(ctx, *kept)
         ctx.static = static if keep is None else keep(tensors, static)
-        return (y, cast(Tensor, y).detach()) if twice(*static) else y
+        return y if twice is None or not twice(*static) else (y, cast(Tensor, y).detach())
 
     @autograd.once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -215,7 +215,8 @@ def _forward(
 
 
 def _keep(tensors: plan.Tensors, static: tuple[Any, ...]) -> tuple[Any, ...]:
-    return *static[:3], tuple([None if t is None else t.dtype for t in tensors[:3]])
+    input, weight, bias, _ = cast(Any, tensors)
+    return *static[:3], (input.dtype, weight.dtype, None if bias is None else bias.dtype)
 
 
 @plan.Planned
