@@ -101,7 +101,7 @@ def test_the_network_under_autocast_is_among_them() -> None:
 
 
 def test_of_a_fused_network_what_is_not_cudnns() -> None:
-    """As fuse() sends it under autocast on that GPU, at the run's size: the stem's forward alone of the convolutions."""
+    """As fuse() sends it under autocast there, at the run's size: of the convolutions the stem's forward alone."""
     made = dict(precompile._calls(False, TARGET))[precompile.RESNET50]
     names = {launch.kernel.__name__ for launch in precompile.recorded(made(), TARGET, "auto").values()}
     assert {"statistics_kernel", "normalize_kernel", "gradient_sums_kernel", "input_gradient_kernel"} <= names
