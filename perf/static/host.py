@@ -54,7 +54,8 @@ class _Compiled(CompiledKernel):
         self.packed_metadata = (options["num_warps"], options["num_ctas"], 0)
         self.metadata = cast(Any, SimpleNamespace(
             num_ctas=1, cluster_dims=(1, 1, 1), global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
-            profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False, tensordesc_meta=None,
+            profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False,
+            tensordesc_meta=[None for kind in source.signature.values() if str(kind).startswith("tensordesc")],
         ))  # fmt: skip
         self._run = nvidia.CudaLauncher(source, self.metadata)
 

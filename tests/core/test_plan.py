@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ import tkernels.nn as tnn
 from models.cifar_cnn import FusedCNNClassifier
 from perf.static import host, traffic
 from tests.watch import AtenWatch
-from tkernels.core import autotune, mode, plan, targets
+from tkernels.core import autotune, descriptors, mode, plan, targets
 from tkernels.functional import ConvBNLayer, conv_stage, cross_entropy, linear
 
 CALLS = 3  # the first plans and compiles
@@ -115,6 +116,27 @@ def test_every_call_hands_the_driver_what_triton_hands_it(made: list[host.Made])
         step()
         assert [sorted_out(call) for call in made] == expected
     assert len(plans()) == 6 + 6 + 2
+    assert all(p._direct is not None for p in plans())
+
+
+@pytest.mark.gate("torch")
+def test_so_do_calls_with_descriptors(made: list[host.Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor holds an address: each call has its own, and keeps nothing alive."""
+    monkeypatch.setattr(descriptors, "enabled", True)
+    expected: list[Any] = []
+    for _ in range(CALLS):
+        x, w = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((128, 64), (32, 64)))
+        y = linear(x, w)
+        (call,) = made
+        assert [a.data_ptr() for a in call[-1] if isinstance(a, Tensor)] == [t.data_ptr() for t in (x, w, y)]
+        expected = expected or sorted_out(call)
+        assert sorted_out(call) == expected
+        made.clear()
+        del call
+        kept = weakref.ref(x)
+        del x
+        gc.collect()  # what planned the first call is a cycle
+        assert kept() is None
     assert all(p._direct is not None for p in plans())
 
 

@@ -1,8 +1,8 @@
 """The ttsem gate: every launch is compiled to TTIR and executed on the CPU, with bounds, race and poison checks.
 
-ttsem 0.1.0 leaves three gaps, closed here: masked-off lanes of a load without ``other=`` read as 0 (on a GPU they
-hold anything), bounds are those of the storage instead of the view, and what a kernel stores through a host
-TensorDescriptor is lost.
+ttsem 0.1.0 leaves four gaps, closed here: masked-off lanes of a load without ``other=`` read as 0 (on a GPU they
+hold anything), bounds are those of the storage instead of the view, what a kernel stores through a host
+TensorDescriptor is lost, and a load that drops a descriptor's leading axes of 1 keeps them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def open_session(stack: contextlib.ExitStack, compute_capability: int = 90) -> A
     sanitize = _sanitizer()
     _poison_masked_lanes()
     _bound_by_view()
+    _drop_leading_axes()
     _compile_once()
     _fused_multiply_add_at_once()
     _never_print_tensors()
@@ -99,6 +100,18 @@ def _bound_by_view() -> None:
 
     harness.storage_copy = storage_copy
     sanitize._write_back = write_back
+
+
+def _drop_leading_axes() -> None:
+    """Triton makes one load of ``desc.load(...).reshape(...)`` where that leaves out axes of 1."""
+    from ttsem import ops
+
+    whole = ops.OPS["tt.descriptor_load"]
+
+    def load(interp: Any, op: Any, args: Any) -> Any:
+        return [np.reshape(block, ops._rty(op).shape) for block in whole(interp, op, args)]
+
+    ops.OPS["tt.descriptor_load"] = load
 
 
 def _compile_once() -> None:

@@ -32,8 +32,8 @@ def is_compiled(kernel: Any) -> bool:
 
 def driver_call(compiled: Any) -> tuple[Any, tuple[Any, ...], bool]:
     """What launches a compiled kernel, what it takes between stream and the kernel's arguments, and whether it takes
-    those in a tuple: the C function of Triton's launcher, or, where the launcher has more to do than to call it
-    (scratch memory) or is not known, the launcher itself."""
+    those in a tuple: the C function of Triton's launcher, before which descriptors are taken apart, or, where the
+    launcher has more to do than to call it (scratch memory) or is not known, the launcher itself."""
     run = compiled.run
     hooks = None, None, None
     if type(run) is not _LAUNCHER or getattr(run, "gsan_enabled", False):
@@ -60,7 +60,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if planner is not None:
         planner.launch(kernel, grid, args, options)
     else:
-        guard = mode.device_guard(args[0]) if mode.several_gpus() else contextlib.nullcontext()
+        first = getattr(args[0], "base", args[0])  # a descriptor's tensor
+        guard = mode.device_guard(first) if mode.several_gpus() else contextlib.nullcontext()
         with guard, named(kernel):
             kernel[grid](*args, **options)
 

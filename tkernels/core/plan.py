@@ -153,6 +153,21 @@ def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return result
 
 
+def value(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, which is no tensor; where there are slots among them, a slot for it, to be launched with:
+    each run of the plan makes it anew, of that run's tensors."""
+    slot = next((a for a in args if isinstance(a, Slot)), None)
+    return function(*args) if slot is None else slot.planner.value(function, *args)
+
+
+def starts_at(t: Any, multiple: int) -> bool:
+    """Whether a tensor, or what a slot stands for, is known to start at a multiple of so many bytes, 16 at the most:
+    a call's tensors are part of a plan's key with their address modulo 16, and buffers start at multiples of more."""
+    if isinstance(t, Slot):
+        return t.planner.aligned and int(t.meta.storage_offset()) * t.meta.element_size() % multiple == 0
+    return bool(t.data_ptr() % multiple == 0)
+
+
 def increment_version(written: Sequence[Any]) -> None:
     """Kernels write behind autograd's back: a graph that saved the old values must notice."""
     if not written:
@@ -169,7 +184,7 @@ class Slot:
 
     __slots__ = ("index", "meta", "planner")
 
-    def __init__(self, planner: Planner, index: int, meta: Tensor) -> None:
+    def __init__(self, planner: Planner, index: int, meta: Tensor | Any) -> None:
         self.planner, self.index, self.meta = planner, index, meta
 
     @property
@@ -210,6 +225,8 @@ class Planner:
         # (a stand-in for a GPU may say it is one, and has no memory there)
         self.device = first.device if first.get_device() >= 0 else torch.device("cpu")
         self._count = len(tensors)
+        # whether every tensor of the call starts at a multiple of 16 bytes
+        self.aligned = all(t is None or t.data_ptr() & 15 == 0 for t in tensors)
         self._steps: list[_Step] = []
         # buffers that the next step is the first to need: index, size, stride, dtype
         self._buffers: list[Buffer] = []
@@ -237,6 +254,13 @@ class Planner:
         else:
             self.record(func, *args, **kwargs)
             self._steps[-1].result = made.index
+        return made
+
+    def value(self, func: Any, *args: Any) -> Slot:
+        """A slot, without shape or dtype, for what ``func`` gives, which is no tensor."""
+        made = Slot(self, self._place(None), None)
+        self.record(func, *args)
+        self._steps[-1].result = made.index
         return made
 
     def record(self, func: Any, *args: Any, **kwargs: Any) -> None:

@@ -71,6 +71,7 @@ class Setting(NamedTuple):
 BACKEND = Setting("TKERNELS_BACKEND", "auto", ("auto", "triton", "torch"), "how operators run: tkernels.backend")
 COMPILE = Setting("TKERNELS_COMPILE", "1", YES + NO, "compile the passes on a CPU with Inductor")
 AUTOTUNE = Setting("TKERNELS_AUTOTUNE", "0", YES + NO, "measure launch configurations on the GPU, and keep the choice")
+TMA = Setting("TKERNELS_TMA", "0", YES + NO, "products by descriptors on sm_90 and newer: an experiment")
 CACHE_DIR = Setting("TKERNELS_CACHE_DIR", "~/.cache/tkernels", (), "where compiled passes and measured choices lie")
 # Of others, whose meaning is theirs
 INTERPRET = Setting("TRITON_INTERPRET", "0", YES + NO, "Triton's interpreter: kernels run on CPU tensors, slowly")
@@ -79,7 +80,7 @@ INDUCTOR_CACHE_DIR = Setting(
 )
 CACHE_HOME = Setting("XDG_CACHE_HOME", "~/.cache", (), "compiled passes are kept below it if neither is set")
 
-SETTINGS = (BACKEND, COMPILE, AUTOTUNE, CACHE_DIR, INTERPRET, INDUCTOR_CACHE_DIR, CACHE_HOME)
+SETTINGS = (BACKEND, COMPILE, AUTOTUNE, TMA, CACHE_DIR, INTERPRET, INDUCTOR_CACHE_DIR, CACHE_HOME)
 
 
 def others(*prefixes: str) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,8 @@ from tkernels.core import device as common
 from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.ops.linear import config as tuning
+from tkernels.ops.linear import kernels_tma
+from tkernels.ops.linear.kernels_tma import Operand
 
 STEPS_A_CHAIN = tl.constexpr(4)
 
@@ -376,6 +378,7 @@ def forward(
     x_stride, (w_stride, w_transposed) = _stride(x), _checked_weight_stride(w)
     unit = _unit(x, k, x_stride, w_stride)
     plain = n % unit == 0 and tuning.is_plain(activation, seed is not None, unit)
+    given = config is not None
     config = config or autotune.pick(
         "linear forward", m, (n, k, x.dtype, precision, activation, seed is not None, z is not None),
         tuning.forward(n, k, x.element_size(), precision, seed is not None, target, plain),
@@ -384,9 +387,13 @@ def forward(
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     if splits is None:
         splits = tuning.forward_splits(tiles, k, target)
+    b_stride = 0 if b is None or b.numel() == 1 else b.stride(0)
+    if not (given or splits or seed is not None or z is not None):
+        operands = Operand(x, m, k, x_stride, False), Operand(w, k, n, w_stride, not w_transposed)
+        if kernels_tma.product(*operands, y, b, b_stride, activation):
+            return
     steps, parts = split(k, config["BLOCK_K"], splits)
     partials = x.new_empty((parts, m, n), dtype=torch.float32) if splits else None
-    b_stride = 0 if b is None or b.numel() == 1 else b.stride(0)
     launch(
         linear_forward_kernel, (tiles, parts),
         x, w, b, y, z, seed, partials, m, n, k // unit, x_stride // unit, w_stride // unit, b_stride, p, steps,

@@ -22,7 +22,9 @@ from tkernels.core.config import Config, cdiv
 from tkernels.core.launch import launch
 from tkernels.ops.linear import config as linear_tuning
 from tkernels.ops.linear import kernels as linear
+from tkernels.ops.linear import kernels_tma
 from tkernels.ops.linear.kernels import both_strides, load_tile, product_tile, tile_of_program
+from tkernels.ops.linear.kernels_tma import Operand
 from tkernels.ops.matmul import config as tuning
 
 
@@ -205,7 +207,7 @@ def _launch_matrices(a: Tensor, b: Tensor, layouts: tuple[Matrices, Matrices], i
                      config: Config | None, splits: int | None) -> None:  # fmt: skip
     (batches, m, n), k = out.shape, a.shape[-1]
     la, lb = layouts
-    precision = mode.dot_precision(a.dtype, "matmul")
+    precision, given = mode.dot_precision(a.dtype, "matmul"), config is not None
     a_unit = la.unit(a, m if la.transposed else k)
     b_unit = lb.unit(b, k if lb.transposed else n)
     # rows matter to the width of a load only where they are what is dense
@@ -220,6 +222,10 @@ def _launch_matrices(a: Tensor, b: Tensor, layouts: tuple[Matrices, Matrices], i
     tiles = cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"])
     if splits is None:
         splits = tuning.splits(batches * tiles, k, targets.current())
+    if batches == 1 and not (given or splits):
+        one = Operand(a, m, k, la.stride, la.transposed), Operand(b, k, n, lb.stride, lb.transposed)
+        if kernels_tma.product(*one, out):
+            return
     steps, parts = linear.split(k, config["BLOCK_K"], splits)
     target = a.new_empty((parts, batches, m, n), dtype=torch.float32) if splits else out
     launch(
