@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from perf.static import facts
 from perf.static.facts import Facts
@@ -172,7 +173,8 @@ def record(
 ) -> Launch:
     """A launch, its tensors reduced to what the compiler sees. Raises ValueError for one that no GPU would make."""
     made = Launch(kernel, args, kwargs, cast(Any, (*grid, 1, 1, 1)[:3]), {})
-    tensors = {name: value for name, value in made.arguments.items() if isinstance(value, torch.Tensor)}
+    given = {name: value.base if _is_descriptor(value) else value for name, value in made.arguments.items()}
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     devices = {str(t.device) for t in tensors.values()}
     if devices != {device}:
         raise ValueError(f"{kernel.__name__}: tensor arguments are on {sorted(devices)}, not all on {device}")
@@ -180,6 +182,8 @@ def record(
         raise ValueError(f"{kernel.__name__}: grid {made.grid} is outside {_MAX_GRID}")
 
     def reduced(value: Any) -> Any:
+        if _is_descriptor(value):
+            return dataclasses.replace(value, base=reduced(value.base))
         return _Pointer(value) if isinstance(value, torch.Tensor) else value
 
     return dataclasses.replace(
@@ -188,6 +192,10 @@ def record(
         kwargs={name: reduced(value) for name, value in kwargs.items()},
         bytes={name: span(t) for name, t in tensors.items()},
     )
+
+
+def _is_descriptor(value: object) -> bool:
+    return isinstance(value, TensorDescriptor)
 
 
 def span(tensor: torch.Tensor) -> int:

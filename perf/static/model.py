@@ -45,7 +45,7 @@ REPLAY_US = 4.0
 VENDOR = 0.6
 
 _LOC = re.compile(r"\s+loc\(.*$")
-_LOAD = re.compile(r"tt\.load .*: tensor<([\dx]+)x!tt\.ptr<[a-z]*(\d+)")
+_LOAD = re.compile(r"(?:tt\.load .*: tensor<([\dx]+)x!tt\.ptr|tt\.descriptor_load .*-> tensor<([\dx]+)x)<?[a-z]*(\d+)")
 _DOT = re.compile(r"tt\.dot .*: tensor<([\dx]+)x\w+> \* tensor<[\dx]*?(\d+)x[a-z]\w+>")
 
 
@@ -90,7 +90,8 @@ def loops(ttir: str) -> Loops:
             if not region:
                 break
         if load := _LOAD.search(text):
-            region[-1][0] += math.prod(map(int, load[1].split("x"))) * max(int(load[2]) // 8, 1)
+            sizes = (load[1] or load[2]).split("x")
+            region[-1][0] += math.prod(map(int, sizes)) * max(int(load[3]) // 8, 1)
         elif dot := _DOT.search(text):
             region[-1][1] += 2 * math.prod(map(int, dot[1].split("x"))) * int(dot[2])
         if text.endswith("{"):
@@ -103,7 +104,7 @@ def estimate(launch: Launch, facts: Facts, products: dict[str, float], target: T
     """Of a compiled launch whose products do so many operations, by their kinds."""
     # one that does not fit would not be launched
     resident = max(rules.resident(facts.registers, facts.shared_bytes, facts.num_warps, target), 1)
-    fit, programs = resident * target.multiprocessors, math.prod(launch.grid)
+    fit, programs = resident * target.multiprocessors, tiles(launch)
     waves, operations = programs / fit, sum(products.values())
     if target.name not in MODELLED:
         return Estimate(resident, fit, waves, None, None, operations)
@@ -120,6 +121,13 @@ def estimate(launch: Launch, facts: Facts, products: dict[str, float], target: T
     by_memory = moved / (MEMORY * target.gbps * 1e3)
     microseconds = LAUNCH_US + math.ceil(waves) * WAVE_US * bool(operations) + max(by_memory, clocks / clock)
     return Estimate(resident, fit, waves, l2_bytes_clock, microseconds / 1e3, operations)
+
+
+def tiles(launch: Launch) -> int:
+    """Programs, or, where each takes several tiles one after another (kernels_tma.py), tiles."""
+    given = launch.arguments
+    persistent = "tiles_m" in given and "tiles_n" in given
+    return int(given["tiles_m"] * given["tiles_n"]) if persistent else math.prod(launch.grid)
 
 
 def busy(

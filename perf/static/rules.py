@@ -139,6 +139,7 @@ def _operands(launch: Launch, facts: Facts, target: Target, rows: int) -> list[s
 def sixteen_bit(launch: Launch) -> bool:
     """Whether a product's operands are bfloat16 or float16."""
     first = launch.arguments[launch.kernel.arg_names[0]]
+    first = getattr(first, "base", first)  # a descriptor's tensor
     return str(first.dtype).endswith(("bf16", "fp16", "bfloat16", "float16"))
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 # of each grid axis
 _SAMPLES = (12, 8, 4)
+_SHARERS = 256
 _LOC = re.compile(r"\s+loc\(.*$")
 _RESULT = re.compile(r"%([\w#-]+)(?::\d+)? = (.*)$")
 _VALUE = re.compile(r"%[\w#-]+|-?\b\d+\b")
@@ -52,7 +53,9 @@ def products(text: str, arguments: Mapping[str, object], grid: tuple[int, int, i
     next(line for line in lines if line.startswith("tt.func"))
     body, _ = _region(lines)
     given = {name: int(value) for name, value in arguments.items() if isinstance(value, (int, bool))}
-    sampled = [_spread(size, count) for size, count in zip(grid, _SAMPLES)]
+    # programs that share tiles out among them have unequal numbers of them: a multiprocessor's each counts
+    first = _SHARERS if "tt.get_num_programs" in text else _SAMPLES[0]
+    sampled = [_spread(size, count) for size, count in zip(grid, (first, *_SAMPLES[1:]))]
     total: Work = collections.Counter()
     for program in itertools.product(*sampled):
         total += _Program(given, program, grid).work(body)

@@ -85,7 +85,7 @@ def test_a_dry_run_walks_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyP
     text = (out / "summary.md").read_text()
     for block in command.BLOCKS:
         assert re.search(rf"\| {block.name} \| ok \| \d+ \|", text), block.name
-    assert re.search(r"Nothing: \d+ results of 14 cases were compared", text)
+    assert re.search(r"Nothing: \d+ results of 17 cases were compared", text)
     assert re.search(r"6 kernels compiled for sm_90 by \d+ processes", text)
     assert re.search(r"\| tests tests \| \d+ passed", text)
     assert "| memcheck | compute-sanitizer is not installed |" in text

@@ -16,7 +16,7 @@ from triton import testing
 
 from perf import providers, shapes
 from perf.bench import machine, measure
-from perf.bench.gpu import checks, problems, products, training
+from perf.bench.gpu import ab, checks, problems, products, training
 from perf.bench.gpu.problems import EXPANDED
 from perf.bench.gpu.results import CheckRow
 from perf.bench.gpu.session import Request, Run
@@ -166,6 +166,22 @@ def test_each_gradient_is_timed_alone_on_our_kernels(
     ]
     assert {row.status for row in rows} == {"ok"}
     assert {row.timing for row in rows} == {"cudagraph"}
+
+
+@pytest.mark.parametrize("operator, kernel", (("linear", "linear_tma_kernel"), ("conv2d", "conv_tma_kernel")))
+def test_kernels_with_and_without_descriptors(
+    operator: str, kernel: str, told: list[tuple[str, Any]], launches: list[str]
+) -> None:
+    case = problems.case(operator, shapes.conv(2, 16, 5, 24) if operator == "conv2d" else shapes.linear(32, 64, 24))
+    ab._compare(run(told), case)
+    assert {kernel, kernel.replace("tma", "forward")} <= set(launches)
+    found = [what for kind, what in told if kind == "check"]
+    assert {row.status for row in found} == {"ok"}
+    assert all("by descriptors" in row.check for row in found)
+    rows = [what for kind, what in told if kind == "timing"]
+    assert [(row.provider, row.mode, row.status) for row in rows] == [
+        (provider, "fwd", "ok") for provider in ("torch", "tkernels", "tkernels by descriptors")
+    ]
 
 
 @pytest.mark.parametrize("graph", [pytest.param(False, marks=pytest.mark.extended("ttsem")), True])

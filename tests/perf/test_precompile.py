@@ -17,7 +17,7 @@ import triton
 import tkernels
 from perf import providers, shapes
 from perf.bench import measure
-from perf.bench.gpu import precompile, problems, tools
+from perf.bench.gpu import ab, precompile, problems, tools
 from perf.bench.gpu.checks import Checked
 from perf.bench.gpu.problems import EXPANDED, Case
 from perf.bench.gpu.results import Results
@@ -72,6 +72,16 @@ def test_what_is_recorded_is_what_a_call_asks_for(operator: str, variant: str) -
     found = set(precompile.recorded(call, TARGET))
     assert found == asked_for(call)
     assert len(found) > 1
+
+
+@pytest.mark.parametrize("operator", ("linear", "matmul", "conv2d"))
+def test_products_by_descriptors_are_recorded(operator: str) -> None:
+    shape = shapes.conv(2, 16, 8, 24) if operator == "conv2d" else shapes.linear(64, 128, 96)
+    case, ours = problems.case(operator, shape), providers.load(providers.OURS)
+    found = precompile.recorded(precompile._by_descriptors(ours, case), TARGET)
+    with ab.by_descriptors():
+        assert set(found) == asked_for(lambda: measure.evaluate(Checked(case, "cpu", ours)))
+    assert any("_tma_kernel" in key for key in found)
 
 
 def test_alignment_is_recorded() -> None:

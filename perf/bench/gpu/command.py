@@ -9,6 +9,7 @@ Blocks, in this order, each with its share of the minutes; one that needs less l
   profile   a training step of the CIFAR CNN kernel by kernel
   headline  the step with its optimizer against eager and torch.compile, with and without CUDA graphs
   products  each product and each pass alone, replayed from a CUDA graph, against cuDNN, cuBLAS and PyTorch's attention
+  ab        linear, matmul and 3x3 convolutions with descriptors (TKERNELS_TMA=1), without, and by cuBLAS and cuDNN
   resnet50  fuse(resnet50) against eager and torch.compile
   tools     compute-sanitizer over a small step, ncu over the slowest kernels, where they are installed
   tests     the test suite's cuda gate, operators first
@@ -43,6 +44,7 @@ BLOCKS = (
     Block("profile", 2.0, "perf.bench.gpu.profile", alone=True),
     Block("headline", 12.0, "perf.bench.gpu.headline"),
     Block("products", 9.0, "perf.bench.gpu.products"),
+    Block("ab", 2.0, "perf.bench.gpu.ab"),
     Block("resnet50", 5.0, "perf.bench.gpu.resnet50"),
     Block("tools", 5.0, "perf.bench.gpu.tools", alone=True),
     Block("tests", 8.0, "perf.bench.gpu.suite", alone=True),

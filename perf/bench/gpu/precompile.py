@@ -26,7 +26,7 @@ import tkernels
 from models.cifar_cnn import FusedCNNClassifier
 from perf import operators, providers
 from perf.bench import measure
-from perf.bench.gpu import headline, problems, resnet50, tools
+from perf.bench.gpu import ab, headline, problems, resnet50, tools
 from perf.bench.gpu.checks import Checked
 from perf.bench.gpu.problems import Case
 from perf.bench.gpu.session import Item, Run
@@ -112,6 +112,8 @@ def _calls(dry: bool, target: Target) -> Iterator[tuple[str, Callable[[], Call]]
     for case in (*problems.checked(dry), *(case for case, _ in problems.repeated(dry)), *problems.timed(dry)):
         if case.operator != "cnn":
             yield str(case), functools.partial(_evaluation, ours, case)
+    for case in problems.compared(dry):
+        yield f"{case} by descriptors", functools.partial(_by_descriptors, ours, case)
     batches = headline.DRY_BATCHES if dry else headline.BATCHES
     for batch in batches:
         made = functools.partial(_step, traffic.fused, (batch, 3, 32, 32), torch.float32, True)
@@ -126,6 +128,14 @@ def _calls(dry: bool, target: Target) -> Iterator[tuple[str, Callable[[], Call]]
 
 def _evaluation(ours: providers.Provider, case: Case) -> Call:
     return lambda mode: measure.evaluate(Checked(case, "cpu", ours))
+
+
+def _by_descriptors(ours: providers.Provider, case: Case) -> Call:
+    def call(mode: meter.FakeTensorMode) -> None:
+        with ab.by_descriptors():
+            _evaluation(ours, case)(mode)
+
+    return call
 
 
 def _exact() -> tuple[nn.Module, nn.Module]:

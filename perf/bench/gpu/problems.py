@@ -170,6 +170,15 @@ def timed(dry: bool) -> list[Case]:
     return found
 
 
+def compared(dry: bool) -> list[Case]:
+    """Products to compute with and without descriptors: a transformer's, and ResNet-50's 3x3 convolutions."""
+    if dry:
+        tiny = shapes.NAMED["tiny"]
+        return [case(name, tiny[name][0], "fp32") for name in ("linear", "matmul", "conv2d")]
+    windows = [case("conv2d", shape) for shape in RESNET50 if (shape["R"], shape["stride"]) == (3, 1)]
+    return [case("linear", MLP), case("matmul", MLP), *windows]
+
+
 def passes(operator: str) -> tuple[str, ...]:
     """The modes in which an operator is timed."""
     return PASSES.get(operator, OTHER_PASSES)

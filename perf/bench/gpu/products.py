@@ -31,13 +31,15 @@ def items(run: Run) -> list[Item]:
     return [Item(str(case), functools.partial(compare, run, case, ours)) for case in cases]
 
 
-def compare(run: Run, case: Case, ours: Provider) -> None:
-    """Time every pass of a case with everybody; the baseline comes first, for the others' speedups. cuDNN takes its
-    fastest algorithm."""
+def compare(
+    run: Run, case: Case, ours: Provider, others: list[Provider] | None = None, passes: tuple[str, ...] | None = None
+) -> None:  # fmt: skip
+    """Time passes of a case (default: every one) with everybody; the baseline comes first, for the others' speedups.
+    cuDNN takes its fastest algorithm."""
     first = dataclasses.replace(providers.load(providers.BASELINE), context=headline.tuned)
-    contenders = [first, ours, *_others(run, case)]
+    contenders = [first, ours, *(_others(run, case) if others is None else others)]
     speedups = rows.Speedups()
-    for mode in problems.passes(case.operator):
+    for mode in passes or problems.passes(case.operator):
         for contender, found in (_one_by_one if run.on_gpu else _in_turns)(run, case, mode, contenders):
             run.tell_timing(speedups.filled(row(run, case, mode, contender.name, found)))
 
