@@ -14,10 +14,12 @@ import tkernels
 from tests.tolerance import assert_close
 from tkernels.core import activation as activations
 from tkernels.core import autotune, mode
-from tkernels.core.records import Route
+from tkernels.core.geometry import no_pooling
+from tkernels.core.records import Route, StageCall
 from tkernels.functional import conv2d
 from tkernels.ops.conv import aten, routing
 from tkernels.ops.conv import op as conv_op
+from tkernels.ops.conv_stage import routes
 
 pytestmark = pytest.mark.gate("ttsem", "cuda")
 
@@ -146,3 +148,18 @@ def test_a_large_layer_is_routed_by_the_table(differentiated: bool, device: str,
         assert conv_op.route(x, w, b, g, x.dtype, None) == Route(False, differentiated, differentiated)
         assert conv_op.route(x, w, None, g, x.dtype, None) == Route(True, differentiated, differentiated)
     assert conv_op.route(x, w, b, g, x.dtype, None) == Route(), "under 'triton'"
+
+
+def test_even_windows_that_are_padded_on_one_side_stay_ours(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's products know symmetric padding alone. In traces too, where the chooser is asked about other sizes."""
+    monkeypatch.setattr(routing, "of_conv", lambda *_: Route(False, True, True))
+    monkeypatch.setattr(routing, "of_stage", lambda *_: Route(True, True, True))
+    g = conv_op.geometry((2, 8, 6, 6), (8, 8, 2, 2), (1, 1), "same", (1, 1), 1)
+    assert not g.symmetric
+    x, w = torch.randn(2, 8, 6, 6, device=device), torch.randn(8, 8, 2, 2, device=device)
+    stage = StageCall((g,), no_pooling(6, 6), x.dtype, 0.0, True, ("relu",))
+    for traced in (False, True):
+        monkeypatch.setattr(mode, "traced", lambda traced=traced: traced)
+        with tkernels.backend("auto"):
+            assert conv_op.route(x, w, None, g, x.dtype, None) == Route()
+            assert not any(by_pytorch for each in routes.of(x, stage, [True]) for by_pytorch in each) or not traced

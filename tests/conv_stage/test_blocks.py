@@ -210,3 +210,34 @@ def test_a_stem_keeps_where_its_maxima_are(device: str) -> None:
         conv_stage(x, [layer], pool, training=True)
         buffers = [b for made in plan._plans.values.values() for step in made._steps for b in step.buffers]
         assert [dtype for *_, dtype in buffers].count(torch.uint8) == kept, pool
+
+
+@pytest.mark.gate("ttsem", "cuda")
+@pytest.mark.parametrize("activation", (None, "leaky_relu"))
+def test_a_padded_window_of_minus_infinity(activation: str | None, device: str) -> None:
+    """Its maximum is its first pixel, none of the padding, as in torch.max_pool2d."""
+    from tkernels.core.records import Norm
+    from tkernels.ops.conv_stage import kernels, kernels_backward
+    from tkernels.ops.conv_stage.op import described_pooling
+
+    pool = described_pooling(7, 6, (3, 3), (2, 2), (1, 1))
+    raw = torch.randn(1, 20, 7, 6)
+    raw[0, 3] = float("-inf")
+    _, places = torch.nn.functional.max_pool2d(raw, 3, 2, 1, return_indices=True)
+    vectors = (torch.zeros(20), torch.ones(20), torch.ones(20), torch.zeros(20))
+    norm = Norm(*(t.to(device) for t in vectors), 1e-30)
+    raw = raw.to(device).contiguous(memory_format=CL)
+    taps = kernels.taps_like(raw, pool)
+    assert taps is not None
+    kernels.launch_end(raw, pool, norm, activation=activation, taps=taps)
+    tap = taps.cpu().int()
+    rows = torch.arange(pool.out_h)[:, None] * 2 - 1 + tap // 3
+    columns = torch.arange(pool.out_w)[None, :] * 2 - 1 + tap % 3
+    assert torch.equal(rows * 6 + columns, places.int())
+    dy = torch.randn(1, 20, pool.out_h, pool.out_w).to(device).contiguous(memory_format=CL)
+    kernels_backward.launch_end_sums(dy, raw, pool, norm, activation=activation, taps=taps)
+    found = [
+        kernels_backward.launch_end_gradient(dy, raw, pool, norm, None, activation=activation, taps=known).cpu()
+        for known in (taps, None)
+    ]
+    assert_close(found[0], found[1].double(), 4, name="gradient")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tkernels
+from perf.static.cases import window
 from tests.conv_stage.cases import CL, activated, compare, layers_for
 from tkernels.core import autotune, mode
 from tkernels.core.records import Route
@@ -148,3 +149,36 @@ def test_autotuning_measures_each_pass(device: str, monkeypatch: pytest.MonkeyPa
     with tkernels.backend("auto"):
         assert routes._of_layer(x, g, torch.float32, True) == Route(False, False, True)
     assert asked == ["conv_stage forward", "conv_stage dgrad", "conv_stage wgrad"]
+
+
+def test_what_autotuning_times_computes_the_product(device: str, ran: list[str]) -> None:
+    """A plan leaves out what nobody takes: the clock must not be shown an empty one."""
+    g = window(16, 8, 5)
+    for (ours, theirs), name in zip(routes._calls(torch.randn(2, 16, 5, 5, device=device), g, torch.float32), OWN):
+        ran.clear()
+        ours()
+        assert any(kernel in ran for kernel in OWN[name]), name
+        ran.clear()
+        theirs()
+        assert f"aten {name}" in ran
+
+
+def test_the_image_of_a_stem_under_autocast(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept as it lies for our weight's gradient; PyTorch's product of the input's gets none of another dtype."""
+    given: list[torch.dtype] = []
+    real = aten._gradients
+
+    def spy(dy: Any, x: Any, weight: Any, g: Any, wanted: Any) -> Any:
+        given.extend(t.dtype for t in (dy, x, weight))
+        return real(dy, x, weight, g, wanted)
+
+    monkeypatch.setattr(aten, "_gradients", spy)
+    monkeypatch.setattr(routing, "of_stage", lambda *_: Route(False, True, False))
+    layers = layers_for(4, [(8, 3, {"padding": 1})], torch.float32, device)
+    x = torch.randn(2, 4, 6, 6, device=device, requires_grad=True)
+    with tkernels.backend("auto"), torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16):
+        y = conv_stage(x, layers, training=True)
+    y.float().sum().backward()
+    assert set(given) == {torch.bfloat16}
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32

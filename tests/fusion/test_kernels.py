@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -136,3 +137,75 @@ def test_which_convolutions_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> Non
     rewritten, launched = steps_launches(model, x, "gfx942")
     assert not rewritten.report.left
     assert launched["conv_stage_kernel"] + launched["pointwise_forward_kernel"] == 4
+
+
+class Block(nn.Module):
+    """Two convolutions, and the input or what a projection makes of it."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.projection = nn.Sequential()
+        if channels != out:
+            self.projection = nn.Sequential(nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.projection(x))
+
+
+class Blocks(nn.Module):
+    """Two of them, and another reader of what is between."""
+
+    def __init__(self, read: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.read = Block(8, 16), Block(16, 16), read
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        return self.read(self.second(y), y)
+
+
+READERS = {
+    "nobody else": (lambda z, y: z, 1),
+    "the caller": (lambda z, y: (z, y), 0),
+    "a dictionary": (lambda z, y: (z, {"between": y}), 0),
+    "a list": (lambda z, y: torch.cat([z, y], 1), 0),
+    "a keyword": (lambda z, y: z + F.interpolate(input=y, scale_factor=1), 0),
+    "an addition": (lambda z, y: z + y, 0),
+}
+
+
+@pytest.mark.gate("torch")
+@pytest.mark.parametrize("reader", READERS)
+def test_whose_two_readers_get_a_tensor_each(reader: str) -> None:
+    """Two conv stages and nobody else: others would be given a pair."""
+    read, twice = READERS[reader]
+    rewritten = Rewritten(Blocks(read), torch.randn(2, 8, 6, 6), targets.TARGETS["sm_90"])
+    names = Counter(getattr(node.target, "__name__", "") for node in rewritten.graph.nodes)
+    assert names["residual_block_twice"] == twice
+    assert names["residual_block_twice"] + names["residual_block"] == 2
+    assert next(what for _, what in rewritten.report.fused).endswith("(shortcut 0 -> 1)")
+
+
+@pytest.mark.parametrize("reader", ("nobody else", "a list"))
+def test_gradients_of_two_readers_are_added(reader: str, device: str, launches: list[str]) -> None:
+    model = Blocks(READERS[reader][0])
+    exact = copy.deepcopy(model).double()
+    x = torch.randn(2, 8, 6, 6)
+    with pytest.MonkeyPatch.context() as patch:
+        if GATE == "ttsem":  # where Dynamo would ask a driver that is only pretended
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        rewritten = Rewritten(model, x)
+    rewritten.to(device)
+    factors = torch.linspace(0.5, 1.5, 2 * 36)
+    (rewritten(x.to(device)).sum(1).flatten() * factors.to(device)).sum().backward()
+    (exact(x.double()).sum(1).flatten() * factors).sum().backward()
+    for name, parameter in exact.named_parameters():
+        got = rewritten.model.get_parameter(name).grad
+        assert got is not None
+        assert parameter.grad is not None
+        scale = max(1.0, parameter.grad.abs().max().item())
+        assert_close(got, parameter.grad, 5000, scale=scale, name=name)
+    assert launches.count("gradient_sums_kernel") >= 2

@@ -165,3 +165,16 @@ def test_autotuning_measures_each_product(device: str, monkeypatch: pytest.Monke
         assert linear_op._route(x, w, x.dtype, True) == Route(False, True, False)
         assert not matmul_op._torch_is_faster(x, w.t(), x.dtype)
     assert asked == ["linear forward", "linear dgrad", "linear wgrad", "matmul"]
+
+
+def test_backward_within_autocast_that_forward_did_not_see(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products stay in the dtype that forward chose."""
+    monkeypatch.setattr(routing, "of_linear", lambda *_: Route(False, True, True))
+    x, w = torch.randn(8, 32, device=device, requires_grad=True), torch.randn(16, 32, device=device, requires_grad=True)
+    dy = torch.randn(8, 16)
+    with tkernels.backend("auto"):
+        y = linear(x, w)
+    with torch.autocast("cuda", torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
+        dx, dw = torch.autograd.grad(y, (x, w), dy.to(device))
+    assert_close(dx, dy.double() @ w.detach().cpu().double(), 16, name="dx")
+    assert_close(dw, dy.double().t() @ x.detach().cpu().double(), 8, name="dw")

@@ -219,4 +219,5 @@ def _source_digest() -> str:
 
 def _sources() -> Iterable[Path]:
     package = Path(__file__).parents[1]
-    return sorted([*package.glob("ops/*/kernels*.py"), *package.glob("ops/*/config.py"), *package.glob("core/*.py")])
+    names = ("kernels*", "config", "aten", "rout*")
+    return sorted([*(p for name in names for p in package.glob(f"ops/*/{name}.py")), *package.glob("core/*.py")])

@@ -141,10 +141,11 @@ def _replace(graph: fx.Graph, call: Call, replaced: dict[fx.Node, fx.Node]) -> f
 
 def _give_twice(graph: fx.Graph, made: dict[fx.Node, Call]) -> None:
     """Where a residual block's result is read by two calls of conv stages, or twice by one, a tensor for each: their
-    gradients are then added where they are read, and by no pass of autograd's."""
+    gradients are then added where they are read, and by no pass of autograd's. Nobody else may read it: not the graph's
+    output, nor a call that has it in a list."""
     for node, call in made.items():
         readers = [user for user in node.users for argument in user.args if argument is node]
-        if call.twice is None or len(readers) != 2 or not all(user in made and made[user].stage for user in readers):
+        if call.twice is None or len(readers) != 2 or not all(u in made and made[u].stage for u in node.users):
             continue
         node.target = call.twice
         with graph.inserting_after(node):

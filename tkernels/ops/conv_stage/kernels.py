@@ -183,7 +183,7 @@ def window_step(tap, best, which, centred, x_ptr, origin, top, left, inside, hei
         value = value.to(x_ptr.dtype.element_ty).to(tl.float32)
     take = (value > best) | (value != value)
     if BORDER:
-        take = take & inside[:, None]
+        take = (take | (which < 0)) & inside[:, None]
     return tl.where(take, value, best), tl.where(take, tap, which), tl.where(take, d, centred)
 
 
@@ -196,7 +196,8 @@ def window_best(x_ptr, origin, top, left, inside, height, width, channels, offs_
     Of equals the first in window order, and NaN above all, as torch.max_pool2d.
     """
     best = tl.full((BLOCK_P, BLOCK_C), float("-inf"), dtype=tl.float32)
-    which = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.int32)
+    # the first pixel inside is taken whatever it is: -inf, too
+    which = tl.full((BLOCK_P, BLOCK_C), -1 if BORDER else 0, dtype=tl.int32)
     centred = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     # the arithmetic of other activations on many taps at once would spill
     CHEAP: tl.constexpr = (

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tkernels.core import _torch, autotune, mode, plan, targets
 from tkernels.core.geometry import Geometry, matrix
-from tkernels.core.records import Norm, Route, StageCall
+from tkernels.core.records import OURS, Norm, Route, StageCall
 from tkernels.ops.conv import aten, routing
 
 if mode.HAS_TRITON:
@@ -29,8 +30,8 @@ def of(x: Tensor, stage: StageCall, measured: list[bool]) -> tuple[Route, ...]:
     if mode.traced():
         sizes = [(*g[:3], *g[5:9]) for g in stage.geometries]
         found = [
-            Route(*_in_traces(*[operator.index(size) for size in layer], stage.dtype, each))
-            for layer, each in zip(sizes, measured)
+            Route(*_in_traces(*[operator.index(size) for size in layer], stage.dtype, each)) if g.symmetric else OURS
+            for layer, g, each in zip(sizes, stage.geometries, measured)
         ]
     else:
         found = [_of_layer(x, g, stage.dtype, each) for g, each in zip(stage.geometries, measured)]
@@ -66,10 +67,9 @@ def _calls(x: Tensor, g: Geometry, dtype: torch.dtype) -> list[tuple[Callable[[]
     stats = maps.new_zeros((4, g.in_channels), dtype=torch.float32)
     given = maps, dy, weight, stats
 
-    def call(body: Callable[..., None]) -> Callable[[], object]:
+    def call(body: Callable[..., Tensor]) -> Callable[[], object]:
         def run(tensors: plan.Tensors, g: Geometry) -> plan.Tensors:
-            body(*tensors, g)
-            return ()
+            return (body(*tensors, g),)  # (a plan leaves out what nobody takes)
 
         planned = plan.Planned(run)
         return lambda: planned(given, g)
@@ -78,30 +78,32 @@ def _calls(x: Tensor, g: Geometry, dtype: torch.dtype) -> list[tuple[Callable[[]
     return list(zip(ours, (call(_aten_forward), call(_aten_dgrad), call(_aten_wgrad))))
 
 
-def _forward(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> None:
-    kernels.launch_conv(x, conv.launch_pack(weight, g, x.dtype), None, g)
+def _forward(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> Tensor:
+    return kernels.launch_conv(x, conv.launch_pack(weight, g, x.dtype), None, g)[0]
 
 
-def _aten_forward(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> None:
+def _aten_forward(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> Tensor:
     y = aten.forward(x, weight, None, g)
     batch_norm.launch_statistics(y, matrix(y.shape, True))
+    return y
 
 
-def _dgrad(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> None:
+def _dgrad(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> Tensor:
     transposed = mode.dot_precision(dy.dtype, "conv") == "tf32"
     packed = conv.launch_pack(weight, g, dy.dtype, transposed)
-    kernels_backward.launch_dgrad(dy, packed, g, x, Norm(stats, None, None, None, 1e-5), transposed)
+    return kernels_backward.launch_dgrad(dy, packed, g, x, Norm(stats, None, None, None, 1e-5), transposed)[0]
 
 
-def _aten_dgrad(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> None:
+def _aten_dgrad(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> Tensor:
     d = aten.input_gradient(dy, x, weight, g)
     batch_norm.launch_gradient_sums(d, x, matrix(x.shape, True), Norm(stats, None, None, None, 1e-5), "relu")
+    return d
 
 
-def _wgrad(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> None:
+def _wgrad(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> Tensor:
     workspace = conv_backward.launch_wgrad(x, dy, g, True, False)
-    conv_backward.launch_merge(workspace, g, weight, None)
+    return cast(Tensor, conv_backward.launch_merge(workspace, g, weight, None)[0])
 
 
-def _aten_wgrad(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> None:
-    aten.weight_gradient(dy, x, weight, weight, g)
+def _aten_wgrad(x: Tensor, dy: Tensor, weight: Tensor, stats: Tensor, g: Geometry) -> Tensor:
+    return aten.weight_gradient(dy, x, weight, weight, g)

@@ -507,8 +507,9 @@ def _input_gradient(
     """The gradient of a convolution's input."""
     if route.dgrad:
         shape = draw.shape[0], g.in_channels, g.height, g.width
-        # of an input that was not kept only the sizes are asked for
-        x = conv.empty_pixels(draw, shape, draw.dtype, True) if layer.x is None else layer.x
+        # only its sizes are asked for, and the image of a stem may have been kept as it lay, in another dtype
+        kept = layer.x is not None and not g.flattened
+        x = layer.input if kept else conv.empty_pixels(draw, shape, draw.dtype, True)
         dx = aten.input_gradient(draw, x, _weight_of(draw, layer, route), g).to(dtype)
         return dx if channels_last else dx.contiguous()
     if g.depthwise:

@@ -270,11 +270,20 @@ def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _input_gradient(dz: Tensor, w: Tensor) -> Tensor:
-    return dz @ w
+    return _as_they_are(torch.matmul, dz, w)
 
 
 def _weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
-    return dz.reshape(-1, dz.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return _as_they_are(torch.mm, dz.reshape(-1, dz.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+
+
+def _as_they_are(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """Backward may run within autocast where forward did not: the operands have the dtype that forward chose."""
+    kind = a.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return product(a, b)
+    with torch.autocast(kind, enabled=False):
+        return product(a, b)
 
 
 _passes = Passes("Linear", 3, _forward, _backward, _keep)
