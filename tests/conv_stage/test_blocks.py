@@ -76,6 +76,10 @@ def test_equals_torch(dtype: torch.dtype, trained: bool, device: str) -> None:
     compare_block(device, dtype, trained)
 
 
+def test_two_groups_of_signs(device: str) -> None:
+    compare_block(device, torch.float32, True, channels=128)
+
+
 def test_channels_that_have_no_signs(device: str) -> None:
     """Not in groups of SIGNS: the output is read instead."""
     compare_block(device, torch.float32, True, channels=20)
