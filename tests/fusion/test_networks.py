@@ -43,7 +43,7 @@ NETWORKS = {
     # the stem, two in each of 58 layers, a batch norm in each of three transitions, the last one
     "densenet121": Expected(121, 121, 0, (364, 539)),
     # linear -> GELU in each block
-    "convnext_tiny": Expected(18, 0, 0, (18, 60)),
+    "convnext_tiny": Expected(18, 0, 0, (18, 54)),
     "regnet_y_400mf": Expected(49, 53, 0, (188, 329)),
     "timm:resnet26d": Expected(9, 31, 0, (86, 153)),
     "timm:efficientnet_b0": Expected(47, 49, 0, (179, 322)),
