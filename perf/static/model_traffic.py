@@ -58,7 +58,7 @@ def rows(name: str, batch: int, image_size: int, target_name: str, compiled: boo
         step = meter.training_step(make, batch, target_name, image_size)
         found += [row.having(provider=provider) for row in _of_step(head, step)]
     if compiled:
-        moved = _inductors(plain, batch, image_size)
+        moved = inductor.count_or_say_why(plain, batch, image_size)
         found.append(head.having(provider="torch.compile", call=schema.STEP, bytes=moved))
     return found
 
@@ -70,14 +70,6 @@ def _of_step(head: ModelTraffic, step: meter.Step) -> Iterator[ModelTraffic]:
     for (name, phase), calls in sorted(by_name.items(), key=lambda item: -sum(call.bytes for call in item[1])):
         yield head.having(call=name, phase=phase, calls=len(calls), **meter.counts(calls, 0))
     yield head.having(call=schema.STEP, calls=len(step.calls), **meter.counts(step.calls, sum(step.saved.values())))
-
-
-def _inductors(build: meter.Build, batch: int, image_size: int) -> int | None:
-    try:
-        return inductor.bytes_of_step(build, batch, image_size)
-    except Exception as error:  # Inductor's inside changes from release to release
-        print(f"note: Inductor's count is not to be had: {' '.join(str(error).split())[:200]}")
-        return None
 
 
 def show(frame: pd.DataFrame) -> None:

@@ -1,8 +1,9 @@
 """Count what one training step of the CIFAR network moves, without a GPU: bytes, launches and saved bytes by layer.
 
 Every launch and every ATen call counts its tensor arguments, read once and written once, over forward, loss and
-backward in bf16 NHWC: of the fused network on Triton, and of plain PyTorch. torch.compile's bytes are Inductor's own
-count. Float32 operands that live within one pass of a layer (split-K partial sums, statistics) are shown apart.
+backward in bf16 NHWC: of the fused network on Triton, and of plain PyTorch; an ATen call of several kernels counts each
+(meter.py). torch.compile's bytes are Inductor's count (inductor.py). Float32 operands that live within one pass of a
+layer (split-K partial sums, statistics) are shown apart.
 
 With --op the same is counted of single operators, beside the least they have to move; with --model of a model of
 torchvision, timm or one's own, plain and after fuse(), by kernel.
@@ -124,7 +125,10 @@ def _rows_of_network(args: argparse.Namespace) -> list[Traffic]:
         "specialisations_added": len(added_specialisations(ours, last, args.target)),
     }
     rows = [*_rows("torch", eager), *_rows("tkernels", ours, **compiled)]
-    return rows if args.no_inductor else [*rows, _inductor_row(args.batch)]
+    if not args.no_inductor:
+        moved = inductor.count_or_say_why(plain, args.batch)
+        rows.append(Traffic(provider="torch.compile", layer=STEP).having(bytes=moved))
+    return rows
 
 
 def step(build: meter.Build, batch: int, target_name: str) -> meter.Step:
@@ -157,15 +161,6 @@ def _rows(provider: str, counted: meter.Step, **of_step: int) -> list[Traffic]:
     ]
     whole = Traffic(provider=provider, layer=STEP, workspace_alive=counted.alive)
     return [*found, whole.having(**meter.counts(counted.calls, sum(saved.values())), **of_step)]
-
-
-def _inductor_row(batch: int) -> Traffic:
-    row = Traffic(provider="torch.compile", layer=STEP)
-    try:
-        return row.having(bytes=inductor.bytes_of_step(plain, batch))
-    except Exception as error:  # Inductor's inside changes from release to release
-        print(f"note: Inductor's count is not to be had: {' '.join(str(error).split())[:200]}")
-        return row
 
 
 def _print_calls(counted: meter.Step, batch: int) -> None:

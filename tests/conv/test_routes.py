@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import tkernels
+from tests.routes import measured_passes
 from tests.tolerance import assert_close
 from tkernels.core import activation as activations
-from tkernels.core import autotune, mode
+from tkernels.core import mode
 from tkernels.core.geometry import no_pooling
 from tkernels.core.records import Route, StageCall
 from tkernels.functional import conv2d
@@ -118,18 +119,7 @@ def test_forward_by_pytorch_is_all_by_pytorch(
 
 
 def test_autotuning_measures_each_pass(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def measure(name: str, batch: int, shape: Any, ours: Any, theirs: Any) -> bool:
-        asked.append(name)
-        ours()
-        theirs()
-        return name.endswith("wgrad")
-
-    monkeypatch.setattr(autotune, "enabled", True)
-    monkeypatch.setattr(autotune, "pick", lambda name, batch, shape, first, *_, **__: first)
-    monkeypatch.setattr(autotune, "torch_is_faster", measure)
-    monkeypatch.setattr(mode, "dot_precision", lambda *_: "tf32")
+    asked = measured_passes(monkeypatch, "wgrad")
     x, w = torch.randn(2, 16, 5, 5, device=device), torch.randn(8, 16, 3, 3, device=device)
     g = conv_op.geometry((2, 16, 5, 5), (8, 16, 3, 3), (1, 1), (1, 1), (1, 1), 1)
     with tkernels.backend("auto"):

@@ -12,7 +12,7 @@ import torch
 import tkernels
 from perf.static.cases import window
 from tests.conv_stage.cases import CL, activated, compare, layers_for
-from tkernels.core import autotune, mode
+from tests.routes import measured_passes
 from tkernels.core.records import Route
 from tkernels.functional import conv_stage
 from tkernels.ops.conv import aten, routing
@@ -129,18 +129,7 @@ def test_under_triton_all_are_ours(device: str, ran: list[str], monkeypatch: pyt
 
 def test_autotuning_measures_each_pass(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both bodies of each pass run for the clock, once a shape."""
-    asked: list[str] = []
-
-    def measure(name: str, batch: int, shape: Any, ours: Any, theirs: Any) -> bool:
-        asked.append(name)
-        ours()
-        theirs()
-        return name.endswith("wgrad")
-
-    monkeypatch.setattr(autotune, "enabled", True)
-    monkeypatch.setattr(autotune, "pick", lambda name, batch, shape, first, *_, **__: first)
-    monkeypatch.setattr(autotune, "torch_is_faster", measure)
-    monkeypatch.setattr(mode, "dot_precision", lambda *_: "tf32")
+    asked = measured_passes(monkeypatch, "wgrad")
     (layer,) = layers_for(16, [(8, 3, {"padding": 1})], torch.float32, device)
     x = torch.randn(2, 16, 5, 4, device=device)
     from tkernels.ops.conv_stage.op import _geometries

@@ -19,7 +19,7 @@ from perf.static.cases.networks import geometry, layers
 from tkernels.core import autotune, mode, targets
 from tkernels.core.autotune import Tuner
 from tkernels.core.config import Config
-from tkernels.core.records import OURS, PYTORCHS, Route
+from tkernels.core.records import OURS, Route
 from tkernels.ops.conv import op as conv_ops
 from tkernels.ops.conv import routing
 
@@ -222,6 +222,7 @@ def test_without_the_switch_nothing_is_measured(monkeypatch: pytest.MonkeyPatch)
     assert autotune.pick("op", 8, (), FIRST, lambda config: pytest.fail("launched"), None) is FIRST
 
 
+PYTORCHS = Route(True, True, True)
 HOPPER, BF16 = targets.TARGETS["sm_90"], (torch.bfloat16, "ieee")
 
 

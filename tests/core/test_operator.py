@@ -15,7 +15,7 @@ from perf.static import host
 from tests.core.cases import HEADS, LAYER, MAPS, OPERATORS
 from tkernels.core import autotune, plan
 from tkernels.core.operator import Operator
-from tkernels.core.records import PYTORCHS
+from tkernels.core.records import Route
 from tkernels.functional import batch_norm, conv2d, cross_entropy, linear, scaled_dot_product_attention
 from tkernels.ops.conv import routing
 
@@ -107,7 +107,7 @@ def test_a_class_weight_that_comes_to_want_a_gradient_is_refused() -> None:
 
 @pytest.mark.parametrize("asked", ["conv2d"], indirect=True)
 def test_what_goes_to_pytorch_is_remembered(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "of_conv", lambda *_: PYTORCHS)
+    monkeypatch.setattr(routing, "of_conv", lambda *_: Route(True, True, True))
     went: list[str] = []
     monkeypatch.setattr(operator_of("conv2d"), "reference", lambda *_: went.append("torch"))
     for backend in ("auto", "triton"):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import tkernels
+from tests.routes import measured_passes
 from tests.tolerance import assert_close
 from tkernels.core import activation as activations
-from tkernels.core import autotune, mode, targets
+from tkernels.core import targets
 from tkernels.core.records import OURS, Route
 from tkernels.functional import linear, matmul
 from tkernels.ops.linear import op as linear_op
@@ -148,18 +149,7 @@ def test_matmul_goes_whole(device: str, launches: list[str], monkeypatch: pytest
 
 
 def test_autotuning_measures_each_product(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def measure(name: str, batch: int, shape: Any, ours: Any, theirs: Any) -> bool:
-        asked.append(name)
-        ours()
-        theirs()
-        return name.endswith("dgrad")
-
-    monkeypatch.setattr(autotune, "enabled", True)
-    monkeypatch.setattr(autotune, "pick", lambda name, batch, shape, first, *_, **__: first)
-    monkeypatch.setattr(autotune, "torch_is_faster", measure)
-    monkeypatch.setattr(mode, "dot_precision", lambda *_: "tf32")
+    asked = measured_passes(monkeypatch, "dgrad")
     x, w = torch.randn(8, 24, device=device), torch.randn(16, 24, device=device)
     with tkernels.backend("auto"):
         assert linear_op._route(x, w, x.dtype, True) == Route(False, True, False)

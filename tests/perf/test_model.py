@@ -248,7 +248,7 @@ def test_means_are_geometric_and_of_the_last_row_of_each(tmp_path: Path) -> None
 
 
 def test_a_list_stands_for_its_models() -> None:
-    pytest.importorskip("timm")
+    pytest.importorskip("timm", reason="install the ecosystem extra")
     found = list(models.resolve(["torchvision:resnet50", "all", "torchvision:resnet18"]))
     assert found[0] == "torchvision:resnet50"
     assert sorted(found) == sorted(models.LISTED)

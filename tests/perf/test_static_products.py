@@ -141,7 +141,7 @@ def test_the_vendor_is_at_60_percent_or_bound_by_memory() -> None:
 
 
 def _torchvision_resnet50() -> collections.Counter[tuple[int, ...]]:
-    torchvision = pytest.importorskip("torchvision")
+    torchvision = pytest.importorskip("torchvision", reason="install the train extra")
     found: collections.Counter[tuple[int, ...]] = collections.Counter()
     with torch.device("meta"):
         network = torchvision.models.resnet50()

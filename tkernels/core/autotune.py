@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 
 from tkernels.core import mode, settings
 from tkernels.core.config import Config, next_power_of_two
+from tkernels.core.records import Route
 
 # A choice of the closed form stays unless another is faster by this: timings of the same kernel differ by as much.
 MARGIN = 0.03
@@ -67,6 +68,17 @@ def torch_is_faster(
 ) -> bool:
     """Whether PyTorch's own kernels take less time than ours, measured; for where autotuning is on."""
     return tuner().best(_key(name, batch, shape), {KERNEL: ours, PYTORCH: theirs}) == PYTORCH
+
+
+# of each pass (ours, PyTorch's)
+Bodies = Sequence[tuple[Callable[[], object], Callable[[], object]]]
+
+
+def measured_route(name: str, batch: int, shape: Hashable, passes: Bodies) -> Route:
+    """Whose product each pass of an operator takes, measured."""
+    return Route(*[
+        torch_is_faster(f"{name} {step}", batch, shape, *both) for step, both in zip(Route._fields, passes)
+    ])  # fmt: skip
 
 
 def _key(name: str, batch: int, shape: Hashable) -> str:

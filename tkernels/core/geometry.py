@@ -178,6 +178,15 @@ def as_nhwc(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
+def empty_pixels(x: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """An uninitialised tensor of logical shape (N, C, H, W) in one of the two memory formats. It is a view of nothing:
+    autograd lets nobody write to a view that comes out of a Function."""
+    _, c, h, w = shape
+    if channels_last:
+        return x.new_empty_strided(shape, (h * w * c, 1, w * c, c), dtype=dtype)
+    return x.new_empty(shape, dtype=dtype)
+
+
 def suggests_channels_last(t: Tensor) -> bool:
     """Whether the strides of a 4-D tensor make torch choose channels_last for the result."""
     (n, c, h, w), (stride_n, stride_c, stride_h, stride_w) = t.shape, t.stride()

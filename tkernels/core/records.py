@@ -79,7 +79,7 @@ class Route(NamedTuple):
     wgrad: bool = False
 
 
-OURS, PYTORCHS = Route(), Route(True, True, True)
+OURS = Route()
 
 # how many of a layer's fields are tensors; they come first
 TENSORS = 7

@@ -47,9 +47,6 @@ class Chain(NamedTuple):
     def without_last(self) -> Chain:
         return Chain(self.steps[:-1])
 
-    def without_first(self) -> Chain:
-        return Chain(self.steps[1:])
-
     def describe(self) -> str:
         """Its layers by name, as a reader of the model knows them."""
         return " -> ".join(_name(step.node).split(".")[-1] or step.kind for step in self.steps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tkernels.core import plan
-from tkernels.core.geometry import Geometry, as_nhwc
+from tkernels.core.geometry import Geometry, as_nhwc, empty_pixels
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
@@ -40,14 +40,14 @@ def weight_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry) -> Tensor:
     if x.is_meta:
-        return _nhwc_like(x, (x.shape[0], g.out_channels, g.out_h, g.out_w))
+        return empty_pixels(x, (x.shape[0], g.out_channels, g.out_h, g.out_w), x.dtype, True)
     y = torch.ops.aten.convolution(x, weight, bias, *_window(g), False, (0, 0), g.groups)
     return as_nhwc(y)
 
 
 def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     if dy.is_meta:
-        return _nhwc_like(dy, (dy.shape[0], g.in_channels, g.height, g.width))
+        return empty_pixels(dy, (dy.shape[0], g.in_channels, g.height, g.width), dy.dtype, True)
     return as_nhwc(_gradients(dy, x, weight, g, (True, False, False))[0])
 
 
@@ -67,8 +67,3 @@ def _gradients(dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, wanted: tuple
 def _window(g: Geometry) -> tuple[tuple[int, int], ...]:
     """Stride, padding, dilation."""
     return (g.stride_h, g.stride_w), (g.pad_h, g.pad_w), (g.dilation_h, g.dilation_w)
-
-
-def _nhwc_like(t: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    _, c, h, w = shape
-    return t.new_empty_strided(shape, (h * w * c, 1, w * c, c))

@@ -21,7 +21,7 @@ from tkernels.core import activation as activations
 from tkernels.core import autotune, mode, targets
 from tkernels.core import device as common
 from tkernels.core.config import Config, cdiv
-from tkernels.core.geometry import Geometry
+from tkernels.core.geometry import Geometry, empty_pixels
 from tkernels.core.launch import launch
 from tkernels.ops.conv import config as tuning
 from tkernels.ops.conv import kernels_tma
@@ -248,15 +248,6 @@ def channel_units(g: Geometry) -> tuple[int, int, int, int]:
 def is_nhwc(x: Tensor) -> bool:
     """Whether the elements lie densely in NHWC order."""
     return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def empty_pixels(x: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """An uninitialised tensor of logical shape (N, C, H, W) in one of the two memory formats. It is a view of nothing:
-    autograd lets nobody write to a view that comes out of a Function."""
-    _, c, h, w = shape
-    if channels_last:
-        return x.new_empty_strided(shape, (h * w * c, 1, w * c, c), dtype=dtype)
-    return x.new_empty(shape, dtype=dtype)
 
 
 def packs(weight: Tensor, g: Geometry, dtype: torch.dtype) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -220,11 +220,10 @@ def route(
         return Route(*_route_in_traces(*sizes, dtype, fused, biased))
     images = x.shape[0] if x.dim() == 4 else 1
     precision = mode.dot_precision(dtype, "conv")
+    if autotune.enabled and routing.cudnn_competes(g, dtype, precision, targets.current()):
+        return _measured_route(x, weight, bias, g, images, dtype, precision, activation)
     recorded = differentiates((x, weight, bias))
-    found = routing.of_conv(g, images, dtype, precision, fused, biased, recorded, targets.current())
-    if not (autotune.enabled and routing.cudnn_competes(g, dtype, precision, targets.current())):
-        return found
-    return _measured_route(x, weight, bias, g, images, dtype, precision, activation)
+    return routing.of_conv(g, images, dtype, precision, fused, biased, recorded, targets.current())
 
 
 @_torch.constant_in_traces  # which has no business with facts of GPUs
@@ -251,7 +250,7 @@ def _measured_route(
     def theirs() -> Tensor:
         return activations.apply(aten.forward(maps, cast, bias, g), activation)
 
-    calls: list[tuple[Callable[[], object], Callable[[], object]]] = [
+    calls: autotune.Bodies = [
         (lambda: _passes(None, (maps, weight, bias), (g, dtype, activation, OURS)), theirs),
         (
             lambda: launches.gradients(dy, None, weight, None, None, dx, None, None, tuple(g), None, True),
@@ -263,9 +262,7 @@ def _measured_route(
         ),
     ]
     shape = g, dtype, precision, activation, bias is not None
-    return Route(*[
-        autotune.torch_is_faster(f"conv2d {name}", images, shape, *both) for name, both in zip(routing.PASSES, calls)
-    ])  # fmt: skip
+    return autotune.measured_route("conv2d", images, shape, calls)
 
 
 def _run(call: plan.KnownCall | None, tensors: plan.Tensors, static: tuple[Any, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from tkernels.core.geometry import Geometry
 from tkernels.core.records import OURS, Route
 from tkernels.core.targets import Target
 
-PASSES = ("forward", "dgrad", "wgrad")
+PASSES = Route._fields
 
 
 class Shares(NamedTuple):

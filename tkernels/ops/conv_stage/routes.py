@@ -53,12 +53,10 @@ def _of_layer(x: Tensor, g: Geometry, dtype: torch.dtype, measured: bool) -> Rou
     images, precision, target = x.shape[0], mode.dot_precision(dtype, "conv"), targets.current()
     if not (autotune.enabled and measured and routing.cudnn_competes(g, dtype, precision, target)):
         return routing.of_stage(g, images, dtype, precision, measured, target)
-    calls = zip(routing.PASSES, _calls(x, g, dtype))
-    shape = g, dtype, precision
-    return Route(*[autotune.torch_is_faster(f"conv_stage {name}", images, shape, *both) for name, both in calls])
+    return autotune.measured_route("conv_stage", images, (g, dtype, precision), _calls(x, g, dtype))
 
 
-def _calls(x: Tensor, g: Geometry, dtype: torch.dtype) -> list[tuple[Callable[[], object], Callable[[], object]]]:
+def _calls(x: Tensor, g: Geometry, dtype: torch.dtype) -> autotune.Bodies:
     """Of each pass (ours, PyTorch's with what ours does beside it), on maps without values."""
     images = x.shape[0]
     maps = conv.empty_pixels(x.detach(), (images, g.in_channels, g.height, g.width), dtype, True)

@@ -102,7 +102,7 @@ def _measured_route(input: Tensor, m: int, n: int, k: int, dtype: torch.dtype, p
     x, w, y = (input.new_empty(shape, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
     activation = "relu" if fused else None
     dx, dw = torch.empty_like(x), torch.empty_like(w)
-    calls: list[tuple[Callable[[], object], Callable[[], object]]] = [
+    calls: autotune.Bodies = [
         (
             lambda: kernels.forward(x, w, None, y, None, None, activation, 0.0),
             lambda: kernels.end(F.linear(x, w), y, None, activation, 0.0) if fused else F.linear(x, w),
@@ -110,10 +110,7 @@ def _measured_route(input: Tensor, m: int, n: int, k: int, dtype: torch.dtype, p
         (lambda: kernels.input_gradient(y, w, None, None, dx, None, 0.0), lambda: y @ w),
         (lambda: kernels.weight_gradient(y, x, None, None, dw, None, None, 0.0), lambda: y.t() @ x),
     ]
-    shape = n, k, dtype, precision, fused
-    return Route(*[
-        autotune.torch_is_faster(f"linear {name}", m, shape, *both) for name, both in zip(routing.PASSES, calls)
-    ])  # fmt: skip
+    return autotune.measured_route("linear", m, (n, k, dtype, precision, fused), calls)
 
 
 def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -11,8 +11,6 @@ import torch
 from tkernels.core.records import OURS, Route
 from tkernels.core.targets import Target
 
-PASSES = ("forward", "dgrad", "wgrad")
-
 
 class Shares(NamedTuple):
     """Of the peak rate of 16-bit arithmetic, what large products reach. ``source``: where the figures are from."""
