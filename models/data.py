@@ -1,4 +1,5 @@
-"""What to train on: digits and CIFAR-10, noise for load tests, rows of numbers; each in two parts, one to validate.
+"""What to train on: digits, torchvision's sets of small images, noise for load tests, rows of numbers; each in two
+parts, one to validate.
 
 Images come as 3xHxW, uint8 or floats in [0, 1]: enlarging, augmentation and normalisation happen on whole batches, on
 the device (models.augment).
@@ -7,9 +8,9 @@ the device (models.augment).
 from __future__ import annotations
 
 import contextlib
-import pickle
+import functools
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -45,7 +46,7 @@ class Data(NamedTuple):
 
 def load(name: str, data_dir: Path, seed: int, val_fraction: float | None = None) -> Data:
     """The data set of that name, one of ``NAMES``. ``seed`` draws the split, ``val_fraction`` is the part held out to
-    validate (None: CIFAR-10's own test images, else a fifth).
+    validate (None: a data set's own test images, else a fifth).
 
     Raises DataError where the data cannot be had.
     """
@@ -59,6 +60,11 @@ def tensors(dataset: Dataset[Any]) -> tuple[Tensor, Tensor]:
         inputs, target = tensors(dataset.dataset)
         return inputs[chosen], target[chosen]
     return cast("tuple[Tensor, Tensor]", cast(TensorDataset, dataset).tensors)
+
+
+def in_memory(dataset: Dataset[Any]) -> bool:
+    """Whether :func:`tensors` can give the whole of a data set."""
+    return isinstance(dataset, TensorDataset) or (isinstance(dataset, Subset) and in_memory(dataset.dataset))
 
 
 def split(dataset: Dataset[Any], val_fraction: float | None, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
@@ -95,43 +101,116 @@ def digits(data_dir: Path, seed: int, val_fraction: float | None = None) -> Data
     return Data(Subset(whole, train), Subset(whole, val), names, (mean.item(),) * 3, (std.item(),) * 3)
 
 
-def cifar10(data_dir: Path, seed: int, val_fraction: float | None = None) -> Data:
-    """CIFAR-10's 50,000 training and 10,000 test images, by torchvision; downloaded to ``data_dir`` if not there.
+class _Vision(NamedTuple):
+    """A data set of torchvision: the name of its class, where its files lie below --data-dir and come from."""
 
-    With ``val_fraction`` a part of the training images validates instead, and the test images are left alone.
+    name: str
+    folder: str
+    address: str
+    # what torchvision's class is asked for each part by
+    parts: tuple[dict[str, Any], dict[str, Any]] = ({"train": True}, {"train": False})
+    colours: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # None: those of the training images
+
+
+VISION = {
+    "cifar10": _Vision("CIFAR10", "cifar-10-batches-py", CIFAR10_URL, colours=(CIFAR10_MEAN, CIFAR10_STD)),
+    "cifar100": _Vision("CIFAR100", "cifar-100-python", "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "mnist": _Vision("MNIST", "MNIST/raw", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
+    "fashion-mnist": _Vision("FashionMNIST", "FashionMNIST/raw", "https://github.com/zalandoresearch/fashion-mnist"),
+    "svhn": _Vision(
+        "SVHN", "train_32x32.mat", "http://ufldl.stanford.edu/housenumbers/", ({"split": "train"}, {"split": "test"})
+    ),
+}
+
+
+def vision(name: str, data_dir: Path, seed: int, val_fraction: float | None = None) -> Data:
+    """A data set of ``VISION`` by torchvision, downloaded to ``data_dir`` if not there; grey becomes three colours.
+
+    Its test images validate; with ``val_fraction`` a part of the training images does, and they are left alone.
     """
+    about = VISION[name]
     try:
         from torchvision import datasets
+
+        kind = getattr(datasets, about.name)
+        train = _had(kind, about, data_dir, about.parts[0])
+        images, target = _pixels(train)
+        parts: tuple[Dataset[Any], Dataset[Any]]
+        if val_fraction is None:
+            test = _had(kind, about, data_dir, about.parts[1])
+            parts = TensorDataset(images, target), TensorDataset(*_pixels(test))
+        else:
+            parts = split(TensorDataset(images, target), val_fraction, seed)
     except ImportError as error:
-        raise DataError("--data cifar10 needs torchvision: pip install torchvision") from error
+        package = error.name or "torchvision"
+        raise DataError(f"--data {name} needs {package}: pip install {package}") from error
+    # MNIST's are called "0 - zero", SVHN's have no names
+    names = [str(each).split(" - ")[0] for each in getattr(train, "classes", range(int(target.max()) + 1))]
+    return Data(parts[0], parts[1], tuple(names), *(about.colours or colours(images)))
 
-    def part(train: bool, download: bool) -> Any:
-        return datasets.CIFAR10(str(data_dir), train=train, download=download)
 
-    def images(found: Any) -> TensorDataset:
-        return TensorDataset(torch.from_numpy(found.data).permute(0, 3, 1, 2), torch.tensor(found.targets))
-
+def _had(kind: Any, about: _Vision, data_dir: Path, part: dict[str, Any]) -> Any:
+    """A part of the data set as torchvision holds it, downloaded where it is not there. Raises DataError."""
     try:
-        train = part(train=True, download=False)
-    except (RuntimeError, OSError):  # not there, or incomplete: torchvision compares checksums
-        try:
-            with _connection_timeout(CONNECT_SECONDS):
-                train = part(train=True, download=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise DataError(_how_to_get_cifar10(data_dir, error)) from error
-    if val_fraction is None:
-        parts: tuple[Dataset[Any], Dataset[Any]] = (images(train), images(part(train=False, download=False)))
-    else:
-        parts = split(images(train), val_fraction, seed)
-    return Data(parts[0], parts[1], tuple(train.classes), CIFAR10_MEAN, CIFAR10_STD)
+        return kind(str(data_dir), **part)
+    except ImportError:
+        raise
+    except (RuntimeError, OSError):  # not there, or incomplete: torchvision compares checksums of most
+        pass
+    except Exception as error:  # damaged files, as MNIST's, whose checksums it does not compare
+        raise DataError(
+            f"{kind.__name__} in {data_dir} cannot be read ({_line(error)}): {_get(about, data_dir)}"
+        ) from error
+    try:
+        with _connection_timeout(CONNECT_SECONDS):
+            return kind(str(data_dir), **part, download=True)
+    except ImportError:
+        raise
+    except Exception as error:  # of the network, and of whatever answered instead
+        raise DataError(
+            f"{kind.__name__} is not in {data_dir} and could not be downloaded ({_line(error)}): "
+            f"{_get(about, data_dir)}"
+        ) from error
 
 
-def _how_to_get_cifar10(data_dir: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _get(about: _Vision, data_dir: Path) -> str:
     return (
-        f"CIFAR-10 is not in {data_dir} and could not be downloaded ({reason}): fetch {CIFAR10_URL}, unpack it so that "
-        f"{data_dir / 'cifar-10-batches-py'} exists, or give --data-dir; --data digits needs no download"
+        f"fetch {about.address}, unpack it so that {data_dir / about.folder} exists, or give --data-dir; "
+        f"--data digits needs no download"
     )
+
+
+def _pixels(found: Any) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W) of uint8 and their classes, of a data set as torchvision holds it."""
+    pixels = torch.as_tensor(found.data)
+    if pixels.dim() == 3:
+        pixels = pixels.unsqueeze(1).expand(-1, 3, -1, -1)
+    elif pixels.shape[-1] == 3:
+        pixels = pixels.permute(0, 3, 1, 2)
+    target = found.targets if hasattr(found, "targets") else found.labels
+    return pixels, torch.as_tensor(target).long()
+
+
+def colours(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, standard deviation) of each colour of uint8 images (N, 3, H, W), white being 1."""
+    return moments(histogram(images))
+
+
+def histogram(images: Tensor) -> Tensor:
+    """How often each value is in each colour of uint8 images (N, 3, H, W): (3, 256)."""
+    return torch.stack([torch.bincount(images[:, c].reshape(-1), minlength=256) for c in range(3)])
+
+
+def moments(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, standard deviation) of each colour by its histogram; a colour that never changes deviates by a step."""
+    values, shares = torch.arange(256, dtype=torch.float64) / 255, counts / counts.sum(1, keepdim=True).double()
+    mean = (shares * values).sum(1, keepdim=True)
+    std = (shares * (values - mean).square()).sum(1).sqrt().clamp(min=1 / 255)
+    return tuple(mean.squeeze(1).tolist()), tuple(std.tolist())
 
 
 def synthetic(data_dir: Path, seed: int, val_fraction: float | None = None) -> Data:
@@ -161,5 +240,10 @@ def _connection_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(previous)
 
 
-_LOADERS = {"digits": digits, "cifar10": cifar10, "synthetic": synthetic, "fake": fake}
+_LOADERS: dict[str, Callable[..., Data]] = {
+    "digits": digits,
+    **{name: functools.partial(vision, name) for name in VISION},
+    "synthetic": synthetic,
+    "fake": fake,
+}
 NAMES = tuple(_LOADERS)

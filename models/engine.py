@@ -61,6 +61,8 @@ class Totals:
 
     def add(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
         count = target.shape[0]
+        if target.dim() == 2:  # mixed: the likeliest class is the right one
+            target = target.argmax(1)
         self.loss += loss.float() * count
         self.correct += (logits.argmax(1) == target).sum()
         self.images += count

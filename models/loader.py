@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from models import data, distributed
-from models.augment import Transform
+from models.augment import Mapped, Mix, Transform
 
 Batch = tuple[Tensor, Tensor]
 
@@ -34,9 +34,11 @@ class _Order(DistributedSampler[Any]):
         # seeds are far apart, for the epoch is added
         super().__init__(dataset, distributed.size(), distributed.rank(), seed=seed * 1_000_003 % 2**32)
         self.start = 0
+        # what is drawn for each image depends on the epoch too
+        self._shift = len(dataset) if isinstance(dataset, Mapped) else 0
 
     def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self.start, None)
+        return (self.epoch * self._shift + index for index in islice(super().__iter__(), self.start, None))
 
     def __len__(self) -> int:
         return max(self.num_samples - self.start, 0)
@@ -49,12 +51,18 @@ class TrainLoader:
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int, seed: int, feed: Feed, transform: Transform | None = None
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        seed: int,
+        feed: Feed,
+        transform: Transform | None = None,
+        mix: Mix | None = None,
     ) -> None:
         self._each = batch_size // distributed.size()
         self._order = _Order(dataset, seed)
         self._drop_last = feed.drop_last
-        self._source = _Source(dataset, self._each, self._order, feed, transform)
+        self._source = _Source(dataset, self._each, self._order, feed, transform, mix)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -94,9 +102,16 @@ class _Source:
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int, order: Any, feed: Feed, transform: Transform | None
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        order: Any,
+        feed: Feed,
+        transform: Transform | None,
+        mix: Mix | None = None,
     ) -> None:
-        self._batch_size, self._order, self._device, self._transform = batch_size, order, feed.device, transform
+        self._batch_size, self._order, self._device = batch_size, order, feed.device
+        self._transform, self._mix = transform, mix
         if feed.workers is None:
             self._tensors = tuple(t.to(feed.device) for t in data.tensors(dataset))
             self._loader = None
@@ -108,10 +123,12 @@ class _Source:
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[Batch]:
-        for inputs, target in self._resident() if self._loader is None else self._loader:
+        for inputs, target in self._resident() if self._loader is None else self._loaded(self._loader):
             inputs, target = (t.to(self._device, non_blocking=True) for t in (inputs, target))
             if self._transform is not None:
                 inputs = self._transform(inputs)
+            if self._mix is not None:
+                inputs, target = self._mix(inputs, target)
             if inputs.dim() == 4:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             yield inputs, target
@@ -121,3 +138,10 @@ class _Source:
         for chosen in order.split(self._batch_size) if len(order) else ():
             inputs, target = (t[chosen] for t in self._tensors)
             yield inputs, target
+
+    @staticmethod
+    def _loaded(loader: DataLoader[Any]) -> Iterator[Batch]:
+        try:
+            yield from loader
+        except data.DataError as error:  # a file that is gone by now; a worker's comes with its traceback
+            raise data.DataError(str(error).rstrip().rpartition("DataError: ")[2]) from error

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tkernels
 import tkernels.nn as tnn
 from models import data
 from models.cifar_cnn import POOLINGS, AttentionCNN, CNNClassifier, FusedCNNClassifier, linear_layers
 from models.contents import CheckpointError, mapping, must
 
-KINDS = ("mlp", "cnn", "attention")
+KINDS = ("mlp", "cnn", "attention", "torchvision")
+# of --model; what else there is are torchvision's
+OURS = ("fused", "plain", "attention")
 HIDDEN = (64, 32)
 
 
@@ -50,7 +53,9 @@ class FusedMLPClassifier(MLPClassifier):
 class Network:
     """A network of one of ``KINDS``, and what it must know of the data: the classes' names, how images are normalised.
 
-    An MLP has ``features``, the others ``width``, ``image_size``, ``mean`` and ``std``.
+    An MLP has ``features``; the others have ``image_size``, ``mean``, ``std`` and ``resize``, to how many pixels an
+    image's shorter side is brought before its middle is cut out (0: the image is stretched); ours have a ``width``,
+    torchvision's an ``arch``, its name.
     """
 
     kind: str
@@ -60,14 +65,18 @@ class Network:
     image_size: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    resize: int = 0
+    arch: str = ""
 
     @classmethod
-    def of_data(cls, found: data.Data, model: str, width: int, image_size: int) -> Network:
-        """What fits the data; ``model``, ``width`` and ``image_size`` are the options of these names, for images."""
+    def of_data(cls, found: data.Data, model: str, width: int, image_size: int, resize: int = 0) -> Network:
+        """What fits the data; ``model`` and the numbers are the options of these names, for images."""
         if found.mean is None or found.std is None:
             return cls("mlp", found.classes, features=data.tensors(found.train)[0].shape[1])
+        if model not in OURS:
+            return cls("torchvision", found.classes, 0, 0, image_size, found.mean, found.std, resize, model)
         kind = "attention" if model == "attention" else "cnn"
-        return cls(kind, found.classes, 0, width, image_size, found.mean, found.std)
+        return cls(kind, found.classes, 0, width, image_size, found.mean, found.std, resize)
 
     @classmethod
     def of_weights(cls, weights: dict[str, Tensor]) -> Network:
@@ -88,6 +97,8 @@ class Network:
         kind: Any = mapping(saved, "network").get("kind")
         must(isinstance(kind, str) and kind in KINDS, "network: kind", f"one of {', '.join(KINDS)}", kind)
         found: dict[str, Any] = {name: saved.get(name) for name in ("classes", *_FIELDS[kind])}
+        if "resize" in saved:
+            found["resize"] = saved["resize"]
         for name, value in found.items():
             good, what = _CHECKS[name]
             must(good(value), f"network: {name}", what, value)
@@ -105,18 +116,36 @@ class Network:
 
     @property
     def name(self) -> str:
-        return "MLP" if self.takes_rows else "CNN"
+        return self.arch or ("MLP" if self.takes_rows else "CNN")
 
     def build(self, fused: bool) -> nn.Module:
-        """The network, with new weights; an attention network is always fused."""
+        """The network, with new weights; an attention network is always fused. Raises ValueError where torchvision's
+        is not for images of this size."""
         classes = len(self.classes)
         if self.takes_rows:
             return (FusedMLPClassifier if fused else MLPClassifier)(self.features, classes)
+        if self.arch:
+            model = _of_torchvision(self.arch, classes, self.image_size).to(memory_format=torch.channels_last)
+            return tkernels.fuse(model) if fused else model
         network: Callable[..., nn.Module] = FusedCNNClassifier if fused else CNNClassifier
         if self.kind == "attention":
             network = AttentionCNN
         # faster than NCHW on the CPU, and what the Triton kernels read without a transposition
         return network(classes, width=self.width, image_size=self.image_size).to(memory_format=torch.channels_last)
+
+    def check(self, smallest: int) -> None:
+        """Raise DataError where the network cannot train on batches of so few images of its size."""
+        try:
+            with torch.device("meta"):
+                self.build(fused=False)(torch.empty(smallest, 3, self.image_size, self.image_size))
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            if "more than 1 value per channel" in reason:
+                raise data.DataError(
+                    f"a batch of {smallest} is too small for the batch norms of {self.name} at --image-size "
+                    f"{self.image_size}: give another --batch-size, or --drop-last for an epoch's last one"
+                ) from error
+            raise data.DataError(f"{self.name} cannot take --image-size {self.image_size}: {reason}") from error
 
     def differences(self, wanted: Network) -> list[str]:
         """What keeps a checkpoint of this network from going on as ``wanted``; empty if nothing does."""
@@ -140,11 +169,36 @@ def _are_shares(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(type(x) is float and 0 <= x <= 1 for x in value)
 
 
-_IMAGES = ("width", "image_size", "mean", "std")
-_FIELDS = {"mlp": ("features",), "cnn": _IMAGES, "attention": _IMAGES}
+def torchvision_names() -> list[str]:
+    """The classifiers of torchvision, by the names that torchvision.models.get_model takes."""
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def _of_torchvision(name: str, classes: int, size: int) -> nn.Module:
+    from torchvision import models
+
+    sizes: dict[str, Any] = {}
+    if name.startswith("vit_"):
+        sizes = {"image_size": size}
+    elif name.startswith("maxvit"):
+        sizes = {"input_size": (size, size)}
+    elif name in ("googlenet", "inception_v3"):  # further classifiers for training, which return tuples
+        sizes = {"aux_logits": False, "init_weights": True}
+    return models.get_model(name, num_classes=classes, **sizes)
+
+
+_IMAGES = ("image_size", "mean", "std")
+_FIELDS = {
+    "mlp": ("features",), "cnn": ("width", *_IMAGES), "attention": ("width", *_IMAGES),
+    "torchvision": ("arch", *_IMAGES),
+}  # fmt: skip
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "classes": (_are_names, "a list of names"),
     **dict.fromkeys(("features", "width", "image_size"), (_is_size, "a whole number, 1 or more")),
+    "resize": (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more"),
+    "arch": (lambda value: type(value) is str and value in torchvision_names(), "a classifier of torchvision"),
     "mean": (_are_shares, "three numbers from 0 to 1"),
     "std": (lambda value: _are_shares(value) and min(value) >= 1e-6, "three numbers above 0, at most 1"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import importlib
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 import tkernels
-from models import data, distributed, recipes
+from models import augment, data, distributed, folder, networks, recipes
 from models.arguments import FloatArgument, IntArgument, Parser
 from tkernels.core import mode
 
@@ -25,7 +26,9 @@ NOT_NEGATIVE = FloatArgument(lambda x: x >= 0, "0 or more")
 PART = FloatArgument(lambda x: 0 <= x < 1, "from 0 to below 1")
 # where and how a run goes on, not what it computes
 _NOT_SETTINGS = ("data_dir", "device", "out", "resume", "plot_gradients", "tensorboard", "backend", "workers", "loader",
-                 "pin_memory", "cuda_graph", "compile", "model", "recipe")  # fmt: skip
+                 "pin_memory", "cuda_graph", "compile", "fuse", "model", "recipe", "strict")  # fmt: skip
+# the recipes' first numbers are theirs; their images are mirrored and turned
+CIFAR = ("cifar10", "cifar100")
 
 
 def _option(help: str, default: Any = None, **how: Any) -> Any:
@@ -38,16 +41,31 @@ def _by_recipe(name: str) -> str:
     texts = []
     for recipe in recipes.RECIPES.values():
         value = getattr(recipe, name)
-        texts.append(f"{value[1]}, for cifar10 {value[0]}" if isinstance(value, tuple) else
+        texts.append(f"{value[1]}, for cifar {value[0]}" if isinstance(value, tuple) else
                      f"{value:g}" if isinstance(value, float) else value)  # fmt: skip
     default, fast = texts
     return f"(default: {default})" if default == fast else f"(default: {default}; fast: {fast})"
 
 
 def _data(text: str) -> str:
-    if text in data.NAMES or (text.startswith("csv:") and len(text) > 4):
+    if text in data.NAMES or (text.startswith(("csv:", "folder:")) and not text.endswith(":")):
         return text
-    raise argparse.ArgumentTypeError(f"must be one of {', '.join(data.NAMES)} or csv:FILE, got {text!r}")
+    hint = ""
+    if text and Path(text).exists():
+        hint = f" (did you mean {'folder' if Path(text).is_dir() else 'csv'}:{text}?)"
+    raise argparse.ArgumentTypeError(
+        f"must be one of {', '.join(data.NAMES)}, folder:DIR or csv:FILE, got {text!r}{hint}"
+    )
+
+
+def _model(text: str) -> str:
+    if text in networks.OURS or text in networks.torchvision_names():
+        return text
+    near = difflib.get_close_matches(text, [*networks.OURS, *networks.torchvision_names()], 3)
+    raise argparse.ArgumentTypeError(
+        f"must be one of {', '.join(networks.OURS)} or a classifier of torchvision such as resnet18, got {text!r}"
+        + (f" (near: {', '.join(near)})" if near else "")
+    )
 
 
 # fmt: off
@@ -57,36 +75,61 @@ class Options:
     """What to train, on what, and how. Each field is an option of the command line."""
 
     data: str = _option(
-        "digits: 1,797 handwritten digits that come with scikit-learn; cifar10: CIFAR-10, downloaded if need be; "
-        "csv:FILE: the rows of a CSV file with a first line of names; synthetic: 1,000 rows of 10 normal numbers, "
-        "classified by the sign of their sum; fake: noise of CIFAR-10's shape",
+        "digits: 1,797 handwritten digits that come with scikit-learn; cifar10, cifar100, mnist, fashion-mnist, svhn: "
+        "torchvision's, downloaded if need be; folder:DIR: your images of any size, a folder a class, or such folders "
+        "in DIR/train and DIR/val; csv:FILE: the rows of a CSV file with a first line of names; synthetic: 1,000 rows "
+        "of 10 normal numbers, classified by the sign of their sum; fake: noise of CIFAR-10's shape",
         "digits", type=_data, metavar="NAME", group="data")
-    data_dir: Path = _option("where CIFAR-10 lies", Path("data"), type=Path, metavar="DIR")
+    data_dir: Path = _option("where torchvision's data sets lie", Path("data"), type=Path, metavar="DIR")
+    strict: bool = _option(
+        "with folder: an image that cannot be read ends the run, else it is named and left out (default: no)",
+        False, action="store_true")
     target: str | None = _option("with csv: the column that holds the class (default: the last)", metavar="COLUMN")
     categorical: tuple[str, ...] = _option(
         "with csv: columns of categories though they look like numbers, such as postal codes (default: none)",
         (), nargs="+", metavar="COLUMN")
     val_fraction: float | None = _option(
-        "part of the training data held out at random to validate (default: 0.2; with cifar10 its test images "
-        "validate)", type=FloatArgument(lambda x: 0 < x < 1, "between 0 and 1"), metavar="F")
+        "part of the training data held out at random to validate, of folders a part of each class (default: 0.2; the "
+        "test images of torchvision's sets and those of DIR/val validate)",
+        type=FloatArgument(lambda x: 0 < x < 1, "between 0 and 1"), metavar="F")
 
     loader: str = _option(
-        "device: all data lie on the device from the start; workers: a DataLoader brings batches",
-        "device", choices=("device", "workers"), group="loading and augmentation")
+        "device: all data lie on the device from the start; workers: a DataLoader brings batches, from disk with "
+        "folder; auto: device where the data fit and no option treats images one by one",
+        "auto", choices=("auto", "device", "workers"), group="loading and augmentation")
     workers: int = _option(
         "processes that load, with --loader workers; 0: the training process itself",
         2, type=IntArgument(0), metavar="N")
     pin_memory: bool = _option("page-locked memory for batches, with --loader workers (default: on a GPU yes)")
     drop_last: bool = _option("leave out an epoch's last batch if it is not full (default: no)", False)
-    image_size: int = _option("images are resized to N x N", 32, type=IntArgument(8, 1024), metavar="N")
-    flip: bool = _option("mirror every other training image at random (default: with cifar10 yes)")
+    image_size: int = _option(
+        "the network sees images of N x N (default: 32; 224 for a torchvision network on a folder)",
+        type=IntArgument(8, 1024), metavar="N")
+    resize: int = _option(
+        "an image's shorter side becomes N pixels, then the middle of --image-size is cut out; 0: it is stretched to "
+        "a square (default: --image-size with folder, else 0)", type=IntArgument(0, 4096), metavar="N")
+    random_crop: float = _option(
+        "train on a random part of each image, of at least this share of its area and resized (v2.RandomResizedCrop); "
+        "0: on what is validated with", 0.0, type=FloatArgument(lambda x: 0 <= x <= 1, "from 0 to 1"), metavar="F")
+    flip: bool = _option("mirror every other training image at random (default: with cifar10 and cifar100 yes)")
     rotate: float = _option(
-        "turn training images by up to so much (default: 10 for cifar10, else 0)",
+        "turn training images by up to so much (default: 10 for cifar10 and cifar100, else 0)",
         type=FloatArgument(lambda x: 0 <= x <= 180, "from 0 to 180"), metavar="DEGREES")
+    augment: str = _option(
+        "a policy of torchvision for each training image: v2.TrivialAugmentWide, v2.RandAugment, v2.AutoAugment",
+        "none", choices=tuple(augment.POLICIES))
+    mixup: float = _option(
+        "mix pairs of training images and their labels, in parts from a Beta distribution of this parameter (v2.MixUp)",
+        0.0, type=NOT_NEGATIVE, metavar="ALPHA")
+    cutmix: float = _option(
+        "put a piece of one training image into another, the same way (v2.CutMix); with --mixup one of the two a batch",
+        0.0, type=NOT_NEGATIVE, metavar="ALPHA")
 
     model: str = _option(
         "fused: built from tkernels.nn; plain: from torch.nn; checkpoints fit both; attention: fused, with "
-        "self-attention on the last feature map", "fused", choices=("fused", "plain", "attention"), group="network")
+        "self-attention on the last feature map; or a classifier of torchvision by its name, such as resnet18",
+        "fused", type=_model, metavar="NAME", group="network")
+    fuse: bool = _option("fuse torchvision's network by tkernels.fuse (default: yes)")
     width: int = _option(
         "channels of the CNN's first stage; the later layers scale with it",
         32, type=IntArgument(1, 4096), metavar="N")
@@ -164,7 +207,9 @@ class Options:
         ]
 
     def fingerprint(self) -> str:
-        """Which content the CSV file has, in a few words; empty for other data, which their names and seeds define."""
+        """Which content CSV file or folder have, in a few words; empty for what names and seeds define."""
+        if self.data.startswith("folder:"):
+            return folder.fingerprint(Path(self.data.removeprefix("folder:")))
         path = Path(self.data.removeprefix("csv:"))
         if not self.data.startswith("csv:") or not path.is_file():  # a pipe is read once
             return ""
@@ -219,18 +264,23 @@ def _parser() -> Parser:
 
 def _complete(args: Any) -> None:
     """Fill in the defaults that depend on recipe, data and device. Raises ValueError for what does not go together."""
-    cifar10, table = args.data == "cifar10", args.data.startswith("csv:")
+    cifar, kind = args.data in CIFAR, args.data.partition(":")[0]
     for name, value in recipes.RECIPES[args.recipe]._asdict().items():
         if getattr(args, name) is None:
-            setattr(args, name, (value[0] if cifar10 else value[1]) if isinstance(value, tuple) else value)
+            setattr(args, name, (value[0] if cifar else value[1]) if isinstance(value, tuple) else value)
     if args.flip is None:
-        args.flip = cifar10
+        args.flip = cifar
     if args.rotate is None:
-        args.rotate = 10.0 if cifar10 else 0.0
+        args.rotate = 10.0 if cifar else 0.0
     if args.out is None:
-        args.out = Path("runs") / (Path(args.data[4:]).stem if table else args.data)
+        args.out = Path("runs") / (Path(args.data.partition(":")[2]).resolve().stem if ":" in args.data else args.data)
     args.categorical = tuple(args.categorical)
-    _check(args, table)
+    _check(args, kind)
+    if args.image_size is None:
+        args.image_size = 224 if kind == "folder" and args.model not in networks.OURS else 32
+    if args.resize is None:
+        args.resize = args.image_size if kind == "folder" else 0
+    _check_images(args, kind)
     try:
         args.device = _device(args.device)
     except ValueError as error:
@@ -249,17 +299,41 @@ def _complete(args: Any) -> None:
     args.amp = AMP[args.amp]
 
 
-def _check(args: Any, table: bool) -> None:
+def _check_images(args: Any, kind: str) -> None:
+    """Raise ValueError for options that are for images, or for some, where there are no such."""
+    if kind in ("csv", "synthetic"):
+        for name in ("random_crop", "augment", "mixup", "cutmix", "resize"):
+            if getattr(args, name) not in (0, "none"):
+                raise ValueError(f"{_name(name)}: this is for images, not for the rows of {args.data}")
+        if args.model not in ("fused", "plain"):
+            raise ValueError(f"--model: {args.model} is for images, not for the rows of {args.data}")
+    if args.strict and kind != "folder":
+        raise ValueError("--strict: this is for --data folder:DIR")
+    if 0 < args.resize < args.image_size:
+        raise ValueError(f"--resize: {args.resize} pixels are less than --image-size {args.image_size}, or 0")
+    if args.loader == "device" and (args.random_crop or args.augment != "none"):
+        raise ValueError(
+            "--loader: --random-crop and --augment treat images one by one as they are loaded, which needs workers"
+        )
+    if args.model in networks.OURS:
+        if args.fuse is not None and args.fuse != (args.model != "plain"):
+            raise ValueError("--fuse: this is for torchvision's networks; of ours plain is the one that is not fused")
+        args.fuse = args.model != "plain"
+    elif args.fuse is None:
+        args.fuse = True
+    if args.fuse and args.compile and args.model not in networks.OURS:
+        raise ValueError("--compile: fuse compiles the network in its own way, --no-fuse leaves it to torch.compile")
+
+
+def _check(args: Any, kind: str) -> None:
     try:
         if args.out.exists() and not args.out.is_dir():
             raise ValueError(f"--out: {args.out} is a file, a directory is needed")
     except OSError as error:  # a name too long
         raise ValueError(f"--out: {error}") from error
-    if not table and (args.target is not None or args.categorical):
+    if kind != "csv" and (args.target is not None or args.categorical):
         option = "--categorical" if args.target is None else "--target"
         raise ValueError(f"{option}: columns are for --data csv:FILE, not for {args.data}")
-    if args.model == "attention" and (table or args.data == "synthetic"):
-        raise ValueError(f"--model: attention is for images, not for the rows of {args.data}")
     processes = distributed.wanted()
     if args.batch_size % processes:
         raise ValueError(f"--batch-size: {args.batch_size} examples cannot be shared by {processes} processes")
@@ -273,8 +347,8 @@ def _check(args: Any, table: bool) -> None:
 def _check_backend(args: Any) -> None:
     if args.backend != "triton":
         return
-    if args.model == "plain":
-        raise ValueError("--backend: 'triton' needs --model fused or attention: plain is all PyTorch")
+    if not args.fuse:
+        raise ValueError("--backend: 'triton' needs a fused network, such as --model fused: plain is all PyTorch")
     reason = mode.why_not_triton(torch.empty(0, device=args.device))
     if reason is not None:
         raise ValueError(f"--backend: 'triton' cannot run here: {reason}")

@@ -10,6 +10,7 @@ directory; 130 and 143 stopped by SIGINT and SIGTERM.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 import tkernels
-from models import augment, checkpoint, data, distributed, lock, options, plots, tabular
+from models import augment, checkpoint, data, distributed, folder, lock, networks, options, plots, tabular
 from models.checkpoint import CheckpointError
 from models.cuda_graph import CaptureError
 from models.data import Data, DataError
@@ -122,34 +123,61 @@ def run(chosen: options.Options) -> EpochResult:
 def load(chosen: options.Options) -> Data:
     """The data; in a job of several processes the first one downloads."""
     with distributed.main_first():
-        if not chosen.data.startswith("csv:"):
+        if ":" not in chosen.data:
             return data.load(chosen.data, chosen.data_dir, chosen.seed, chosen.val_fraction)
-        path = Path(chosen.data[4:])
+    path = Path(chosen.data.partition(":")[2])
+    if chosen.data.startswith("csv:"):
         return tabular.load(path, chosen.target, chosen.categorical, chosen.seed, chosen.val_fraction)
+    room = {"auto": folder.SHARE * folder.free_memory(chosen.device), "device": math.inf, "workers": 0.0}[chosen.loader]
+    reading = folder.Reading(
+        chosen.image_size, augment.each_image(chosen.image_size, chosen.resize), chosen.workers, chosen.strict,
+        0.0 if _one_by_one(chosen) else room, distributed.log,
+    )  # fmt: skip
+    return folder.load(path, reading, chosen.seed, chosen.val_fraction)
+
+
+def _one_by_one(chosen: options.Options) -> bool:
+    """Whether training images are treated each by itself, as they are loaded."""
+    return chosen.random_crop > 0 or chosen.augment != "none"
 
 
 def loaders(chosen: options.Options, parts: Data) -> Loaders:
     """Batches to train on and to validate with."""
-    workers = None if chosen.loader == "device" else chosen.workers
-    feed = Feed(chosen.device, workers, chosen.pin_memory, chosen.drop_last)
+    on_disk = not data.in_memory(parts.train)
+    streams = on_disk or chosen.loader == "workers" or _one_by_one(chosen)
+    feed = Feed(chosen.device, chosen.workers if streams else None, chosen.pin_memory, chosen.drop_last)
+    train, val = parts.train, parts.val
+    if on_disk or _one_by_one(chosen):
+        each = augment.each_image(chosen.image_size, chosen.resize, chosen.random_crop, chosen.augment)
+        train = augment.Mapped(train, each, chosen.seed)
+    if on_disk:
+        val = augment.Mapped(val, augment.each_image(chosen.image_size, chosen.resize))
     training = validation = None
     if parts.mean is not None and parts.std is not None:
-        training, validation = augment.image_transforms(
-            chosen.image_size, parts.mean, parts.std, flip=chosen.flip, rotation=chosen.rotate
+        size, colours = chosen.image_size, (parts.mean, parts.std)
+        training, _ = augment.image_transforms(
+            size, *colours, resize=_resize(chosen, train), flip=chosen.flip, rotation=chosen.rotate
         )
+        _, validation = augment.image_transforms(size, *colours, resize=_resize(chosen, val))
+    mix = augment.mix_labels(chosen.mixup, chosen.cutmix, len(parts.classes))
     found = Loaders(
-        TrainLoader(parts.train, chosen.batch_size, chosen.seed, feed, training),
-        ValLoader(parts.val, chosen.batch_size, feed, validation),
+        TrainLoader(train, chosen.batch_size, chosen.seed, feed, training, mix),
+        ValLoader(val, chosen.batch_size, feed, validation),
     )
     if len(found.train) == 0:
         raise DataError(f"no full batch of {chosen.batch_size}: give a smaller --batch-size or --no-drop-last")
     return found
 
 
+def _resize(chosen: options.Options, dataset: Any) -> int:
+    """What is left to be done on the device: nothing for images that have their size from when they were read."""
+    return 0 if chosen.data.startswith("folder:") or isinstance(dataset, augment.Mapped) else chosen.resize
+
+
 def _report(chosen: options.Options, trainer: Trainer, validation: EpochResult, parts: Data) -> None:
     """Draw the pictures and say how it went."""
     rows, out = trainer.history.rows, chosen.out
-    name = f"{chosen.model} {trainer.network.name} on {chosen.data}"
+    name = f"{_named(chosen, trainer)} on {chosen.data}"
     accuracy = f"{validation.accuracy:.2%} validation accuracy"
     written = [checkpoint.NAME, "confusion.png"]
     plots.draw_confusion(trainer.confusion.cpu(), parts.classes, out / "confusion.png", f"{name}: {accuracy}")
@@ -177,7 +205,7 @@ def _peak_memory(device: torch.device) -> str:
 
 def _headline(chosen: options.Options, trainer: Trainer, parts: Data) -> str:
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    if chosen.model == "plain":
+    if not chosen.fuse:
         how = "torch.nn"
     else:
         how = "Triton kernels" if mode.use_triton(next(trainer.model.parameters())) else "PyTorch"
@@ -187,9 +215,14 @@ def _headline(chosen: options.Options, trainer: Trainer, parts: Data) -> str:
         how += f", {distributed.size()} processes"
     what = "rows" if trainer.network.takes_rows else "images"
     return (
-        f"{chosen.model} {trainer.network.name} of {parameters:,} parameters on {chosen.device} ({how}); "
+        f"{_named(chosen, trainer)} of {parameters:,} parameters on {chosen.device} ({how}); "
         f"{chosen.data}: {len(parts.train):,} {what} to train on, {len(parts.val):,} to validate"  # type: ignore[arg-type]
     )
+
+
+def _named(chosen: options.Options, trainer: Trainer) -> str:
+    how = chosen.model if chosen.model in networks.OURS else "fused" if chosen.fuse else "plain"
+    return f"{how} {trainer.network.name}"
 
 
 def _fail(error: Exception | str, status: int) -> int:

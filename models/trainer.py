@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import tkernels
 import tkernels.nn as tnn
 from models import checkpoint, contents, distributed, engine, networks, recipes
 from models.cuda_graph import GraphedStep
@@ -44,9 +45,12 @@ class Trainer:
     def __init__(self, chosen: Options, data: Data, loaders: Loaders) -> None:
         self.chosen, self.loaders = chosen, loaders
         self.fingerprint = chosen.fingerprint()
-        self.network = Network.of_data(data, chosen.model, chosen.width, chosen.image_size)
+        self.network = Network.of_data(data, chosen.model, chosen.width, chosen.image_size, chosen.resize)
+        sizes = [loaders.train.size(i) for i in range(len(loaders.train))]
+        if self.network.arch:
+            self.network.check(min(sizes) * (distributed.size() if chosen.sync_bn else 1))
         torch.manual_seed(chosen.seed)
-        fused = chosen.model != "plain"
+        fused = chosen.fuse
         model = self.network.build(fused)
         if chosen.sync_bn and distributed.size() > 1:
             model = tnn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -59,7 +63,7 @@ class Trainer:
             chosen.optimizer, self.model, lr, chosen.momentum, chosen.weight_decay, chosen.cuda_graph
         )
         self.scaler = torch.amp.GradScaler(chosen.device.type) if chosen.amp == torch.float16 else None
-        self.steps = engine.steps([loaders.train.size(i) for i in range(len(loaders.train))], chosen.accumulate)
+        self.steps = engine.steps(sizes, chosen.accumulate)
         total = chosen.epochs * sum(step.last for step in self.steps)
         self.schedule = recipes.Schedule(
             self.optimizer, chosen.lr, chosen.schedule, round(chosen.warmup * total), total
@@ -69,6 +73,7 @@ class Trainer:
         self.totals = engine.Totals(chosen.device)
         self.val_acc = 0.0
         self.gradients: Gradients = {}
+        self.said = False  # what of torchvision's network is fused
         classes = len(data.classes)
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=chosen.device)
         # from here on every process draws its own random numbers; that of one process is not moved
@@ -118,6 +123,8 @@ class Trainer:
         batches = self.loaders.train.epoch(epoch, self.batch)
         bar = engine.progress_bar(label, len(self.steps), self.batch)
         for step in bar(engine.train_epoch(self.model, batches, train, self.totals, self.steps[self.batch :])):
+            if self.chosen.fuse and self.network.arch and not self.said:
+                self._say_what_is_fused()
             self.batch = step.index + 1
             if step.last:
                 self.schedule.advance()
@@ -142,6 +149,11 @@ class Trainer:
             f"  {rate:,.0f} examples/s"
         )
         return validation
+
+    def _say_what_is_fused(self) -> None:
+        report = tkernels.explain(self.model)
+        self.said = True
+        log(f"fuse: {len(report.fused)} chains of layers, {len(report.left)} layers are left to PyTorch")
 
     def _stop_if_requested(self, request: StopRequest) -> None:
         signum = request.requested()
