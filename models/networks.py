@@ -133,12 +133,19 @@ class Network:
         # faster than NCHW on the CPU, and what the Triton kernels read without a transposition
         return network(classes, width=self.width, image_size=self.image_size).to(memory_format=torch.channels_last)
 
+    def layout(self) -> nn.Module:
+        """The network on the meta device: without memory for its weights."""
+        try:
+            with torch.device("meta"):
+                return self.build(fused=False)
+        except NotImplementedError:  # torchvision's RegNet finds its widths by tensors
+            return self.build(fused=False).to("meta")
+
     def check(self, smallest: int) -> None:
         """Raise DataError where the network cannot train on batches of so few images of its size."""
         try:
-            with torch.device("meta"):
-                self.build(fused=False)(torch.empty(smallest, 3, self.image_size, self.image_size))
-        except (RuntimeError, ValueError, TypeError) as error:
+            self.layout()(torch.empty(smallest, 3, self.image_size, self.image_size, device="meta"))
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             if "more than 1 value per channel" in reason:
                 raise data.DataError(
