@@ -425,3 +425,22 @@ def test_reasons(change: dict[str, Any], reason: str) -> None:
     found = chain.plan(described((4, 8, 6, 6))._replace(**change))
     assert isinstance(found, str)
     assert reason in found
+
+
+def test_a_map_of_one_pixel_leaves_the_pass_of_larger_ones_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A small image's last maps: the pass over a window's places did not compile for them, and then for no others."""
+    monkeypatch.setattr(compiler, "_compiled", {})
+    call = convolution.Call((1, 1), (2, 2), (1, 1), 24, torch.float32, convolution.Ways("torch", "places"))
+    weight = torch.randn(24, 1, 5, 5, requires_grad=True)
+    for shape in ((4, 24, 1, 1), (4, 24, 1, 6), (4, 24, 6, 7)):
+        x = torch.randn(shape).contiguous(memory_format=CL)
+        dy = torch.randn(shape).contiguous(memory_format=CL)
+        (found,) = torch.autograd.grad(convolution.conv2d(call, x, weight, None), weight, dy)
+        twin = weight.detach().double().requires_grad_()
+        (expected,) = torch.autograd.grad(F.conv2d(x.double(), twin, None, 1, 2, 1, 24), twin, dy.double())
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        passes = [key[0] for key in compiler._compiled]
+        assert passes == ["depthwise weight gradient 5x5 stride 1x1"] * (1 not in shape), shape
+    assert "PyTorch runs it" not in caplog.text

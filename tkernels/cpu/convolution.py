@@ -161,6 +161,8 @@ def _places(height: int, width: int, stride_h: int, stride_w: int) -> Pass:
 
 
 def _weight_by_places(call: Call, d: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if 1 in d.shape[2:]:  # compiled for such a map, the pass would take its sizes for others than the window's
+        return _WEIGHT["float32"](call, d, x, weight)
     (n, channels, h, w), (pad_h, pad_w) = x.shape, call.padding
     padded = buffers.dense(torch.float32, n, h + 2 * pad_h, w + 2 * pad_w, channels)
     padded.zero_()[:, pad_h : pad_h + h, pad_w : pad_w + w].copy_(x.permute(0, 2, 3, 1))
