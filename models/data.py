@@ -155,33 +155,20 @@ def _had(kind: Any, about: _Vision, data_dir: Path, part: dict[str, Any]) -> Any
         return kind(str(data_dir), **part)
     except ImportError:
         raise
-    except (RuntimeError, OSError):  # not there, or incomplete: torchvision compares checksums of most
+    except Exception:  # not there, or damaged, which torchvision finds by checksums or as it reads
         pass
-    except Exception as error:  # damaged files, as MNIST's, whose checksums it does not compare
-        raise DataError(
-            f"{kind.__name__} in {data_dir} cannot be read ({_line(error)}): {_get(about, data_dir)}"
-        ) from error
     try:
         with _connection_timeout(CONNECT_SECONDS):
             return kind(str(data_dir), **part, download=True)
     except ImportError:
         raise
     except Exception as error:  # of the network, and of whatever answered instead
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{kind.__name__} is not in {data_dir} and could not be downloaded ({_line(error)}): "
-            f"{_get(about, data_dir)}"
+            f"{kind.__name__} is not in {data_dir}, or damaged, and could not be downloaded ({reason}): fetch "
+            f"{about.address}, unpack it so that {data_dir / about.folder} exists, or give --data-dir; --data digits "
+            f"needs no download"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _get(about: _Vision, data_dir: Path) -> str:
-    return (
-        f"fetch {about.address}, unpack it so that {data_dir / about.folder} exists, or give --data-dir; "
-        f"--data digits needs no download"
-    )
 
 
 def _pixels(found: Any) -> tuple[Tensor, Tensor]:

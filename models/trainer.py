@@ -153,7 +153,8 @@ class Trainer:
     def _say_what_is_fused(self) -> None:
         report = tkernels.explain(self.model)
         self.said = True
-        log(f"fuse: {len(report.fused)} chains of layers, {len(report.left)} layers are left to PyTorch")
+        left = "layer is" if len(report.left) == 1 else "layers are"
+        log(f"fuse: {len(report.fused)} chains of layers, {len(report.left)} {left} left to PyTorch")
 
     def _stop_if_requested(self, request: StopRequest) -> None:
         signum = request.requested()

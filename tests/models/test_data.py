@@ -1,4 +1,4 @@
-"""The data sets: shapes, normalisation, splits, order; CIFAR-10 from files made here in its own format."""
+"""The data sets: shapes, normalisation, splits, order; torchvision's from files made here in their own formats."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import builtins
 import hashlib
 import pickle
 import socket
+import struct
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,10 @@ from models import data
 pytestmark = pytest.mark.gate("torch")
 
 
-@pytest.fixture
-def cifar10_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with a small CIFAR-10: 5 files of 4 training images and one of 6 test images.
-
-    torchvision compares checksums with those of the real files; here they are those of the files made.
-    """
-    from torchvision.datasets import CIFAR10
-
-    base = tmp_path / CIFAR10.base_folder
-    base.mkdir()
+def cifar(directory: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, classes: int, labels: str) -> None:
+    """20 training and 6 test images; torchvision compares checksums with the real files', here with these files'."""
+    base = directory / kind.base_folder
+    base.mkdir(exist_ok=True)
     random = np.random.default_rng(0)
 
     def write(name: str, content: dict[str, Any]) -> list[str]:
@@ -36,26 +31,76 @@ def cifar10_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (base / name).write_bytes(raw)
         return [name, hashlib.md5(raw).hexdigest()]
 
-    def batch(name: str, count: int) -> list[str]:
+    def batch(name: str, count: int, first: int = 0) -> list[str]:
         pixels = random.integers(0, 256, (count, 3 * 32 * 32), dtype=np.uint8)
-        return write(name, {"data": pixels, "labels": [i % 10 for i in range(count)], "batch_label": name})
+        return write(name, {"data": pixels, labels: [(first + i) % classes for i in range(count)], "batch_label": name})
 
-    monkeypatch.setattr(CIFAR10, "train_list", [batch(f"data_batch_{i}", 4) for i in range(1, 6)])
-    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch", 6)])
-    meta = write("batches.meta", {"label_names": list("abcdefghij")})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    trains, (test,) = [name for name, _ in kind.train_list], [name for name, _ in kind.test_list]
+    each = 20 // len(trains)
+    monkeypatch.setattr(kind, "train_list", [batch(name, each, i * each) for i, name in enumerate(trains)])
+    monkeypatch.setattr(kind, "test_list", [batch(test, 6)])
+    meta = write(kind.meta["filename"], {kind.meta["key"]: [f"class {i}" for i in range(classes)]})
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": meta[1]})
+
+
+def mnist(directory: Path, kind: str) -> None:
+    """20 training and 6 test images in the format of MNIST, uncompressed: magic number, sizes, bytes."""
+    base = directory / kind / "raw"
+    base.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for part, count in (("train", 20), ("t10k", 6)):
+        pixels = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        (base / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, count, 28, 28) + pixels.tobytes())
+        labels = bytes(i % 10 for i in range(count))
+        (base / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + labels)
+
+
+def svhn(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 training and 6 test images in the format of SVHN: MATLAB's, (H, W, C, N), 0 is called 10."""
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    random = np.random.default_rng(0)
+    made = {}
+    for part, count in (("train", 20), ("test", 6)):
+        path = directory / f"{part}_32x32.mat"
+        pixels = random.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        savemat(path, {"X": pixels, "y": np.array([[i % 10 or 10] for i in range(count)])})
+        made[part] = [*SVHN.split_list[part][:2], hashlib.md5(path.read_bytes()).hexdigest()]
+    monkeypatch.setattr(SVHN, "split_list", made)
+
+
+@pytest.fixture
+def cifar10_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a small CIFAR-10: 5 files of 4 training images and one of 6 test images."""
+    from torchvision.datasets import CIFAR10
+
+    cifar(tmp_path, monkeypatch, CIFAR10, 10, "labels")
     return tmp_path
 
 
 @pytest.fixture
+def vision_dir(cifar10_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a small one of each of torchvision's data sets."""
+    from torchvision.datasets import CIFAR100
+
+    cifar(cifar10_dir, monkeypatch, CIFAR100, 100, "fine_labels")
+    for kind in ("MNIST", "FashionMNIST"):
+        mnist(cifar10_dir, kind)
+    svhn(cifar10_dir, monkeypatch)
+    return cifar10_dir
+
+
+@pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchvision.datasets import CIFAR10
+    from torchvision import datasets
 
     def download(self: Any) -> None:
         assert socket.getdefaulttimeout() == data.CONNECT_SECONDS
         raise urllib.error.URLError("no\nroute")
 
-    monkeypatch.setattr(CIFAR10, "download", download)
+    for about in data.VISION.values():
+        monkeypatch.setattr(getattr(datasets, about.name), "download", download)
 
 
 def test_digits() -> None:
@@ -124,37 +169,78 @@ def test_fake() -> None:
     assert label.bincount().min() > 100
 
 
-def test_cifar10(cifar10_dir: Path) -> None:
-    images = data.load("cifar10", cifar10_dir, seed=0)
-    assert (len(images.train), len(images.val), len(images.classes)) == (20, 6, 10)  # type: ignore[arg-type]
-    assert images.classes == tuple("abcdefghij")
-    with (cifar10_dir / "cifar-10-batches-py" / "test_batch").open("rb") as file:
-        raw = pickle.load(file)
-    val, target = data.tensors(images.val)
-    assert torch.equal(val, torch.from_numpy(raw["data"]).reshape(-1, 3, 32, 32))
+FILES = {
+    "cifar10": "cifar-10-batches-py/data_batch_3", "cifar100": "cifar-100-python/train", "svhn": "train_32x32.mat",
+    "mnist": "MNIST/raw/train-images-idx3-ubyte", "fashion-mnist": "FashionMNIST/raw/train-images-idx3-ubyte",
+}  # fmt: skip
+CLASSES = {
+    "cifar10": (10, "class 0"), "cifar100": (100, "class 0"), "mnist": (10, "0"),
+    "fashion-mnist": (10, "T-shirt/top"), "svhn": (10, "0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", data.VISION)
+def test_sets_of_torchvision(name: str, vision_dir: Path) -> None:
+    found = data.load(name, vision_dir, seed=0)
+    (train, label), (val, target) = data.tensors(found.train), data.tensors(found.val)
+    size = 28 if "mnist" in name else 32
+    assert (train.shape, val.shape) == ((20, 3, size, size), (6, 3, size, size))
+    assert (train.dtype, label.dtype) == (torch.uint8, torch.int64)
+    assert (len(found.classes), found.classes[0]) == CLASSES[name]
     assert target.tolist() == [0, 1, 2, 3, 4, 5]
-    assert (images.mean, images.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-    held_out = data.load("cifar10", cifar10_dir, 0, val_fraction=0.25)
+    assert label.tolist() == [i % len(found.classes) for i in range(20)]
+    if name != "cifar10":  # CIFAR-10's are what everybody uses
+        std, mean = torch.std_mean(train.double() / 255, (0, 2, 3), correction=0)
+        torch.testing.assert_close((found.mean, found.std), (tuple(mean.tolist()), tuple(std.tolist())))
+    held_out = data.load(name, vision_dir, 0, val_fraction=0.25)
     assert (len(held_out.train), len(held_out.val)) == (15, 5)  # type: ignore[arg-type]
 
 
+def test_cifar10(cifar10_dir: Path) -> None:
+    images = data.load("cifar10", cifar10_dir, seed=0)
+    with (cifar10_dir / "cifar-10-batches-py" / "test_batch").open("rb") as file:
+        raw = pickle.load(file)
+    assert torch.equal(data.tensors(images.val)[0], torch.from_numpy(raw["data"]).reshape(-1, 3, 32, 32))
+    assert (images.mean, images.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def test_grey_and_turned_images(vision_dir: Path) -> None:
+    """MNIST's grey is three colours of one memory; SVHN's axes are the other way round in its files."""
+    from scipy.io import loadmat
+
+    grey, _ = data.tensors(data.load("mnist", vision_dir, 0).val)
+    raw = (vision_dir / "MNIST" / "raw" / "t10k-images-idx3-ubyte").read_bytes()[16:]
+    assert all(grey[:, c].contiguous().numpy().tobytes() == raw for c in range(3))
+    assert grey.untyped_storage().nbytes() == len(raw)
+    coloured, _ = data.tensors(data.load("svhn", vision_dir, 0).val)
+    assert np.array_equal(coloured.numpy(), loadmat(vision_dir / "test_32x32.mat")["X"].transpose(3, 2, 0, 1))
+
+
+def test_a_colour_that_never_changes_can_be_normalised() -> None:
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    images[:, 1] = 7
+    mean, std = data.colours(images)
+    assert (mean[1], std[1]) == (pytest.approx(7 / 255), 1 / 255)
+
+
+@pytest.mark.parametrize("name", data.VISION)
 @pytest.mark.parametrize("state", ["absent", "changed"])
-def test_cifar10_that_cannot_be_had(cifar10_dir: Path, no_network: None, state: str) -> None:
-    directory = cifar10_dir if state == "changed" else cifar10_dir / "elsewhere"
-    batch = cifar10_dir / "cifar-10-batches-py" / "data_batch_3"
-    batch.write_bytes(batch.read_bytes()[:-1])
+def test_a_set_that_cannot_be_had(name: str, vision_dir: Path, no_network: None, state: str) -> None:
+    directory = vision_dir if state == "changed" else vision_dir / "elsewhere"
+    part = vision_dir / FILES[name]
+    part.write_bytes(part.read_bytes()[:-1])
     with pytest.raises(data.DataError) as caught:
-        data.load("cifar10", directory, seed=0)
+        data.load(name, directory, seed=0)
     message = str(caught.value)
     assert "\n" not in message
     assert str(directory) in message
-    for part in ("no route", data.CIFAR10_URL, "--data-dir"):
-        assert part in message
+    for expected in (data.VISION[name].address, "--data-dir", "no route"):
+        assert expected in message
     assert socket.getdefaulttimeout() is None
 
 
-@pytest.mark.parametrize("name, package", [("digits", "sklearn"), ("cifar10", "torchvision")])
-def test_missing_package(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, package", [("digits", "sklearn"), ("cifar10", "torchvision"), ("svhn", "scipy")])
+def test_missing_package(name: str, package: str, vision_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 
     def without(module: str, *args: Any, **kwargs: Any) -> Any:
@@ -164,4 +250,4 @@ def test_missing_package(name: str, package: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(data.DataError, match=f"--data {name} needs .*pip install"):
-        data.load(name, Path(), seed=0)
+        data.load(name, vision_dir, seed=0)

@@ -29,7 +29,25 @@ REFUSED = [
     ("--weight-decay nan", "--weight-decay", "'nan'"),
     ("--seed -1", "--seed", "'-1'"),
     ("--seed 4294967296", "--seed", "'4294967296'"),
-    ("--data mnist", "--data", "digits"),
+    ("--data minst", "--data", "mnist"),
+    ("--data folder:", "--data", "folder:DIR"),
+    ("--data tests", "--data", "did you mean folder:tests?"),
+    ("--data README.md", "--data", "did you mean csv:README.md?"),
+    ("--strict", "--strict", "folder:DIR"),
+    ("--resize 16 --image-size 32", "--resize", "--image-size 32"),
+    ("--random-crop 1.5", "--random-crop", "'1.5'"),
+    ("--random-crop 0.5 --loader device", "--loader", "workers"),
+    ("--augment trivial --loader device", "--loader", "workers"),
+    ("--augment some", "--augment", "trivial"),
+    ("--mixup -1", "--mixup", ""),
+    ("--mixup 0.2 --data synthetic", "--mixup", "images"),
+    ("--random-crop 0.5 --data csv:x", "--random-crop", "images"),
+    ("--model resnet18 --data csv:x", "--model", "images"),
+    ("--model resnet19", "--model", "resnet18"),
+    ("--no-fuse", "--fuse", "plain"),
+    ("--fuse --model plain", "--fuse", "torchvision"),
+    ("--model resnet18 --compile", "--compile", "--no-fuse"),
+    ("--model resnet18 --no-fuse --backend triton", "--backend", "fused"),
     ("--model big", "--model", "plain"),
     ("--backend cuda", "--backend", "triton"),
     ("--device nonsense", "--device", "'nonsense'"),
@@ -94,17 +112,24 @@ def test_defaults() -> None:
     assert dataclasses.asdict(chosen) == {
         "data": "digits",
         "data_dir": Path("data"),
+        "strict": False,
         "target": None,
         "categorical": (),
         "val_fraction": None,
-        "loader": "device",
+        "loader": "auto",
         "workers": 2,
         "pin_memory": device == "cuda",
         "drop_last": False,
         "image_size": 32,
+        "resize": 0,
+        "random_crop": 0.0,
         "flip": False,
         "rotate": 0.0,
+        "augment": "none",
+        "mixup": 0.0,
+        "cutmix": 0.0,
         "model": "fused",
+        "fuse": True,
         "width": 32,
         "backend": tkernels.get_backend(),
         "device": torch.device(device),
@@ -142,10 +167,22 @@ def test_everything_given() -> None:
     )
     chosen = options.parse(line.split())
     assert dataclasses.astuple(chosen) == (
-        *("csv:d.csv", Path("d"), "t", ("a", "b"), 0.3, "workers", 1, True, True, 9, True, 5.0, "plain", 7, "torch"),
+        *("csv:d.csv", Path("d"), False, "t", ("a", "b"), 0.3, "workers", 1, True, True, 9, 0, 0.0, True, 5.0, "none"),
+        *(0.0, 0.0, "plain", False, 7, "torch"),
         *(torch.device("cpu"), torch.bfloat16, True, False, False, "fast", 0, 7, 2, "adamw", 0.5, "constant", 0.1, 0.2),
         *(0.0, 0.3, 4.0, 9, Path("o"), True, True, False),
     )
+
+
+def test_everything_given_of_images() -> None:
+    line = (
+        "--data folder:d --strict --image-size 9 --resize 12 --random-crop 0.5 --augment rand --mixup 0.1 --cutmix 0.2"
+        " --model resnet18 --no-fuse"
+    )
+    chosen = dataclasses.asdict(options.parse(line.split()))
+    expected = {"data": "folder:d", "strict": True, "image_size": 9, "resize": 12, "random_crop": 0.5,
+                "augment": "rand", "mixup": 0.1, "cutmix": 0.2, "model": "resnet18", "fuse": False}  # fmt: skip
+    assert expected.items() <= chosen.items()
 
 
 def test_settings_are_what_decides_the_result() -> None:
@@ -154,9 +191,14 @@ def test_settings_are_what_decides_the_result() -> None:
 
 
 def test_defaults_that_depend_on_the_data() -> None:
-    chosen = options.parse(["--data", "cifar10"])
-    assert (chosen.epochs, chosen.batch_size, chosen.out) == (50, 128, Path("runs/cifar10"))
-    assert (chosen.flip, chosen.rotate) == (True, 10.0)
+    for name in ("cifar10", "cifar100"):
+        chosen = options.parse(["--data", name])
+        assert (chosen.epochs, chosen.batch_size, chosen.out) == (50, 128, Path("runs") / name)
+        assert (chosen.flip, chosen.rotate) == (True, 10.0)
+    for model, size in (("fused", 32), ("resnet18", 224)):
+        chosen = options.parse(["--data", "folder:my/pictures/", "--model", model])
+        assert (chosen.image_size, chosen.resize, chosen.out) == (size, size, Path("runs/pictures"))
+        assert options.parse(["--model", model]).image_size == 32
     assert options.parse(["--data", "csv:some/rows.csv"]).out == Path("runs/rows")
 
 

@@ -133,7 +133,9 @@ COUNTS = [
     "--lr 0.01", "--weight-decay 0.5", "--batch-size 20", "--epochs 2", "--flip", "--rotate 20", "--image-size 16",
     "--drop-last", "--width 5", "--amp bf16", "--amp fp16", "--accumulate 2", "--optimizer adamw", "--optimizer sgd",
     "--schedule linear", "--schedule constant", "--warmup 0.5", "--label-smoothing 0.2", "--clip 0.01",
-    "--recipe fast --epochs 1", "--seed 3",
+    "--recipe fast --epochs 1", "--seed 3", "--resize 12", "--mixup 0.5", "--cutmix 1", "--mixup 1 --cutmix 1",
+    "--random-crop 0.3 --workers 0", "--augment trivial --workers 0", "--augment rand --workers 0",
+    "--augment auto --workers 0",
 ]  # fmt: skip
 
 
