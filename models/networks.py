@@ -196,6 +196,33 @@ def _of_torchvision(name: str, classes: int, size: int) -> nn.Module:
     return models.get_model(name, num_classes=classes, **sizes)
 
 
+def load_pretrained(model: nn.Module, name: str) -> list[str]:
+    """Give ``model`` torchvision's best weights of its classifier ``name``, where their shapes are the same; returns
+    the names of the others, which stay as they were. Raises DataError where they cannot be had."""
+    from torchvision import models
+
+    try:
+        weights = models.get_model(name, weights="DEFAULT").state_dict()
+    except (OSError, RuntimeError) as error:  # of the network, or of a file that is not whole
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise data.DataError(
+            f"--pretrained: the weights of {name} cannot be had ({reason}): fetch "
+            f"{models.get_model_weights(name).DEFAULT.url} to {torch.hub.get_dir()}/checkpoints"
+        ) from error
+    own = model.state_dict()
+    same = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+    model.load_state_dict({**own, **same})
+    return [key for key in own if key not in same]
+
+
+def colours_of_pretrained(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, standard deviation) of each colour, as those weights want images normalised."""
+    from torchvision import models
+
+    wanted = models.get_model_weights(name).DEFAULT.transforms()
+    return tuple(wanted.mean), tuple(wanted.std)
+
+
 _IMAGES = ("image_size", "mean", "std")
 _FIELDS = {
     "mlp": ("features",), "cnn": ("width", *_IMAGES), "attention": ("width", *_IMAGES),

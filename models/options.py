@@ -129,6 +129,12 @@ class Options:
         "fused: built from tkernels.nn; plain: from torch.nn; checkpoints fit both; attention: fused, with "
         "self-attention on the last feature map; or a classifier of torchvision by its name, such as resnet18",
         "fused", type=_model, metavar="NAME", group="network")
+    pretrained: bool = _option(
+        "begin with torchvision's weights of its network, downloaded if need be, and normalise as they want it; the "
+        "last layer is new (default: no)", False, action="store_true")
+    classes: int = _option(
+        "outputs of the network, for a use to come; those beyond the data's classes have no name (default: the data's)",
+        type=IntArgument(2), metavar="N")
     fuse: bool = _option("fuse torchvision's network by tkernels.fuse (default: yes)")
     width: int = _option(
         "channels of the CNN's first stage; the later layers scale with it",
@@ -321,6 +327,8 @@ def _check_images(args: Any, kind: str) -> None:
         args.fuse = args.model != "plain"
     elif args.fuse is None:
         args.fuse = True
+    if args.pretrained and args.model in networks.OURS:
+        raise ValueError(f"--pretrained: there are weights of torchvision's networks, not of {args.model}")
     if args.fuse and args.compile and args.model not in networks.OURS:
         raise ValueError("--compile: fuse compiles the network in its own way, --no-fuse leaves it to torch.compile")
 

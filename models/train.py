@@ -121,6 +121,20 @@ def run(chosen: options.Options) -> EpochResult:
 
 
 def load(chosen: options.Options) -> Data:
+    """The data, with what the options say of classes and colours. Raises DataError."""
+    found = _load(chosen)
+    if chosen.classes is not None:
+        spare = chosen.classes - len(found.classes)
+        if spare < 0:
+            raise DataError(f"--classes {chosen.classes} is less than the {len(found.classes)} classes of the data")
+        found = found._replace(classes=(*found.classes, *(f"(none {i})" for i in range(1, spare + 1))))
+    if chosen.pretrained:
+        mean, std = networks.colours_of_pretrained(chosen.model)
+        found = found._replace(mean=mean, std=std)
+    return found
+
+
+def _load(chosen: options.Options) -> Data:
     """The data; in a job of several processes the first one downloads."""
     with distributed.main_first():
         if ":" not in chosen.data:

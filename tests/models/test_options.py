@@ -46,6 +46,8 @@ REFUSED = [
     ("--model resnet19", "--model", "resnet18"),
     ("--no-fuse", "--fuse", "plain"),
     ("--fuse --model plain", "--fuse", "torchvision"),
+    ("--pretrained", "--pretrained", "torchvision"),
+    ("--classes 1", "--classes", "'1'"),
     ("--model resnet18 --compile", "--compile", "--no-fuse"),
     ("--model resnet18 --no-fuse --backend triton", "--backend", "fused"),
     ("--model big", "--model", "plain"),
@@ -129,6 +131,8 @@ def test_defaults() -> None:
         "mixup": 0.0,
         "cutmix": 0.0,
         "model": "fused",
+        "pretrained": False,
+        "classes": None,
         "fuse": True,
         "width": 32,
         "backend": tkernels.get_backend(),
@@ -168,7 +172,7 @@ def test_everything_given() -> None:
     chosen = options.parse(line.split())
     assert dataclasses.astuple(chosen) == (
         *("csv:d.csv", Path("d"), False, "t", ("a", "b"), 0.3, "workers", 1, True, True, 9, 0, 0.0, True, 5.0, "none"),
-        *(0.0, 0.0, "plain", False, 7, "torch"),
+        *(0.0, 0.0, "plain", False, None, False, 7, "torch"),
         *(torch.device("cpu"), torch.bfloat16, True, False, False, "fast", 0, 7, 2, "adamw", 0.5, "constant", 0.1, 0.2),
         *(0.0, 0.3, 4.0, 9, Path("o"), True, True, False),
     )

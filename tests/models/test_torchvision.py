@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +122,44 @@ def test_the_last_batch_counts(run: Callable[..., Path], capsys: pytest.CaptureF
     run("out", "--model", "resnet18", "--batch-size", "39", status=2)
     assert "--drop-last" in capsys.readouterr().err
     run("out", "--model", "resnet18", "--batch-size", "39", "--drop-last")
+
+
+def test_pretrained(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All weights but the last layer's are torchvision's, whose normalisation goes with them."""
+    torch.manual_seed(5)
+    theirs = torchvision.models.squeezenet1_1().state_dict()
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", lambda *args, **kwargs: theirs)
+    out = run("out", "--model", "squeezenet1_1", "--pretrained", "--no-fuse", "--epochs", "0")
+    assert "pretrained: torchvision's weights of squeezenet1_1; new: classifier.1.weight, classifier.1.bias" in (
+        capsys.readouterr().out
+    )
+    state = checkpoint.load(out / "checkpoint.pt")
+    for name, value in state["model_state_dict"].items():
+        assert torch.equal(value, theirs[name]) if not name.startswith("classifier") else len(value) == 10, name
+    assert state["network"]["mean"] == [0.485, 0.456, 0.406]
+    assert state["network"]["std"] == [0.229, 0.224, 0.225]
+
+
+def test_pretrained_weights_that_cannot_be_had(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "get_state_dict", fail)
+    run("out", "--model", "squeezenet1_1", "--pretrained", status=2)
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "no route" in err
+    assert "https://download.pytorch.org/models/squeezenet1_1" in err
+
+
+def test_more_classes_than_the_data_have(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    out = run("out", "--width", "4", "--image-size", "8", "--classes", "12")
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert state["network"]["classes"] == [*map(str, range(10)), "(none 1)", "(none 2)"]
+    assert len(state["model_state_dict"]["classifier.fc3.bias"]) == 12
+    run("out", "--classes", "9", status=2)
+    assert "--classes 9 is less than the 10 classes of the data" in capsys.readouterr().err
