@@ -52,8 +52,9 @@ class Trainer:
         torch.manual_seed(chosen.seed)
         fused = chosen.fuse
         model = self.network.build(fused)
-        if chosen.pretrained:
-            new = networks.load_pretrained(model, self.network.arch)
+        if chosen.pretrained and not chosen.resume:
+            with distributed.main_first():  # it downloads
+                new = networks.load_pretrained(model, self.network.arch)
             log(f"pretrained: torchvision's weights of {self.network.arch}; new: {', '.join(new) or 'none'}")
         if chosen.sync_bn and distributed.size() > 1:
             model = tnn.SyncBatchNorm.convert_sync_batchnorm(model)
