@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from models.augment import flip_each, image_transforms, rotate, rotate_each
+from models.augment import flip_each, image_transforms, mix_labels, rotate, rotate_each
+from models.engine import Totals
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -61,3 +62,31 @@ def test_validation_is_not_augmented() -> None:
     images = torch.rand(8, 3, 8, 8)
     torch.testing.assert_close(val(images), images)
     assert not torch.equal(train(images), images)
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_labels_are_mixed_as_images_are(mixup: float, cutmix: float) -> None:
+    """Images whose pixels are their class: their mean is the mixed label's."""
+    mix = mix_labels(mixup, cutmix, 5)
+    assert mix is not None
+    kinds = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        target = torch.randperm(5)
+        images, labels = mix(target.float().view(5, 1, 1, 1).expand(-1, 3, 16, 16), target)
+        torch.testing.assert_close(labels.sum(1), torch.ones(5))
+        torch.testing.assert_close(images.mean((1, 2, 3)), labels @ torch.arange(5.0))
+        kinds.add(len(images[0].unique()))
+    # a mixed image is of one value, one with a piece of another of two
+    assert kinds == ({1} if not cutmix else {1, 2})
+
+
+def test_no_mixing() -> None:
+    assert mix_labels(0.0, 0.0, 5) is None
+
+
+def test_of_a_mixed_label_the_likeliest_class_is_right() -> None:
+    totals = Totals("cpu")
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    totals.add(torch.tensor(0.5), logits, torch.tensor([[0.3, 0.6, 0.1], [0.2, 0.2, 0.6]]))
+    assert totals.result() == (0.5, 0.5, 2)
