@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from models import data, images
 from models.augment import Transform
@@ -26,8 +26,8 @@ TRAINING, VALIDATION = ("train", "training"), ("val", "valid", "validation", "te
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".pgm", ".ppm")
 # so many unreadable files are named, the others are counted
 NAMED = 20
-# of the memory that is free the images may take so much
-SHARE = 0.5
+# of the memory that is free the images may take so much: they are there twice while they are split
+SHARE = 0.4
 
 
 class Listing(NamedTuple):
@@ -90,15 +90,15 @@ def load(path: Path, reading: Reading, seed: int, val_fraction: float | None = N
     there is nothing to train on.
     """
     train_path, val_path = _parts(path)
-    train, pixels, counts = _readable(_listing(train_path), reading)
+    listing, pixels, counts = _readable(_listing(train_path), reading)
     if val_path is None or val_fraction is not None:
-        train_part, val_part = _split(train, data.VAL_FRACTION if val_fraction is None else val_fraction, seed)
-        whole = _dataset(train, pixels)
-        parts: tuple[Dataset[Any], Dataset[Any]] = Subset(whole, train_part), Subset(whole, val_part)
+        train, val = (
+            _dataset(listing.only(part), None if pixels is None else pixels[part])
+            for part in _split(listing, data.VAL_FRACTION if val_fraction is None else val_fraction, seed)
+        )
     else:
-        val, val_pixels, _ = _readable(_listing(val_path, train.classes), reading)
-        parts = _dataset(train, pixels), _dataset(val, val_pixels)
-    return Data(*parts, train.classes, *data.moments(counts))
+        train, val = _dataset(listing, pixels), _dataset(*_readable(_listing(val_path, listing.classes), reading)[:2])
+    return Data(train, val, listing.classes, *data.moments(counts))
 
 
 def fingerprint(path: Path) -> str:
@@ -112,9 +112,9 @@ def fingerprint(path: Path) -> str:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device, as far as the system tells."""
+    """Bytes that are free on the host and, if it is another one, on the device too, as far as the system tells."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        return min(free_memory(torch.device("cpu")), float(torch.cuda.mem_get_info(device)[0]))
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -190,20 +190,22 @@ def _readable(listing: Listing, reading: Reading) -> tuple[Listing, Tensor | Non
     """
     size = reading.size
     fits = len(listing.files) * 3 * size * size <= reading.memory
-    found: list[Tensor] = []
-    counts, reasons = torch.zeros(3, 256, dtype=torch.int64), []
+    kept = torch.empty(len(listing.files) if fits else 0, 3, size, size, dtype=torch.uint8)
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    reasons: list[str] = []
+    good: list[int] = []
     batches = DataLoader(
         _Tried(listing, reading.prepare, size), 32, num_workers=min(reading.workers, len(listing.files))
     )
     for pixels, why in progress_bar("reading images", len(batches))(batches):
-        good = torch.tensor([not reason for reason in why])
-        reasons += why
-        counts += data.histogram(pixels[good])
+        there = pixels[[i for i, reason in enumerate(why) if not reason]]
+        counts += data.histogram(there)
         if fits:
-            found.append(pixels[good])
-    kept = [i for i, reason in enumerate(reasons) if not reason]
+            kept[len(good) : len(good) + len(there)] = there
+        good += [len(reasons) + i for i, reason in enumerate(why) if not reason]
+        reasons += why
     _complain([reason for reason in reasons if reason], len(reasons), reading)
-    return listing.only(kept), torch.cat(found) if fits else None, counts
+    return listing.only(good), kept[: len(good)] if fits else None, counts
 
 
 def _complain(reasons: list[str], total: int, reading: Reading) -> None:

@@ -51,7 +51,7 @@ def _data(text: str) -> str:
     if text in data.NAMES or (text.startswith(("csv:", "folder:")) and not text.endswith(":")):
         return text
     hint = ""
-    if text and Path(text).exists():
+    if text and (Path(text).exists() or text.endswith((".csv", ".tsv"))):
         hint = f" (did you mean {'folder' if Path(text).is_dir() else 'csv'}:{text}?)"
     raise argparse.ArgumentTypeError(
         f"must be one of {', '.join(data.NAMES)}, folder:DIR or csv:FILE, got {text!r}{hint}"
@@ -383,6 +383,9 @@ def _device(name: str | None) -> torch.device:
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
+    except RuntimeError as error:  # which lists all that there are
+        raise ValueError(f"{name!r} is no device of PyTorch's, such as cpu, cuda or cuda:1") from error
+    try:
         if device.type == "meta":
             raise ValueError("'meta' holds no data")
         torch.empty(0, device=device)

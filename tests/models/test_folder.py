@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Subset
 
 from models import augment, checkpoint, data, folder, images, options, train
-from models.folder import Reading
+from models.folder import Files, Reading
 from models.networks import Network
 
 pytestmark = pytest.mark.gate("torch")
@@ -69,10 +68,10 @@ def test_split_by_seed_and_class(pictures: Path) -> None:
     std, mean = torch.std_mean(every, (0, 2, 3), correction=0)
     torch.testing.assert_close((found.mean, found.std), (tuple(mean.tolist()), tuple(std.tolist())))
 
-    def held_out(seed: int, part: float | None = None) -> list[int]:
-        dataset = folder.load(pictures, READING, seed, part).val
-        assert isinstance(dataset, Subset)
-        return list(dataset.indices)
+    def held_out(seed: int, part: float | None = None) -> list[Path]:
+        dataset = folder.load(pictures, READING._replace(memory=0), seed, part).val
+        assert isinstance(dataset, Files)
+        return dataset.listing.files
 
     assert held_out(0) == held_out(0) != held_out(1)
     assert len(held_out(0, 0.5)) == 15
