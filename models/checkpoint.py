@@ -24,6 +24,7 @@ from models import contents
 from models.cifar_cnn import name_layers
 from models.contents import CheckpointError
 from models.networks import Network
+from models.preprocessing import Preprocessing
 
 __all__ = ["CheckpointError", "load", "load_weights", "naming", "newest", "prepare", "save"]
 
@@ -137,7 +138,9 @@ def _check(state: Any) -> None:
         raise CheckpointError(f"is a checkpoint of version {version}, this program reads version {VERSION}")
     contents.need(state, KEYS)
     contents.check_result(state)
-    Network.from_dict(state["network"])
+    network = Network.from_dict(state["network"])
+    if state.get("preprocessing") is not None:
+        Preprocessing.from_dict(state["preprocessing"], network.features)
     contents.check_weights(state["model_state_dict"])
 
 

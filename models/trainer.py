@@ -43,7 +43,7 @@ class Trainer:
 
     def __init__(self, chosen: Options, data: Data, loaders: Loaders) -> None:
         self.chosen, self.loaders = chosen, loaders
-        self.fingerprint = chosen.fingerprint()
+        self.fingerprint, self.preprocessing = chosen.fingerprint(), data.preprocessing
         self.network = Network.of_data(data, chosen.model, chosen.width, chosen.image_size)
         torch.manual_seed(chosen.seed)
         fused = chosen.model != "plain"
@@ -182,6 +182,7 @@ class Trainer:
             "optimizer_state_dict": _portable(self.optimizer.state_dict()),
             "val_acc": self.val_acc,
             "network": self.network.to_dict(),
+            "preprocessing": self.preprocessing,
             "schedule_state_dict": self.schedule.state_dict(),
             "scaler_state_dict": None if self.scaler is None else self.scaler.state_dict(),
             "batch": self.batch,
