@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load(path: Path) -> tuple[Probabilities, Network]:
     """(network, its description) of a checkpoint, on the CPU. Raises CheckpointError, or PredictError for an MLP's."""
-    network, weights = checkpoint.load_weights(path)
+    network, weights, _ = checkpoint.load_weights(path)
     if network.takes_rows:
         raise PredictError(f"{path} classifies rows of {network.features} numbers, no images")
     with checkpoint.naming(path):
