@@ -169,6 +169,8 @@ def _read(path: Path, map_location: str | torch.device, old_format: bool = False
                 )
             if not old_format or head.startswith(b"PK"):
                 _check_archive(file)
+            elif not head.startswith(b"\x80"):  # a pickle begins so; the unpickler makes some sense of any text
+                raise ValueError
             file.seek(0)
             return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # arbitrary bytes make the unpickler raise arbitrary exceptions

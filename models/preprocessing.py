@@ -98,7 +98,7 @@ class Preprocessing:
         known = {self.target, *(column.name for column in self.columns)}
         strange = [name for name in table.columns if name not in known]
         if strange:
-            found.append(f"{table.path}: {_columns(strange)} ignored, the rows trained on had none of the name")
+            found.append(f"{table.path}: {_columns(strange)} not among those trained on, not used")
         for column in self.columns:
             if isinstance(column, Categories):
                 unknown = Counter(table.columns[column.name])
@@ -106,8 +106,8 @@ class Preprocessing:
                     del unknown[text]
                 if unknown:
                     found.append(
-                        f"{table.path}, column {column.name!r}: {unknown.total()} values are no category that "
-                        f"training had, such as {next(iter(unknown))!r}"
+                        f"{table.path}, column {column.name!r}: {unknown.total()} of {len(table)} rows are of a "
+                        f"category that training had not, such as {next(iter(unknown))!r}"
                     )
         return found
 
