@@ -18,7 +18,7 @@ WHITE_IS_ZERO, BITS = 262, 258  # tags of TIFF files
 
 
 # what people have and Pillow does not read, by bytes from a place on
-UNREAD = [(0, start, "a TIFF of a kind") for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")]
+UNREAD = [(0, start, "a TIFF that is damaged or of a kind") for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")]
 UNREAD += [(4, b"ftyp" + brand, "a HEIC image") for brand in (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")]
 
 

@@ -140,12 +140,13 @@ def _colour_tiff(samples: np.ndarray, sample_format: int) -> bytes:
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+TIFF = "is a TIFF that is damaged or of a kind that Pillow does not read: save it as PNG or JPEG"
 UNREAD = {
-    "floats of three colours": (_colour_tiff(NOISE.astype(np.float32) / 255, 3), "is a TIFF of a kind that"),
-    "floats of 16 bits": (_colour_tiff(NOISE.astype(np.float16) / 255, 3), "is a TIFF of a kind that Pillow does not"),
-    "colours of 32 bits": (_colour_tiff(NOISE.astype(np.uint32), 1), "is a TIFF of a kind that Pillow does not read"),
+    "floats of three colours": (_colour_tiff(NOISE.astype(np.float32) / 255, 3), TIFF),
+    "floats of 16 bits": (_colour_tiff(NOISE.astype(np.float16) / 255, 3), TIFF),
+    "colours of 32 bits": (_colour_tiff(NOISE.astype(np.uint32), 1), TIFF),
     "heic": (HEIC, "is a HEIC image that Pillow does not read: save it as PNG or JPEG"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", UNREAD)
@@ -362,6 +363,14 @@ def test_damaged(tmp_path: Path, kind: str) -> None:
             refused.append(str(error))
     assert len(refused) >= 25
     assert all(line.startswith(str(path)) for line in refused)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_a_file_is_said_to_be_truncated(tmp_path: Path, kind: str) -> None:
+    whole = _saved(_tiled(NOISE), kind)
+    (tmp_path / "x").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=rf"^{tmp_path / 'x'} cannot be read: .*(?i:truncated)"):
+        _read(tmp_path / "x")
 
 
 def test_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
