@@ -149,6 +149,7 @@ def _other_files(state: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         "directory": (Path.mkdir, "it is a directory"),
         "empty": (b"", "it is empty"),
         "text": (b"hello\nworld\n", plain),
+        "table": (b"colour,size\nred,1\n", plain),
         "picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", plain),
         "object": (saved(_Unwanted()), f"it holds a Python object ({__name__}._Unwanted), {kept}"),
         "module": (saved(nn.Linear(3, 2)), module),
