@@ -43,7 +43,7 @@ class Trainer:
 
     def __init__(self, chosen: Options, data: Data, loaders: Loaders) -> None:
         self.chosen, self.loaders = chosen, loaders
-        self.fingerprint, self.preprocessing = chosen.fingerprint(), data.preprocessing
+        self.fingerprint = chosen.fingerprint()
         self.network = Network.of_data(data, chosen.model, chosen.width, chosen.image_size)
         torch.manual_seed(chosen.seed)
         fused = chosen.model != "plain"
@@ -64,6 +64,7 @@ class Trainer:
         self.schedule = recipes.Schedule(
             self.optimizer, chosen.lr, chosen.schedule, round(chosen.warmup * total), total
         )
+        self.preprocessing = data.preprocessing
         self.history = History(chosen.out / "history.csv", write=distributed.is_main())
         self.epoch, self.batch = 0, 0  # epochs finished; batches done of the one under way
         self.totals = engine.Totals(chosen.device)
