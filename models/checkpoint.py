@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import stat
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from models import contents
 from models.cifar_cnn import name_layers
 from models.contents import CheckpointError
 from models.networks import Network
+from models.preprocessing import Preprocessing
 
 __all__ = ["CheckpointError", "load", "load_weights", "naming", "newest", "prepare", "save"]
 
@@ -111,10 +114,10 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> State:
     return state
 
 
-def load_weights(path: Path) -> tuple[Network, dict[str, Tensor]]:
-    """(network, its state_dict) of a checkpoint, or of a file that somebody else saved: a state_dict, or a dictionary
-    that has one as model_state_dict, of a CNN here or of the tutorial's; in torch's old format too, which has no
-    checksums. Raises CheckpointError."""
+def load_weights(path: Path) -> tuple[Network, dict[str, Tensor], Preprocessing | None]:
+    """(network, its state_dict, how a table's columns become its inputs) of a checkpoint, or of a file that somebody
+    else saved: a state_dict, or a dictionary that has one as model_state_dict, of a CNN here or of the tutorial's; in
+    torch's old format too, which has no checksums. Raises CheckpointError."""
     state = _read(path, "cpu", old_format=True)
     with naming(path):
         bare = isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())
@@ -124,12 +127,12 @@ def load_weights(path: Path) -> tuple[Network, dict[str, Tensor]]:
             weights = state if bare else state["model_state_dict"]
             contents.check_weights(weights)
             name_layers(weights)
-            return Network.of_weights(weights), weights
-        _check(state)
-        return Network.from_dict(state["network"]), state["model_state_dict"]
+            return Network.of_weights(weights), weights, None
+        network, preprocessing = _check(state)
+        return network, state["model_state_dict"], preprocessing
 
 
-def _check(state: Any) -> None:
+def _check(state: Any) -> tuple[Network, Preprocessing | None]:
     if not isinstance(state, dict):
         raise CheckpointError(f"is no checkpoint of this program: it holds a {type(state).__name__}")
     version = state.get("version", VERSION)
@@ -137,23 +140,56 @@ def _check(state: Any) -> None:
         raise CheckpointError(f"is a checkpoint of version {version}, this program reads version {VERSION}")
     contents.need(state, KEYS)
     contents.check_result(state)
-    Network.from_dict(state["network"])
+    network = Network.from_dict(state["network"])
+    preprocessing = state.get("preprocessing")  # none of images, nor of a checkpoint from before there were any
+    if preprocessing is not None:
+        preprocessing = Preprocessing.from_dict(preprocessing, network.features)
     contents.check_weights(state["model_state_dict"])
+    return network, preprocessing
+
+
+class _Unreadable(Exception):
+    """Why a file is no checkpoint, in words of our own."""
 
 
 def _read(path: Path, map_location: str | torch.device, old_format: bool = False) -> Any:
     """What a file holds, if each of its parts has the checksum it was written with (torch compares none)."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would be waited for
-            raise ValueError("it is no regular file")
-        with path.open("rb") as file:
-            if not old_format or file.read(2) == b"PK":
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # a FIFO would be waited for
+            raise _Unreadable("it is a directory" if stat.S_ISDIR(mode) else "it is no regular file")
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles and programs, which are no checkpoints
+            head = file.read(9)
+            if not head:
+                raise _Unreadable("it is empty")
+            if head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+                raise _Unreadable(
+                    "it is a safetensors file; torch.save(safetensors.torch.load_file(FILE), OTHER) converts it"
+                )
+            if not old_format or head.startswith(b"PK"):
                 _check_archive(file)
+            elif not head.startswith(b"\x80"):  # a pickle begins so; the unpickler makes some sense of any text
+                raise ValueError
             file.seek(0)
             return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # arbitrary bytes make the unpickler raise arbitrary exceptions
-        reason, *_ = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """In words of our own: torch advises to let a file run code of its own as it is read."""
+    if isinstance(error, _Unreadable):
+        return str(error)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+    if found is None:
+        return "it is no file that torch.save wrote, or it is damaged"
+    return (
+        f"it holds a Python object ({found[1]}), only tensors, numbers, strings and containers of them are read: save "
+        f"the network's state_dict() instead"
+    )
 
 
 def _check_archive(file: BinaryIO) -> None:
@@ -163,9 +199,9 @@ def _check_archive(file: BinaryIO) -> None:
     # torch reads nothing of what is marked as a directory, and says nothing
     marked = next((e.filename for e in entries if e.external_attr & DIRECTORY and not e.is_dir()), None)
     if damaged is not None and not any(entry.CRC for entry in entries):
-        raise ValueError("it was written without checksums (torch.serialization.set_crc32_options(False))")
+        raise _Unreadable("it was written without checksums (torch.serialization.set_crc32_options(False))")
     if damaged is not None or marked is not None:
-        raise ValueError(f"its part {damaged or marked!r} is damaged")
+        raise _Unreadable(f"its part {damaged or marked!r} is damaged")
 
 
 @contextlib.contextmanager

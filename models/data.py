@@ -35,6 +35,7 @@ class Data(NamedTuple):
     """A data set in two parts, each of (image or row, class index) pairs.
 
     ``classes``: the classes' names. ``mean``, ``std``: of each colour of the training images in [0, 1]; None for rows.
+    ``preprocessing``: of a table, how its columns became rows, as models.preprocessing writes it for checkpoints.
     """
 
     train: Dataset[Any]
@@ -42,6 +43,7 @@ class Data(NamedTuple):
     classes: tuple[str, ...]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    preprocessing: dict[str, Any] | None = None
 
 
 def load(name: str, data_dir: Path, seed: int, val_fraction: float | None = None) -> Data:

@@ -72,6 +72,7 @@ class Trainer:
         self.schedule = recipes.Schedule(
             self.optimizer, chosen.lr, chosen.schedule, round(chosen.warmup * total), total
         )
+        self.preprocessing = data.preprocessing
         self.history = History(chosen.out / "history.csv", write=distributed.is_main())
         self.epoch, self.batch = 0, 0  # epochs finished; batches done of the one under way
         self.totals = engine.Totals(chosen.device)
@@ -199,6 +200,7 @@ class Trainer:
             "optimizer_state_dict": _portable(self.optimizer.state_dict()),
             "val_acc": self.val_acc,
             "network": self.network.to_dict(),
+            "preprocessing": self.preprocessing,
             "schedule_state_dict": self.schedule.state_dict(),
             "scaler_state_dict": None if self.scaler is None else self.scaler.state_dict(),
             "batch": self.batch,

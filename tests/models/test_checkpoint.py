@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -132,17 +134,58 @@ class _Unwanted:
     """An object that only an unsafe load would build."""
 
 
-@pytest.mark.parametrize("content", ["absent", "truncated", "text", "empty", "list", "other keys", "object"])
-def test_refused(tmp_path: Path, state: dict[str, Any], content: str) -> None:
-    path = tmp_path / "checkpoint.pt"
-    if content == "truncated":
-        checkpoint.save(path, state)
-        path.write_bytes(path.read_bytes()[:-100])
-    elif content in ("text", "empty"):
-        path.write_text("hello" if content == "text" else "")
-    elif content != "absent":
-        torch.save({"list": [1], "other keys": {"epoch": 1}, "object": _Unwanted()}[content], path)
-    with pytest.raises(checkpoint.CheckpointError) as caught:
-        checkpoint.load(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+def _other_files(state: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """What people take for a checkpoint: content, or a function that writes a file, and what is said of it."""
+    plain = "it is no file that torch.save wrote, or it is damaged"
+    kept = "only tensors, numbers, strings and containers of them are read: save the network's state_dict() instead"
+    module = f"it holds a Python object (torch.nn.modules.linear.Linear), {kept}"
+
+    def saved(content: Any, **options: Any) -> Any:
+        return lambda path: torch.save(content, path, **options)
+
+    return {
+        "truncated": (lambda path: (checkpoint.save(path, state), os.truncate(path, path.stat().st_size - 100)), plain),
+        "absent": (lambda path: None, "No such file or directory"),
+        "directory": (Path.mkdir, "it is a directory"),
+        "empty": (b"", "it is empty"),
+        "text": (b"hello\nworld\n", plain),
+        "table": (b"colour,size\nred,1\n", plain),
+        "picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", plain),
+        "object": (saved(_Unwanted()), f"it holds a Python object ({__name__}._Unwanted), {kept}"),
+        "module": (saved(nn.Linear(3, 2)), module),
+        "module among others": (saved({**state, "model": nn.Linear(3, 2)}), module),
+        "array's number": (saved({**state, "val_acc": np.float64(0.5)}), "it holds a Python object (numpy."),
+        "pickle": (pickle.dumps(_Unwanted()), plain),
+        "pickle of an old protocol": (pickle.dumps(_Unwanted(), 2), "cannot be read as a checkpoint: it "),
+        "arrays": (lambda path: np.savez(path.open("wb"), a=np.zeros(3)), plain),
+        "program": (lambda path: torch.jit.save(torch.jit.trace(nn.Linear(3, 2), torch.ones(1, 3)), path), plain),
+        "safetensors": (
+            (17).to_bytes(8, "little") + b'{"a": "and so on"}' + bytes(20), "it is a safetensors file; torch.save(saf"),
+        "list": (saved([1]), "is no checkpoint of this program: it holds a list"),
+        "other keys": (saved({"epoch": 1}), "is no checkpoint of this program: it lacks"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", _other_files({}))
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_other_files(tmp_path: Path, state: dict[str, Any], kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    """Each in words of ours, never torch's advice to switch off weights_only; and no warning beside."""
+    path = tmp_path / "x.pt"
+    content, message = _other_files(state)[kind]
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    recwarn.clear()
+    for load in (checkpoint.load, checkpoint.load_weights):
+        with pytest.raises(checkpoint.CheckpointError) as caught:
+            load(path)
+        line = str(caught.value)
+        assert line.startswith(f"{path} ")
+        assert message in line
+        assert "\n" not in line
+        assert "weights_only" not in line
+    assert not recwarn.list
+
+
+def test_a_whole_module_in_the_old_format(tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 2), tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(checkpoint.CheckpointError, match=r"holds a Python object \(torch.nn.modules.linear.Linear\)"):
+        checkpoint.load_weights(tmp_path / "x.pt")

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, WebPImagePlugin
+from torchvision.transforms import v2
 
 from models import images, predict
 from models.data import DataError
@@ -112,6 +113,110 @@ def test_colours_of_16_bits(tmp_path: Path) -> None:
     ):
         (tmp_path / "x.png").write_bytes(_png(samples, kind))
         torch.testing.assert_close(_read(tmp_path / "x.png"), _expected(expected), rtol=0, atol=1 / 255)
+    half = np.full((6, 8, 1), 32768, np.uint16)
+    for samples, expected in (
+        (wide, NOISE),
+        (np.concatenate([wide, opaque], 2), NOISE),
+        (np.concatenate([wide, half], 2), NOISE / 2 + 127.5),
+    ):
+        (tmp_path / "x.tif").write_bytes(_colour_tiff(samples, 1))
+        torch.testing.assert_close(_read(tmp_path / "x.tif"), _expected(expected), rtol=0, atol=1.5 / 255)
+
+
+def _colour_tiff(samples: np.ndarray, sample_format: int) -> bytes:
+    """A TIFF of NOISE's size, RGB or RGBA, of samples of any width; format 1 unsigned, 3 floats."""
+    content, channels, bits = samples.tobytes(), samples.shape[2], 8 * samples.itemsize
+    lists = struct.pack(f"<{2 * channels}H", *[bits] * channels, *[sample_format] * channels)
+    end = 8 + len(content)
+    tags = {256: 8, 257: 6, 259: 1, 262: 2, 273: 8, 277: channels, 278: 6, 279: len(content), 284: 1}
+    entries = {tag: struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items()}
+    entries[258] = struct.pack("<HHII", 258, 3, channels, end)
+    entries[339] = struct.pack("<HHII", 339, 3, channels, end + 2 * channels)
+    if channels == 4:
+        entries[338] = struct.pack("<HHIHH", 338, 3, 1, 2, 0)
+    whole = b"".join(entry for _, entry in sorted(entries.items()))
+    start = b"II*\0" + struct.pack("<I", end + len(lists)) + content + lists
+    return start + struct.pack("<H", len(entries)) + whole + bytes(4)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+TIFF = "is a TIFF that is damaged or of a kind that Pillow does not read: save it as PNG or JPEG"
+UNREAD = {
+    "floats of three colours": (_colour_tiff(NOISE.astype(np.float32) / 255, 3), TIFF),
+    "floats of 16 bits": (_colour_tiff(NOISE.astype(np.float16) / 255, 3), TIFF),
+    "colours of 32 bits": (_colour_tiff(NOISE.astype(np.uint32), 1), TIFF),
+    "heic": (HEIC, "is a HEIC image that Pillow does not read: save it as PNG or JPEG"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_what_pillow_lacks_is_named(tmp_path: Path, kind: str) -> None:
+    content, message = UNREAD[kind]
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(DataError, match=f"^{tmp_path / 'x'} {message}"):
+        _read(tmp_path / "x")
+
+
+def test_a_pillow_without_a_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.webp").write_bytes(_saved(NOISE, "WEBP"))
+    _read(tmp_path / "x.webp")
+    monkeypatch.setattr(WebPImagePlugin, "SUPPORTED", False)
+    with pytest.raises(DataError, match=r"is no image that can be read \(.*WEBP support not installed\)"):
+        _read(tmp_path / "x.webp")
+
+
+def _gradient(height: int, width: int) -> Image.Image:
+    """Colours that change slowly: a smaller picture of them is much the same."""
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    return Image.fromarray(np.stack([x * 255, y * 255, (1 - x) * y * 255], 2).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_large_jpegs_are_decoded_smaller(tmp_path: Path, mode: str) -> None:
+    """Where it is said what they are for, with what is needed and twice that; turned as the tag says all the same."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "x.jpg"
+    path.write_bytes(_saved(_gradient(480, 640).convert(mode), "JPEG", quality=95, exif=exif))
+    assert images.read(path).shape == (3, 640, 480)
+    for size, shape in ((240, (3, 640, 480)), (120, (3, 320, 240)), (60, (3, 160, 120)), (8, (3, 80, 60))):
+        assert images.read(path, size).shape == shape
+    whole = v2.functional.resize(images.read(path).float(), [24, 24], antialias=True)
+    small = v2.functional.resize(images.read(path, 24).float(), [24, 24], antialias=True)
+    torch.testing.assert_close(small, whole, rtol=0, atol=3)
+    torch.testing.assert_close(predict.read(path, 24)[0], small / 255, rtol=0, atol=1e-6)
+    assert (small - whole).abs().max() > 1e-3, "prediction decodes it smaller too"
+    path.write_bytes(_saved(_gradient(480, 640), "PNG"))
+    assert images.read(path, 8).shape == (3, 480, 640)
+
+
+def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20,000 x 20,000 pixels: a JPEG is read smaller, others are refused before their pixels are made."""
+    Image.new("L", (20_000, 20_000)).save(tmp_path / "x.png", compress_level=1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2500)  # and as much more for a JPEG of 640 x 480
+    (tmp_path / "x.jpg").write_bytes(_saved(_gradient(480, 640), "JPEG"))
+    assert images.read(tmp_path / "x.jpg", 8).shape == (3, 60, 80)
+    monkeypatch.undo()
+    with pytest.raises(
+        DataError, match=r"x\.png is too large an image: of more than 178,956,970 pixels; scale it down"
+    ):
+        images.read(tmp_path / "x.png", 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2500)
+    for size in (None, 32):  # whole, or still 120 x 160
+        with pytest.raises(DataError, match=r"x\.jpg is too large an image: of more than 5,000 pixels"):
+            images.read(tmp_path / "x.jpg", size)
+
+
+def test_images_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("b/x.JPG", "b/y.tiff", "a.webp", "z.heif", ".z.png", "notes.txt", "b/readme"):
+        (tmp_path / name).touch()
+    assert images.files(tmp_path) == [tmp_path / name for name in ("a.webp", "b/x.JPG", "b/y.tiff", "z.heif")]
+    assert images.files(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+    assert images.files(tmp_path / "absent") == [tmp_path / "absent"]
+    (tmp_path / "c").mkdir()
+    with pytest.raises(DataError, match="c is a directory without images"):
+        images.files(tmp_path / "c")
 
 
 UNKNOWN = {
@@ -260,13 +365,21 @@ def test_damaged(tmp_path: Path, kind: str) -> None:
     assert all(line.startswith(str(path)) for line in refused)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_a_file_is_said_to_be_truncated(tmp_path: Path, kind: str) -> None:
+    whole = _saved(_tiled(NOISE), kind)
+    (tmp_path / "x").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=rf"^{tmp_path / 'x'} cannot be read: .*(?i:truncated)"):
+        _read(tmp_path / "x")
+
+
 def test_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty, text, large = tmp_path / "empty.png", tmp_path / "text.png", tmp_path / "large.png"
     empty.write_bytes(b"")
     text.write_text("hello")
     Image.fromarray(NOISE).save(large)
     cases = [
-        (empty, "is no image"),
+        (empty, "is empty"),
         (text, "is no image"),
         (tmp_path, "is no file"),
         (tmp_path / "absent", "No such file"),

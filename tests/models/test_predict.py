@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -90,7 +94,7 @@ print(files["classes.txt"].split(), [name for name in sys.modules if name.split(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['cat', 'dog', 'bird'] []\n"
-    model, _ = predict.load(trained)
+    model, *_ = predict.load(trained)
     several, one = torch.load(tmp_path / "answers.pt")
     assert_close(several, model(images).double(), reduction=9 * 16, name="five images")
     assert_close(one, model(images[:1]).double(), reduction=9 * 16, name="one image")
@@ -104,22 +108,132 @@ def test_refused(trained: Path, pictures: list[Path], tmp_path: Path, capsys: py
     checkpoint.save(table, {**state, "network": {"kind": "mlp", "features": 3, "classes": ["a", "b"]}})
     other = tmp_path / "other.pt"
     checkpoint.save(other, {**state, "network": {**state["network"], "width": 5}})
-    for arguments, message in (
-        ([trained, text], "is no image that can be read"),
-        ([trained, tmp_path / "absent.png"], "No such file"),
-        ([tmp_path / "absent.pt", pictures[0]], "cannot be read as a checkpoint"),
-        ([table, pictures[0]], "classifies rows of 3 numbers, no images"),
-        ([other, pictures[0]], "does not hold the weights it describes"),
-        ([trained, "--export", tmp_path / "x.onnx"], "the name must end in .pt2"),
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    whole = trained.read_bytes()
+    for status, arguments, message in (
+        (1, [trained, text], "is no image that can be read"),
+        (1, [trained, tmp_path / "absent.png"], "No such file"),
+        (1, [trained, tmp_path / "folder"], "folder is a directory without images"),
+        (2, [tmp_path / "absent.pt", pictures[0]], "cannot be read as a checkpoint"),
+        (2, [table, pictures[0]], "classifies rows of 3 numbers and does not say of which columns"),
+        (2, [other, pictures[0]], "does not hold the weights it describes"),
+        (2, [trained, "--export", tmp_path / "x.onnx"], "the name must end in .pt2"),
+        # before anything is computed, and nothing is replaced that is no old result
+        (2, [trained, text, "--out", tmp_path / "absent/x.csv"], f"there is no directory {tmp_path / 'absent'}"),
+        (2, [trained, text, "--out", tmp_path / "folder", "--format", "csv"], "folder is no regular file"),
+        (2, [trained, text, "--out", tmp_path / "pipe", "--format", "csv"], "pipe is no regular file"),
+        (2, [trained, text, "--out", text, "--format", "csv"], "text.png is what is to be read"),
+        (2, [trained, text, "--out", trained, "--format", "csv"], "checkpoint.pt is what is to be read"),
     ):
-        assert predict.main(list(map(str, arguments))) == 2
+        assert predict.main(list(map(str, arguments))) == status, message
         out, err = capsys.readouterr()
         (line,) = err.splitlines()
         assert message in line
         assert out == ""
-    with pytest.raises(SystemExit):
-        predict.main([str(trained)])
-    assert "nothing to do" in capsys.readouterr().err
+    assert (trained.read_bytes(), text.read_text()) == (whole, "hello")
+    for options, message in (
+        ([], "nothing to do"),
+        (["x.png", "--out", "x.xls"], "x.xls must end in .csv, .json, .txt, or --format be given"),
+        (["x.png", "--batch-size", "0"], "--batch-size"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            predict.main([str(trained), *options])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_one_bad_file_does_not_stop_the_rest(
+    trained: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each good one has its answer, in order, each bad one its line; status 1."""
+    empty, cut = tmp_path / "empty.png", tmp_path / "cut.png"
+    empty.write_bytes(b"")
+    cut.write_bytes(pictures[0].read_bytes()[:-100])
+    files = [empty, pictures[0], tmp_path / "absent.png", cut, pictures[1]]
+    for batch_size in ("1", "2", "64"):
+        assert predict.main([str(trained), *map(str, files), "--batch-size", batch_size]) == 1
+        out, err = capsys.readouterr()
+        assert [line.split(": ")[0] for line in out.splitlines()] == list(map(str, pictures))
+        said = [line.removeprefix("python -m models.predict: error: ") for line in err.splitlines()]
+        assert said == [
+            f"{empty} is empty",
+            f"{tmp_path / 'absent.png'} cannot be read: No such file or directory",
+            f"{cut} cannot be read: image file is truncated",
+        ]
+    # without a single answer there is no file of answers; a good one beside makes it
+    answers = tmp_path / "answers.csv"
+    assert predict.main([str(trained), str(empty), "--out", str(answers)]) == 1
+    assert not answers.exists()
+    assert predict.main([str(trained), str(empty), str(pictures[0]), "--out", str(answers)]) == 1
+    assert len(pandas.read_csv(answers)) == 1
+
+
+def test_forms(trained: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CSV, JSON and text say the same, on the screen and in a file; what pandas reads has a row an image."""
+    files = list(map(str, pictures))
+    arguments = [str(trained), *files, "--top", "2"]
+    assert predict.main([*arguments, "--format", "csv"]) == 0
+    frame = pandas.read_csv(io.StringIO(text := capsys.readouterr().out))
+    assert list(frame) == ["file", "class", "probability", "class_2", "probability_2"]
+    assert list(frame["file"]) == files
+    assert (frame["probability"] >= frame["probability_2"]).all()
+    for name, expected in (("x.csv", text), ("x.JSON", None), ("x.txt", None)):
+        assert predict.main([*arguments, "--out", str(tmp_path / name)]) == 0
+        assert capsys.readouterr().out == f"wrote {tmp_path / name}\n"
+        assert expected in (None, (tmp_path / name).read_text())
+    assert json.loads((tmp_path / "x.JSON").read_text()) == frame.to_dict("records")
+    lines = [
+        f"{row['file']}: {row['class']} {row['probability']:.2%}, {row['class_2']} {row['probability_2']:.2%}"
+        for row in frame.to_dict("records")
+    ]
+    assert (tmp_path / "x.txt").read_text().splitlines() == lines
+    assert predict.main([str(trained), str(tmp_path / "absent.png"), "--format", "json"]) == 1
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_a_directory_stands_for_its_images(
+    trained: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those below it too, by their names' endings; HEIC, which Pillow lacks, is not passed over in silence."""
+    folder = tmp_path / "folder"
+    (folder / "cats").mkdir(parents=True)
+    for place in ("b.PNG", "cats/a.png"):
+        shutil.copy(pictures[0], folder / place)
+    for place, content in (("notes.txt", b"hello"), (".hidden.png", b""), ("c.heic", b"\0\0\0\x18ftypheic")):
+        (folder / place).write_bytes(content)
+    assert predict.main([str(trained), str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert [line.split(": ")[0] for line in out.splitlines()] == [f"{folder}/b.PNG", f"{folder}/cats/a.png"]
+    assert f"{folder}/c.heic is a HEIC image that Pillow does not read: save it as PNG or JPEG" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_answers_do_not_depend_on_the_batch(trained: Path, tmp_path: Path) -> None:
+    for i in range(7):
+        Image.effect_noise((9 + i, 14 - i), 90).convert("RGB").save(tmp_path / f"{i}.png")
+    found = []
+    for batch_size in (1, 3, 64):
+        answers = tmp_path / f"{batch_size}.csv"
+        arguments = [str(trained), str(tmp_path), "--top", "3", "--batch-size", str(batch_size)]
+        assert predict.main([*arguments, "--out", str(answers)]) == 0
+        found.append(pandas.read_csv(answers))
+    for other in found[1:]:
+        pandas.testing.assert_frame_equal(found[0], other, rtol=1e-5)
+
+
+def test_batches_are_batches(
+    trained: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def counted(self: predict.Probabilities, images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return torch.full((len(images), 3), 1 / 3)
+
+    monkeypatch.setattr(predict.Probabilities, "forward", counted)
+    assert predict.main([str(trained), *map(str, pictures * 35), "--batch-size", "32"]) == 0
+    assert sizes == [32, 32, 6]
 
 
 VALUES = [None, "x", b"x", [], {}, -1, 0, 10**30, True, 1.5, float("nan"), ["a", 1, None], [0.5, 0.5], [0.0, 0.0, 0.0],

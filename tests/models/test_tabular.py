@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 import torch
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from models import data, tabular
+from models import data, table, tabular
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -78,8 +83,11 @@ BAD = {
     "x,,y\n1,2,a": "line 1: column 2 has no name",
     'x,y\n1,"a\n2,b': "line 2: unexpected end of data",
     "y\na\nb\na\nb\na": "has no column beside 'y'",
-    "x;y\n1,5;a\n2,5;b": "line 1: the names are separated by ';'",
-    "x\ty\n1\ta\n2\tb": "line 1: the names are separated by '\\t'",
+    "x:y\n1:a\n2:b": "has no column beside 'x:y'; what separates columns is one of: commas, semicolons, tabs, vertical",
+    "x;y\n1;a\n2\n3;b": "line 3: 1 values, the first line names 2 columns (separated by semicolons)",
+    "x;y\n1,5;a\n2,5;b\n3;a\n4;b": "line 2, column 'x': '1,5' is no finite number of digits, a point and an exponent; "
+    "pandas.read_csv(FILE, sep=';', decimal=',').to_csv(OTHER, index=False) makes points of decimal commas",
+    "x\ty\n1.234,5\ta\n2,5\tb\n3\ta\n4\tb": "pandas.read_csv(FILE, sep='\\t', decimal=',')",
     "x,y\n1,a\n2,b\nx, y\n3,a": "line 4: the first line's names again",
     'x,y\n"1\n2",a\n3': "line 4: 1 values",
     'x,y\n"1\n2",a\n3,': "line 4, column 'y': the class is missing",
@@ -121,7 +129,8 @@ WRITTEN = [
         "\u00b2",
     ),
 ]
-WORDS = ["2020-01-05", "05.01.2020", "12:30", "1.2.3", "192.168.0.1", "10-20", "5kg", "1/2", "e5", "True", "-", "0xyz"]
+WORDS = ["2020-01-05", "05.01.2020", "12:30", "1.2.3", "192.168.0.1", "10-20", "5kg", "1/2", "e5", "True", "-", "0xyz",
+         "1_10", "1_000", "12_345_678", "2024_1", "1__0"]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", BAD)
@@ -138,7 +147,10 @@ def test_bad_files(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("text", WRITTEN)
 @pytest.mark.parametrize("others", ["same", "numbers", "half of them words"])
 def test_what_only_looks_like_a_number_is_refused(tmp_path: Path, text: str, others: str) -> None:
-    """Alone in its column too, where pandas would make words of it: one-hot, it would be silently useless."""
+    """Alone in its column too, where pandas would make words of it: one-hot, it would be silently useless. But 1_000
+    between others of the kind is an identifier."""
+    if (text, others) == ("1_000", "same"):
+        others = "numbers"
     column = {"same": [text] * 20, "numbers": ["7"] * 20, "half of them words": ["7"] * 11 + ["a"] * 9}[others]
     column[3] = text
     path = _written(
@@ -159,6 +171,70 @@ def test_dates_times_and_words_are_categories(tmp_path: Path, text: str) -> None
     train, _ = data.tensors(tabular.load(_written(tmp_path / "t.csv", "\n".join(["x,y", *rows])), None, [], 0).train)
     assert train.shape == (16, 2)
     assert torch.equal(train.sum(1), torch.ones(16))
+
+
+def test_identifiers_stay_what_they_are(tmp_path: Path) -> None:
+    """Cut in threes or not, each is a category and no two are one; a class is called as the file calls it."""
+    for names in (["1_10", "11_0", "1_1_0", "110_000", "1_000"], ["1_000", "10_000", "100_000", "1_000_000", "2_000"]):
+        rows = [f"{names[i % 5]},{names[i % 2]}" for i in range(40)]
+        parts = tabular.load(_written(tmp_path / "t.csv", "\n".join(["x,y", *rows])), None, [], 0)
+        assert parts.classes == tuple(sorted(names[:2]))
+        assert parts.preprocessing == {"target": "y", "columns": [{"name": "x", "categories": sorted(names)}]}
+    # between numbers one is refused, the other is a word
+    for name, status in (("1_000", "refused"), ("1_10", "a word")):
+        cells = ["7"] * 10 + [name] * 12
+        path = _written(tmp_path / "t.csv", "\n".join(["x,y", *(f"{c},{'ab'[i % 2]}" for i, c in enumerate(cells))]))
+        if status == "refused":
+            with pytest.raises(data.DataError, match="line 12, column 'x': '1_000' is no finite number"):
+                tabular.load(path, None, [], 0)
+        else:
+            assert data.tensors(tabular.load(path, None, [], 0).train)[0].shape[1] == 2
+
+
+TABLE = "x,word,y\n" + "".join(f'{i}.5,"w, {i % 2};|",{"ab"[i % 2]}\n' for i in range(20))
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_other_delimiters(tmp_path: Path, delimiter: str) -> None:
+    """The same table as with commas, which the cells have too, and other delimiters within quotes."""
+    comma = tabular.load(_written(tmp_path / "comma.csv", TABLE), None, [], 0)
+    rows = csv.reader(TABLE.splitlines())
+    other = io.StringIO()
+    csv.writer(other, delimiter=delimiter).writerows(rows)
+    found = tabular.load(_written(tmp_path / "other.csv", other.getvalue()), None, [], 0)
+    assert (found.classes, found.preprocessing) == (comma.classes, comma.preprocessing)
+    assert all(map(torch.equal, data.tensors(found.train), data.tensors(comma.train)))
+
+
+def test_the_delimiter_is_what_cuts_all_lines_alike(tmp_path: Path) -> None:
+    """And of two such that which gives more columns; lines cut otherwise leave the first line's choice."""
+    for text, delimiter, columns in (
+        ("name;price, EUR;y\nu;1.5;a\nv;2.5;b", ";", 3),
+        ("name;price, EUR;y\nu;1,5;a\nv;2,5;b", ";", 3),
+        ("name;price, EUR, net;y\nu;1.5;a\nv;2.5;b", ";", 3),
+        ("name,a|b,y\nu,1|2,a\nv,2,b", ",", 3),
+        ('"a;b",c\n1,2\n3,4', ",", 2),
+        ('"a,b";c\n1;2\n3;4', ";", 2),
+        ("a;b\n", ";", 2),
+        ("only\n1\n", ",", 1),
+        ("", ",", 0),
+    ):
+        file = io.StringIO(text, newline="")
+        assert table._delimiter(file) == delimiter, text
+        assert file.tell() == 0
+        if text:
+            assert len(table.Table(_written(tmp_path / "t.csv", text)).columns) == columns
+
+
+def test_prepared_as_scikit_learn_does(mixed: Path) -> None:
+    """Its pipeline, bit for bit: medians, means and scales of the training part, one-hot categories."""
+    parts = tabular.load(mixed, None, ["code"], seed=0)
+    frame = pandas.read_csv(mixed, dtype={"code": str}).fillna({"colour": ""})
+    train = list(parts.train.indices)  # type: ignore[attr-defined]
+    scale = make_pipeline(SimpleImputer(strategy="median"), StandardScaler()).fit(frame[["size"]].iloc[train])
+    one_hot = OneHotEncoder(sparse_output=False).fit(frame[["colour", "code"]].iloc[train])
+    expected = np.hstack([scale.transform(frame[["size"]]), one_hot.transform(frame[["colour", "code"]])])
+    assert torch.equal(data.tensors(parts.train)[0], torch.from_numpy(expected[train]).float())
 
 
 def _column(path: Path, cells: list[str]) -> torch.Tensor:
@@ -242,8 +318,8 @@ def test_time_is_linear_in_the_columns(tmp_path: Path) -> None:
 
         __hash__ = str.__hash__
 
-    table = tabular._Table(_written(tmp_path / "t.csv", "x"))
-    table._check_names([Name(f"c{i}") for i in range(5000)])
+    found = table.Table(_written(tmp_path / "t.csv", "x"))
+    found._check_names([Name(f"c{i}") for i in range(5000)])
     assert Name.compared <= 5000
 
 
