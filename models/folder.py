@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from models import data, images
-from models.augment import Transform
+from models.augment import each_image
 from models.data import Data, DataError
 from models.engine import progress_bar
 
@@ -42,23 +42,24 @@ class Listing(NamedTuple):
 
 
 class Files(Dataset[Any]):
-    """(image, class) of a listing, read from disk: (3, H, W) of the file's own size, as models.images reads it."""
+    """(image, class) of a listing, read from disk: (3, H, W), as models.images reads it for that ``size``."""
 
-    def __init__(self, listing: Listing) -> None:
-        self.listing = listing
+    def __init__(self, listing: Listing, size: int | None) -> None:
+        self.listing, self.size = listing, size
 
     def __len__(self) -> int:
         return len(self.listing.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return images.read(self.listing.files[index]), self.listing.labels[index]
+        return images.read(self.listing.files[index], self.size), self.listing.labels[index]
 
 
 class _Tried(Dataset[Any]):
     """(image as uint8, why it cannot be read: empty if it can) of a listing's files."""
 
-    def __init__(self, listing: Listing, prepare: Transform, size: int) -> None:
-        self.files, self.prepare, self.size = Files(listing), prepare, size
+    def __init__(self, listing: Listing, reading: Reading) -> None:
+        self.files, self.size = Files(listing, reading.seen), reading.size
+        self.prepare = each_image(reading.size, reading.resize)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -71,15 +72,21 @@ class _Tried(Dataset[Any]):
 
 
 class Reading(NamedTuple):
-    """How files are read: made size x size by ``prepare``, by so many ``workers``; an unreadable one is an error if
-    ``strict``; ``memory``: how many bytes the images may take and stay in it; ``log`` gets lines of text."""
+    """How files are read: made size x size as the option ``resize`` says, by so many ``workers``; an unreadable one is
+    an error if ``strict``; ``memory``: how many bytes the images may take and stay in it; ``whole``: those that stay on
+    disk come in their full size, of which parts are taken at random; ``log`` gets lines of text."""
 
     size: int
-    prepare: Transform
+    resize: int
     workers: int = 0
     strict: bool = False
     memory: float = float("inf")
+    whole: bool = False
     log: Callable[[str], None] = print
+
+    @property
+    def seen(self) -> int:
+        return max(self.size, self.resize)
 
 
 def load(path: Path, reading: Reading, seed: int, val_fraction: float | None = None) -> Data:
@@ -93,11 +100,12 @@ def load(path: Path, reading: Reading, seed: int, val_fraction: float | None = N
     listing, pixels, counts = _readable(_listing(train_path), reading)
     if val_path is None or val_fraction is not None:
         train, val = (
-            _dataset(listing.only(part), None if pixels is None else pixels[part])
+            _dataset(listing.only(part), None if pixels is None else pixels[part], reading)
             for part in _split(listing, data.VAL_FRACTION if val_fraction is None else val_fraction, seed)
         )
     else:
-        train, val = _dataset(listing, pixels), _dataset(*_readable(_listing(val_path, listing.classes), reading)[:2])
+        held_out, val_pixels, _ = _readable(_listing(val_path, listing.classes), reading)
+        train, val = _dataset(listing, pixels, reading), _dataset(held_out, val_pixels, reading)
     return Data(train, val, listing.classes, *data.moments(counts))
 
 
@@ -194,9 +202,7 @@ def _readable(listing: Listing, reading: Reading) -> tuple[Listing, Tensor | Non
     counts = torch.zeros(3, 256, dtype=torch.int64)
     reasons: list[str] = []
     good: list[int] = []
-    batches = DataLoader(
-        _Tried(listing, reading.prepare, size), 32, num_workers=min(reading.workers, len(listing.files))
-    )
+    batches = DataLoader(_Tried(listing, reading), 32, num_workers=min(reading.workers, len(listing.files)))
     for pixels, why in progress_bar("reading images", len(batches))(batches):
         there = pixels[[i for i, reason in enumerate(why) if not reason]]
         counts += data.histogram(there)
@@ -240,5 +246,7 @@ def _split(listing: Listing, part: float, seed: int) -> tuple[list[int], list[in
     return sorted(train), sorted(val)
 
 
-def _dataset(listing: Listing, pixels: Tensor | None) -> Dataset[Any]:
-    return Files(listing) if pixels is None else TensorDataset(pixels, torch.tensor(listing.labels))
+def _dataset(listing: Listing, pixels: Tensor | None, reading: Reading) -> Dataset[Any]:
+    if pixels is None:
+        return Files(listing, None if reading.whole else reading.seen)
+    return TensorDataset(pixels, torch.tensor(listing.labels))

@@ -160,8 +160,7 @@ def load(path: Path) -> Loaded:
         one_line = network.takes_rows or not any("\n" in name for name in network.classes)
         contents.must(one_line, "network: classes", "names of one line", list(network.classes))
     try:
-        with torch.device("meta"):  # sizes that do not fit the weights must not be allocated
-            layout = network.build(fused=False)
+        layout = network.layout()  # sizes that do not fit the weights must not be allocated
         wanted = layout.state_dict()
         layout.load_state_dict(weights, assign=True)
         for name, value in wanted.items():
@@ -188,7 +187,7 @@ def _answer(args: argparse.Namespace, loaded: Loaded, failures: _Failures) -> No
     model, network, preprocessing = loaded
     top = min(args.top, len(network.classes))
     rows = preprocessing is not None
-    items = _images(args.files, network.image_size, failures)
+    items = _images(args.files, network, failures)
     if preprocessing is not None:
         items = _rows(args.files, preprocessing, failures)
     found: Iterable[Answer] = _answers(args.checkpoint, model, network.classes, items, top, args.batch_size)
@@ -205,12 +204,12 @@ def _answer(args: argparse.Namespace, loaded: Loaded, failures: _Failures) -> No
         _print(f"wrote {args.out}\n")
 
 
-def _images(paths: Sequence[Path], size: int, failures: _Failures) -> Iterator[Item]:
+def _images(paths: Sequence[Path], network: Network, failures: _Failures) -> Iterator[Item]:
     for path in paths:
         with failures:
             for file in images.files(path):
                 with failures:
-                    yield str(file), None, read(file, size)[0]
+                    yield str(file), None, read(file, network.image_size, network.resize)[0]
 
 
 def _rows(paths: Sequence[Path], preprocessing: Preprocessing, failures: _Failures) -> Iterator[Item]:
@@ -237,12 +236,14 @@ def _answers(
             yield Answer(file, line, [(classes[place], share) for place, share in zip(places, shares)])
 
 
-def read(path: Path, size: int) -> Tensor:
-    """An image file as (1, 3, size, size) in [0, 1]. Raises DataError where it is none."""
+def read(path: Path, size: int, resize: int = 0) -> Tensor:
+    """An image file as (1, 3, size, size) in [0, 1], as training fits it. Raises DataError where it is none."""
     from torchvision.transforms import v2
 
-    prepare = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Resize((size, size), antialias=True)])
-    return prepare(images.read(path, size)).unsqueeze(0)
+    from models import augment
+
+    prepare = v2.Compose([v2.ToDtype(torch.float32, scale=True), *augment.fit(size, resize)])
+    return prepare(images.read(path, max(size, resize))).unsqueeze(0)
 
 
 def export(loaded: Loaded, path: Path) -> None:

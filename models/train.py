@@ -144,8 +144,8 @@ def _load(chosen: options.Options) -> Data:
         return tabular.load(path, chosen.target, chosen.categorical, chosen.seed, chosen.val_fraction)
     room = {"auto": folder.SHARE * folder.free_memory(chosen.device), "device": math.inf, "workers": 0.0}[chosen.loader]
     reading = folder.Reading(
-        chosen.image_size, augment.each_image(chosen.image_size, chosen.resize), chosen.workers, chosen.strict,
-        0.0 if _one_by_one(chosen) else room, distributed.log,
+        chosen.image_size, chosen.resize, chosen.workers, chosen.strict, 0.0 if _one_by_one(chosen) else room,
+        chosen.random_crop > 0, distributed.log,
     )  # fmt: skip
     return folder.load(path, reading, chosen.seed, chosen.val_fraction)
 

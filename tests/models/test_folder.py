@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from models import augment, checkpoint, data, folder, images, options, train
+from models import augment, checkpoint, data, folder, images, options, predict, train
 from models.folder import Files, Reading
 from models.networks import Network
 
 pytestmark = pytest.mark.gate("torch")
 
 COLOURS = {"blue": (20, 30, 220), "green": (30, 200, 40), "red": (210, 20, 10)}
-READING = Reading(8, augment.each_image(8, 8))
+READING = Reading(8, 8)
 
 
 def draw(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (12, 9), mode: str = "RGB") -> None:
@@ -329,3 +330,42 @@ def test_digits_as_files(tmp_path: Path, no_pictures: None) -> None:
     line = ["--data", f"folder:{tmp_path / 'digits'}", "--device", "cpu", "--out", str(out), "--epochs", "5"]
     assert train.main(line) == 0
     assert checkpoint.load(out / "checkpoint.pt")["val_acc"] >= 0.97
+
+
+def test_large_photographs_are_reduced_as_they_are_read(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But whole where parts of them are to be taken at random."""
+    for name, colour in COLOURS.items():
+        for i in range(2):
+            draw(tmp_path / "photos" / name / f"{i}.jpg", colour, (640, 480))
+    sizes: list[tuple[int, ...]] = []
+    original = images.read
+    monkeypatch.setattr(images, "read", lambda *args: (sizes.append((read := original(*args)).shape), read)[1])
+    line = ("--data", f"folder:{tmp_path / 'photos'}", "--epochs", "1")
+    run("kept", *line)
+    assert set(sizes) == {(3, 60, 80)}
+    del sizes[:]
+    run("parts", *line, "--random-crop", "0.2")
+    assert sizes.count((3, 60, 80)) == 6, "as they are tried"
+    assert sizes.count((3, 480, 640)) == len(sizes) - 6 > 0
+
+
+def test_answers_are_those_of_the_validation(
+    run: Callable[..., Path], halves: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the margin that training cut off."""
+    for name in COLOURS:
+        for i in range(8):
+            path = halves / "val" / name / f"more{i}.png"
+            draw(path, COLOURS[name], (24, 16))
+            with Image.open(path) as image:
+                image.paste((250, 250, 250), (0, 0, 24, 5))
+                image.save(path)
+    out = run("out", "--data", f"folder:{halves}", "--epochs", "2", "--resize", "12")
+    capsys.readouterr()
+    assert predict.main([str(out / "checkpoint.pt"), str(halves / "val"), "--format", "csv"]) == 0
+    answers = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    right = [Path(answer["file"]).parent.name == answer["class"] for answer in answers]
+    assert len(right) == 30
+    assert sum(right) / 30 == pytest.approx(checkpoint.load(out / "checkpoint.pt")["val_acc"])

@@ -351,7 +351,7 @@ def test_cifar10_that_cannot_be_fetched(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert f"CIFAR-10 is not in {tmp_path} and could not be downloaded" in line
+    assert f"CIFAR10 is not in {tmp_path}, or damaged, and could not be downloaded" in line
     assert data.CIFAR10_URL in line
 
 
