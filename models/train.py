@@ -38,13 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return _fail(error, 2)
-    try:
-        with tkernels.backend(chosen.backend), distributed.joined(chosen.device):
-            return _run_reporting(chosen)
-    except RuntimeError as error:  # the processes of a job do not find each other
-        if not distributed.launched():
-            raise
-        return _fail(f"the processes of the job cannot talk to each other: {error}", 1)
+    with tkernels.backend(chosen.backend), contextlib.ExitStack() as job:
+        try:
+            job.enter_context(distributed.joined(chosen.device))
+        except RuntimeError as error:  # the processes of a job do not find each other
+            return _fail(f"the processes of the job cannot talk to each other: {error}", 1)
+        return _run_reporting(chosen)
 
 
 def _run_reporting(chosen: options.Options) -> int:

@@ -48,6 +48,17 @@ def the_wrapper(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return wrapped, wrapped
 
 
+def in_small_buckets(model: nn.Module) -> nn.Module:
+    """DDP cuts the graph where a bucket of gradients is full: here at every other layer."""
+    # (read again as Dynamo compiles; this is a process of the test's own)
+    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1000
+    return DistributedDataParallel(model, bucket_cap_mb=0.001)
+
+
+def cut(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return in_small_buckets(tkernels.fuse(model)), model
+
+
 def synchronised_afterwards(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     converted = tnn.SyncBatchNorm.convert_sync_batchnorm(tkernels.fuse(model))
     return DistributedDataParallel(converted), converted
@@ -56,6 +67,11 @@ def synchronised_afterwards(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def synchronised_before(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     converted = tkernels.fuse(tnn.SyncBatchNorm.convert_sync_batchnorm(model))
     return DistributedDataParallel(converted), converted
+
+
+def synchronised_and_cut(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    converted = tkernels.fuse(tnn.SyncBatchNorm.convert_sync_batchnorm(model))
+    return in_small_buckets(converted), converted
 
 
 def plain(model: nn.Module) -> tuple[nn.Module, None]:
@@ -82,12 +98,12 @@ def steps(wrap: Callable[[Any], tuple[nn.Module, nn.Module | None]], rank: int) 
     return copy.deepcopy({k: t.detach() for k, t in found.items() if t is not None}), 0 if fused is None else ran(fused)
 
 
-WAYS = [(before_wrapping, 4), (after_wrapping, 4), (the_wrapper, 4)]
+WAYS = [(before_wrapping, 4), (after_wrapping, 4), (the_wrapper, 4), (cut, 4)]
 
 
 @pytest.mark.filterwarnings("ignore:tkernels.fuse. a call of .* ran no fused operator")
 def test_data_parallel(tmp_path: Path) -> None:
-    """fuse() before DDP wraps the model, after it, and of the wrapper: gradients and buffers are the plain model's."""
+    """fuse() before DDP wraps the model, after it, and of the wrapper, and where DDP cuts the graph: gradients and buffers are the plain model's."""
     found = processes.run_job(
         2, lambda rank: [steps(way, rank) for way in (plain, *[way for way, _ in WAYS])], tmp_path / "job"
     )
@@ -102,7 +118,7 @@ def test_data_parallel(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:tkernels.fuse. a call of .* ran no fused operator")
 def test_synchronised_norms(tmp_path: Path) -> None:
     """Converted before fuse() and after it: statistics of all processes' images either way."""
-    ways = (synchronised, synchronised_before, synchronised_afterwards)
+    ways = (synchronised, synchronised_before, synchronised_afterwards, synchronised_and_cut)
     found = processes.run_job(2, lambda rank: [steps(way, rank) for way in ways], tmp_path / "job")
     for expected, *others in found:
         for (state, _), way in zip(others, ways[1:]):

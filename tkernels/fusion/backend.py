@@ -163,8 +163,9 @@ def count_together(graph: fx.Graph) -> None:
     by_device: dict[torch.device, list[fx.Node]] = {}
     for count in counting.values():
         by_device.setdefault(chains.value(count).device, []).append(count)
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    with graph.inserting_before(first):
+    # (a part of a graph that DistributedDataParallel had cut has other nodes before some of its inputs)
+    *_, last = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(last):
         for counts in by_device.values():
             graph.call_function(count_up, (counts,))
     for node in counting:
