@@ -304,7 +304,7 @@ def test_a_summary_has_one_screen_however_much_there_is_to_say(tmp_path: Path) -
         found.take("checks", "check", CheckRow(check=f"case {i}", what="output", status="wrong: off"))
         found.take("checks", "failed", (f"item {i}", "error: x"))
         for provider, ms in (("torch", 1.0), ("tkernels", 2.0 if i % 2 else 0.5)):
-            found.take("products", "timing", row(N=i + 1, provider=provider, ms_p50=ms))
+            found.take("products", "timing", row(N=i + 1, provider=provider, ms_p50=ms, speedup_vs_torch=None))
         found.outcomes.append(Outcome(f"block {i}", "stopped after its 3 s", 3.0, ("x", "y")))
     found.close()
     screen = summary.screen(found, 10, 600)
@@ -331,7 +331,8 @@ def test_a_summary_says_who_is_faster(tmp_path: Path) -> None:
         ("torch graph", "cudagraph", 1.0),
         ("torch.compile max-autotune", "cudagraph", 0.75), ("tkernels sgd graph", "cudagraph", 0.2),
     ):  # fmt: skip
-        found.take("headline", "timing", row(**step, provider=provider, timing=timing, ms_p50=ms))
+        timed = row(**step, provider=provider, timing=timing, ms_p50=ms, speedup_vs_torch=None)
+        found.take("headline", "timing", timed)
     listed = summary.speeds(found)
     assert [(speed.rival, speed.ratio) for speed in listed] == [
         ("torch.compile", pytest.approx(0.6)),
