@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -214,9 +215,11 @@ PROVIDERS = {
     "liger-kernel": Known("liger_kernel", _liger, "#D55E00"),
     "flag-gems": Known("flag_gems", _flag_gems, "#882255"),
 }
-OTHER_COLOUR = "#56B4E9"
+# of everybody else, as they come
+OTHER_COLOURS = ("#56B4E9", "#332288", "#117733", "#CC6677", "#44AA99", "#AA4499", "#661100")
 
 
-def colour(name: str) -> str:
-    """A provider's colour; modules of one's own share one."""
-    return PROVIDERS[name].colour if name in PROVIDERS else OTHER_COLOUR
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each provider of a file: its own, or one of those that are left, again and again."""
+    left = itertools.cycle(OTHER_COLOURS)
+    return {name: PROVIDERS[name].colour if name in PROVIDERS else next(left) for name in dict.fromkeys(names)}

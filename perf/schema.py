@@ -107,7 +107,9 @@ class Measurement(Sizes, _Which):
     )
     config: str = text("kernels that were launched and their launch configurations; empty without Triton")
     ms_p20: float | None = number("milliseconds a call, 20th percentile of the repetitions")
+    ms_p25: float | None = number("milliseconds a call, 25th percentile")
     ms_p50: float | None = number("milliseconds a call, median")
+    ms_p75: float | None = number("milliseconds a call, 75th percentile")
     ms_p80: float | None = number("milliseconds a call, 80th percentile")
     tflops: float | None = number("flops / ms_p50, in 10^12 a second")
     gbps: float | None = number("bytes / ms_p50, in 10^9 a second")
@@ -124,10 +126,25 @@ class Measurement(Sizes, _Which):
     peak_gbps: float | None = number(
         "the peak meant: a GPU's from core/targets.py, a CPU's as measured by a copy of about as many bytes"
     )
-    speedup_vs_torch: float | None = number("ms_p50 of provider torch / ms_p50, measured in turns with it on a CPU")
+    above_roofline: str = text("why roofline_pct is above 100: cache or unexplained, with what is known; else empty")
+    speedup_vs_torch: float | None = number(
+        "how many times as fast as provider torch, timed in the same way: torch's time over this one's in the same "
+        "round, median of the rounds; of the medians where they had no rounds together (GPUs, a sweep gone on with)"
+    )
+    speedup_p25: float | None = number("the same, 25th percentile of the rounds")
+    speedup_p75: float | None = number("the same, 75th percentile")
+    noise: str = text(
+        "why the figures are to be taken with care: 'noisy' where quartiles of the times or of the speed-up are 10% of "
+        "their median apart or a thread waited for a CPU a tenth of the time, 'very noisy' from 25% on; 'unknown' "
+        "after too few rounds; else empty"
+    )
+    cpu_wait_pct: float | None = number(
+        "time for which the thread that waited longest had no CPU, in percent, median of the rounds; 0 where the "
+        "system does not tell; CPU only"
+    )
     ratio_p25: float | None = number(
-        "this provider's time over tkernels' in the same round, 25th percentile of the rounds; above 1 tkernels is "
-        "ahead; CPU only"
+        "how many times as fast tkernels is as this provider, from the same rounds as a speed-up, 25th percentile; "
+        "CPU only"
     )
     ratio_p50: float | None = number("the same, median")
     ratio_p75: float | None = number("the same, 75th percentile")
@@ -164,7 +181,8 @@ KEY = ("device", "operator", "mode", "dtype", "layout", *SHAPE_COLUMNS, "provide
 # The same without the device: what a sweep is asked for
 TASK = KEY[1:]
 # What CSVs of before have no column of
-LATER = ("allocator", "ratio_p25", "ratio_p50", "ratio_p75", "rounds", "page_faults", "saved_mb")
+LATER = ("allocator", "ms_p25", "ms_p75", "above_roofline", "speedup_p25", "speedup_p75", "noise", "cpu_wait_pct",
+         "ratio_p25", "ratio_p50", "ratio_p75", "rounds", "page_faults", "saved_mb")  # fmt: skip
 # of CSVs of what is counted, not timed
 STEP = "(step)"  # the whole step, among its layers or calls
 BYTES = "arguments of launches and ATen calls, read once and written once, without workspaces"

@@ -3,7 +3,8 @@
 A row counts as slower where its median grew by more than the threshold and the two bands from p20 to p80 do not
 overlap. On a CPU, where the providers took turns, what the machine did to PyTorch in the same turns is divided out
 too, with PyTorch's own band as a margin; PyTorch's rows count as slower only where most of them are. A row counts
-as less exact where its error against float64 grew by a quarter, and as broken where it was ok and no longer is.
+as less exact where its error against float64 grew by a quarter, and as broken where it was ok and no longer is. Of
+a row that is noisy (perf/bench/noise.py) in one of the files, or in both, the table says so.
 
 Exit status: 0 nothing got worse, 1 something did, 2 the files cannot be compared.
 """
@@ -60,10 +61,11 @@ def run(args: argparse.Namespace) -> int:
     broken = newly_wrong(args.old, args.new)
     for line in broken:
         print(line)
+    noisy = int((verdicts.noisy != "").sum())
     faster = int(judge(_swapped(both), args.threshold, args.absolute).verdict.str.startswith("slower").sum())
     print(
         f"{len(both)} measurements in both files: {len(worse)} worse, {faster} faster by more than "
-        f"{100 * args.threshold:g}%, beyond noise"
+        f"{100 * args.threshold:g}%, beyond noise" + (f"; {noisy} noisy in one of them or both" if noisy else "")
     )
     return 1 if len(worse) or broken else 0
 
@@ -120,6 +122,7 @@ def judge(both: pd.DataFrame, threshold: float, absolute: bool = False) -> pd.Da
                 "new ms": _shown(row["ms_p50_new"]),
                 "time": ratio,
                 "machine": machine,
+                "noisy": " ".join(side for side in ("old", "new") if row[f"noise_{side}"]),
                 "verdict": verdict,
             }
         )

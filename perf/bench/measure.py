@@ -1,9 +1,9 @@
 """Measuring one operator at one shape: correctness against float64 first, then time, memory and host cost.
 
 On a CPU the providers take turns, one repetition each, so that whatever else the machine does hits all alike, and
-repetitions in which another process took the CPU are left out where enough others remain. On a GPU
-triton.testing.do_bench times each provider with CUDA events, after warm-up and with the L2 cache cleared before each
-repetition; a CUDA graph's replay is timed in the same way.
+repetitions in which another process took the CPU are left out where enough others remain; noise.py tells what is left
+of that. On a GPU triton.testing.do_bench times each provider with CUDA events, after warm-up and with the L2 cache
+cleared before each repetition; a CUDA graph's replay is timed in the same way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from perf import providers, schema
-from perf.bench import machine
+from perf.bench import machine, noise
+from perf.bench.noise import Quartiles
 from perf.operators import Operator, Sources, Tensors
 from perf.providers import Provider
 from perf.shapes import Shape
@@ -39,7 +40,7 @@ ROUNDINGS = 16.0
 # pooling stands between two choices: it may take either, and then a correct gradient differs in whole elements
 MOVED, MOVES = 4.0, 8
 # repetitions on a CPU, however long they take
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = noise.LEAST_ROUNDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,43 +257,63 @@ def recorded_launches() -> Iterator[list[str]]:
         jit.run = original
 
 
+class Times(NamedTuple):
+    """Milliseconds a call, percentiles of the repetitions."""
+
+    p20: float
+    p25: float
+    p50: float
+    p75: float
+    p80: float
+
+
+PERCENTILES = tuple(int(name[1:]) / 100 for name in Times._fields)
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call. On a CPU how many rounds there were, the quartiles of this call's time over tkernels' in the
-    same round, and page faults; on a GPU the memory a call allocates and the time until it returns."""
+    """What a call takes. On a CPU how many rounds there were, how many times as fast this call is as PyTorch's
+    (``speedup``) and tkernels' as this one (``ratio``), the share of the time without a CPU, and page faults; on a GPU
+    the memory a call allocates and microseconds until it returns."""
 
-    ms: tuple[float, float, float]
+    ms: Times
     peak_memory_mb: float | None = None
     host_us: float | None = None
     rounds: int | None = None
-    ratio: tuple[float, float, float] | None = None
+    speedup: Quartiles | None = None
+    ratio: Quartiles | None = None
+    waited: float | None = None
     page_faults: float | None = None
 
     def columns(self) -> dict[str, Any]:
         """Its part of a row."""
-        ratio = self.ratio or (None, None, None)
-        return {
-            **dict(zip(("ms_p20", "ms_p50", "ms_p80"), self.ms)),
-            **dict(zip(("ratio_p25", "ratio_p50", "ratio_p75"), ratio)),
+        none = Quartiles(None, None, None)
+        found = {
+            **{f"ms_{name}": value for name, value in self.ms._asdict().items()},
+            **dict(zip(("speedup_p25", "speedup_vs_torch", "speedup_p75"), self.speedup or none)),
+            **dict(zip(("ratio_p25", "ratio_p50", "ratio_p75"), self.ratio or none)),
+            "cpu_wait_pct": None if self.waited is None else 100 * self.waited,
             "rounds": self.rounds,
             "page_faults": self.page_faults,
             "peak_memory_mb": self.peak_memory_mb,
             "host_us": self.host_us,
         }
+        return {**found, "noise": noise.reason(found)}
 
 
 class Sample(NamedTuple):
-    """One call's turn. ``clean``: no other process took the CPU meanwhile."""
+    """One call's turn. ``clean``: no other process took the CPU meanwhile; ``waited``: share of the time for which a
+    thread had no CPU."""
 
     ms: float
     clean: bool
     page_faults: float = 0.0
+    waited: float = 0.0
 
 
-def quantiles(samples: list[float], at: Sequence[float] = (0.2, 0.5, 0.8)) -> tuple[float, float, float]:
-    """p20, p50 and p80."""
-    low, middle, high = np.quantile(samples, at)
-    return float(low), float(middle), float(high)
+def percentiles(samples: Sequence[float]) -> Times:
+    """The percentiles of repetitions."""
+    return Times(*np.quantile(samples, PERCENTILES).tolist())
 
 
 def interleaved(calls: dict[str, Callable[[], object]], effort: Effort) -> dict[str, Timing]:
@@ -306,14 +327,17 @@ def interleaved(calls: dict[str, Callable[[], object]], effort: Effort) -> dict[
         repeats = max(1, min(1000, round(1e-3 / max(seconds, 1e-7))))
         turn[name] = functools.partial(sample, call, repeats)
         cost += seconds * repeats
-    return turns(turn, effort, cost, providers.OURS)
+    return turns(turn, effort, cost, providers.OURS, dict.fromkeys(calls, providers.BASELINE))
 
 
-def turns(turn: dict[str, Callable[[], Sample]], effort: Effort, cost: float, ours: str) -> dict[str, Timing]:
-    """Rounds in which everyone has a turn. ``cost``: seconds of a round; ``ours``: whose time is below the ratios."""
+def turns(
+    turn: dict[str, Callable[[], Sample]], effort: Effort, cost: float, ours: str, baselines: Mapping[str, str]
+) -> dict[str, Timing]:
+    """Rounds in which everyone has a turn. ``cost``: seconds of a round; ``ours``: who is compared with everyone;
+    ``baselines``: for each of them whom it is compared with."""
     count = int(min(max(effort.seconds * len(turn) / max(cost, 1e-9), effort.repetitions), 200))
     samples = rounds(turn, count, 4 * effort.seconds * len(turn))
-    return {name: timing(taken, samples.get(ours)) for name, taken in samples.items()}
+    return {name: timing(taken, samples.get(ours), samples.get(baselines[name])) for name, taken in samples.items()}
 
 
 def rounds(turn: dict[str, Callable[[], Sample]], count: int, seconds: float) -> dict[str, list[Sample]]:
@@ -338,26 +362,37 @@ def rounds(turn: dict[str, Callable[[], Sample]], count: int, seconds: float) ->
 
 def sample(call: Callable[[], object], times: int) -> Sample:
     """A turn of so many calls."""
+    waiting = noise.waiting()
     preempted, faults = _usage()
-    ms = 1e3 * _clock(call, times) / times
+    ms = 1e3 * _clock(call, times)
     preempted_since, faults_since = _usage()
-    return Sample(ms, preempted_since == preempted, (faults_since - faults) / times)
+    waited = noise.waited_ms(waiting, noise.waiting()) / ms
+    return Sample(ms / times, preempted_since == preempted, (faults_since - faults) / times, waited)
 
 
-def timing(taken: list[Sample], ours: list[Sample] | None) -> Timing:
-    """What someone's turns say, with the ratio to ``ours`` of the same rounds."""
-    ratio = None
-    if ours:
-        pairs = [Sample(a.ms / b.ms, a.clean and b.clean) for a, b in zip(taken, ours)]
-        ratio = quantiles(_undisturbed(pairs), (0.25, 0.5, 0.75))
-    faults = float(np.median([turn.page_faults for turn in taken])) if resource is not None else None
-    return Timing(quantiles(_undisturbed(taken)), rounds=len(taken), ratio=ratio, page_faults=faults)
+def timing(taken: list[Sample], ours: list[Sample] | None, baseline: list[Sample] | None) -> Timing:
+    """What someone's turns say, beside those of tkernels and of PyTorch in the same rounds."""
+    used = _undisturbed(taken)
+    return Timing(
+        percentiles([turn.ms for turn in used]),
+        rounds=len(taken),
+        speedup=times_as_fast(taken, baseline) if baseline else None,
+        ratio=times_as_fast(ours, taken) if ours else None,
+        waited=float(np.median([turn.waited for turn in used])),
+        page_faults=float(np.median([turn.page_faults for turn in taken])) if resource is not None else None,
+    )
 
 
-def _undisturbed(samples: Sequence[Sample], least: int = 5) -> list[float]:
+def times_as_fast(own: Sequence[Sample], other: Sequence[Sample]) -> Quartiles:
+    """How many times as fast someone is as another: the other's time over its own, round by round."""
+    pairs = [Sample(b.ms / a.ms, a.clean and b.clean) for a, b in zip(own, other)]
+    return noise.quartiles(pair.ms for pair in _undisturbed(pairs))
+
+
+def _undisturbed(samples: Sequence[Sample], least: int = LEAST_ROUNDS) -> Sequence[Sample]:
     """The samples in which no other process took the CPU away; all of them where those are too few."""
-    clean = [taken.ms for taken in samples if taken.clean]
-    return clean if len(clean) >= least else [taken.ms for taken in samples]
+    clean = [taken for taken in samples if taken.clean]
+    return clean if len(clean) >= least else samples
 
 
 def _usage() -> tuple[int, int]:
@@ -381,7 +416,7 @@ def on_gpu(prepare: Callable[[], Callable[[], object]], timing: str, effort: Eff
 
     call = prepare() if timing == "wall" else graphed(prepare)
     rep = _budget_ms(call, effort)
-    ms = tuple(testing.do_bench(call, warmup=rep / 4, rep=rep, quantiles=[0.2, 0.5, 0.8]))
+    ms = Times(*testing.do_bench(call, warmup=rep / 4, rep=rep, quantiles=list(PERCENTILES)))
     if timing != "wall":
         return Timing(ms)
     return Timing(ms, gpu_peak_mb(call), host_us(call))
@@ -444,8 +479,9 @@ def rates(problem: Problem, mode: str, timing: Timing | None) -> dict[str, Any]:
     if timing is None:
         return {"bytes": moved, "flops": flops}
     tflops, gbps = machine.peaks(problem.device, problem.dtype, problem.operator.precision, moved)
-    seconds = timing.ms[1] / 1e3
-    least = max(moved / gbps / 1e9, flops / tflops / 1e12)
+    seconds = timing.ms.p50 / 1e3
+    by_bytes, by_flops = moved / gbps / 1e9, flops / tflops / 1e12
+    percent = 100 * max(by_bytes, by_flops) / seconds
     return {
         "bytes": moved,
         "flops": flops,
@@ -453,5 +489,16 @@ def rates(problem: Problem, mode: str, timing: Timing | None) -> dict[str, Any]:
         "gbps": moved / seconds / 1e9,
         "peak_tflops": tflops,
         "peak_gbps": gbps,
-        "roofline_pct": 100 * least / seconds,
+        "roofline_pct": percent,
+        "above_roofline": _above(problem.device, moved, by_bytes >= by_flops) if percent > 100 else "",
     }
+
+
+def _above(device: str, moved: int, by_bytes: bool) -> str:
+    """Why a call is faster than the peak rates allow."""
+    cache = machine.cache_bytes(device)
+    holds = f"{moved / 1e6:.3g} MB, the last-level cache {cache / 1e6:.3g} MB"
+    if by_bytes and moved <= cache:
+        return f"cache: the operands fit into it: {holds}"
+    rates = "; a busy machine measures its peaks too low" if device == "cpu" else ""
+    return f"unexplained: {f'operands of {holds}' if by_bytes else 'more operations than at the peak rate'}{rates}"

@@ -127,7 +127,8 @@ class Comparison:
         calls: dict[str, Callable[[], Sample]] = {str(task): functools.partial(turn, task) for task in tasks}
         cost = sum(call().ms for call in calls.values()) / 1e3
         ours = next((str(task) for task in tasks if task.provider == providers.OURS), "")
-        timings = measure.turns(calls, self._effort, cost, ours)
+        baselines = {str(task): str(dataclasses.replace(task, provider=providers.BASELINE)) for task in tasks}
+        timings = measure.turns(calls, self._effort, cost, ours, baselines)
         return {task: timings[str(task)] for task in tasks}
 
 

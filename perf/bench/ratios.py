@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from perf import providers, schema
-from perf.bench import machine
+from perf.bench import machine, noise
 
 ALLOCATORS = {
     "shared": "one process",
@@ -84,8 +84,8 @@ def _contenders(frame: pd.DataFrame) -> str:
             f"{schema.NETWORK_MODES[row['mode']]}, {row['dtype']}",
             row["allocator"],
             row["contender"],
-            formatted(row["ms_p50"], ".1f"),
-            _spread(row),
+            noise.times(row).shown(".1f"),
+            noise.ratio(row).shown(".2f"),
             formatted(row["rounds"], ".0f"),
             formatted(row["page_faults"], ",.0f"),
             formatted(row["saved_mb"], ",.0f"),
@@ -95,20 +95,14 @@ def _contenders(frame: pd.DataFrame) -> str:
         ]
         for row in schema.records(frame)
     ]
-    head = ["", "allocator", "rival", "ms", "over tkernels (quartiles)", "rounds", "page faults", "saved MB", "peak MB",
-            "err", "status"]  # fmt: skip
-    return table(head, rows)
+    head = ["", "allocator", "rival", "ms (quartiles)", "over tkernels (quartiles)", "rounds", "page faults",
+            "saved MB", "peak MB", "err", "status"]  # fmt: skip
+    return "\n".join([table(head, rows), *noise.footnotes(schema.records(frame))])
 
 
 def formatted(value: Any, form: str) -> str:
     """A number as text; '' where there is none."""
     return "" if schema.is_empty(value) else format(float(value), form)
-
-
-def _spread(row: dict[str, Any]) -> str:
-    if pd.isna(row["ratio_p50"]):
-        return ""
-    return f"{row['ratio_p50']:.2f} ({row['ratio_p25']:.2f} to {row['ratio_p75']:.2f})"
 
 
 def _aims(part: pd.DataFrame) -> str:
@@ -139,7 +133,7 @@ def reached(part: pd.DataFrame, aim: Aim, allocator: str) -> str:
         return "no rival"
     best = schema.records(timed.sort_values("ratio_p50", kind="stable"))[0]
     name = f" {best['contender']}" if len(aim.against) > 1 else ""
-    return _spread(best) + name
+    return noise.ratio(best).shown(".2f") + name
 
 
 def _memory(part: pd.DataFrame) -> str:
@@ -155,19 +149,19 @@ def _memory(part: pd.DataFrame) -> str:
 
 
 def operators_table(frame: pd.DataFrame) -> str:
-    """How far tkernels is ahead of PyTorch eager over the shapes of each operator; '' without both of them."""
-    timed = frame[(frame.provider == providers.BASELINE) & frame.ratio_p50.notna()]
+    """How far tkernels is ahead of PyTorch eager over the shapes of each operator, in rounds with both; '' without."""
+    timed = frame[(frame.provider == providers.OURS) & frame.speedup_p25.notna()]
     if timed.empty:
         return ""
     rows = []
     for name, part in [*timed.groupby(["operator", "mode"], sort=False), (("all", ""), timed)]:
-        ratio = part.ratio_p50.astype(float)
+        ratio = part.speedup_vs_torch.astype(float)
         worst = schema.records(part.loc[[ratio.idxmin()]])[0]
         where = f"{worst['dtype']} {worst['layout']} {schema.shape_label(worst)}".replace("  ", " ")
         below = int((ratio < OPERATORS_AIM[1]).sum())
         rows.append([" ".join(filter(None, name)), f"{len(part)}", f"{np.exp(np.log(ratio).mean()):.2f}",
-                     f"{ratio.min():.2f}", where, f"{below}"])  # fmt: skip
+                     f"{ratio.min():.2f}", where, f"{below}", f"{(part.noise != '').sum()}"])  # fmt: skip
     mean, least = OPERATORS_AIM
-    head = ["torch's time over tkernels'", "rows", f"geometric mean (aim {mean:.2f})", f"least (aim {least:.2f})",
-            "where", f"below {least:.2f}"]  # fmt: skip
+    head = ["tkernels' speed-up", "rows", f"geometric mean (aim {mean:.2f})", f"least (aim {least:.2f})",
+            "where", f"below {least:.2f}", "noisy"]  # fmt: skip
     return table(head, rows)

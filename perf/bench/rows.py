@@ -20,8 +20,14 @@ def made(kind: type[M], device: str, **columns: Any) -> M:
     return kind(**{"timestamp": now, **machine.facts(device), **columns})
 
 
+def whose(provider: str) -> str:
+    """The provider of a row, without how perf gpu has timed it."""
+    return provider.removesuffix(" graph")
+
+
 class Speedups:
-    """Fills in speedup_vs_torch, of rows whose baseline came before. ``earlier``: rows of a sweep that goes on."""
+    """Fills in speedup_vs_torch where there were no rounds to take it from, of rows whose baseline came before.
+    ``earlier``: rows of a sweep that goes on."""
 
     def __init__(self, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         self._ms: dict[tuple[str, ...], float] = {}
@@ -29,7 +35,7 @@ class Speedups:
             self._remember(row)
 
     def _remember(self, row: Mapping[str, Any]) -> None:
-        if row["provider"] == BASELINE and not schema.is_empty(row["ms_p50"]):
+        if whose(row["provider"]) == BASELINE and not schema.is_empty(row["ms_p50"]):
             self._ms[self._measurement(row)] = row["ms_p50"]
 
     @staticmethod
@@ -40,4 +46,17 @@ class Speedups:
         """The row with its speed-up where there is one."""
         self._remember(vars(row))
         baseline = self._ms.get(self._measurement(vars(row)))
-        return row if baseline is None or row.ms_p50 is None else row.having(speedup_vs_torch=baseline / row.ms_p50)
+        if row.speedup_vs_torch is not None or baseline is None or row.ms_p50 is None:
+            return row
+        return row.having(speedup_vs_torch=baseline / row.ms_p50)
+
+
+def times_as_fast(row: Measurement, other: Measurement) -> float:
+    """How many times as fast one row is as another of the same call, both timed: by their speed-ups over PyTorch, so
+    that every table says what the column does; where one has none, by their medians."""
+    own, rival = row.speedup_vs_torch, other.speedup_vs_torch
+    if own is None or rival is None:
+        own, rival = other.ms_p50, row.ms_p50
+    assert own is not None
+    assert rival is not None
+    return own / rival

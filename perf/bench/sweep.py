@@ -12,6 +12,8 @@ against eager and compiled PyTorch, in float32 and bf16 autocast, with the syste
 one process and in a process each, and with one that never gives memory back, so that nobody has page faults; about a
 quarter of an hour.
 
+Figures that a busy machine has scattered are marked (perf/bench/noise.py); so is a roofline above 100%.
+
 Every provider is compared with float64 before it is timed. One that is wrong, crashes, runs out of memory or takes
 too long gets a row whose status says so, and the sweep goes on.
 """
@@ -31,7 +33,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from perf import operators, options, plan, providers, schema, shapes
-from perf.bench import machine, measure, network, ratios, rows, worker
+from perf.bench import machine, measure, network, noise, ratios, rows, worker
 from perf.bench.process import Ended, Process
 from perf.bench.ratios import ALLOCATORS
 from perf.options import Refused
@@ -211,16 +213,21 @@ def _calls(frame: pd.DataFrame) -> str:
     """Each row of a single call in a line."""
     if frame.empty:
         return ""
-    shown = {"ms": ("ms_p50", ".4g"), "GB/s": ("gbps", ".1f"), "TFLOP/s": ("tflops", ".3g"),
-             "roofline %": ("roofline_pct", ".0f"), "speedup": ("speedup_vs_torch", ".2f"),
+    records = schema.records(frame)
+    shown = {"GB/s": ("gbps", ".1f"), "TFLOP/s": ("tflops", ".3g"), "roofline %": ("roofline_pct", ".0f"),
              "err": ("err_fp64", ".1e")}  # fmt: skip
+    cells = {name: [ratios.formatted(row[column], form) for row in records] for name, (column, form) in shown.items()}
+    above = ["*" if row["above_roofline"] else "" for row in records]
+    cells["roofline %"] = [f"{percent} {star}".strip() for percent, star in zip(cells["roofline %"], above)]
     table = frame[["operator", "mode", "dtype", "layout"]].assign(
-        shape=[schema.shape_label(row) for row in schema.records(frame)],
+        shape=[schema.shape_label(row) for row in records],
         provider=frame.provider,
         timing=frame.timing,
         **{
-            name: frame[column].map(f"{{:{form}}}".format, na_action="ignore") for name, (column, form) in shown.items()
+            "ms (quartiles)": [noise.times(row).shown(".4g") for row in records],
+            "speedup (quartiles)": [noise.speedup(row).shown(".2f") for row in records],
         },
+        **cells,
         status=frame.status,
     )
-    return schema.as_text(table, index=False)
+    return "\n".join([schema.as_text(table, index=False), *noise.footnotes(records)])

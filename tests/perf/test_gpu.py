@@ -69,6 +69,7 @@ def test_what_is_planted_shows_in_the_first_lines(
     assert set(found[found.status != "ok"].check.str.split().str[0]) == {"conv2d", "batch_norm"}
     assert set(found[found.check.str.startswith("linear")].status) == {"ok"}
     assert (found.check.str.contains("misaligned") & (found.status == "ok")).any()
+    assert (out / "timings-roofline-fp32.png").stat().st_size > 5000
     # on the terminal the screen comes last
     assert capsys.readouterr().out.rstrip().endswith("Everything was.")
 
@@ -81,7 +82,11 @@ def test_a_dry_run_walks_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # what is slower is no failure; long enough for a machine with other things to do
     assert run("gpu", "--dry-run", "--out", out, "--minutes", "60") == 0
     names = {path.name for path in out.iterdir()}
-    assert names == {"summary.md", "timings.csv", "checks.csv", "profile.csv", "environment.txt", "log.txt"}
+    pictures = {f"timings-{name}.png" for name in (
+        "copy", "matmul-bf16", "conv2d-fp32", "linear-fp32", "matmul-fp32", "cross-entropy-fp32",
+        "batch-norm-relu-fp32", "attention-fp32", "roofline-fp32")}  # fmt: skip
+    assert names - pictures == {"summary.md", "timings.csv", "checks.csv", "profile.csv", "environment.txt", "log.txt"}
+    assert names > pictures
     text = (out / "summary.md").read_text()
     for block in command.BLOCKS:
         assert re.search(rf"\| {block.name} \| ok \| \d+ \|", text), block.name
@@ -304,7 +309,7 @@ def test_a_summary_has_one_screen_however_much_there_is_to_say(tmp_path: Path) -
         found.take("checks", "check", CheckRow(check=f"case {i}", what="output", status="wrong: off"))
         found.take("checks", "failed", (f"item {i}", "error: x"))
         for provider, ms in (("torch", 1.0), ("tkernels", 2.0 if i % 2 else 0.5)):
-            found.take("products", "timing", row(N=i + 1, provider=provider, ms_p50=ms))
+            found.take("products", "timing", row(N=i + 1, provider=provider, ms_p50=ms, speedup_vs_torch=None))
         found.outcomes.append(Outcome(f"block {i}", "stopped after its 3 s", 3.0, ("x", "y")))
     found.close()
     screen = summary.screen(found, 10, 600)
@@ -331,7 +336,9 @@ def test_a_summary_says_who_is_faster(tmp_path: Path) -> None:
         ("torch graph", "cudagraph", 1.0),
         ("torch.compile max-autotune", "cudagraph", 0.75), ("tkernels sgd graph", "cudagraph", 0.2),
     ):  # fmt: skip
-        found.take("headline", "timing", row(**step, provider=provider, timing=timing, ms_p50=ms))
+        found.take(
+            "headline", "timing", row(**step, provider=provider, timing=timing, ms_p50=ms, speedup_vs_torch=None)
+        )
     listed = summary.speeds(found)
     assert [(speed.rival, speed.ratio) for speed in listed] == [
         ("torch.compile", pytest.approx(0.6)),

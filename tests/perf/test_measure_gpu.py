@@ -53,10 +53,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
     def do_bench(*args: Any, **kwargs: Any) -> list[float]:
         given = signature.bind(*args, **kwargs).arguments
-        assert given["quantiles"] == [0.2, 0.5, 0.8]
+        assert given["quantiles"] == [0.2, 0.25, 0.5, 0.75, 0.8]
         assert given["rep"] >= 30 * 0.1
         given["fn"]()
-        return [1.0, 2.0, 3.0]
+        return [1.0, 1.5, 2.0, 2.5, 3.0]
 
     def stream() -> Any:
         return SimpleNamespace(name="side", wait_stream=lambda other: None)
@@ -81,7 +81,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 def test_a_call_as_it_is(cuda: Cuda) -> None:
     timing = measure.on_gpu(lambda: lambda: cuda.note("call"), "wall", Effort(0.1, 3))
-    assert timing.ms == (1.0, 2.0, 3.0)
+    assert timing.ms == (1.0, 1.5, 2.0, 2.5, 3.0)
     assert timing.peak_memory_mb == 5.0
     assert timing.host_us is not None
     assert set(cuda.events) == {("call", "main", False)}
@@ -93,7 +93,7 @@ def test_a_graph_is_captured_on_the_stream_of_the_forward_call(cuda: Cuda) -> No
         return lambda: cuda.note("call")
 
     timing = measure.on_gpu(prepare, "cudagraph", Effort(0.1, 3))
-    assert (timing.ms, timing.peak_memory_mb, timing.host_us) == ((1.0, 2.0, 3.0), None, None)
+    assert (timing.ms.p50, timing.peak_memory_mb, timing.host_us) == (2.0, None, None)
     assert cuda.events[0] == ("forward", "side", False)
     captured = cuda.events.index(("call", "side", True))
     assert set(cuda.events[1:captured]) == {("call", "side", False)}
@@ -111,13 +111,14 @@ def test_each_provider_has_its_rows_before_the_next_is_compiled(cuda: Cuda, monk
         prepare()
         if timing == "cudagraph" and loaded[-1] == "tkernels":
             raise RuntimeError("operation not permitted")
-        return Timing((1.0, 4.0 if loaded[-1] == "torch" else 2.0, 5.0), 1.0, 2.0)
+        return Timing(measure.percentiles([4.0 if loaded[-1] == "torch" else 2.0]), 1.0, 2.0)
 
     real = providers.load
     monkeypatch.setattr(providers, "load", load)
     monkeypatch.setattr(measure, "on_gpu", on_gpu)
     monkeypatch.setattr(machine, "facts", lambda device: {})
     monkeypatch.setattr(machine, "peaks", lambda *given: (1.0, 1.0))
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 0)
     given = plan.Wanted(
         ["linear"], ["fwd", "full"], ["fp32"], ["nhwc"], [NAMED["tiny"]], ["tkernels", "torch"], plan.TIMINGS
     )

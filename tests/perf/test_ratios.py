@@ -69,20 +69,21 @@ def test_ratios_are_taken_round_by_round() -> None:
     ours = iter([1.0, 2.0, 10.0, 4.0, 5.0] * 9)
     theirs = iter([2.0, 4.0, 30.0, 8.0, 15.0] * 9)
     turn = {"tkernels": lambda: Sample(next(ours), True, 3), "torch": lambda: Sample(next(theirs), True, 5)}
-    found = measure.turns(turn, measure.Effort(1.0, 15), cost=1.0, ours="tkernels")
+    baselines = dict.fromkeys(turn, "torch")
+    found = measure.turns(turn, measure.Effort(1.0, 15), cost=1.0, ours="tkernels", baselines=baselines)
     assert found["torch"].rounds == found["tkernels"].rounds == 15
-    assert found["torch"].ratio == (2.0, 2.0, 3.0)
-    assert found["tkernels"].ratio == (1.0, 1.0, 1.0)
+    assert found["torch"].ratio == found["tkernels"].speedup == (2.0, 2.0, 3.0, 0.0)
+    assert found["tkernels"].ratio == found["torch"].speedup == (1.0, 1.0, 1.0, 0.0)
     assert (found["torch"].page_faults, found["tkernels"].page_faults) == (5, 3)
     assert found["torch"].columns()["ratio_p75"] == 3.0
-    alone = measure.turns({"torch": lambda: Sample(1.0, True)}, measure.Effort(1.0, 15), 1.0, "tkernels")
+    alone = measure.turns({"torch": lambda: Sample(1.0, True)}, measure.Effort(1.0, 15), 1.0, "tkernels", baselines)
     assert alone["torch"].ratio is None
 
 
 def test_rounds_in_which_either_was_disturbed_do_not_count() -> None:
     ours = [Sample(1.0, True)] * 6 + [Sample(5.0, False)] * 3
     theirs = [Sample(9.0, False)] + [Sample(2.0, True)] * 8
-    assert measure.timing(theirs, ours).ratio == (2.0, 2.0, 2.0)
+    assert measure.timing(theirs, ours, None).ratio == (2.0, 2.0, 2.0, 0.0)
 
 
 def _row(provider: str, layout: str, ratio: float | None, **given: Any) -> Measurement:
@@ -103,12 +104,12 @@ def test_the_table_says_what_the_best_other_one_is(tmp_path: Path) -> None:
     ]
     frame = schema.read(write(tmp_path / "a.csv", _row("torch", "nhwc", 1.1), *rows))
     listed, aims, memory = ratios.network_tables(frame)
-    assert "| training step, bf16 | default   | torch nhwc         | 1.0 | 1.40 (1.30 to 1.50)" in listed
+    assert "| training step, bf16 | default   | torch nhwc         | 1.0            | 1.40 (1.30 to 1.50)" in listed
     lines = aims.splitlines()
     assert lines[0] == "The fused CNN at batch 256 on cpu: X"
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in lines[4:]}
     # the last row of a repeated measurement counts
-    assert cells["training step, bf16"] == ["1.30 (1.20 to 1.40) torch.compile nchw", "1.35"]
+    assert cells["training step, bf16"] == ["1.30 (1.20 to 1.40) ! torch.compile nchw", "1.35"]
     assert cells["training step, bf16, against the usual code: eager, NCHW, fp32"] == ["3.90 (3.80 to 4.00)", "3.80"]
     assert cells["inference, bf16"] == ["crashed: signal 6", "1.30"]
     assert cells["training step, fp32"] == ["not measured", "1.40"]
@@ -116,14 +117,15 @@ def test_the_table_says_what_the_best_other_one_is(tmp_path: Path) -> None:
 
 
 def test_the_operators_table_has_geometric_means(tmp_path: Path) -> None:
-    def call(operator: str, ratio: float, **given: Any) -> Measurement:
-        return row(operator=operator, provider="torch", ratio_p50=ratio, **given)
+    def call(operator: str, speedup: float, **given: Any) -> Measurement:
+        return row(operator=operator, speedup_vs_torch=speedup, speedup_p25=speedup, **given)
 
-    rows = [call("conv2d_relu", 0.9, N=3), call("conv2d_relu", 1.6), call("cross_entropy", 1.0), row(ratio_p50=1.0)]
+    rows = [call("conv2d_relu", 0.9, N=3, noise="noisy: x"), call("conv2d_relu", 1.6), call("cross_entropy", 1.0),
+            call("linear", 1.0, provider="torch"), row(operator="linear")]  # fmt: skip
     table = ratios.operators_table(schema.read(write(tmp_path / "a.csv", *rows)))
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert cells[2][:4] == ["conv2d_relu fwd", "2", "1.20", "0.90"]
-    assert cells[2][5] == "1"
+    assert cells[2][5:] == ["1", "1"]
     assert cells[-1][:4] == ["all", "3", "1.13", "0.90"]
     assert ratios.operators_table(pd.DataFrame(columns=list(schema.NAMES))) == ""
 

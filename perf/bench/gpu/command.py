@@ -16,7 +16,7 @@ Blocks, in this order, each with its share of the minutes; one that needs less l
 
 Everything found is written at once: timings.csv (perf compare takes the folder), checks.csv, profile.csv, log.txt with
 all that was printed, environment.txt, and summary.md, which is printed at the end: what was wrong, what is slower than
-its rival, what is faster, what was not reached.
+its rival, what is faster, what was not reached. Pictures of timings.csv, as of perf plot, come last.
 
 With --dry-run the same path is walked on the CPU with tiny shapes.
 
@@ -106,5 +106,9 @@ def run(args: argparse.Namespace) -> int:
                 (out / "summary.md").write_text(screen + summary.details(found))
     finally:
         found.close()
-    print(summary.details(found), screen, sep="\n")
+    print(summary.details(found), screen, sep="\n", flush=True)
+    # last, and imported here: a second or two that nothing measured waits for
+    from perf.bench import plot
+
+    plot.draw([out / results.TIMINGS], out)
     return summary.exit_status(found)

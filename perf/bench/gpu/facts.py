@@ -60,7 +60,7 @@ def _copy(run: Run) -> None:
     source = torch.randint(256, (size,), dtype=torch.uint8, device=run.device)
     goal = torch.empty_like(source)
     timing = _timed(run, lambda: goal.copy_(source))
-    rate = 2 * size / timing.ms[1] / 1e6
+    rate = 2 * size / timing.ms.p50 / 1e6
     _tell(run, timing, operator="copy", N=size, bytes=2 * size, gbps=rate)
     run.tell("facts", {"copy": f"{rate:,.0f} GB/s"})
 
@@ -71,7 +71,7 @@ def _product(run: Run) -> None:
     a, b = (torch.randn(size, size, device=run.device, dtype=torch.bfloat16) for _ in range(2))
     timing = _timed(run, lambda: a @ b)
     flops = 2.0 * size**3
-    rate = flops / timing.ms[1] / 1e9
+    rate = flops / timing.ms.p50 / 1e9
     _tell(run, timing, operator="matmul", dtype="bf16", N=size, C=size, K=size, flops=flops, tflops=rate)
     run.tell("facts", {"product": f"{rate:,.3g} TFLOP/s"})
 

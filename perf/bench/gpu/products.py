@@ -38,10 +38,9 @@ def compare(
     cuDNN takes its fastest algorithm."""
     first = dataclasses.replace(providers.load(providers.BASELINE), context=headline.tuned)
     contenders = [first, ours, *(_others(run, case) if others is None else others)]
-    speedups = rows.Speedups()
     for mode in passes or problems.passes(case.operator):
         for contender, found in (_one_by_one if run.on_gpu else _in_turns)(run, case, mode, contenders):
-            run.tell_timing(speedups.filled(row(run, case, mode, contender.name, found)))
+            run.tell_timing(row(run, case, mode, contender.name, found))
 
 
 def _others(run: Run, case: Case) -> list[Provider]:

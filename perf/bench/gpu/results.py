@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from perf import schema
+from perf.bench import rows
 from perf.bench.compare import CHECKS, TIMINGS
 from perf.schema import Measurement, Row, number, text
 from tkernels.core.targets import Target
@@ -70,6 +71,7 @@ class Results:
         self.facts: dict[str, str] = {}
         self.target: Target | None = None
         self.timings: list[Measurement] = []
+        self._speedups = rows.Speedups()
         self.checks: list[CheckRow] = []
         self.profile: list[ProfileRow] = []
         self.bytes: dict[str, float] = {}
@@ -99,8 +101,9 @@ class Results:
         self.target = what
 
     def _take_timing(self, block: str, what: Measurement) -> None:
-        self.timings.append(what)
-        self._timings.append(what)
+        row = self._speedups.filled(what)
+        self.timings.append(row)
+        self._timings.append(row)
 
     def _take_check(self, block: str, what: CheckRow) -> None:
         self.checks.append(what)

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from perf import schema
+from perf.bench import noise
 from perf.bench.gpu.results import Results
 from perf.bench.ratios import formatted
+from perf.bench.rows import times_as_fast, whose
 from perf.schema import OK, Measurement
 
 # rows shown of a list whose whole stands in a CSV
@@ -23,17 +25,16 @@ TIMED = {"wall": "as called", "cudagraph": "CUDA graph"}
 
 
 class Speed(NamedTuple):
-    """A comparison: our time and the best rival's."""
+    """A comparison: our row and that of the best rival, whose name is given."""
 
-    what: str
-    ours: float
+    ours: Measurement
     rival: str
-    other: float
+    other: Measurement
 
     @property
     def ratio(self) -> float:
         """Times as fast as the rival."""
-        return self.other / self.ours
+        return times_as_fast(self.ours, self.other)
 
 
 def screen(found: Results, minutes: float, seconds: float) -> str:
@@ -112,24 +113,20 @@ def _wrong(found: Results) -> list[str]:
 
 def speeds(found: Results) -> list[Speed]:
     """Every comparison of ours with the fastest of its rivals, the slowest of ours first."""
-    comparisons: dict[tuple[str, ...], list[tuple[float, Measurement]]] = {}
+    comparisons: dict[tuple[str, ...], list[Measurement]] = {}
     for row in found.timings:
         if row.status == OK and row.ms_p50:
             key = schema.key(vars(row), [name for name in schema.TASK if name != "provider"])
-            comparisons.setdefault(key, []).append((row.ms_p50, row))
+            comparisons.setdefault(key, []).append(row)
     listed = []
-    for rows in comparisons.values():
+    for compared in comparisons.values():
         # other ways to run us ("fast launch", "sgd") are no rivals
-        ours = [(ms, row) for ms, row in rows if _name(row) == found.provider]
-        others = [(ms, _name(row)) for ms, row in rows if not _is_ours(found, row)]
+        ours = [row for row in compared if whose(row.provider) == found.provider]
+        others = [row for row in compared if not _is_ours(found, row)]
         if ours and others:
-            (ms, row), (least, rival) = ours[0], min(others)
-            listed.append(Speed(_label(row), ms, rival, least))
+            best = min(others, key=lambda row: row.ms_p50 or 0.0)
+            listed.append(Speed(ours[0], whose(best.provider), best))
     return sorted(listed, key=lambda speed: speed.ratio)
-
-
-def _name(row: Measurement) -> str:
-    return str(row.provider).removesuffix(" graph")
 
 
 def _label(row: Measurement) -> str:
@@ -150,12 +147,17 @@ def _speeds(found: Results) -> list[str]:
     lines += _speed_table(slower, MOST_SLOWER) if slower else ["Nothing."]
     lines += ["", f"## Faster than the fastest rival: {len(faster)}", ""]
     lines += _speed_table(faster, MOST_FASTER) if faster else ["Nothing."]
-    return [*lines, "", f"Geometric mean of all {len(listed)}: {mean:.2f} times as fast; {even} within 3%."]
+    lines += ["", f"Geometric mean of all {len(listed)}: {mean:.2f} times as fast; {even} within 3%."]
+    shown = [*slower[:MOST_SLOWER], *faster[:MOST_FASTER]]
+    return lines + noise.footnotes(vars(row) for speed in shown for row in (speed.ours, speed.other))
 
 
 def _speed_table(listed: Sequence[Speed], most: int) -> list[str]:
-    rows = [(s.what, f"{s.ours:.4g}", f"{s.other:.4g}", s.rival, f"{s.ratio:.3g}") for s in listed]
-    return _table(("what", "our ms", "rival's ms", "rival", "times as fast"), _cut(rows, most, "timings.csv"))
+    cells = [
+        (_label(s.ours), *(noise.times(vars(row)).shown(".4g") for row in (s.ours, s.other)), s.rival, f"{s.ratio:.3g}")
+        for s in listed
+    ]
+    return _table(("what", "our ms", "rival's ms", "rival", "times as fast"), _cut(cells, most, "timings.csv"))
 
 
 def _training(found: Results) -> list[str]:

@@ -109,7 +109,7 @@ def _timed(run: Run, contender: Contender, workload: Workload) -> tuple[Timing, 
     for _ in range(WARM_UP if run.on_gpu else 1):
         call()
     host = measure.host_us(call) if run.on_gpu and not contender.graph else None
-    ms = measure.quantiles(_windows(run, call))
+    ms = measure.percentiles(_windows(run, call))
     status = schema.OK if torch.isfinite(last[0]).item() else "wrong: the loss is no longer finite"
     return Timing(ms, host_us=host), status
 

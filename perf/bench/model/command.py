@@ -25,7 +25,7 @@ import pandas as pd
 
 from models import recipes
 from perf import models, options, schema
-from perf.bench import machine, ratios
+from perf.bench import machine, noise, ratios
 from perf.bench.measure import Effort
 from perf.bench.model import worker
 from perf.bench.model.comparison import AGAIN, ModelMeasurement, Task
@@ -136,8 +136,8 @@ def shown(task: Task, rows: Sequence[ModelMeasurement]) -> str:
     lines = [
         [
             row.provider,
-            _spread(row.ms_p50, row.ms_p20, row.ms_p80, ".4g"),
-            _spread(row.vs_torch_p50, row.vs_torch_p25, row.vs_torch_p75, ".3f"),
+            noise.times(vars(row)).shown(".4g"),
+            noise.speedup(vars(row)).shown(".3f"),
             ratios.formatted(row.peak_memory_mb, ",.0f"),
             ratios.formatted(row.first_call_s, ".1f"),
             ratios.formatted(row.err_fp64, ".1e"),
@@ -145,7 +145,7 @@ def shown(task: Task, rows: Sequence[ModelMeasurement]) -> str:
         ]
         for row in rows
     ]
-    head = ["", "ms (p20 to p80)", "eager over it (quartiles)", "peak MB", "first call s", "err", "status"]
+    head = ["", "ms (quartiles)", "speedup (quartiles)", "peak MB", "first call s", "err", "status"]
     ours = next(row for row in rows if row.provider == OURS)
     words = [f"{ours.rounds or 'no'} rounds"]
     if ours.fused is not None:
@@ -156,17 +156,15 @@ def shown(task: Task, rows: Sequence[ModelMeasurement]) -> str:
             f"graphs {ours.graphs}, at a second batch size {ours.graphs_second} more, at a third {ours.graphs_third}",
         ]
     table = ratios.table(head, lines)
-    return f"{title}, {schema.NETWORK_MODES[task.mode]}{optimizer}\n\n{table}\n\n{'; '.join(words)}"
-
-
-def _spread(middle: float | None, low: float | None, high: float | None, form: str) -> str:
-    return f"{middle:{form}} ({low:{form}} to {high:{form}})" if middle is not None else ""
+    notes = [f"{row.provider}: {row.noise}" for row in rows if row.noise]
+    below = "\n".join(["; ".join(words), *notes, *noise.footnotes(map(vars, rows))])
+    return f"{title}, {schema.NETWORK_MODES[task.mode]}{optimizer}\n\n{table}\n\n{below}"
 
 
 def summary(frame: pd.DataFrame) -> str:
     """Geometric means of the ratios over all models, by mode and dtype; '' where there is but one."""
     frame = frame.drop_duplicates(list(schema.KEY), keep="last")
-    timed = frame[frame.vs_torch_p50.notna()].astype({"vs_torch_p50": float})
+    timed = frame[frame.speedup_vs_torch.notna()].astype({"speedup_vs_torch": float})
     lines = []
     for mode, part in timed.groupby("mode", sort=False):
         groups = [*part.groupby("dtype", sort=False)]
@@ -174,17 +172,17 @@ def summary(frame: pd.DataFrame) -> str:
             ours = rows[rows.provider == OURS]
             if len(ours) < 2:
                 continue
-            worst = schema.records(ours.loc[[ours.vs_torch_p50.idxmin()]])[0]
+            worst = schema.records(ours.loc[[ours.speedup_vs_torch.idxmin()]])[0]
             lines.append([
                 f"{schema.NETWORK_MODES[str(mode)]}, {dtype}", f"{len(ours)}", _mean(ours),
-                f"{MEAN_AIMS[str(mode)]:.2f}", f"{worst['vs_torch_p50']:.3f}",
+                f"{MEAN_AIMS[str(mode)]:.2f}", f"{worst['speedup_vs_torch']:.3f}",
                 f"{worst['operator']} {schema.shape_label(worst)} {worst['dtype']}",
-                f"{(ours.vs_torch_p50 < LEAST_AIM).sum()}", _mean(rows[rows.provider == COMPILED]),
-                _mean(rows[rows.provider == AGAIN]), f"{_widest(rows):.3f}",
+                f"{(ours.speedup_vs_torch < LEAST_AIM).sum()}", _mean(rows[rows.provider == COMPILED]),
+                _mean(rows[rows.provider == AGAIN]), f"{_widest(rows):.3f}", f"{(ours.noise != '').sum()}",
             ])  # fmt: skip
     failed = int((frame.status != schema.OK).sum())
-    head = ["eager's time over", "models", "fused, geometric mean", "aim", "least", "of", f"below {LEAST_AIM}",
-            "torch.compile", "eager again", "noise, at most"]  # fmt: skip
+    head = ["speed-up", "models", "fused, geometric mean", "aim", "least", "of", f"below {LEAST_AIM}",
+            "torch.compile", "eager again", "noise, at most", "noisy"]  # fmt: skip
     parts = [ratios.table(head, lines)] if lines else []
     if failed:
         parts.append(f"{failed} of {len(frame)} rows are not ok")
@@ -192,9 +190,9 @@ def summary(frame: pd.DataFrame) -> str:
 
 
 def _mean(rows: pd.DataFrame) -> str:
-    return f"{np.exp(np.log(rows.vs_torch_p50).mean()):.3f}" if len(rows) else ""
+    return f"{np.exp(np.log(rows.speedup_vs_torch).mean()):.3f}" if len(rows) else ""
 
 
 def _widest(rows: pd.DataFrame) -> float:
     """The largest difference between eager and eager again in a model's median."""
-    return float((rows[rows.provider == AGAIN].vs_torch_p50 - 1).abs().max())
+    return float((rows[rows.provider == AGAIN].speedup_vs_torch - 1).abs().max())

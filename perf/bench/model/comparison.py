@@ -47,12 +47,6 @@ class ModelMeasurement(Measurement):
     """What perf model writes: a sweep's columns, and these."""
 
     optimizer: str = text("train: whose step is part of the training step; empty: none")
-    vs_torch_p25: float | None = number(
-        "torch's time over this provider's in the same round, 25th percentile; above 1 this provider is ahead; of "
-        "'torch again', eager once more, it is the noise"
-    )
-    vs_torch_p50: float | None = number("the same, median")
-    vs_torch_p75: float | None = number("the same, 75th percentile")
     first_call_s: float | None = number("seconds until the first call had returned, fuse() or compile() included")
     guard_us: float | None = number("microseconds a call in which Dynamo checks its guards, among the other work")
     graphs: int | None = number("graphs Dynamo captured at the first call")
@@ -219,7 +213,7 @@ def measured(
         contenders, samples = {}, {}
     for name, taken in samples.items():
         at(place[name])
-        columns[name] |= _times(taken, samples)
+        columns[name] |= measure.timing(taken, samples.get(OURS), samples.get(BASELINE)).columns()
         if name != AGAIN:
             columns[name]["peak_memory_mb"] = _peak_mb(task, contenders[name])
     if OURS in contenders:
@@ -233,12 +227,10 @@ def measured(
 
 def made(task: Task, columns: dict[str, dict[str, Any]]) -> list[ModelMeasurement]:
     """A row for each provider of which there are columns."""
-    speedups = rows.Speedups()
-    listed = (
+    return [
         rows.made(ModelMeasurement, task.device, **task.columns(), provider=name, **own)
         for name, own in columns.items()
-    )
-    return [speedups.filled(row) for row in listed]
+    ]
 
 
 def _first_call(contender: Contender, prepare: Callable[[nn.Module], None]) -> dict[str, Any]:
@@ -294,16 +286,6 @@ def _turn(task: Task, contender: Contender, begins: Callable[[], object]) -> Cal
         return taken._replace(ms=taken.ms / repeats, page_faults=taken.page_faults / repeats)
 
     return turn
-
-
-def _times(taken: list[Sample], samples: dict[str, list[Sample]]) -> dict[str, Any]:
-    timing = measure.timing(taken, samples.get(OURS))
-    columns: dict[str, Any] = timing.columns()
-    eager = samples.get(BASELINE)
-    if eager:
-        versus = measure.timing(eager, taken)
-        columns |= dict(zip(("vs_torch_p25", "vs_torch_p50", "vs_torch_p75"), versus.ratio or ()))
-    return columns
 
 
 def _peak_mb(task: Task, contender: Contender) -> float | None:
