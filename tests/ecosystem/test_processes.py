@@ -103,7 +103,8 @@ WAYS = [(before_wrapping, 4), (after_wrapping, 4), (the_wrapper, 4), (cut, 4)]
 
 @pytest.mark.filterwarnings("ignore:tkernels.fuse. a call of .* ran no fused operator")
 def test_data_parallel(tmp_path: Path) -> None:
-    """fuse() before DDP wraps the model, after it, and of the wrapper, and where DDP cuts the graph: gradients and buffers are the plain model's."""
+    """fuse() before DDP wraps the model, after it, of the wrapper, and where DDP cuts the graph: gradients and buffers
+    are the plain model's."""
     found = processes.run_job(
         2, lambda rank: [steps(way, rank) for way in (plain, *[way for way, _ in WAYS])], tmp_path / "job"
     )
