@@ -8,13 +8,15 @@ Functions are re-exported as they are: a wrapper would be one more Python call i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.overrides
@@ -227,6 +229,25 @@ def header_settings(folder: Path) -> dict[str, Any]:
     if make is None or not all(hasattr(codecache, name) for name in names):
         return {}
     return dict(zip(names, (str(folder), str(folder / "locks"), functools.cache(make))))
+
+
+@contextlib.contextmanager
+def telling_of_compilation(tell: Callable[[], None]) -> Iterator[None]:
+    """In this block ``tell`` is called before Inductor compiles a graph, and not where its cache has it already; at the
+    block's start where this version of Inductor has another name for that."""
+    module, name = importlib.import_module("torch._inductor.compile_fx"), "fx_codegen_and_compile"
+    compile_graph = getattr(module, name, None)
+    if compile_graph is None:
+        tell()
+        yield
+        return
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        tell()
+        return compile_graph(*args, **kwargs)
+
+    with mock.patch.object(module, name, told):
+        yield
 
 
 def inductor_codecache() -> Any:

@@ -82,7 +82,7 @@ class Pass:
 
     def _compile(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         """The pass for such tensors: compiled; as it is where that fails, this time or for good."""
-        global _announced, _broken
+        global _broken
         if _broken or not all(is_plain(t) for t in tensors):
             return self._function
         with _compiling() as able:
@@ -91,15 +91,10 @@ class Pass:
             if not able:
                 self._report("cannot be compiled in a process forked while another thread compiled")
                 return self._function
-            if not _announced:
-                _announced = True
-                log.warning(
-                    "compiling the CPU's passes with Inductor: some seconds, once; TKERNELS_COMPILE=0 turns it off"
-                )
             start = time.perf_counter()
             try:
                 _compiled[key] = _by_inductor(self.function, tensors, self.channels)
-                log.info("compiled %s in %.1f s", self.name, time.perf_counter() - start)
+                log.info("%s was compiled, or read, in %.1f s", self.name, time.perf_counter() - start)
             except Exception as error:
                 # whatever a compiler, a linker or a full disk says: training goes on without
                 if not _broken and not _works():
@@ -110,6 +105,14 @@ class Pass:
                     self._report(f"does not compile: {_line(error)}")
                 _compiled[key] = self._function
             return _compiled[key]
+
+
+def _announce() -> None:
+    """Say, once, why the next call takes so long."""
+    global _announced
+    if not _announced:
+        _announced = True
+        log.warning("compiling the CPU's passes with Inductor: some seconds, once; TKERNELS_COMPILE=0 turns it off")
 
 
 def _line(error: Exception) -> str:
@@ -194,7 +197,8 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], chan
         return inner[-1]
 
     # the cache of whole autograd graphs cannot read a graph that did not come from Dynamo
-    with cache.used(), options, _torch.functorch_config.patch(enable_autograd_cache=False):
+    apart = _torch.functorch_config.patch(enable_autograd_cache=False)
+    with cache.used(), options, apart, _torch.telling_of_compilation(_announce):
         run: Any = _torch.compile_fx(graph, fakes, inner_compile=compile_inner)
     # what stands around it serves autograd, and is as much Python again between two passes
     call = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None
