@@ -12,7 +12,7 @@ import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,8 @@ _LATE = {
     "_codecache": "torch._inductor:codecache",
     # the best instruction set of this CPU, by running the C++ compiler
     "pick_vec_isa": "torch._inductor.cpu_vec_isa:pick_vec_isa",
+    # the C++ compiler that Inductor takes, by its command; raises where none is found
+    "cpp_compiler": "torch._inductor.cpp_builder:get_cpp_compiler",
     # where Inductor keeps what it made unless told otherwise
     "inductor_cache_dir": "torch._inductor.runtime.cache_dir_utils:default_cache_dir",
 }  # fmt: skip
@@ -248,6 +250,15 @@ def telling_of_compilation(tell: Callable[[], None]) -> Iterator[None]:
 
     with mock.patch.object(module, name, told):
         yield
+
+
+def cpu_features() -> Mapping[str, Any]:
+    """What this CPU has, by the names of torch.cpu.get_capabilities; of torch 2.9 what it tells of."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        found: Mapping[str, Any] = torch.cpu.get_capabilities()
+        return found
+    names = ("avx512_bf16", "amx_tile", "amx_fp16")
+    return {name: getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in names}
 
 
 def inductor_codecache() -> Any:

@@ -42,6 +42,14 @@ def enabled() -> bool:
     return _wanted and not _broken
 
 
+def why_not() -> str | None:
+    """Why passes are not compiled here, found by compiling the least that there is; None where they are."""
+    if not _wanted:
+        return f"{settings.COMPILE.name} is off"
+    with _compiling() as able:
+        return _failure() if able else "this process was forked while another thread compiled"
+
+
 class Pass:
     """A function of tensors that Inductor compiles at its first call for their dtypes.
 
@@ -97,7 +105,7 @@ class Pass:
                 log.info("%s was compiled, or read, in %.1f s", self.name, time.perf_counter() - start)
             except Exception as error:
                 # whatever a compiler, a linker or a full disk says: training goes on without
-                if not _broken and not _works():
+                if not _broken and _failure() is not None:
                     _broken = True
                     reason = f"tkernels runs without compiled passes on this CPU: {_line(error)}"
                     warnings.warn(reason, RuntimeWarning, stacklevel=3)
@@ -119,13 +127,13 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _works() -> bool:
-    """Whether anything compiles: the least that there is."""
+def _failure() -> str | None:
+    """Why nothing compiles, not even the least that there is; None where it does."""
     try:
         _by_inductor(lambda x: (x + 1,), (torch.ones(8, dtype=torch.float32, device="cpu"),), False)
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return _line(error)
+    return None
 
 
 @contextlib.contextmanager
