@@ -10,8 +10,8 @@ from tkernels.core import _torch, targets
 
 # by dtype, what oneDNN computes products with, of what CPUs may have (torch.cpu.get_capabilities): x86, then Arm
 _INSTRUCTIONS = {
-    torch.bfloat16: ({"avx512_bf16": "AVX512-BF16", "amx_tile": "AMX-BF16"}, {"bf16": "BF16"}),
-    torch.float16: ({"avx512_fp16": "AVX512-FP16", "amx_fp16": "AMX-FP16"}, {"fp16_arith": "FP16"}),
+    torch.bfloat16: ({"avx512_bf16": "AVX512-BF16", "amx_tile": "AMX-BF16"}, {"bf16": "Arm's BF16"}),
+    torch.float16: ({"avx512_fp16": "AVX512-FP16", "amx_fp16": "AMX-FP16"}, {"fp16_arith": "Arm's FP16"}),
 }
 
 
@@ -34,9 +34,10 @@ def why_slow(dtype: torch.dtype, device: torch.device | str) -> str | None:
         if not isinstance(arch, int) or arch >= first:
             return None
         what = f"this GPU, of compute capability {arch / 10}, has no {name} instructions (from {first / 10} on)"
-        return f"{what}: take float32{' or float16' if why_slow(torch.float16, device) is None else ''}"
+        half = dtype is torch.bfloat16 and why_slow(torch.float16, device) is None
+        return f"{what}: take float32{' or float16' if half else ''}"
     if cpu_instructions(dtype):
         return None
-    names = " or ".join(said for kind in _INSTRUCTIONS[dtype] for said in kind.values())
+    names = ", ".join(said for kind in _INSTRUCTIONS[dtype] for said in kind.values())
     instead = "bfloat16, for which it has some" if cpu_instructions(torch.bfloat16) else "float32"
-    return f"this CPU has no {name} instructions ({names}), and is far slower in it than in float32: take {instead}"
+    return f"this CPU has no {name} instructions ({names}) and is slower in it than in float32: take {instead}"
