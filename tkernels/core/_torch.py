@@ -119,6 +119,31 @@ onednn_pack_conv_weight: Any = getattr(_mkldnn, "_reorder_convolution_weight", N
 onednn_linear: Any = getattr(_mkldnn, "_linear_pointwise", None)
 onednn_has_bfloat16: Any = getattr(_mkldnn, "_is_mkldnn_bf16_supported", None)
 
+
+def when_operator_is_missing(namespace: str, define: Callable[[str], None]) -> None:
+    """Have ``define`` called where torch.ops.``namespace`` is asked for an operator of a name that it does not have."""
+    operators = getattr(torch.ops, namespace)
+
+    class Late(type(operators)):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("__"):
+                    raise
+            define(name)
+            return super().__getattr__(name)
+
+    operators.__class__ = Late
+
+
+def tell_flop_counters(operator: Any) -> None:
+    """Of a formula that was registered just now: those that are counting have copied the table before."""
+    for mode in dispatch_modes():
+        if type(mode).__name__ == FLOP_COUNTER_MODE:
+            mode.counter.flop_registry[operator] = torch.utils.flop_counter.flop_registry[operator]
+
+
 # --- Modules
 # Attributes of torch.nn.Module (the last one: of batch norms) that any file may read where they are.
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
