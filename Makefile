@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# groups of pyproject.toml are known to pip 25.1 and newer, which a new venv need not have
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # executes Triton's intermediate code on the CPU; states Python >= 3.12, runs on 3.10 and newer, needs only numpy
 TTSEM := ttsem==0.1.0
@@ -79,16 +81,18 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/train.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
+	$(INSTALL) 'pip>=25.1'
+	$(INSTALL) --editable . --group train
 	touch $@
 
 $(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,perf,test,ecosystem]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --ignore-requires-python --no-deps $(TTSEM)
+	$(INSTALL) 'pip>=25.1'
+	$(INSTALL) --editable . --group train --group perf --group test --group ecosystem
+	$(INSTALL) --ignore-requires-python --no-deps $(TTSEM)
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/test.stamp
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(INSTALL) --group dev
 	touch $@
 
 $(COMPAT)/bin/python:

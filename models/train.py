@@ -28,7 +28,7 @@ from models.engine import EpochResult
 from models.interrupt import Stopped
 from models.loader import Feed, TrainLoader, ValLoader
 from models.trainer import Loaders, Trainer, TrainingError
-from tkernels.core import mode
+from tkernels.core import hardware, mode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +105,9 @@ def run(chosen: options.Options) -> EpochResult:
     parts = load(chosen)
     trainer = Trainer(chosen, parts, loaders(chosen, parts))
     distributed.log(_headline(chosen, trainer, parts))
+    slow = hardware.why_slow(chosen.amp, chosen.device) if chosen.amp is not None else None
+    if slow is not None:
+        distributed.log(f"note: --amp: {slow}")
     if chosen.resume or (distributed.restarts() and trainer.path.exists()):
         trainer.resume()
     board: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()

@@ -160,6 +160,8 @@ class Trainer:
         self.said = True
         left = "layer is" if len(report.left) == 1 else "layers are"
         log(f"fuse: {len(report.fused)} chains of layers, {len(report.left)} {left} left to PyTorch")
+        for hint in report.hints:
+            log(f"note: {hint}")
 
     def _stop_if_requested(self, request: StopRequest) -> None:
         signum = request.requested()

@@ -34,7 +34,7 @@ ALLOWED = {
     "functional": {"ops"},
     "nn": {"core", "ops", "functional", "nn"},
     "fusion": {"core", "door", "config", "ops", "functional", "fusion"},
-    "face": {"core", "functional", "nn", "fusion", "face"},
+    "face": {"core", "door", "functional", "nn", "fusion", "face"},
 }
 CONFIG = ("config", "layout", "routing")
 # What a file may not import though its layer could.

@@ -1,20 +1,27 @@
-"""python -m tkernels: what an issue report needs. Versions, devices, switches, and the backend each operator takes."""
+"""tkernels, or python -m tkernels: what an issue report needs. Versions, devices, switches, what of the CPU's passes
+compiles, caches, and the backend each operator takes."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import tkernels
 import tkernels.functional as F
-from tkernels.core import autotune, mode, settings, targets
+from tkernels.core import autotune, launch, mode, settings, targets
+from tkernels.ops import cpu
+
+MOST_FILES = 20_000  # of a cache that are looked at
 
 
 def environment() -> Iterator[tuple[str, str]]:
@@ -26,16 +33,7 @@ def environment() -> Iterator[tuple[str, str]]:
         yield package, _version(package)
     yield "CUDA available", str(torch.cuda.is_available())
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        yield (
-            f"device {index}",
-            (
-                f"{found.name}, compute capability {found.major}.{found.minor}, {found.multi_processor_count} "
-                f"multiprocessors, {found.total_memory / 2**30:.0f} GiB"
-            ),
-        )
-    if torch.cuda.is_available():
-        yield "tuned for", targets.current().name
+        yield f"device {index}", _gpu(index)
     yield "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     yield "backend", f"{tkernels.get_backend()!r}"
     yield "Triton's interpreter", "on" if mode.interpreting() else "off"
@@ -46,6 +44,64 @@ def environment() -> Iterator[tuple[str, str]]:
         + (f"matmul {mode.dot_precision(torch.float32, 'matmul')}"),
     )
     yield from settings.others("TKERNELS_", "TRITON_")
+
+
+def _gpu(index: int) -> str:
+    """What it is, and the row of core/targets.py by which kernels are configured for it."""
+    found, arch = torch.cuda.get_device_properties(index), targets.arch_of(index)
+    what = (
+        f"{found.name}, compute capability {found.major}.{found.minor}, {found.multi_processor_count} "
+        f"multiprocessors, {found.total_memory / 2**30:.0f} GiB"
+    )
+    if isinstance(arch, int) and arch < targets.OLDEST:
+        return f"{what}: too old for the kernels, PyTorch runs"
+    target, row = targets.of_device(index), targets.row_of(arch)
+    of_another = "" if row.name == target.name else f" ({target.name} has none of its own)"
+    return (
+        f"{what}: takes the row {row.name}{of_another}, {row.shared_memory // 1024} KiB of shared memory, "
+        f"{row.tflops:.0f} TFLOP/s in bfloat16, {row.gbps:.0f} GB/s"
+    )
+
+
+def cpu_passes() -> Iterator[tuple[str, str]]:
+    """(what, who computes it on this CPU and why)."""
+    if cpu is None:
+        yield "tkernels.cpu", "is not there: every call on a CPU is PyTorch's"
+    else:
+        yield from cpu.describe()
+
+
+def caches() -> Iterator[tuple[str, str]]:
+    """(what is kept, where, how many files and bytes)."""
+    if cpu is not None:
+        yield "compiled passes", _kept(cpu.cache_folder, "cpu-*")
+    yield "measured choices", _kept(autotune.folder_of_choices, "autotune-*")
+    if mode.HAS_TRITON:
+        yield "Triton's kernels", _kept(launch.cache_folder)
+
+
+def _kept(find: Callable[[], Path | str | None], pattern: str = "*") -> str:
+    """A folder, and what lies in it under names of that pattern. Past MOST_FILES nothing is counted."""
+    try:
+        folder = find()
+    except RuntimeError as error:  # no HOME, and a user whom the system does not know
+        return f"nowhere: {error}"
+    if folder is None:
+        return "nowhere"
+    sizes = []
+    for path in itertools.islice(_files(Path(folder), pattern), MOST_FILES):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            sizes.append(path.lstat().st_size)
+    at_least = "at least " if len(sizes) == MOST_FILES else ""
+    return f"{folder}: {at_least}{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB" if sizes else f"{folder}: empty"
+
+
+def _files(folder: Path, pattern: str) -> Iterator[Path]:
+    for top in folder.glob(pattern):
+        if top.is_file():
+            yield top
+        for place, _, names in os.walk(top):
+            yield from (Path(place, name) for name in names)
 
 
 def variables() -> Iterator[tuple[str, str]]:
@@ -93,7 +149,7 @@ def backends(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tkernels", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tkernels", description=__doc__)
     parser.add_argument("--device", help="where the operators are tried (default: cuda if available, else cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     options = parser.parse_args(arguments)
@@ -105,6 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
     sections = {
         "environment": list(environment()),
         "settings": list(variables()),
+        "passes on this CPU": list(cpu_passes()),
+        "caches": list(caches()),
         f"operators on {device} in {options.dtype}": list(backends(device, getattr(torch, options.dtype))),
     }
     width = max(len(name) for rows in sections.values() for name, _ in rows)

@@ -150,7 +150,7 @@ def test_a_user_without_a_home_measures_in_each_process(
     monkeypatch.delenv("TKERNELS_CACHE_DIR", raising=False)
     with caplog.at_level(logging.INFO, "tkernels"):
         mode.log_once.cache_clear()
-        assert [autotune._folder(), autotune._folder()] == [None, None]
+        assert [autotune.folder_of_choices(), autotune.folder_of_choices()] == [None, None]
     assert [record.getMessage() for record in caplog.records] == [
         "measured choices are not kept: Could not determine home directory."
     ]
@@ -159,7 +159,7 @@ def test_a_user_without_a_home_measures_in_each_process(
     assert [tuner.best("key", clock.candidates()) for _ in range(2)] == ["b", "b"]
     assert clock.asked == ["a", "b"]
     monkeypatch.setenv("TKERNELS_CACHE_DIR", str(tmp_path))
-    assert autotune._folder() == tmp_path
+    assert autotune.folder_of_choices() == tmp_path
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

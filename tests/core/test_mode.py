@@ -174,10 +174,10 @@ def test_seeds_follow_torchs_generator() -> None:
 
 
 def test_unlisted_gpus_take_the_nearest_facts() -> None:
-    assert targets._of_nvidia(8, 7).shared_memory == targets.TARGETS["sm_86"].shared_memory
-    assert targets._of_nvidia(10, 3).shared_memory == targets.TARGETS["sm_100"].shared_memory
-    assert targets._of_amd("gfx90a:sramecc+:xnack-").warp_size == 64
-    assert not targets._of_amd("gfx1201").has_tf32
+    assert targets.of_arch(87).shared_memory == targets.TARGETS["sm_86"].shared_memory
+    assert targets.of_arch(103).shared_memory == targets.TARGETS["sm_100"].shared_memory
+    assert targets.of_arch("gfx90a").warp_size == 64
+    assert not targets.of_arch("gfx1201").has_tf32
 
 
 WITHOUT_TRITON = """

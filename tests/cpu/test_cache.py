@@ -31,17 +31,17 @@ def _nothing_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_what_the_user_chose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    assert cache._chosen() == tmp_path / "home/.cache/tkernels"
+    assert cache.chosen() == tmp_path / "home/.cache/tkernels"
     monkeypatch.setenv(INDUCTORS, default_cache_dir())  # as Inductor itself sets it
-    assert cache._chosen() == tmp_path / "home/.cache/tkernels"
+    assert cache.chosen() == tmp_path / "home/.cache/tkernels"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache._chosen() == tmp_path / "home/.cache/tkernels"
+    assert cache.chosen() == tmp_path / "home/.cache/tkernels"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache._chosen() == tmp_path / "xdg/tkernels"
+    assert cache.chosen() == tmp_path / "xdg/tkernels"
     monkeypatch.setenv(INDUCTORS, str(tmp_path / "inductor"))
-    assert cache._chosen() == tmp_path / "inductor/tkernels"
+    assert cache.chosen() == tmp_path / "inductor/tkernels"
     monkeypatch.setenv("TKERNELS_CACHE_DIR", str(tmp_path / "ours"))
-    assert cache._chosen() == tmp_path / "ours"
+    assert cache.chosen() == tmp_path / "ours"
 
 
 @posix

@@ -8,6 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from tkernels.core import _torch
 from tkernels.cpu import compiler
 from tkernels.cpu.compiler import Pass
 
@@ -178,6 +180,39 @@ def test_what_is_set_in_a_thread_has_no_part_in_what_is_compiled(dtype: torch.dt
     assert all(run.__name__ != "_function" for run in compiled.values())
     assert total.dtype is torch.float32
     torch.testing.assert_close(out, want)
+
+
+def _notices(caplog: pytest.LogCaptureFixture) -> int:
+    return sum("compiling the CPU's passes" in record.getMessage() for record in caplog.records)
+
+
+def test_the_notice_comes_where_something_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, compiled: dict[Any, Any]
+) -> None:
+    """Once with an empty cache, however many passes; never where the cache has them."""
+    monkeypatch.setenv("TKERNELS_CACHE_DIR", str(tmp_path))
+    for want in (1, 0):
+        compiled.clear()
+        caplog.clear()
+        monkeypatch.setattr(compiler, "_announced", False)
+        for dtype in (torch.float32, torch.float64):
+            assert torch.equal(doubled(Pass(twice), torch.ones(8, dtype=dtype)), torch.full((8,), 2.0, dtype=dtype))
+        assert len(compiled) == 2
+        assert all(run.__name__ != "_function" for run in compiled.values())
+        assert _notices(caplog) == want
+
+
+def test_the_notice_of_an_inductor_of_other_names(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may then come though the cache has the pass."""
+    from torch._inductor import compile_fx
+
+    monkeypatch.delattr(compile_fx, "fx_codegen_and_compile")
+    monkeypatch.setattr(compiler, "_announced", False)
+    for _ in range(2):
+        with _torch.telling_of_compilation(compiler._announce):
+            assert _notices(caplog) == 1
 
 
 def test_compiles_by_dynamos_lock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,15 @@ Functions are re-exported as they are: a wrapper would be one more Python call i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.overrides
@@ -117,6 +119,31 @@ onednn_pack_conv_weight: Any = getattr(_mkldnn, "_reorder_convolution_weight", N
 onednn_linear: Any = getattr(_mkldnn, "_linear_pointwise", None)
 onednn_has_bfloat16: Any = getattr(_mkldnn, "_is_mkldnn_bf16_supported", None)
 
+
+def when_operator_is_missing(namespace: str, define: Callable[[str], None]) -> None:
+    """Have ``define`` called where torch.ops.``namespace`` is asked for an operator of a name that it does not have."""
+    operators = getattr(torch.ops, namespace)
+
+    class Late(type(operators)):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("__"):
+                    raise
+            define(name)
+            return super().__getattr__(name)
+
+    operators.__class__ = Late
+
+
+def tell_flop_counters(operator: Any) -> None:
+    """Of a formula that was registered just now: those that are counting have copied the table before."""
+    for mode in dispatch_modes():
+        if type(mode).__name__ == FLOP_COUNTER_MODE:
+            mode.counter.flop_registry[operator] = torch.utils.flop_counter.flop_registry[operator]
+
+
 # --- Modules
 # Attributes of torch.nn.Module (the last one: of batch norms) that any file may read where they are.
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -189,6 +216,8 @@ _LATE = {
     "_codecache": "torch._inductor:codecache",
     # the best instruction set of this CPU, by running the C++ compiler
     "pick_vec_isa": "torch._inductor.cpu_vec_isa:pick_vec_isa",
+    # the C++ compiler that Inductor takes, by its command; raises where none is found
+    "cpp_compiler": "torch._inductor.cpp_builder:get_cpp_compiler",
     # where Inductor keeps what it made unless told otherwise
     "inductor_cache_dir": "torch._inductor.runtime.cache_dir_utils:default_cache_dir",
 }  # fmt: skip
@@ -227,6 +256,34 @@ def header_settings(folder: Path) -> dict[str, Any]:
     if make is None or not all(hasattr(codecache, name) for name in names):
         return {}
     return dict(zip(names, (str(folder), str(folder / "locks"), functools.cache(make))))
+
+
+@contextlib.contextmanager
+def telling_of_compilation(tell: Callable[[], None]) -> Iterator[None]:
+    """In this block ``tell`` is called before Inductor compiles a graph, and not where its cache has it already; at the
+    block's start where this version of Inductor has another name for that."""
+    module, name = importlib.import_module("torch._inductor.compile_fx"), "fx_codegen_and_compile"
+    compile_graph = getattr(module, name, None)
+    if compile_graph is None:
+        tell()
+        yield
+        return
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        tell()
+        return compile_graph(*args, **kwargs)
+
+    with mock.patch.object(module, name, told):
+        yield
+
+
+def cpu_features() -> Mapping[str, Any]:
+    """What this CPU has, by the names of torch.cpu.get_capabilities; of torch 2.9 what it tells of."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        found: Mapping[str, Any] = torch.cpu.get_capabilities()
+        return found
+    names = ("avx512_bf16", "amx_tile", "amx_fp16")
+    return {name: getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in names}
 
 
 def inductor_codecache() -> Any:

@@ -195,7 +195,7 @@ def _tuner_of(device: int) -> Tuner:
     from triton import __version__ as triton_version
     from triton import testing
 
-    folder = _folder()
+    folder = folder_of_choices()
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
 
     def clock(call: Callable[[], object]) -> float:
@@ -205,7 +205,7 @@ def _tuner_of(device: int) -> Tuner:
     return Tuner(folder / name if folder else None, clock)
 
 
-def _folder() -> Path | None:
+def folder_of_choices() -> Path | None:
     """Where the file lies; None, which is logged, where the user has no home and chose no folder."""
     chosen = settings.CACHE_DIR.text()
     try:

@@ -25,6 +25,11 @@ if mode.HAS_TRITON:
         _LAUNCHER = importlib.import_module("triton.backends.nvidia.driver").CudaLauncher
 
 
+def cache_folder() -> str:
+    """Where Triton keeps what it compiled."""
+    return str(knobs.cache.dir)
+
+
 def is_compiled(kernel: Any) -> bool:
     """Whether it is what Triton compiles a kernel to, with a launcher of its own."""
     return isinstance(kernel, CompiledKernel)

@@ -16,13 +16,24 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tkernels.core import mode
+from tkernels.core import _torch, late, mode
 from tkernels.core.plan import Planned, Slot
 
 Launches = Callable[..., None]
 Results = Callable[..., list[Tensor]]
 
 _library = torch.library.Library("tkernels", "FRAGMENT")
+_defined: set[str] = set()
+
+
+def _define(name: str) -> None:
+    """Most operators are defined where kernels are, which run late: a program that torch.export.load reads asks for
+    them by name. (So does torch, as it defines one.)"""
+    if name not in _defined:
+        late.run_all()
+
+
+_torch.when_operator_is_missing("tkernels", _define)
 
 
 def launches(name: str, mutates: str, flops: Callable[..., int] | None = None) -> Callable[[Launches], Launches]:
@@ -85,13 +96,15 @@ def whole_pass(name: str, fake: Results, flops: Callable[..., int]) -> Callable[
 def _register(
     name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None
 ) -> Any:
-    if not hasattr(torch.ops.tkernels, name):  # else it is a copy of the module
+    if name not in _defined:  # else it is a copy of the module
+        _defined.add(name)
         _library.define(f"{name}{schema}")
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tkernels::{name}", fake, lib=_library)
         if flops is not None:
             counted = lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs)  # noqa: E731
             register_flop_formula(getattr(torch.ops.tkernels, name))(counted)
+            _torch.tell_flop_counters(getattr(torch.ops.tkernels, name))
     return getattr(torch.ops.tkernels, name)
 
 

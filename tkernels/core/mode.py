@@ -191,9 +191,9 @@ def _recorded() -> bool:
 
 
 @functools.cache
-def log_once(message: str) -> None:
+def log_once(message: str, level: int = logging.INFO) -> None:
     """Say it to the logger 'tkernels', the first time."""
-    logging.getLogger("tkernels").info(message)
+    logging.getLogger("tkernels").log(level, message)
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:

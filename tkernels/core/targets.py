@@ -75,6 +75,9 @@ TARGETS: dict[str, Target] = {
     )
 }
 
+# the compute capability, times ten, from which on kernels run
+OLDEST = 80
+
 _pretended: Target | None = None
 
 
@@ -103,7 +106,14 @@ def current() -> Target:
     """The current CUDA device's target; without a GPU (Triton's interpreter) sm_90's."""
     if _pretended is not None:
         return _pretended
-    return _of_device(torch.cuda.current_device()) if _has_gpu() else TARGETS["sm_90"]
+    return of_device(torch.cuda.current_device()) if _has_gpu() else TARGETS["sm_90"]
+
+
+def of(device: torch.device) -> Target:
+    """A CUDA device's; the current one's for a device without a number."""
+    if _pretended is not None or device.index is None or not _has_gpu():
+        return current()
+    return of_device(device.index)
 
 
 def identity() -> tuple[object, ...] | int | None:
@@ -117,26 +127,35 @@ def supported() -> bool:
     """Whether the current device can run the kernels: compute capability 8.0 or newer, or AMD."""
     if _pretended is not None or torch.version.hip is not None:
         return True
-    return _has_gpu() and torch.cuda.get_device_capability()[0] >= 8
+    return _has_gpu() and 10 * torch.cuda.get_device_capability()[0] >= OLDEST
 
 
 @functools.cache
-def _of_device(index: int) -> Target:
+def of_device(index: int) -> Target:
+    """The CUDA device's of that number."""
     properties = torch.cuda.get_device_properties(index)
-    target = _of_amd(properties.gcnArchName) if torch.version.hip else _of_nvidia(properties.major, properties.minor)
-    return dataclasses.replace(target, multiprocessors=properties.multi_processor_count)
+    return dataclasses.replace(of_arch(arch_of(index)), multiprocessors=properties.multi_processor_count)
 
 
-def _of_nvidia(major: int, minor: int) -> Target:
-    """An unlisted generation takes the facts of the nearest listed one that is not newer."""
-    arch = major * 10 + minor
-    listed = [t.arch for t in TARGETS.values() if isinstance(t.arch, int)]
-    nearest = max((a for a in listed if a <= arch), default=min(listed))
-    return dataclasses.replace(TARGETS[f"sm_{nearest}"], name=f"sm_{arch}", arch=arch)
+def arch_of(index: int) -> int | str:
+    """A CUDA device's generation, as TARGETS has it: 90, 'gfx942'."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return 10 * int(properties.major) + int(properties.minor)
 
 
-def _of_amd(gcn_arch: str) -> Target:
-    arch = gcn_arch.split(":")[0]
-    base = TARGETS["gfx942" if arch.startswith("gfx9") else "gfx1100"]
+def of_arch(arch: int | str) -> Target:
+    """The facts of a generation: its row's, under its own name."""
+    if isinstance(arch, int):
+        return dataclasses.replace(row_of(arch), name=f"sm_{arch}", arch=arch)
     # tf32 only where it was compiled: other CDNA generations do without
-    return dataclasses.replace(base, name=arch, arch=arch, has_tf32=arch == "gfx942")
+    return dataclasses.replace(row_of(arch), name=arch, arch=arch, has_tf32=arch == "gfx942")
+
+
+def row_of(arch: int | str) -> Target:
+    """The row of TARGETS that a generation takes: of one unlisted, the nearest listed one's that is not newer."""
+    if isinstance(arch, str):
+        return TARGETS["gfx942" if arch.startswith("gfx9") else "gfx1100"]
+    listed = [t.arch for t in TARGETS.values() if isinstance(t.arch, int)]
+    return TARGETS[f"sm_{max((a for a in listed if a <= arch), default=min(listed))}"]

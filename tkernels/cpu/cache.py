@@ -33,7 +33,7 @@ log = logging.getLogger("tkernels")
 def folder() -> Path:
     """This machine's and this version's, made if need be. Instruction sets have folders of their own in it."""
     try:
-        wanted = _chosen() / "-".join(("cpu", torch.__version__, *_digests()))
+        wanted = chosen() / "-".join(("cpu", torch.__version__, *_digests()))
     except RuntimeError as error:  # no HOME, and a user whom the system does not know
         return _own(f"compiled passes are not kept: {error}")
     problem = _unsafe(wanted)
@@ -42,7 +42,7 @@ def folder() -> Path:
     return _own(f"compiled passes are not kept: {problem}")
 
 
-def _chosen() -> Path:
+def chosen() -> Path:
     """What the user chose, for us or for Inductor; else where a user's caches are."""
     ours, inductors = settings.CACHE_DIR.text(), settings.INDUCTOR_CACHE_DIR.text()
     if ours:

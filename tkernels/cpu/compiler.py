@@ -42,6 +42,14 @@ def enabled() -> bool:
     return _wanted and not _broken
 
 
+def why_not() -> str | None:
+    """Why passes are not compiled here, found by compiling the least that there is; None where they are."""
+    if not _wanted:
+        return f"{settings.COMPILE.name} is off"
+    with _compiling() as able:
+        return _failure() if able else "this process was forked while another thread compiled"
+
+
 class Pass:
     """A function of tensors that Inductor compiles at its first call for their dtypes.
 
@@ -82,7 +90,7 @@ class Pass:
 
     def _compile(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         """The pass for such tensors: compiled; as it is where that fails, this time or for good."""
-        global _announced, _broken
+        global _broken
         if _broken or not all(is_plain(t) for t in tensors):
             return self._function
         with _compiling() as able:
@@ -91,18 +99,13 @@ class Pass:
             if not able:
                 self._report("cannot be compiled in a process forked while another thread compiled")
                 return self._function
-            if not _announced:
-                _announced = True
-                log.warning(
-                    "compiling the CPU's passes with Inductor: some seconds, once; TKERNELS_COMPILE=0 turns it off"
-                )
             start = time.perf_counter()
             try:
                 _compiled[key] = _by_inductor(self.function, tensors, self.channels)
-                log.info("compiled %s in %.1f s", self.name, time.perf_counter() - start)
+                log.info("%s was compiled, or read, in %.1f s", self.name, time.perf_counter() - start)
             except Exception as error:
                 # whatever a compiler, a linker or a full disk says: training goes on without
-                if not _broken and not _works():
+                if not _broken and _failure() is not None:
                     _broken = True
                     reason = f"tkernels runs without compiled passes on this CPU: {_line(error)}"
                     warnings.warn(reason, RuntimeWarning, stacklevel=3)
@@ -112,17 +115,25 @@ class Pass:
             return _compiled[key]
 
 
+def _announce() -> None:
+    """Say, once, why the next call takes so long."""
+    global _announced
+    if not _announced:
+        _announced = True
+        log.warning("compiling the CPU's passes with Inductor: some seconds, once; TKERNELS_COMPILE=0 turns it off")
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _works() -> bool:
-    """Whether anything compiles: the least that there is."""
+def _failure() -> str | None:
+    """Why nothing compiles, not even the least that there is; None where it does."""
     try:
         _by_inductor(lambda x: (x + 1,), (torch.ones(8, dtype=torch.float32, device="cpu"),), False)
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return _line(error)
+    return None
 
 
 @contextlib.contextmanager
@@ -194,7 +205,8 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], chan
         return inner[-1]
 
     # the cache of whole autograd graphs cannot read a graph that did not come from Dynamo
-    with cache.used(), options, _torch.functorch_config.patch(enable_autograd_cache=False):
+    apart = _torch.functorch_config.patch(enable_autograd_cache=False)
+    with cache.used(), options, apart, _torch.telling_of_compilation(_announce):
         run: Any = _torch.compile_fx(graph, fakes, inner_compile=compile_inner)
     # what stands around it serves autograd, and is as much Python again between two passes
     call = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None

@@ -16,6 +16,7 @@ from torch import fx
 from tkernels.core import _torch
 from tkernels.fusion import calls, chains, checkpoint
 from tkernels.fusion.calls import Call
+from tkernels.fusion.hints import Hints
 from tkernels.fusion.report import FusionReport
 
 _RESTS = ("eager", "inductor")
@@ -47,9 +48,12 @@ class Backend:
         self.rest = _checked_rest(options)
         self.mode = mode
         self.report = FusionReport()
+        self.hints = Hints()
         self.ran = 0
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Run:
+        self.hints.look(gm)
+        self.report.hints = self.hints.lines()
         count = self._rewrite(gm)
         run = self._finish(gm, example_inputs)
         self.report.graphs += 1

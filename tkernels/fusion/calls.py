@@ -7,12 +7,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx
 
 from tkernels.core import mode, targets
 from tkernels.fusion.chains import Chain, disturbed, incomplete
-from tkernels.fusion.steps import Step, value
+from tkernels.fusion.steps import Step, is_channels_last, sizes, value
 from tkernels.ops import cpu
 from tkernels.ops.batch_norm.op import batch_norm
 from tkernels.ops.conv.op import conv2d, pair
@@ -89,8 +88,8 @@ def _cpu_linear(chain: Chain) -> Call | str:
     if chain.last.kind == "dropout":  # PyTorch's own
         return _cpu_linear(chain.without_last())
     end, args = value(chain.last.node), chain.first.arguments
-    features = _sizes(value(args["input"]))[-1]
-    run = cpu.plan_linear(_sizes(end), features, end.dtype, _activation(chain), end.requires_grad)
+    features = sizes(value(args["input"]))[-1]
+    run = cpu.plan_linear(sizes(end), features, end.dtype, _activation(chain), end.requires_grad)
     if isinstance(run, str):
         return incomplete(chain) or run
     return Call(run, (args["input"], args["weight"], args["bias"]), (chain,))
@@ -103,9 +102,9 @@ def _described(chain: Chain) -> cpu.Chain:
     # the map that batch norm or the activation takes
     inner: Tensor = value(conv.node) if conv is not None else x
     return cpu.Chain(
-        input=_sizes(x),
-        channels_last=inner.dim() == 4 and _channels_last(inner),
-        weight=None if conv is None else _sizes(value(conv.arguments["weight"])),
+        input=sizes(x),
+        channels_last=inner.dim() == 4 and is_channels_last(inner),
+        weight=None if conv is None else sizes(value(conv.arguments["weight"])),
         conv=None if conv is None else cpu.Conv(*_windows(conv), conv.arguments["groups"]),
         norm=None if norm is None else cpu.Norm(*_norm_options(norm)),
         residual=chain.residual is not None,
@@ -113,21 +112,6 @@ def _described(chain: Chain) -> cpu.Chain:
         dtype=inner.dtype,
         differentiated=value(chain.last.node).requires_grad,
     )
-
-
-def _sizes(t: Tensor) -> tuple[int, ...]:
-    """Sizes as they are in this call: where they may change, decisions are made for these."""
-    return _hints(t.shape)
-
-
-def _hints(values: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(value.node.hint) if isinstance(value, torch.SymInt) else value for value in values)
-
-
-def _channels_last(t: Tensor) -> bool:
-    """By its strides: torch 2.11 answers no for a convolution's result of any batch size."""
-    as_now = torch.empty_strided(_sizes(t), _hints(t.stride()), device="meta")
-    return as_now.is_contiguous(memory_format=torch.channels_last)
 
 
 def _windows(conv: Step) -> tuple[Any, Any, Any]:

@@ -34,8 +34,9 @@ def fuse(model: Model, report: bool = False, options: dict[str, Any] | None = No
     not pay at its sizes on a CPU is left to PyTorch.
 
     Parameters, buffers, state_dict and the class stay; copies and pickles of the model are not compiled. ``report``:
-    print what was fused, what was not and why after the first call; :func:`explain` returns it. A call that fused
-    nothing warns, once. ``options``: the backend's. Undone by :func:`unfuse`.
+    print what was fused, what was not and why, and what is yours to do (layout, precision, size), after the first call;
+    :func:`explain` returns it. A call that fused nothing warns, once. ``options``: the backend's. Undone by
+    :func:`unfuse`.
 
     Raises TypeError for what is no module, ValueError for unknown options.
     """

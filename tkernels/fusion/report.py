@@ -8,8 +8,8 @@ import dataclasses
 @dataclasses.dataclass
 class FusionReport:
     """What the graphs of a model came to. ``fused``: (module, chain of layers); ``left``: (layer, why it stays
-    PyTorch's); ``breaks``: what Dynamo ended a graph at; ``graphs``: how many it compiled; ``seconds``: how long
-    the calls took that did so.
+    PyTorch's); ``hints``: what would make it faster, and is not fuse's to do; ``breaks``: what Dynamo ended a graph at;
+    ``graphs``: how many it compiled; ``seconds``: how long the calls took that did so.
 
     A model that was compiled for several kinds of calls (training and evaluation, other sizes) has its chains once for
     each.
@@ -17,6 +17,7 @@ class FusionReport:
 
     fused: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     left: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    hints: list[str] = dataclasses.field(default_factory=list)
     breaks: list[str] = dataclasses.field(default_factory=list)
     graphs: int = 0
     seconds: float = 0.0
@@ -27,6 +28,9 @@ class FusionReport:
         lines += [f"  {name or '(model)'}: {what}" for name, what in self.fused]
         lines.append(f"left as it was: {len(self.left)}")
         lines += [f"  {name or '(model)'}: {why}" for name, why in self.left]
+        if self.hints:
+            lines.append(f"yours to do: {len(self.hints)}")
+            lines += [f"  {hint}" for hint in self.hints]
         if self.breaks:
             lines.append(f"Dynamo ended a graph at: {len(self.breaks)}")
             lines += [f"  {why}" for why in self.breaks]

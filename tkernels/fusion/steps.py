@@ -47,6 +47,22 @@ def value(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
 
 
+def sizes(t: Tensor) -> tuple[int, ...]:
+    """Sizes as they are in this call: where they may change, decisions are made for these. 1 for one that follows from
+    values (how many rows a mask takes), of which nothing is known."""
+    return _hints(t.shape)
+
+
+def _hints(values: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(value.node.hint or 1) if isinstance(value, torch.SymInt) else value for value in values)
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """By its strides: torch 2.11 answers no for a convolution's result of any batch size."""
+    as_now = torch.empty_strided(sizes(t), _hints(t.stride()), device="meta")
+    return as_now.is_contiguous(memory_format=torch.channels_last)
+
+
 def step_of(node: fx.Node) -> Step | None:
     """What a node is in a chain, if anything."""
     if node.op not in ("call_function", "call_method") or not isinstance(value(node), Tensor):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from tkernels.core import _torch, checks, mode, plan, targets
+from tkernels.core.late import late
 from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.ops.attention import config as tuning
 
-if mode.HAS_TRITON:
+if TYPE_CHECKING:
     from tkernels.ops.attention import kernels
     from tkernels.ops.attention import kernels_backward as backward_kernels
+else:
+    kernels = late("tkernels.ops.attention.kernels")
+    backward_kernels = late("tkernels.ops.attention.kernels_backward")
 
 __all__ = ["scaled_dot_product_attention"]
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
 
 from tkernels.core import activation as activations
 from tkernels.core import checks, mode, plan
+from tkernels.core.late import late
 from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.core.records import BatchNorm, Norm
 from tkernels.ops import cpu
 
-if mode.HAS_TRITON:
+if TYPE_CHECKING:
     from tkernels.ops.batch_norm import kernels, launches
+else:
+    kernels = late("tkernels.ops.batch_norm.kernels")
+    launches = late("tkernels.ops.batch_norm.launches")
 
 
 def batch_norm(

@@ -6,7 +6,7 @@ processes, and every process merges them in float64 in the same order: all get t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -14,13 +14,17 @@ from torch import Tensor
 
 from tkernels.core import activation as activations
 from tkernels.core import autograd, mode
+from tkernels.core.late import late
 from tkernels.core.records import BatchNorm
 from tkernels.ops.batch_norm import op as bn_ops
 
 Group: TypeAlias = "dist.ProcessGroup | None"
 
-if mode.HAS_TRITON:
+if TYPE_CHECKING:
     from tkernels.ops.batch_norm import kernels, launches
+else:
+    kernels = late("tkernels.ops.batch_norm.kernels")
+    launches = late("tkernels.ops.batch_norm.launches")
 
 
 class Statistics(NamedTuple):

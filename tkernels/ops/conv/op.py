@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,12 +14,16 @@ from torch.nn import functional as F
 from tkernels.core import _torch, autotune, checks, mode, plan, targets
 from tkernels.core import activation as activations
 from tkernels.core.geometry import Geometry, as_nhwc, suggests_channels_last
+from tkernels.core.late import late
 from tkernels.core.operator import Decision, Operator, Passes, differentiates
 from tkernels.core.records import OURS, Route
 from tkernels.ops.conv import aten, routing
 
-if mode.HAS_TRITON:
+if TYPE_CHECKING:
     from tkernels.ops.conv import kernels, launches
+else:
+    kernels = late("tkernels.ops.conv.kernels")
+    launches = late("tkernels.ops.conv.launches")
 
 __all__ = ["conv2d"]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,12 +14,18 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import checks, mode
 from tkernels.core.geometry import Geometry, Pooling, no_pooling
+from tkernels.core.late import late
 from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.core.records import TENSORS, ConvBNLayer, MaxPool, StageCall
 from tkernels.ops import cpu
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import op as conv_ops
-from tkernels.ops.conv_stage import passes, routes
+from tkernels.ops.conv_stage import passes
+
+if TYPE_CHECKING:
+    from tkernels.ops.conv_stage import routes
+else:
+    routes = late("tkernels.ops.conv_stage.routes")
 
 __all__ = ["ConvBNLayer", "MaxPool", "conv_stage"]
 

@@ -4,7 +4,7 @@ their workspaces depend on the batch."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -12,13 +12,16 @@ from torch import Tensor
 from tkernels.core import activation as activations
 from tkernels.core import geometry, library, mode, plan
 from tkernels.core.geometry import Geometry, Pooling
+from tkernels.core.late import late
 from tkernels.core.records import TENSORS, ConvBNLayer, Route, StageCall
 from tkernels.ops.batch_norm import op as bn_ops
-from tkernels.ops.conv_stage import triton_body as body
-from tkernels.ops.conv_stage.triton_body import SavedLayer
 
-if mode.HAS_TRITON:
-    from tkernels.ops.conv.kernels import empty_pixels
+if TYPE_CHECKING:
+    from tkernels.ops.conv import kernels as conv
+    from tkernels.ops.conv_stage import triton_body as body
+else:
+    conv = late("tkernels.ops.conv.kernels")
+    body = late("tkernels.ops.conv_stage.triton_body")
 
 __all__ = ["Options", "backward", "call_tensors", "forward", "keep"]
 
@@ -116,9 +119,9 @@ def backward(
     return tuple(body.backward(dy, more, _saved(kept), behind, seed, stage, eps, needs, input_format))
 
 
-def _saved(kept: Sequence[Tensor | None]) -> list[SavedLayer]:
-    width = len(SavedLayer._fields)
-    return [SavedLayer._make(kept[i : i + width]) for i in range(0, len(kept), width)]
+def _saved(kept: Sequence[Tensor | None]) -> list[body.SavedLayer]:
+    width = len(body.SavedLayer._fields)
+    return [body.SavedLayer._make(kept[i : i + width]) for i in range(0, len(kept), width)]
 
 
 # --- What traces see
@@ -170,7 +173,7 @@ def _traced_forward(
             bn_ops.move_running(bn, *bn_ops.unpacked(stats, bn.eps), x.shape[0] * g.out_h * g.out_w)
         if i == 0 and own_x is None and asked[1]:
             own_x = x
-        kept += SavedLayer(own_x, layer.weight, layer.bias if asked[2 + 4 * i] else None, None, raw,
+        kept += body.SavedLayer(own_x, layer.weight, layer.bias if asked[2 + 4 * i] else None, None, raw,
                            *bn_ops.norm_of(bn, stats)[:4])  # fmt: skip
     return (y,) if needs is None else (y, *kept)
 
@@ -190,7 +193,7 @@ def _forward_results(*arguments: Any) -> list[Tensor]:
     x: Any = tensors[0]
     layers, end, dtype = _layers(tensors, options), stage.pool, stage.dtype
     n, channels = x.shape[0], stage.geometries[-1].out_channels
-    results = [empty_pixels(x, (n, channels, end.out_h, end.out_w), dtype, _channels_last(x, layers, stage))]
+    results = [conv.empty_pixels(x, (n, channels, end.out_h, end.out_w), dtype, _channels_last(x, layers, stage))]
     if needs is None:
         return results
     measured = [layer.measures(False) for layer in layers]
@@ -198,9 +201,11 @@ def _forward_results(*arguments: Any) -> list[Tensor]:
     maps = body.kept_maps(layers, stage, tasks, _reads_last(residual_of(tensors), stage))
     for i, (g, from_batch, (reads_x, reads_raw)) in enumerate(zip(stage.geometries, measured, maps)):
         stored = reads_x and (i > 0 or body.conv_input(x, g, dtype, stage.route(0)) is not x)
-        results.append(empty_pixels(x, (n, g.in_channels, g.height, g.width), dtype, True) if stored else _nothing(x))
+        results.append(
+            conv.empty_pixels(x, (n, g.in_channels, g.height, g.width), dtype, True) if stored else _nothing(x)
+        )
         out = n, g.out_channels, g.out_h, g.out_w
-        results.append(empty_pixels(x, out, dtype, True) if reads_raw else _nothing(x))
+        results.append(conv.empty_pixels(x, out, dtype, True) if reads_raw else _nothing(x))
         results.append(x.new_empty((4, g.out_channels), dtype=torch.float32) if from_batch else _nothing(x))
     return results
 
@@ -260,11 +265,11 @@ def _gradients(
     found = []
     if needs[0]:
         shape = dy.shape[0], g.in_channels, g.height, g.width
-        found.append(empty_pixels(dy, shape, input_dtype, channels_last))
+        found.append(conv.empty_pixels(dy, shape, input_dtype, channels_last))
     leaves = [t for s in _saved(kept) for t in (s.weight, s.bias, s.bn_weight, s.bn_bias)]
     found += [torch.empty_like(t) for t, need in zip(leaves, needs[1:]) if need and t is not None]
     if needs[-1]:
-        found.append(empty_pixels(dy, tuple(dy.shape), dtype, True))
+        found.append(conv.empty_pixels(dy, tuple(dy.shape), dtype, True))
     return found
 
 

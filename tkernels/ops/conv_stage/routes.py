@@ -12,13 +12,11 @@ from torch import Tensor
 from tkernels.core import _torch, autotune, mode, plan, targets
 from tkernels.core.geometry import Geometry, matrix
 from tkernels.core.records import OURS, Norm, Route, StageCall
+from tkernels.ops.batch_norm import kernels as batch_norm
 from tkernels.ops.conv import aten, routing
-
-if mode.HAS_TRITON:
-    from tkernels.ops.batch_norm import kernels as batch_norm
-    from tkernels.ops.conv import kernels as conv
-    from tkernels.ops.conv import kernels_backward as conv_backward
-    from tkernels.ops.conv_stage import kernels, kernels_backward
+from tkernels.ops.conv import kernels as conv
+from tkernels.ops.conv import kernels_backward as conv_backward
+from tkernels.ops.conv_stage import kernels, kernels_backward
 
 __all__ = ["of"]
 

@@ -12,20 +12,18 @@ from tkernels.core import activation as activations
 from tkernels.core import mode, targets
 from tkernels.core.geometry import Geometry, Matrix, Pooling, as_nhwc, matrix, no_pooling
 from tkernels.core.records import BatchNorm, ConvBNLayer, Norm, Partials, Route, StageCall, WeightSums
+from tkernels.ops.batch_norm import kernels as batch_norm
+from tkernels.ops.batch_norm import launches as batch_norm_launches
 from tkernels.ops.batch_norm import op as bn_ops
 from tkernels.ops.conv import aten
+from tkernels.ops.conv import kernels as conv
+from tkernels.ops.conv import kernels_backward as conv_backward
+from tkernels.ops.conv import kernels_depthwise as conv_depthwise
 from tkernels.ops.conv_stage import config as tuning
-
-if mode.HAS_TRITON:
-    from tkernels.ops.batch_norm import kernels as batch_norm
-    from tkernels.ops.batch_norm import launches as batch_norm_launches
-    from tkernels.ops.conv import kernels as conv
-    from tkernels.ops.conv import kernels_backward as conv_backward
-    from tkernels.ops.conv import kernels_depthwise as conv_depthwise
-    from tkernels.ops.conv_stage import kernels
-    from tkernels.ops.conv_stage import kernels_backward as conv_stage_backward
-    from tkernels.ops.conv_stage import kernels_pointwise as pointwise
-    from tkernels.ops.conv_stage import kernels_weights as weight_kernels
+from tkernels.ops.conv_stage import kernels
+from tkernels.ops.conv_stage import kernels_backward as conv_stage_backward
+from tkernels.ops.conv_stage import kernels_pointwise as pointwise
+from tkernels.ops.conv_stage import kernels_weights as weight_kernels
 
 __all__ = ["SavedLayer", "backward", "behind_residual", "conv_input", "forward", "kept_maps", "wanted"]
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from tkernels.core import _torch, checks, mode, plan
+from tkernels.core.late import late
 from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.core.records import LossOptions
 from tkernels.ops import cpu
+from tkernels.ops.cross_entropy import layout as class_layout
 
-if mode.HAS_TRITON:
+if TYPE_CHECKING:
     from tkernels.ops.cross_entropy import kernels
-    from tkernels.ops.cross_entropy import layout as class_layout
+else:
+    kernels = late("tkernels.ops.cross_entropy.kernels")
 
 __all__ = ["cross_entropy"]
 

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,13 +14,16 @@ from torch.nn import functional as F
 
 from tkernels.core import _torch, autotune, checks, mode, plan, targets
 from tkernels.core import activation as activations
+from tkernels.core.late import late
 from tkernels.core.operator import Decision, Operator, Passes
 from tkernels.core.records import OURS, Route
 from tkernels.ops import cpu
 from tkernels.ops.linear import routing
 
-if mode.HAS_TRITON:
+if TYPE_CHECKING:
     from tkernels.ops.linear import kernels
+else:
+    kernels = late("tkernels.ops.linear.kernels")
 
 __all__ = ["linear", "linear_relu"]
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from tkernels.core import _torch, autograd, autotune, checks, mode, plan, targets
+from tkernels.core.late import late
 from tkernels.core.operator import Decision, Operator, differentiates
 from tkernels.ops.linear import routing
 
-if mode.HAS_TRITON:
+if TYPE_CHECKING:
     from tkernels.ops.matmul import kernels
+else:
+    kernels = late("tkernels.ops.matmul.kernels")
 
 __all__ = ["matmul"]
 
