@@ -362,3 +362,16 @@ def test_the_command(tmp_path: Path) -> None:
         "python -m models.train: error: argument --batch-size: must be a whole number, from 1 to 2147483647, got '0'"
     ]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("amp", ["fp16", "bf16"])
+def test_a_dtype_the_device_is_slow_in(
+    small: Callable[..., Path], amp: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line before training begins: fp16 without instructions for it takes many times as long as float32."""
+    monkeypatch.setattr(train.hardware, "why_slow", lambda dtype, device: f"slow in {dtype} on {device}")
+    small("--epochs", "0", "--amp", amp)
+    dtype = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}[amp]
+    assert f"note: --amp: slow in {dtype} on cpu" in capsys.readouterr().out.splitlines()
+    small("--epochs", "0")
+    assert "note" not in capsys.readouterr().out
