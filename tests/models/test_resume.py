@@ -151,7 +151,8 @@ def test_a_bad_newest_checkpoint_costs_an_epoch(
     capsys.readouterr()
     monkeypatch.setattr(train, "_report", lambda *args: None)
     assert _run(tmp_path, "--resume") == 0
-    lines = capsys.readouterr().out.splitlines()
+    # (a CPU without float16 instructions is told of too)
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("note: --amp")]
     assert lines[1].startswith(f"note: {path} cannot be read as a checkpoint: ")
     assert lines[1].endswith(f"; going on from {tmp_path / checkpoint.PREVIOUS}")
     assert lines[2] == "goes on after epoch 2"

@@ -164,6 +164,8 @@ def count_together(graph: fx.Graph) -> None:
     """Batch norms' counters, of which each would be a launch of its own, go up in one call: the first, since a
     checkpointed graph need not run to its end again."""
     counting = {node: count for node in graph.nodes if (count := chains.counter(node)) is not None}
+    if not counting:
+        return
     by_device: dict[torch.device, list[fx.Node]] = {}
     for count in counting.values():
         by_device.setdefault(chains.value(count).device, []).append(count)
