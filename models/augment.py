@@ -51,7 +51,17 @@ def fit(size: int, resize: int) -> list[Transform]:
     and then the middle is cut out."""
     if resize == 0:
         return [v2.Resize((size, size), antialias=True)]
-    return [v2.Resize(resize, antialias=True), v2.CenterCrop(size)]
+    return [trim, v2.Resize(resize, antialias=True), v2.CenterCrop(size)]
+
+
+def trim(images: Tensor) -> Tensor:
+    """The middle of images longer than four times their other side: a strip of 1 x 5000 pixels would have 250 million
+    once its shorter side has 224, of which a square is used."""
+    height, width = images.shape[-2:]
+    most = 4 * min(height, width)
+    if max(height, width) <= most:
+        return images
+    return v2.functional.center_crop(images, [min(height, most), min(width, most)])
 
 
 def image_transforms(

@@ -312,6 +312,9 @@ def test_shape(tmp_path: Path) -> None:
     assert stretched.shape == (3, 10, 10)
     assert (stretched[:, :, 0] == 0).all()
     assert (stretched[:, :, 5] == 200).all()
+    assert augment.trim(torch.zeros(3, 1, 5000)).shape == (3, 1, 4), "not 224 x 1,120,000 before it is cut"
+    assert augment.trim(image) is image
+    assert augment.each_image(224, 256)(torch.full((3, 5000, 1), 7, dtype=torch.uint8)).unique().tolist() == [7]
     framed = torch.full((3, 16, 16), 50, dtype=torch.uint8)
     framed[:, 4:12, 4:12] = 250
     assert augment.each_image(8, 16)(framed).min() == 250
