@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.arguments import shown
+
 # how long a process waits for another one before it takes it for dead
 TIMEOUT = timedelta(minutes=10)
 
@@ -79,7 +81,7 @@ def is_main() -> bool:
 def log(line: str) -> None:
     """Print a line, in the main process only."""
     if is_main():
-        print(line, flush=True)
+        print(shown(line), flush=True)
 
 
 @contextlib.contextmanager

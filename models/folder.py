@@ -23,11 +23,12 @@ from models.engine import progress_bar
 
 # what the two parts may be called; where there are several for validation, the first
 TRAINING, VALIDATION = ("train", "training"), ("val", "valid", "validation", "test", "testing")
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".pgm", ".ppm")
 # so many unreadable files are named, the others are counted
 NAMED = 20
-# of the memory that is free the images may take so much: they are there twice while they are split
-SHARE = 0.4
+# of the memory that is free the images may take so much
+SHARE = 0.5
+# files read at a time
+BATCH = 32
 
 
 class Listing(NamedTuple):
@@ -57,8 +58,8 @@ class Files(Dataset[Any]):
 class _Tried(Dataset[Any]):
     """(image as uint8, why it cannot be read: empty if it can) of a listing's files."""
 
-    def __init__(self, listing: Listing, reading: Reading) -> None:
-        self.files, self.size = Files(listing, reading.seen), reading.size
+    def __init__(self, listing: Listing, reading: Reading, seen: int | None) -> None:
+        self.files, self.size = Files(listing, seen), reading.size
         self.prepare = each_image(reading.size, reading.resize)
 
     def __len__(self) -> int:
@@ -73,8 +74,8 @@ class _Tried(Dataset[Any]):
 
 class Reading(NamedTuple):
     """How files are read: made size x size as the option ``resize`` says, by so many ``workers``; an unreadable one is
-    an error if ``strict``; ``memory``: how many bytes the images may take and stay in it; ``whole``: those that stay on
-    disk come in their full size, of which parts are taken at random; ``log`` gets lines of text."""
+    an error if ``strict``; ``memory``: how many bytes the images may take and stay in it; ``whole``: those to train
+    on are read in their full size, of which parts are taken at random; ``log`` gets lines of text."""
 
     size: int
     resize: int
@@ -96,27 +97,33 @@ def load(path: Path, reading: Reading, seed: int, val_fraction: float | None = N
     Datasets of tensors where they fit into ``reading.memory``, else of files. Raises DataError, with what to do, where
     there is nothing to train on.
     """
-    train_path, val_path = _parts(path)
-    listing, pixels, counts = _readable(_listing(train_path), reading)
-    if val_path is None or val_fraction is not None:
-        train, val = (
-            _dataset(listing.only(part), None if pixels is None else pixels[part], reading)
-            for part in _split(listing, data.VAL_FRACTION if val_fraction is None else val_fraction, seed)
-        )
-    else:
-        held_out, val_pixels, _ = _readable(_listing(val_path, listing.classes), reading)
-        train, val = _dataset(listing, pixels, reading), _dataset(held_out, val_pixels, reading)
-    return Data(train, val, listing.classes, *data.moments(counts))
+    listings = _listings(path, seed, val_fraction, reading.log)
+    keep = sum(len(listing.files) for listing in listings) * 3 * reading.size**2 <= reading.memory
+    train, val = (
+        _Part(listing, reading, keep, None if reading.whole and listing is listings[0] else reading.seen)
+        for listing in listings
+    )
+    _complain([*train.reasons, *val.reasons], sum(len(listing.files) for listing in listings), reading)
+    for label, name in enumerate(train.listing.classes):
+        if label not in train.listing.labels:
+            raise DataError(f"--data folder: of the images of class {name!r} none can be read to train on")
+    if not val.listing.files:
+        raise DataError("--data folder: none of the images to validate with can be read")
+    return Data(train.dataset(), val.dataset(), train.listing.classes, *data.moments(train.counts))
 
 
 def fingerprint(path: Path) -> str:
-    """Which files there are and how large, in a few words; empty where there are none."""
+    """Which examples there are and how large their files, in a few words; empty where there are none."""
+    try:
+        train, val = _parts(path)
+        files = [file for part in (train, val) if part is not None for file in _listing(part).files]
+    except DataError:
+        return ""
     found = hashlib.sha256()
-    count = 0
-    for file in sorted(_images_below(path)):
-        count += 1
-        found.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
-    return f"{count:,} images with digest {found.hexdigest()[:12]}" if count else ""
+    for file in files:
+        size = file.stat().st_size if file.exists() else -1  # a link to nowhere
+        found.update(f"{file.relative_to(path)}\0{size}\0".encode(errors="surrogateescape"))
+    return f"{len(files):,} images with digest {found.hexdigest()[:12]}" if files else ""
 
 
 def free_memory(device: torch.device) -> float:
@@ -125,24 +132,37 @@ def free_memory(device: torch.device) -> float:
         return min(free_memory(torch.device("cpu")), float(torch.cuda.mem_get_info(device)[0]))
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+        free = next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # another system: half of what is built in
         pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**20
-        return float(pages * 4096) / 2
+        free = pages * 4096 / 2
+    try:  # of a container
+        most, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
+        return min(free, float(most) - float(used))
+    except (OSError, ValueError):  # none, or "max"
+        return free
 
 
 def _folders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images_below(path: Path) -> list[Path]:
-    """Image files in a folder and those below it; hidden ones are another system's notes."""
-    return [
-        Path(directory) / name
-        for directory, _, names in os.walk(path, followlinks=True)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    ]
+def _is_results(directory: Path) -> bool:
+    """Whether a run of training writes there, or has written: its pictures are no examples."""
+    return any((directory / name).exists() for name in ("history.csv", ".lock"))
+
+
+def _listings(path: Path, seed: int, val_fraction: float | None, log: Callable[[str], None]) -> tuple[Listing, Listing]:
+    """What to train on and what to validate with. Raises DataError."""
+    train_path, val_path = _parts(path)
+    beside = [folder.name for folder in _folders(path) if folder.name.lower() not in (*TRAINING, *VALIDATION)]
+    if val_path is not None and beside:
+        log(f"note: {path} has folders for training and validation; left out: {', '.join(beside)}")
+    listing = _listing(train_path)
+    if val_path is not None and val_fraction is None:
+        return listing, _listing(val_path, listing.classes)
+    train, val = _split(listing, data.VAL_FRACTION if val_fraction is None else val_fraction, seed)
+    return listing.only(train), listing.only(val)
 
 
 def _parts(path: Path) -> tuple[Path, Path | None]:
@@ -154,29 +174,33 @@ def _parts(path: Path) -> tuple[Path, Path | None]:
         folders = {folder.name.lower(): folder for folder in _folders(path)}
     except OSError as error:
         raise DataError(f"--data folder: {path} cannot be read: {error.strerror or error}") from error
-    if folders.keys() <= {*TRAINING, *VALIDATION}:
-        for name in TRAINING:
-            if name in folders:
-                held_out = next((folders[other] for other in VALIDATION if other in folders), None)
-                return folders[name], held_out
-    return path, None
+    train, val = (
+        next((folders[name] for name in names if name in folders and _folders(folders[name])), None)
+        for names in (TRAINING, VALIDATION)
+    )
+    if train is None or (val is None and len(folders) > 1):
+        return path, None
+    return train, val
 
 
 def _listing(path: Path, classes: tuple[str, ...] | None = None) -> Listing:
-    """The images of each folder in ``path``; ``classes``: which those of validation can be."""
-    folders = _folders(path)
-    names = tuple(folder.name for folder in folders)
-    found = [sorted(_images_below(folder)) for folder in folders]
-    example = f"such as {path / 'cat' / '1.jpg'}"
+    """The images of each folder in ``path``; ``classes``: which those of validation can be. Raises DataError."""
+    found = {folder.name: images.below(folder, _is_results) for folder in _folders(path) if not _is_results(folder)}
+    for name in [name for name, files in found.items() if not files]:
+        if any(directory.is_dir() and _is_results(directory) for directory in (path / name).rglob("*")):
+            del found[name]
+    names = tuple(found)
     if not names:
-        beside = len(_images_below(path))
+        beside = len(images.below(path, lambda directory: True))
         there = f"its {beside} images lie in no folder" if beside else "it is empty"
-        raise DataError(f"--data folder: {path} needs a folder of images for each class, {example}: {there}")
-    empty = [name for name, files in zip(names, found) if not files]
+        raise DataError(
+            f"--data folder: {path} needs a folder of images for each class, such as {path / 'cat' / '1.jpg'}: {there}"
+        )
+    empty = [name for name, files in found.items() if not files]
     if empty:
         raise DataError(
-            f"--data folder: there are no images in {path / empty[0]} ({', '.join(SUFFIXES)}): put some there or "
-            f"remove it, each folder is a class"
+            f"--data folder: there are no images in {path / empty[0]}: put some there or remove it, each folder is a "
+            f"class"
         )
     if classes is None and len(names) < 2:
         raise DataError(f"--data folder: {path} has one class only, {names[0]!r}: at least two folders are needed")
@@ -187,40 +211,45 @@ def _listing(path: Path, classes: tuple[str, ...] | None = None) -> Listing:
             f"{', '.join(classes or ())}"
         )
     number = {name: i for i, name in enumerate(classes or names)}
-    files = [file for each in found for file in each]
-    return Listing(classes or names, files, [number[name] for name, each in zip(names, found) for _ in each])
+    files = [file for each in found.values() for file in each]
+    return Listing(classes or names, files, [number[name] for name, each in found.items() for _ in each])
 
 
-def _readable(listing: Listing, reading: Reading) -> tuple[Listing, Tensor | None, Tensor]:
-    """The files that can be read, their images (N, 3, S, S) of uint8 if they fit into memory, their colours' histogram.
+class _Part:
+    """The examples of a listing that can be read: ``listing`` of them, ``counts``, their colours' histogram, their
+    images in memory if ``keep``; ``reasons`` why the others cannot. Files are read for images of ``seen`` pixels."""
 
-    Raises DataError where none can, or not all if that is asked for.
-    """
-    size = reading.size
-    fits = len(listing.files) * 3 * size * size <= reading.memory
-    kept = torch.empty(len(listing.files) if fits else 0, 3, size, size, dtype=torch.uint8)
-    counts = torch.zeros(3, 256, dtype=torch.int64)
-    reasons: list[str] = []
-    good: list[int] = []
-    batches = DataLoader(_Tried(listing, reading), 32, num_workers=min(reading.workers, len(listing.files)))
-    for pixels, why in progress_bar("reading images", len(batches))(batches):
-        there = pixels[[i for i, reason in enumerate(why) if not reason]]
-        counts += data.histogram(there)
-        if fits:
-            kept[len(good) : len(good) + len(there)] = there
-        good += [len(reasons) + i for i, reason in enumerate(why) if not reason]
-        reasons += why
-    _complain([reason for reason in reasons if reason], len(reasons), reading)
-    return listing.only(good), kept[: len(good)] if fits else None, counts
+    def __init__(self, listing: Listing, reading: Reading, keep: bool, seen: int | None) -> None:
+        self.counts = torch.zeros(3, 256, dtype=torch.int64)
+        self.reasons: list[str] = []
+        self.seen = seen
+        total = len(listing.files)
+        good: list[int] = []
+        kept = torch.empty(total if keep else 0, 3, reading.size, reading.size, dtype=torch.uint8)
+        batches = DataLoader(_Tried(listing, reading, seen), BATCH, num_workers=min(reading.workers, total))
+        for i, (pixels, why) in enumerate(progress_bar("reading images", len(batches))(batches)):
+            there = [place for place, reason in enumerate(why) if not reason]
+            self.counts += data.histogram(pixels[there])
+            if keep:
+                kept[len(good) : len(good) + len(there)] = pixels[there]
+            good += [i * BATCH + place for place in there]
+            self.reasons += [reason for reason in why if reason]
+        self.listing = listing.only(good)
+        self.pixels = kept[: len(good)] if keep else None
+
+    def dataset(self) -> Dataset[Any]:
+        if self.pixels is None:
+            return Files(self.listing, self.seen)
+        return TensorDataset(self.pixels, torch.tensor(self.listing.labels))
 
 
 def _complain(reasons: list[str], total: int, reading: Reading) -> None:
     """Name the files that cannot be read. Raises DataError where there are no others, or where it was asked for."""
     if reasons and (reading.strict or len(reasons) == total):
-        raise DataError(f"{reasons[0]} ({len(reasons)} of {total} images cannot be read)")
+        raise DataError(f"{min(reasons)} ({len(reasons)} of {total} images cannot be read)")
     if reasons:
         reading.log(f"note: {len(reasons)} of {total:,} images cannot be read and are left out:")
-        for reason in reasons[:NAMED]:
+        for reason in sorted(reasons)[:NAMED]:
             reading.log(f"  {reason}")
         if len(reasons) > NAMED:
             reading.log(f"  and {len(reasons) - NAMED} more")
@@ -244,9 +273,3 @@ def _split(listing: Listing, part: float, seed: int) -> tuple[list[int], list[in
         val += shuffled[:held_out]
         train += shuffled[held_out:]
     return sorted(train), sorted(val)
-
-
-def _dataset(listing: Listing, pixels: Tensor | None, reading: Reading) -> Dataset[Any]:
-    if pixels is None:
-        return Files(listing, None if reading.whole else reading.seen)
-    return TensorDataset(pixels, torch.tensor(listing.labels))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +25,38 @@ UNREAD = [(0, start, "a TIFF that is damaged or of a kind") for start in (b"II*\
 UNREAD += [(4, b"ftyp" + brand, "a HEIC image") for brand in (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")]
 
 
+@functools.cache
+def _endings() -> tuple[str, ...]:
+    """Of the names of images, in small letters."""
+    from PIL import Image
+
+    found = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return *found, ".heic", ".heif"  # Pillow does not read these two, which is to be said
+
+
+def below(path: Path, leave_out: Callable[[Path], bool] = lambda directory: False) -> list[Path]:
+    """The images in a directory and those below it, by their names' endings, in order. Hidden files and directories are
+    other programs' notes; a directory to which several links lead, or that lies in itself by one, is entered once."""
+    found, entered = [], set()
+    for directory, folders, names in os.walk(path, followlinks=True):
+        here = os.path.realpath(directory)
+        folders[:] = sorted(name for name in folders if name[0] != "." and not leave_out(Path(directory, name)))
+        if here in entered:
+            folders.clear()
+            continue
+        entered.add(here)
+        found += [Path(directory, name) for name in names if name[0] != "." and name.lower().endswith(_endings())]
+    return sorted(found)
+
+
 def files(path: Path) -> list[Path]:
-    """The images in a directory and those below it, by their names' endings, in order; else the path itself.
+    """The images in a directory and those below it, in order; else the path itself.
 
     Raises DataError for a directory without images.
     """
-    from PIL import Image
-
     if not path.is_dir():
         return [path]
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    endings |= {".heic", ".heif"}  # Pillow does not read them, which is to be said
-    found = sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in endings and file.name[0] != "." and file.is_file()
-    )
+    found = below(path)
     if not found:
         raise DataError(f"{path} is a directory without images")
     return found

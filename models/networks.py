@@ -192,7 +192,8 @@ def _of_torchvision(name: str, classes: int, size: int) -> nn.Module:
     elif name.startswith("maxvit"):
         sizes = {"input_size": (size, size)}
     elif name in ("googlenet", "inception_v3"):  # further classifiers for training, which return tuples
-        sizes = {"aux_logits": False, "init_weights": True}
+        # (and images as their weights want them, which torchvision turns on with the weights alone)
+        sizes = {"aux_logits": False, "init_weights": True, "transform_input": True}
     return models.get_model(name, num_classes=classes, **sizes)
 
 
@@ -203,11 +204,12 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
 
     try:
         weights = models.get_model(name, weights="DEFAULT").state_dict()
-    except (OSError, RuntimeError) as error:  # of the network, or of a file that is not whole
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # of the network, or of whatever is in a file of that name
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise data.DataError(
             f"--pretrained: the weights of {name} cannot be had ({reason}): fetch "
-            f"{models.get_model_weights(name).DEFAULT.url} to {torch.hub.get_dir()}/checkpoints"
+            f"{models.get_model_weights(name).DEFAULT.url} to {torch.hub.get_dir()}/checkpoints, and remove a file of "
+            f"that name that is damaged"
         ) from error
     own = model.state_dict()
     same = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models import answers, checkpoint, contents, images
 from models.answers import Answer
-from models.arguments import IntArgument, Parser
+from models.arguments import IntArgument, Parser, shown
 from models.checkpoint import CheckpointError
 from models.data import DataError
 from models.networks import Network
@@ -144,7 +144,10 @@ def _check_out(out: Path, inputs: Sequence[Path]) -> None:
     if out.exists():
         if not out.is_file():  # a device would be replaced by a file
             raise PredictError(f"--out {out} is no regular file")
-        if any(path.exists() and path.samefile(out) for path in inputs):
+        listed = (
+            file for path in inputs if path.exists() for file in ([path] if path.is_file() else images.below(path))
+        )
+        if any(file.exists() and file.samefile(out) for file in listed):
             raise PredictError(f"--out {out} is what is to be read")
 
 
@@ -267,9 +270,7 @@ def _say(kind: str, what: object) -> None:
 
 
 def _print(text: str) -> None:
-    """Print, whatever bytes are in a file's name and whatever the screen can show."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
+    print(shown(text), end="")
 
 
 if __name__ == "__main__":

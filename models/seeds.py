@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), metavar="DIR",
         help="a folder a run, and seeds.csv with a line each (default: runs/seeds)")  # fmt: skip
     args, rest = parser.parse_known_args(argv)
+    for name in ("--model", "--amp", "--seed"):
+        if any(given.partition("=")[0] == name for given in rest):
+            parser.error(f"argument {name}: this is what is compared")
     ways = []
     for model, dtype in itertools.product(MODELS, DTYPES):
         ways.append(Way(model, dtype, []))

@@ -161,7 +161,8 @@ class Trainer:
         left = "layer is" if len(report.left) == 1 else "layers are"
         log(f"fuse: {len(report.fused)} chains of layers, {len(report.left)} {left} left to PyTorch")
         for hint in report.hints:
-            log(f"note: {hint}")
+            if not hint.startswith("dtype"):  # which is known from --amp
+                log(f"note: {hint}")
 
     def _stop_if_requested(self, request: StopRequest) -> None:
         signum = request.requested()
@@ -257,7 +258,7 @@ class Trainer:
             differences.append(f"{state['batch']} batches of an epoch done, there are {len(self.steps)} now")
         then = state["settings"].get(FINGERPRINT, "")
         if then and self.fingerprint and then != self.fingerprint:
-            differences.append(f"the rows of {self.chosen.data} were {then} and are {self.fingerprint} now")
+            differences.append(f"the data of {self.chosen.data} were {then} and are {self.fingerprint} now")
         if differences:
             raise checkpoint.CheckpointError(f"is of another run: {', '.join(differences)}")
         contents.check_weights(state["model_state_dict"], self.model.state_dict())

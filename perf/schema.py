@@ -292,6 +292,8 @@ def drop_torn_line(path: Path) -> None:
     with open(path, "r+b") as file:
         content = file.read()
         if not content.startswith(header) and not header.startswith(content):
+            if content.startswith(",".join(NAMES[:3]).encode()):
+                raise Refused(f"{path} has the columns of another version: rows of this one need a file of their own")
             raise Refused(f"{path} does not begin with the header of a sweep's CSV, {','.join(NAMES[:3])},...")
         if content and not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)

@@ -153,3 +153,11 @@ def test_entry_points_of_the_wheel() -> None:
     }
     backend = _torch.lookup_backend("tkernels")
     assert found == {("console_scripts", "tkernels"): main, ("torch_dynamo_backends", "tkernels"): backend}
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
+def test_a_device_that_is_not_there(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--device", device])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tkernels: error: argument --device: {device!r} cannot be used: ")

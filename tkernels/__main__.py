@@ -158,6 +158,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=device).item()
+    # (CPU-only builds of torch answer a GPU's name with an AssertionError, other devices with a NotImplementedError)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        parser.exit(
+            2, f"{parser.prog}: error: argument --device: {device!r} cannot be used: {str(error).splitlines()[0]}\n"
+        )
     sections = {
         "environment": list(environment()),
         "settings": list(variables()),

@@ -142,3 +142,13 @@ def test_a_module_that_fails_says_so_each_time(package: str) -> None:
         late(f"{package}.no_such")
     path.write_text("first = 5\n")
     assert module.first == 5
+
+
+def test_without_triton_there_are_no_operators() -> None:
+    """Asked for by name, as hasattr does: the answer is no, not an import that fails."""
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, tkernels; "
+        "print(hasattr(torch.ops.tkernels, 'linear'), getattr(torch.ops.tkernels, 'linear', None))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "False None"), done.stderr

@@ -239,3 +239,13 @@ def test_sizes_that_follow_from_values() -> None:
         model = tkernels.fuse(Masked())
         x = torch.randn(16, 8)
         torch.testing.assert_close(model(x), torch.relu(model.layer(x[x[:, 0] > 0])))
+
+
+@pytest.mark.usefixtures("features")
+def test_sizes_of_maps_alone() -> None:
+    """fuse() takes no convolutions over sequences or volumes: their sizes are no reason."""
+    for conv, shape in ((nn.Conv1d, (2, 3, 16)), (nn.Conv3d, (2, 3, 4, 4, 4))):
+        assert "size" not in kinds(nn.Sequential(conv(3, 8, 3), nn.ReLU()), torch.randn(shape))
+    assert kinds(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.randn(2, 3, 8, 8).to(memory_format=LAST)) == [
+        "size"
+    ]

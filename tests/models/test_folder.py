@@ -65,8 +65,7 @@ def test_split_by_seed_and_class(pictures: Path) -> None:
     colours = torch.tensor(list(COLOURS.values()))
     error = (pixels.float().mean((2, 3)) - colours[label]).abs()
     assert error.max() < 6, "as a JPEG and a palette show it"
-    every = torch.cat([pixels, data.tensors(found.val)[0]]).double() / 255
-    std, mean = torch.std_mean(every, (0, 2, 3), correction=0)
+    std, mean = torch.std_mean(pixels.double() / 255, (0, 2, 3), correction=0)
     torch.testing.assert_close((found.mean, found.std), (tuple(mean.tolist()), tuple(std.tolist())))
 
     def held_out(seed: int, part: float | None = None) -> list[Path]:
@@ -130,6 +129,30 @@ def test_many_unreadable_files_are_not_all_named(pictures: Path) -> None:
     assert lines[-1] == "  and 30 more"
 
 
+def test_a_class_that_cannot_be_read(halves: Path) -> None:
+    for path in (halves / "train" / "red").iterdir():
+        path.write_text("x")
+    with pytest.raises(data.DataError, match="of the images of class 'red' none can be read to train on"):
+        folder.load(halves, READING._replace(log=lambda line: None), seed=0)
+
+
+def test_a_third_folder_beside_the_parts(halves: Path) -> None:
+    draw(halves / "unlabelled" / "1.png", (0, 0, 0))
+    lines: list[str] = []
+    assert folder.load(halves, READING._replace(log=lines.append), seed=0).classes == ("blue", "green", "red")
+    assert lines == [f"note: {halves} has folders for training and validation; left out: unlabelled"]
+
+
+def test_links_and_hidden_folders(pictures: Path) -> None:
+    """A folder that lies in itself by a link is entered once, what a notebook keeps beside the files not at all."""
+    (pictures / "red" / "self").symlink_to(pictures / "red")
+    draw(pictures / "red" / ".ipynb_checkpoints" / "1-checkpoint.png", COLOURS["red"])
+    draw(pictures.parent / "elsewhere" / "1.png", COLOURS["red"])
+    (pictures / "red" / "more").symlink_to(pictures.parent / "elsewhere")
+    found = folder.load(pictures, READING, seed=0)
+    assert (classes_of(found.train) + classes_of(found.val)).tolist() == [10, 10, 11]
+
+
 def _mistake(name: str, base: Path) -> Path:
     draw(base / "cat" / "1.png", (0, 0, 0))
     if name == "no such folder":
@@ -144,6 +167,8 @@ def _mistake(name: str, base: Path) -> Path:
     if name in ("a class with one image", "a class without images", "all unreadable"):
         draw(base / "dog" / "1.png", (9, 9, 9))
         draw(base / "cat" / "2.png", (9, 9, 9))
+    if name == "all unreadable":
+        draw(base / "dog" / "2.png", (9, 9, 9))
     if name == "a class without images":
         (base / "fox").mkdir()
     if name == "all unreadable":
@@ -164,8 +189,8 @@ MISTAKES = {
     "no class folders": "needs a folder of images for each class, .*: its 1 images lie in no folder",
     "one class": "one class only, 'cat': at least two folders are needed",
     "a class with one image": "class 'dog' has 1 image, two are needed.*: add images or remove the folder",
-    "a class without images": "no images in .*fox .*: put some there or remove it",
-    "all unreadable": r"3 of 3 images cannot be read",
+    "a class without images": "no images in .*fox: put some there or remove it",
+    "all unreadable": r"4 of 4 images cannot be read",
     "a class that is not trained on": "val/fox is a class without training images, which are of cat, dog",
 }
 
@@ -224,6 +249,13 @@ def test_memory_or_disk(run: Callable[..., Path], pictures: Path, reads: list[Pa
     state = checkpoint.load(kept / "checkpoint.pt")
     assert Network.from_dict(state["network"]).classes == ("blue", "green", "red")
     assert state["network"]["resize"] == 8
+
+
+def test_both_parts_stay_in_memory_or_none(halves: Path) -> None:
+    """12 images to train on and 6 to validate with, 192 bytes each: that one of the parts would fit is not enough."""
+    for memory, kind in ((18 * 192, torch.utils.data.TensorDataset), (18 * 192 - 1, Files)):
+        found = folder.load(halves, READING._replace(memory=memory), seed=0)
+        assert type(found.train) is type(found.val) is kind
 
 
 def test_what_does_not_fit_stays_on_disk(
@@ -303,6 +335,24 @@ def test_other_files_are_another_run(
     assert re.search("were 30 images with digest .* and are 31 images", capsys.readouterr().err)
 
 
+def test_a_link_to_nowhere(run: Callable[..., Path], pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pictures / "red" / "gone.jpg").symlink_to(pictures / "nowhere.jpg")
+    run("out", "--data", f"folder:{pictures}", "--epochs", "1")
+    assert "note: 1 of 31 images cannot be read and are left out:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["", "runs/first", "red/runs"])
+def test_results_among_the_images(
+    run: Callable[..., Path], pictures: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures that a run draws are no examples, nor is the folder they are in a class."""
+    line = ("--data", f"folder:{pictures}", "--out", str(pictures / where))
+    run("unused", *line, "--epochs", "1")
+    draw(pictures / where / "curves.png", (0, 0, 0))
+    run("unused", *line, "--epochs", "2", "--resume")
+    assert capsys.readouterr().out.count("24 images to train on, 6 to validate") == 2
+
+
 def test_shape(tmp_path: Path) -> None:
     """Stretched, or the middle of the shorter side's square; a margin before it is cut."""
     image = torch.zeros(3, 20, 40, dtype=torch.uint8)
@@ -350,8 +400,8 @@ def test_large_photographs_are_reduced_as_they_are_read(
     assert set(sizes) == {(3, 60, 80)}
     del sizes[:]
     run("parts", *line, "--random-crop", "0.2")
-    assert sizes.count((3, 60, 80)) == 6, "as they are tried"
-    assert sizes.count((3, 480, 640)) == len(sizes) - 6 > 0
+    assert sizes.count((3, 60, 80)) == 3 + 3, "to validate with: tried, then read"
+    assert sizes.count((3, 480, 640)) == 3 + 3
 
 
 def test_answers_are_those_of_the_validation(

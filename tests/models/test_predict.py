@@ -334,3 +334,15 @@ def test_a_file_name_of_any_bytes(trained: Path, pictures: list[Path], capfdbina
         pytest.skip("the file system takes no such name")
     assert predict.main([str(trained), str(path)]) == 0
     assert b"\\udcff.png: " in capfdbinary.readouterr().out
+
+
+def test_an_image_of_a_directory_is_not_written_over(
+    trained: Path, pictures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    below = tmp_path / "all" / "of them"
+    below.mkdir(parents=True)
+    image = below / "image.png"
+    image.write_bytes(pictures[0].read_bytes())
+    assert predict.main([str(trained), str(tmp_path / "all"), "--out", str(image), "--format", "csv"]) == 2
+    assert "is what is to be read" in capsys.readouterr().err
+    assert image.read_bytes() == pictures[0].read_bytes()

@@ -57,3 +57,11 @@ def test_status(accuracies: list[float], status: int, tmp_path: Path, monkeypatc
 def test_a_run_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert seeds.main(["--out", str(tmp_path), "--data", "csv:nowhere.csv"]) == 2
     assert "nowhere.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--amp bf16", "--model plain", "--seed 7", "--seed=7"])
+def test_what_is_compared_is_no_option(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        seeds.main(["--out", str(tmp_path), *option.split()])
+    name = option.replace("=", " ").split()[0]
+    assert f"argument {name}: this is what is compared" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         return generator()
 
     monkeypatch.setattr(torch, "Generator", made)
-    monkeypatch.setattr(testing, "do_bench", lambda fn, **given: (fn(), [1.0, 1.0, 1.0])[1])
+    monkeypatch.setattr(testing, "do_bench", lambda fn, **given: (fn(), [1.0] * len(given["quantiles"]))[1])
     monkeypatch.setattr(measure, "host_us", lambda call: (call(), 5.0)[1])
     monkeypatch.setattr(machine, "facts", lambda device: {})
     # what other tests import from torch.testing forbids to set cudnn.benchmark

@@ -101,6 +101,14 @@ def test_a_file_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
         assert path.read_text() == content
 
 
+def test_a_file_of_an_earlier_version_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "old.csv"
+    path.write_text(",".join(schema.NAMES[:-2]) + "\n1,2")
+    with pytest.raises(Refused, match="has the columns of another version: rows of this one need a file of their own"):
+        schema.drop_torn_line(path)
+    assert path.read_text().endswith("\n1,2")
+
+
 @pytest.mark.parametrize(
     "content, message",
     (

@@ -29,7 +29,7 @@ _defined: set[str] = set()
 def _define(name: str) -> None:
     """Most operators are defined where kernels are, which run late: a program that torch.export.load reads asks for
     them by name. (So does torch, as it defines one.)"""
-    if name not in _defined:
+    if name not in _defined and mode.HAS_TRITON:
         late.run_all()
 
 

@@ -57,6 +57,8 @@ class Hints:
                 step = step_of(node)
                 if step is not None and step.kind in ("conv", "linear", "norm"):
                     device = value(node).device
+                    if device.type not in _NAMES:
+                        continue
                     _add(self._seen.setdefault(device, _Seen()), step, device)
         for device, seen in self._seen.items():
             for reason in _slow_dtypes(device, seen):
@@ -70,7 +72,7 @@ class Hints:
 def _add(seen: _Seen, step: Step, device: torch.device) -> None:
     result = value(step.node)
     shape, dtype = sizes(result), result.dtype
-    if step.kind != "linear":
+    if step.kind != "linear" and len(shape) == 4:  # chains are of maps
         seen.largest = max(seen.largest, math.prod(shape) * dtype.itemsize)
     if step.kind == "conv" and shape[1] > 1 and shape[2] * shape[3] > 1:  # else it is in both layouts
         if is_channels_last(result):
