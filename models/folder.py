@@ -104,8 +104,9 @@ def load(path: Path, reading: Reading, seed: int, val_fraction: float | None = N
         for listing in listings
     )
     _complain([*train.reasons, *val.reasons], sum(len(listing.files) for listing in listings), reading)
+    there = set(train.listing.labels)
     for label, name in enumerate(train.listing.classes):
-        if label not in train.listing.labels:
+        if label not in there:
             raise DataError(f"--data folder: of the images of class {name!r} none can be read to train on")
     if not val.listing.files:
         raise DataError("--data folder: none of the images to validate with can be read")
@@ -116,7 +117,8 @@ def fingerprint(path: Path) -> str:
     """Which examples there are and how large their files, in a few words; empty where there are none."""
     try:
         train, val = _parts(path)
-        files = [file for part in (train, val) if part is not None for file in _listing(part).files]
+        listing = _listing(train)
+        files = listing.files if val is None else [*listing.files, *_listing(val, listing.classes).files]
     except DataError:
         return ""
     found = hashlib.sha256()
@@ -134,8 +136,7 @@ def free_memory(device: torch.device) -> float:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # another system: half of what is built in
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**20
-        free = pages * 4096 / 2
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 if hasattr(os, "sysconf") else 2.0**31
     try:  # of a container
         most, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
         return min(free, float(most) - float(used))

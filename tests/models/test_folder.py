@@ -96,6 +96,20 @@ def test_a_training_part_alone_and_classes_called_like_parts(halves: Path) -> No
     assert folder.load(halves, READING, 0).classes == ("bus", "train")
 
 
+def test_the_fingerprint_is_of_both_parts(halves: Path) -> None:
+    before = folder.fingerprint(halves)
+    assert before.startswith("18 images")
+    for name in ("green", "red"):
+        for path in (halves / "val" / name).iterdir():
+            path.unlink()
+        (halves / "val" / name).rmdir()
+    assert folder.fingerprint(halves).startswith("14 images")
+    draw(halves / "val" / "blue" / "0.png", (1, 2, 3), (40, 50))
+    assert folder.fingerprint(halves).startswith("14 images")
+    assert folder.fingerprint(halves) != before
+    assert folder.fingerprint(halves / "nowhere") == ""
+
+
 def test_a_class_that_is_not_validated(halves: Path) -> None:
     for path in (halves / "val" / "green").iterdir():
         path.unlink()
