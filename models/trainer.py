@@ -258,7 +258,8 @@ class Trainer:
             differences.append(f"{state['batch']} batches of an epoch done, there are {len(self.steps)} now")
         then = state["settings"].get(FINGERPRINT, "")
         if then and self.fingerprint and then != self.fingerprint:
-            differences.append(f"the data of {self.chosen.data} were {then} and are {self.fingerprint} now")
+            what = "rows" if self.network.takes_rows else "files"
+            differences.append(f"the {what} of {self.chosen.data} were {then} and are {self.fingerprint} now")
         if differences:
             raise checkpoint.CheckpointError(f"is of another run: {', '.join(differences)}")
         contents.check_weights(state["model_state_dict"], self.model.state_dict())
