@@ -152,3 +152,13 @@ def test_without_triton_there_are_no_operators() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "False None"), done.stderr
+
+
+def test_operators_are_found_by_their_names() -> None:
+    """As torch's own, by Inductor's cache of graphs among others."""
+    import torch
+
+    import tkernels  # noqa: F401
+
+    name = torch.ops.tkernels.conv_stage_forward.__module__
+    assert name == torch.ops.aten.add.__module__.replace("aten", "tkernels")

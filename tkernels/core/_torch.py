@@ -125,6 +125,9 @@ def when_operator_is_missing(namespace: str, define: Callable[[str], None]) -> N
     operators = getattr(torch.ops, namespace)
 
     class Late(type(operators)):  # type: ignore[misc]
+        # an operator's is made of it, and Inductor's cache finds operators by that
+        __module__ = type(operators).__module__
+
         def __getattr__(self, name: str) -> Any:
             try:
                 return super().__getattr__(name)
