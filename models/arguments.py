@@ -22,6 +22,11 @@ def shown(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class IntArgument:
     """Type of an option: a whole number within bounds."""
 

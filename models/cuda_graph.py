@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.arguments import one_line
 from models.engine import WHOLE, Step
 
 # (images, target) -> (loss, logits): forward, loss, backward and the optimizer's step
@@ -115,7 +116,7 @@ class GraphedStep:
         except Exception as error:  # whatever it is, the state is not proven
             raise CaptureError(
                 f"the step could not be captured as a CUDA graph ({reason}), and then the device was not as before "
-                f"({_line(error)})"
+                f"({one_line(error)[:200]})"
             ) from None
         self._go_on_eagerly(reason)
 
@@ -130,11 +131,11 @@ class GraphedStep:
                 try:
                     self._results = self._step(*given)
                 except Exception as error:  # leaving the capture raises another, which says less
-                    reason = _line(error)
+                    reason = one_line(error)[:200]
                     raise
         except Exception as error:
             self._results = None
-            return reason or _line(error)
+            return reason or one_line(error)[:200]
         finally:
             torch.cuda.set_stream(before)  # torch leaves its own where the capture cannot be ended
         return ""
@@ -217,7 +218,3 @@ def _watched() -> Iterator[list[str]]:
             waits.append(f"{Path(warning.filename).name}:{warning.lineno}")
         elif _PROTOTYPE not in text:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

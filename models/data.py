@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, random_split
 
+from models.arguments import one_line
+
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -165,9 +167,8 @@ def _had(kind: Any, about: _Vision, data_dir: Path, part: dict[str, Any]) -> Any
     except ImportError:
         raise
     except Exception as error:  # of the network, and of whatever answered instead
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{kind.__name__} is not in {data_dir}, or damaged, and could not be downloaded ({reason}): fetch "
+            f"{kind.__name__} is not in {data_dir}, or damaged, and could not be downloaded ({one_line(error)}): fetch "
             f"{about.address}, unpack it so that {data_dir / about.folder} exists, or give --data-dir; --data digits "
             f"needs no download"
         ) from error

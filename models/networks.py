@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tkernels
 import tkernels.nn as tnn
 from models import data
+from models.arguments import one_line
 from models.cifar_cnn import POOLINGS, AttentionCNN, CNNClassifier, FusedCNNClassifier, linear_layers
 from models.contents import CheckpointError, mapping, must
 
@@ -146,7 +147,7 @@ class Network:
         try:
             self.layout()(torch.empty(smallest, 3, self.image_size, self.image_size, device="meta"))
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             if "more than 1 value per channel" in reason:
                 raise data.DataError(
                     f"a batch of {smallest} is too small for the batch norms of {self.name} at --image-size "
@@ -205,9 +206,8 @@ def load_pretrained(model: nn.Module, name: str) -> list[str]:
     try:
         weights = models.get_model(name, weights="DEFAULT").state_dict()
     except Exception as error:  # of the network, or of whatever is in a file of that name
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise data.DataError(
-            f"--pretrained: the weights of {name} cannot be had ({reason}): fetch "
+            f"--pretrained: the weights of {name} cannot be had ({one_line(error)[:150]}): fetch "
             f"{models.get_model_weights(name).DEFAULT.url} to {torch.hub.get_dir()}/checkpoints, and remove a file of "
             f"that name that is damaged"
         ) from error

@@ -223,6 +223,11 @@ class Options:
         return f"{len(content):,} bytes with digest {hashlib.sha256(content).hexdigest()[:12]}"
 
 
+def one_by_one(chosen: Any) -> bool:
+    """Whether training images are treated each by itself, as they are loaded."""
+    return chosen.random_crop > 0 or chosen.augment != "none"
+
+
 def parse(argv: Sequence[str] | None = None) -> Options:
     """The options given. Exits with status 2 and one line on stderr where one is unknown or absurd."""
     try:
@@ -287,6 +292,7 @@ def _complete(args: Any) -> None:
     if args.resize is None:
         args.resize = args.image_size if kind == "folder" else 0
     _check_images(args, kind)
+    _check_network(args)
     try:
         args.device = _device(args.device)
     except ValueError as error:
@@ -317,10 +323,14 @@ def _check_images(args: Any, kind: str) -> None:
         raise ValueError("--strict: this is for --data folder:DIR")
     if 0 < args.resize < args.image_size:
         raise ValueError(f"--resize: {args.resize} pixels are less than --image-size {args.image_size}, or 0")
-    if args.loader == "device" and (args.random_crop or args.augment != "none"):
+    if args.loader == "device" and one_by_one(args):
         raise ValueError(
             "--loader: --random-crop and --augment treat images one by one as they are loaded, which needs workers"
         )
+
+
+def _check_network(args: Any) -> None:
+    """Fill in whether the network is fused. Raises ValueError for options that are for other networks."""
     if args.model in networks.OURS:
         if args.fuse is not None and args.fuse != (args.model != "plain"):
             raise ValueError("--fuse: this is for torchvision's networks; of ours plain is the one that is not fused")

@@ -146,24 +146,19 @@ def _load(chosen: options.Options) -> Data:
         return tabular.load(path, chosen.target, chosen.categorical, chosen.seed, chosen.val_fraction)
     room = {"auto": folder.SHARE * folder.free_memory(chosen.device), "device": math.inf, "workers": 0.0}[chosen.loader]
     reading = folder.Reading(
-        chosen.image_size, chosen.resize, chosen.workers, chosen.strict, 0.0 if _one_by_one(chosen) else room,
+        chosen.image_size, chosen.resize, chosen.workers, chosen.strict, 0.0 if options.one_by_one(chosen) else room,
         chosen.random_crop > 0, distributed.log,
     )  # fmt: skip
     return folder.load(path, reading, chosen.seed, chosen.val_fraction)
 
 
-def _one_by_one(chosen: options.Options) -> bool:
-    """Whether training images are treated each by itself, as they are loaded."""
-    return chosen.random_crop > 0 or chosen.augment != "none"
-
-
 def loaders(chosen: options.Options, parts: Data) -> Loaders:
     """Batches to train on and to validate with."""
     on_disk = not data.in_memory(parts.train)
-    streams = on_disk or chosen.loader == "workers" or _one_by_one(chosen)
+    streams = on_disk or chosen.loader == "workers" or options.one_by_one(chosen)
     feed = Feed(chosen.device, chosen.workers if streams else None, chosen.pin_memory, chosen.drop_last)
     train, val = parts.train, parts.val
-    if on_disk or _one_by_one(chosen):
+    if on_disk or options.one_by_one(chosen):
         each = augment.each_image(chosen.image_size, chosen.resize, chosen.random_crop, chosen.augment)
         train = augment.Mapped(train, each, chosen.seed)
     if on_disk:

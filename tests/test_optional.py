@@ -60,4 +60,4 @@ def test_other_errors_stay_errors() -> None:
     assert optional.reason(ValueError("no")) is None
     wrapped = RuntimeError("no")
     wrapped.__cause__ = ModuleNotFoundError("no", name="sklearn.datasets")
-    assert optional.reason(wrapped) == "sklearn is not installed (the train extra)"
+    assert optional.reason(wrapped) == "sklearn is not installed (the train group)"

@@ -138,8 +138,8 @@ def test_conv_bn_folding(device: str) -> None:
 
 @pytest.mark.gate("torch")
 def test_onnx_has_standard_operators() -> None:
-    onnx = pytest.importorskip("onnx", reason="install the ecosystem extra")
-    pytest.importorskip("onnxscript", reason="install the ecosystem extra")
+    onnx = pytest.importorskip("onnx", reason="install the ecosystem group")
+    pytest.importorskip("onnxscript", reason="install the ecosystem group")
     model = network("cpu").eval()
     # export reads cuDNN's float32 switch by its old name, which must agree with the new ones the suite sets
     # (the attribute is frozen once torch.testing was imported)

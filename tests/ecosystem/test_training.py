@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:tkernels.fuse. a call of .* ran no fused operator"),  # counted, where it matters
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),
 ]
-REASON = "install the ecosystem extra"
+REASON = "install the ecosystem group"
 
 
 @pytest.fixture(autouse=True)

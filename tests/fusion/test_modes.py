@@ -405,8 +405,8 @@ def test_an_outer_inductor(device: str) -> None:
 @pytest.mark.gate("torch")
 @pytest.mark.parametrize("dynamo", [True, pytest.param(False, marks=pytest.mark.filterwarnings("ignore"))])
 def test_onnx(dynamo: bool) -> None:
-    onnx = pytest.importorskip("onnx", reason="install the ecosystem extra")
-    pytest.importorskip("onnxscript", reason="install the ecosystem extra")
+    onnx = pytest.importorskip("onnx", reason="install the ecosystem group")
+    pytest.importorskip("onnxscript", reason="install the ecosystem group")
     _, fused = called("cpu", False)
     file = io.BytesIO()
     if dynamo:

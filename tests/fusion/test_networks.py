@@ -59,10 +59,10 @@ def network(name: str) -> nn.Module:
     library, _, rest = name.rpartition(":")
     torch.manual_seed(0)
     if library:
-        timm = pytest.importorskip("timm", reason="install the ecosystem extra")
+        timm = pytest.importorskip("timm", reason="install the ecosystem group")
         model: nn.Module = timm.create_model(rest, num_classes=10)
     else:
-        torchvision = pytest.importorskip("torchvision", reason="install the train extra")
+        torchvision = pytest.importorskip("torchvision", reason="install the train group")
         model = getattr(torchvision.models, name)(weights=None, num_classes=10)
     for module in model.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)) or type(module).__name__ == "StochasticDepth":

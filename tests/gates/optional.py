@@ -9,19 +9,19 @@ import pytest
 
 # import name: where it comes from
 PACKAGES = {
-    "accelerate": "the ecosystem extra",
-    "expecttest": "the test extra, for torch.testing's lists of operators and modules",
-    "hypothesis": "the test extra",
-    "lightning": "the ecosystem extra",
-    "matplotlib": "the train extra",
-    "onnx": "the ecosystem extra",
-    "onnxscript": "the ecosystem extra",
-    "pandas": "the perf extra",
-    "sklearn": "the train extra",
+    "accelerate": "the ecosystem group",
+    "expecttest": "the test group, for torch.testing's lists of operators and modules",
+    "hypothesis": "the test group",
+    "lightning": "the ecosystem group",
+    "matplotlib": "the train group",
+    "onnx": "the ecosystem group",
+    "onnxscript": "the ecosystem group",
+    "pandas": "the perf group",
+    "sklearn": "the train group",
     "tensorboard": "pip install tensorboard",
-    "timm": "the ecosystem extra",
-    "torchvision": "the train extra",
-    "tqdm": "the train extra",
+    "timm": "the ecosystem group",
+    "torchvision": "the train group",
+    "tqdm": "the train group",
 }
 
 
