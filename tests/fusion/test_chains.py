@@ -258,6 +258,30 @@ def test_the_report_says_why_a_layer_was_left(device: str) -> None:
     assert dict(report(fused).left) == {"0": "convolution, then 1", "2": "linear layer, then the end of the graph"}
 
 
+def test_the_report_names_what_a_cpu_leaves_behind_a_chain() -> None:
+    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout2d(0.5))
+    _, fused = both(lambda: nn.Sequential(*layers), "cpu")
+    fused(images("cpu"))
+    assert chains(fused) == ["0 -> 1 -> 2"]
+    assert report(fused).left == [
+        ("3", "max pool, PyTorch's own behind the fused layers"),
+        ("4", "Dropout2d, PyTorch's own behind the fused layers"),
+    ]
+
+
+def test_the_warning_is_about_the_call_that_it_is_about(device: str) -> None:
+    """And not about a graph of an earlier call, which fused something."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        return (F.relu(m.bn(m.conv(x))), torch.sigmoid(m.conv2(x))) if m.training else torch.tanh(m.conv(x))
+
+    _, fused = both(lambda: Layers(forward), device)
+    fused.train()(images(device))
+    assert report(fused).fused and report(fused).left
+    with pytest.warns(UserWarning, match="convolution, then tanh"):
+        fused.eval()(images(device))
+
+
 def test_convolutions_of_every_kind(device: str) -> None:
     """Strides, dilation, groups, depthwise, padding by mode and by name, no bias."""
     kinds: list[dict[str, Any]] = [

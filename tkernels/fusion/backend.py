@@ -81,6 +81,7 @@ class Backend:
                 self.report.left.append((chain.name() if len(chain.steps) == 1 else chain.path(), call))
             else:
                 chosen.append(call)
+                self.report.left += chain.beyond(call.chains[0])
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
         replaced: dict[fx.Node, fx.Node] = {}
         made: dict[fx.Node, Call] = {}

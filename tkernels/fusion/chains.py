@@ -47,6 +47,15 @@ class Chain(NamedTuple):
     def without_last(self) -> Chain:
         return Chain(self.steps[:-1])
 
+    def beyond(self, part: Chain) -> list[tuple[str, str]]:
+        """(layer, why it is left) of the layers behind a part of this chain, its beginning, that has a fused call."""
+        names = {"pool": "max pool", "dropout2d": "Dropout2d"}
+        rest = self.steps[len(part.steps) :]
+        return [
+            (_name(step.node), f"{names.get(step.kind, step.kind)}, PyTorch's own behind the fused layers")
+            for step in rest
+        ]
+
     def describe(self) -> str:
         """Its layers by name, as a reader of the model knows them."""
         return " -> ".join(_name(step.node).split(".")[-1] or step.kind for step in self.steps)

@@ -103,7 +103,8 @@ class _Fused:
         if torch.compiler.is_compiling() or not plain_eager():
             return self.model._call_impl(*args, **kwargs)
         compiled, backend = self._compiled(), self.backend
-        ran, graphs, start = backend.ran, backend.report.graphs, time.perf_counter()
+        ran, graphs, left = backend.ran, backend.report.graphs, len(backend.report.left)
+        start = time.perf_counter()
         breaks = dict(counters["graph_break"])
         try:
             result = compiled(*args, **kwargs)
@@ -122,7 +123,7 @@ class _Fused:
             print(backend.report)
         if backend.ran == ran and not self.warned:
             self.warned = True
-            self._warn()
+            self._warn(backend.report.left[left:] or backend.report.left)
         return result
 
     def _compiled(self) -> Callable[..., Any]:
@@ -138,12 +139,13 @@ class _Fused:
             compiled = self.compiled[watch.hooks] = torch.compile(entry(self.model), backend=self.backend, **_ISOLATED)
         return compiled
 
-    def _warn(self) -> None:
-        report = self.backend.report
-        if report.left:
-            why = "{}: {}".format(*report.left[0])
+    def _warn(self, left: list[tuple[str, str]]) -> None:
+        """Say that a call fused nothing, and the first reason among what was left, in its own graphs if it has any."""
+        breaks = self.backend.report.breaks
+        if left:
+            why = "{}: {}".format(*left[0])
         else:
-            why = report.breaks[0] if report.breaks else "Dynamo captured no layer that starts a chain"
+            why = breaks[0] if breaks else "Dynamo captured no layer that starts a chain"
         warnings.warn(
             f"tkernels.fuse: a call of {type(self.model).__name__} ran no fused operator ({why}); "
             "tkernels.explain(model) says more",
