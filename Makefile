@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # groups of pyproject.toml are known to pip 25.1 and newer, which a new venv need not have
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # executes Triton's intermediate code on the CPU; states Python >= 3.12, runs on 3.10 and newer, needs only numpy
 TTSEM := ttsem==0.1.0
@@ -20,7 +20,7 @@ COMPAT_PACKAGES := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 \
 # each gate of `make test` would compile the tests anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo perf test test-torch test-ttsem test-aot test-interp test-extended compat mutants lint clean
+.PHONY: help demo perf test test-torch test-ttsem test-aot test-interp test-extended compat mutants lint dist clean
 
 help:
 	@echo "make demo   train the fused CNN on real handwritten digits (about 2 minutes, no download of data)"
@@ -30,6 +30,7 @@ help:
 	@echo "make mutants   put one fault at a time into the source: do the tests see it? (an hour or two)"
 	@echo "make perf   time the operators against PyTorch and count a training step's bytes: CSVs and PNGs in runs/perf"
 	@echo "make lint   ruff and mypy"
+	@echo "make dist   a wheel and the sources' archive, checked, in dist"
 
 demo: $(VENV)/train.stamp
 	$(BIN)/python -m models.train --data digits --out runs/demo
@@ -74,18 +75,24 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+dist: $(VENV)/train.stamp
+	$(INSTALL) --group release
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) .venv-compat runs
+	rm -rf $(VENV) .venv-compat runs dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/train.stamp: pyproject.toml | $(VENV)/bin/python
+$(VENV)/train.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) 'pip>=25.1'
 	$(INSTALL) --editable . --group train
 	touch $@
 
-$(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
+$(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) 'pip>=25.1'
 	$(INSTALL) --editable . --group train --group perf --group test --group ecosystem
 	$(INSTALL) --ignore-requires-python --no-deps $(TTSEM)

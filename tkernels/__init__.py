@@ -1,6 +1,6 @@
 """Fused Triton kernels for training convolutional networks, with a PyTorch body where there is no GPU."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import contextlib
 import importlib

@@ -1,6 +1,6 @@
-"""How far tkernels is ahead: the tables behind 'On the CPU' in the README, with what was aimed at beside what was
-measured. A ratio is someone's time over tkernels' in the same round; tables show the median over the rounds and, where
-there is room, its quartiles."""
+"""How far tkernels is ahead: the tables of perf/RESULTS.md about the CIFAR CNN on a CPU, with what was aimed at beside
+what was measured. A ratio is someone's time over tkernels' in the same round; tables show the median over the rounds
+and, where there is room, its quartiles."""
 
 from __future__ import annotations
 

@@ -217,9 +217,10 @@ def test_the_versions_that_were_tested_are_written_down() -> None:
     root = Path(__file__).parents[2]
     pins = re.findall(r'"(?:torch|triton)==([\d.]+)', (root / "pyproject.toml").read_text())
     bounds = re.findall(r'"(?:torch|triton)>=([\d.]+)', (root / "pyproject.toml").read_text())
-    table = (root / "README.md").read_text().partition("## Versions it was tested with")[2].partition("##")[0]
+    table = (root / "tests" / "README.md").read_text().partition("## Versions it was tested with")[2]
     rows = [line.split(" | ")[:2] for line in table.splitlines() if line[:3].strip("| ").isdigit()]
     assert [rows[0][0].strip("| "), rows[0][1]] == pins
+    assert re.findall(r"^(?:torch|triton)==([\d.]+)", (root / "constraints.txt").read_text(), re.MULTILINE) == pins
     for found, bound in zip((rows[-1][0].strip("| "), rows[-1][1]), bounds):
         assert found.startswith(bound)
 

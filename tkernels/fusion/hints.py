@@ -25,7 +25,7 @@ from tkernels.fusion.steps import Step, is_channels_last, sizes, step_of, value
 SMALL = 2 << 20
 # Operations from which on products in bfloat16 are worth their casts: a millisecond or so of a CPU.
 WORTH_CASTS = 10**8
-# Seconds of the host's time that a launch takes, as README's table has it.
+# Seconds of the host's time that a launch takes, as perf/RESULTS.md has it.
 LAUNCH = 12e-6
 
 
