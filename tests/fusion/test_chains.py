@@ -277,7 +277,8 @@ def test_the_warning_is_about_the_call_that_it_is_about(device: str) -> None:
 
     _, fused = both(lambda: Layers(forward), device)
     fused.train()(images(device))
-    assert report(fused).fused and report(fused).left
+    assert report(fused).fused
+    assert report(fused).left
     with pytest.warns(UserWarning, match="convolution, then tanh"):
         fused.eval()(images(device))
 
