@@ -27,17 +27,20 @@ _backend = settings.BACKEND.choice()
 
 
 class backend:
-    """Choose how operators run: ``'auto'``, ``'triton'`` or ``'torch'``, for the whole process.
+    """Choose how operators run, for the whole process: for good, or as a context manager until its block ends.
 
-    A call sets it for good; as a context manager it is undone at the end of the block::
+    Args:
+        name: ``'auto'`` takes Triton where every tensor is on a supported GPU, and PyTorch elsewhere. ``'triton'``
+            raises RuntimeError where Triton cannot run (float64 goes to PyTorch even so, and what an operator's page
+            leaves to it). ``'torch'`` takes PyTorch. The environment variable TKERNELS_BACKEND sets the start value.
 
-        tkernels.backend("torch")
-        with tkernels.backend("triton"):
-            ...
+    Raises:
+        ValueError: For another name.
 
-    ``'auto'`` takes Triton where every tensor is on a supported GPU and PyTorch elsewhere; ``'triton'`` raises
-    RuntimeError where it cannot run (float64 goes to PyTorch even so, and what an operator's page leaves to it). The
-    environment variable TKERNELS_BACKEND sets the start value. Raises ValueError for another name.
+    Examples:
+        >>> with tkernels.backend("torch"):
+        ...     tkernels.get_backend()
+        'torch'
     """
 
     def __init__(self, name: str) -> None:
@@ -54,8 +57,16 @@ class backend:
 
 
 def get_backend() -> str:
-    """The backend in force: ``'auto'``, ``'triton'`` or ``'torch'``. Raises ValueError where the environment variable
-    TKERNELS_BACKEND names another."""
+    """The backend in force: ``'auto'``, ``'triton'`` or ``'torch'``.
+
+    Raises:
+        ValueError: Where the environment variable TKERNELS_BACKEND names another.
+
+    Examples:
+        >>> with tkernels.backend("triton"):
+        ...     tkernels.get_backend()
+        'triton'
+    """
     return settings.BACKEND.checked(_backend)
 
 

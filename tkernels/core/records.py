@@ -88,10 +88,32 @@ TENSORS = 7
 class ConvBNLayer(NamedTuple):
     """One layer of a stage: a convolution's arguments and its batch norm's, named as in torch.nn.functional.
 
-    ``running_mean`` and ``running_var`` None: the batch's statistics normalise, in evaluation too.
-    ``num_batches_tracked``: an int64 tensor of shape (), which training adds one to; ``momentum`` None: running
-    statistics average over all batches it counted. ``training``: for this layer's batch norm alone, where it is not the
-    stage's. ``activation``: any that :func:`tkernels.functional.batch_norm` takes.
+    Attributes:
+        weight: ``(C_out, C_in / groups, kernel_h, kernel_w)``
+        bias: ``(C_out)``, the convolution's
+        bn_weight: ``(C_out)``, as is each of the batch norm's tensors
+        bn_bias: ``(C_out)``
+        running_mean: None, and ``running_var`` too: the batch's statistics normalise, in evaluation as well
+        running_var: as ``running_mean``
+        num_batches_tracked: an int64 tensor of shape ``()``, which training adds one to
+        stride: an int or a pair
+        padding: an int, a pair, 'same' or 'valid'
+        dilation: an int or a pair
+        groups: how many groups of channels are convolved apart
+        momentum: None: running statistics average over all batches that were counted
+        eps: is added to the variance
+        training: of this layer's batch norm alone, where it is not the stage's
+        activation: as of :func:`tkernels.functional.linear`
+
+    Examples:
+        >>> conv, norm = torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8)
+        >>> layer = tkernels.functional.ConvBNLayer(
+        ...     conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, stride=2
+        ... )
+        >>> x = torch.randn(2, 3, 15, 15)
+        >>> y = tkernels.functional.conv_stage(x, [layer])
+        >>> torch.allclose(y, torch.relu(norm.eval()(conv(x))), atol=1e-5)
+        True
     """
 
     weight: Tensor
@@ -131,7 +153,14 @@ class ConvBNLayer(NamedTuple):
 
 
 class MaxPool(NamedTuple):
-    """Max pooling's arguments as in torch.nn.functional.max_pool2d; ``stride`` None: the kernel's size."""
+    """Max pooling's arguments as in torch.nn.functional.max_pool2d; ``stride`` None: the kernel's size.
+
+    Examples:
+        >>> pool = tkernels.functional.MaxPool(3, stride=2, padding=1)
+        >>> stage = tkernels.nn.ConvStage([3, 8], kernel_size=7, stride=2, padding=3, pool=pool)
+        >>> stage(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 8, 8, 8])
+    """
 
     kernel_size: int | Sequence[int]
     stride: int | Sequence[int] | None = None

@@ -29,8 +29,22 @@ _torch.register_backend("tkernels", EntryPoint("tkernels", "tkernels.fusion:tker
 def tkernels(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: Any = None) -> Run:
     """The backend that torch.compile finds by the name "tkernels".
 
-    ``options``: ``{"rest": "eager"}`` (the default) runs what is no chain as it was written, ``{"rest": "inductor"}``
-    has Inductor compile it. ``mode`` goes on to Inductor. Raises ValueError for other options.
+    Args:
+        gm: what Dynamo captured
+        example_inputs: what it was captured with
+        options: ``{"rest": "eager"}`` (the default) runs what is no chain as it was written, ``{"rest": "inductor"}``
+            has Inductor compile it
+        mode: goes on to Inductor
+
+    Raises:
+        ValueError: For other options.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> model = torch.compile(model.eval().to(memory_format=torch.channels_last), backend="tkernels")
+        >>> with torch.inference_mode():
+        ...     model(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 14, 14])
     """
     backend = Backend(options, mode)
     run = backend(gm, example_inputs)

@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model, report: bool = False, options: dict[str, Any] | None = None) -> Model:
-    """Let ``model`` call fused operators for the chains of layers they cover; returns the same object, changed.
+    """Let ``model`` call fused operators for the chains of layers they cover.
 
     The model is compiled in place (:meth:`torch.nn.Module.compile`) with the backend "tkernels": Dynamo captures its
     forward at the first call and guards what it saw, so that layers swapped, hooks registered or modes switched later
@@ -33,12 +33,29 @@ def fuse(model: Model, report: bool = False, options: dict[str, Any] | None = No
     activation -> dropout; cross entropy. Activations: ReLU, ReLU6, LeakyReLU, SiLU, Hardswish, GELU. A chain that does
     not pay at its sizes on a CPU is left to PyTorch.
 
-    Parameters, buffers, state_dict and the class stay; copies and pickles of the model are not compiled. ``report``:
-    print what was fused, what was not and why, and what is yours to do (layout, precision, size), after the first call;
-    :func:`explain` returns it. A call that fused nothing warns, once. ``options``: the backend's. Undone by
-    :func:`unfuse`.
+    Parameters, buffers, state_dict and the class stay; copies and pickles of the model are not compiled. A call that
+    fused nothing warns, once. Undone by :func:`tkernels.unfuse`.
 
-    Raises TypeError for what is no module, ValueError for unknown options.
+    Args:
+        model: any module
+        report: print, after the first call, what was fused, what was not and why, and what is yours to do (layout,
+            precision, size); :func:`tkernels.explain` returns it
+        options: of :func:`tkernels.fusion.tkernels`, the backend
+
+    Returns:
+        the same object, changed
+
+    Raises:
+        TypeError: For what is no module.
+        ValueError: For unknown options.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> model = tkernels.fuse(model.eval().to(memory_format=torch.channels_last))
+        >>> with torch.inference_mode():
+        ...     y = model(torch.randn(2, 3, 16, 16))
+        >>> tkernels.explain(model).fused  # of the model itself: its layers 0, 1 and 2 are one call
+        [('', '0 -> 1 -> 2')]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -47,7 +64,19 @@ def fuse(model: Model, report: bool = False, options: dict[str, Any] | None = No
 
 
 def unfuse(model: Model) -> Model:
-    """Undo :func:`fuse`, of ``model`` and the modules in it. Returns the same object."""
+    """Undo :func:`tkernels.fuse`, of ``model`` and the modules in it. Parameters and buffers stay as they are.
+
+    Args:
+        model: any module, fused or not
+
+    Returns:
+        the same object, changed
+
+    Examples:
+        >>> model = tkernels.fuse(torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.ReLU()))
+        >>> tkernels.unfuse(model) is model
+        True
+    """
     for module in model.modules():
         if _fused(module) is not None:
             module._compiled_call_impl = None
@@ -55,11 +84,26 @@ def unfuse(model: Model) -> Model:
 
 
 def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
-    """What :func:`fuse` makes of a model: chains fused, layers left and why, what Dynamo ended a graph at.
+    """What :func:`tkernels.fuse` makes of a model: chains fused, layers left and why, what Dynamo ended a graph at.
 
     With arguments for its forward, of a call with those: a copy of the model is fused and called, in the gradient and
-    autocast modes in force, and ``model`` stays as it is. Without, of the calls so far of a fused model. Raises
-    ValueError for a model that was not fused, then.
+    autocast modes in force, and ``model`` stays as it is. Without, of the calls so far of a fused model.
+
+    Args:
+        model: fused or, beside arguments for its forward, any module
+        *inputs: for the model's forward
+        **kwargs: likewise
+
+    Raises:
+        ValueError: For a model that was not fused, without arguments for its forward.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> model = model.eval().to(memory_format=torch.channels_last)
+        >>> with torch.inference_mode():
+        ...     report = tkernels.explain(model, torch.randn(2, 3, 16, 16))
+        >>> report.fused
+        [('', '0 -> 1 -> 2')]
     """
     if inputs or kwargs:
         twin = fuse(copy.deepcopy(_torch.uncompiled(model)))

@@ -58,7 +58,12 @@ class FusedBatchNorm(_Base):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(batch norm of ``input`` + ``residual``); ``residual`` has the input's shape and dtype."""
+        """``activation(batch norm of input + residual)``.
+
+        Args:
+            input: in the module's shape
+            residual: of the input's shape and dtype
+        """
         return normalized(self, input, self.activation, residual)
 
     def extra_repr(self) -> str:
@@ -67,12 +72,51 @@ class FusedBatchNorm(_Base):
 
 
 class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
-    """torch.nn.BatchNorm1d for (N, C) or (N, C, L) with ``activation`` and ``forward(input, residual=None)``."""
+    """torch.nn.BatchNorm1d for ``(N, C)`` or ``(N, C, L)``, followed by the addition of a residual and an activation,
+    as one call.
+
+    Arguments, parameters, buffers and the state_dict are torch.nn.BatchNorm1d's. Errors as of
+    :func:`tkernels.functional.batch_norm`.
+
+    Args:
+        activation: as of :func:`tkernels.functional.linear`
+
+    Examples:
+        >>> norm = tkernels.nn.BatchNorm1d(16, activation="relu")
+        >>> norm(torch.randn(8, 16)).shape
+        torch.Size([8, 16])
+    """
 
 
 class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
-    """torch.nn.BatchNorm2d for (N, C, H, W) with ``activation`` and ``forward(input, residual=None)``."""
+    """torch.nn.BatchNorm2d for ``(N, C, H, W)``, followed by the addition of a residual and an activation, as one call.
+
+    Arguments, parameters, buffers and the state_dict are torch.nn.BatchNorm2d's. Errors as of
+    :func:`tkernels.functional.batch_norm`.
+
+    Args:
+        activation: as of :func:`tkernels.functional.linear`
+
+    Examples:
+        >>> norm = tkernels.nn.BatchNorm2d(16, activation="relu")
+        >>> x, shortcut = torch.randn(2, 8, 16, 6, 6)  # two tensors (8, 16, 6, 6)
+        >>> norm(x, shortcut).shape  # relu(batch norm of x + shortcut)
+        torch.Size([8, 16, 6, 6])
+    """
 
 
 class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
-    """torch.nn.BatchNorm3d for (N, C, D, H, W) with ``activation`` and ``forward(input, residual=None)``."""
+    """torch.nn.BatchNorm3d for ``(N, C, D, H, W)``, followed by the addition of a residual and an activation, as one
+    call.
+
+    Arguments, parameters, buffers and the state_dict are torch.nn.BatchNorm3d's. Errors as of
+    :func:`tkernels.functional.batch_norm`.
+
+    Args:
+        activation: as of :func:`tkernels.functional.linear`
+
+    Examples:
+        >>> norm = tkernels.nn.BatchNorm3d(16, activation="relu")
+        >>> norm(torch.randn(2, 16, 4, 6, 6)).shape
+        torch.Size([2, 16, 4, 6, 6])
+    """

@@ -14,11 +14,19 @@ __all__ = ["Conv2d"]
 
 
 class Conv2d(torch.nn.Conv2d):
-    """torch.nn.Conv2d followed by ``activation``, in one kernel on a GPU: (N, C_in, H, W) or (C_in, H, W) to
-    (N, C_out, H_out, W_out) or without N.
+    """torch.nn.Conv2d followed by an activation, in one kernel on a GPU: ``(N, C_in, H, W)`` or ``(C_in, H, W)`` to
+    ``(N, C_out, H_out, W_out)`` or without N.
 
-    Parameters, their initialisation and the state_dict are torch.nn.Conv2d's. Activation and errors as
-    :func:`tkernels.functional.conv2d`'s. Padding modes other than 'zeros' pad in a pass of their own.
+    Parameters, their initialisation and the state_dict are torch.nn.Conv2d's; so are the arguments, but for one.
+    Padding modes other than 'zeros' pad in a pass of their own. Errors as of :func:`tkernels.functional.conv2d`.
+
+    Args:
+        activation: as of :func:`tkernels.functional.linear`
+
+    Examples:
+        >>> layer = tkernels.nn.Conv2d(3, 8, kernel_size=3, padding=1, activation="silu")
+        >>> layer(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 16, 16])
     """
 
     activation: str | None = None  # what a torch.nn.Conv2d turned into this class does

@@ -78,18 +78,29 @@ def _is_hooked(module: torch.nn.Module) -> bool:
 
 
 class ConvStage(torch.nn.Module):
-    """n x (Conv2d -> BatchNorm2d -> ReLU), then max pooling and Dropout2d, as one call on a GPU.
+    """n x (Conv2d -> BatchNorm2d -> ReLU), then max pooling and Dropout2d, as one call on a GPU: ``(N, C_in, H, W)`` to
+    ``(N, C_out, H_out, W_out)``.
 
-    (N, C_in, H, W) to (N, C_out, H_out, W_out). ``channels``: input channels, then each layer's output channels; the
-    convolution's arguments are those of every layer. ``pool``: a window's size (its stride too), a
-    :class:`tkernels.functional.MaxPool` or None; ``dropout``: the probability that training drops a whole channel.
+    Submodules are torch.nn's ``conv1``, ``bn1``, ``conv2``, ``bn2``, ...: their parameters, buffers, initialisation and
+    state_dict. They hold the tensors and are not called themselves; but where one has hooks (pruning, weight_norm), or
+    another module was put in its place (a SyncBatchNorm, an adapter), the stage calls its modules one by one.
 
-    Submodules are torch.nn's ``conv1``, ``bn1``, ``conv2``, ``bn2``, ...: their parameters, buffers, initialisation
-    and state_dict. They hold the tensors and are not called themselves; but where one has hooks (pruning, weight_norm),
-    or another module was put in its place (a SyncBatchNorm, an adapter), the stage calls its modules one by one.
+    Args:
+        channels: of the input, then of each layer's output. The convolution's and the batch norm's arguments that
+            follow are torch's, and those of every layer
+        pool: a window's size (its stride too), a :class:`tkernels.functional.MaxPool` or None
+        dropout: the probability that training drops a whole channel
 
-    Raises ValueError for fewer than two channel counts or a probability outside [0, 1]; otherwise errors as
-    :func:`tkernels.functional.conv_stage`.
+    Raises:
+        ValueError: For fewer than two channel counts, or a probability outside [0, 1]. Otherwise errors as of
+            :func:`tkernels.functional.conv_stage`.
+
+    Examples:
+        >>> stage = tkernels.nn.ConvStage([3, 8, 16], kernel_size=3, padding=1, pool=2, dropout=0.1)
+        >>> stage(torch.randn(2, 3, 12, 12)).shape
+        torch.Size([2, 16, 6, 6])
+        >>> [name for name, _ in stage.named_children()]
+        ['conv1', 'bn1', 'conv2', 'bn2']
     """
 
     def __init__(
@@ -132,11 +143,16 @@ class ConvStage(torch.nn.Module):
 
 
 class ConvBNReLU2d(torch.nn.Module):
-    """Conv2d -> BatchNorm2d -> ReLU as one call on a GPU: (N, C_in, H, W) to (N, C_out, H_out, W_out).
+    """Conv2d -> BatchNorm2d -> ReLU as one call on a GPU: ``(N, C_in, H, W)`` to ``(N, C_out, H_out, W_out)``.
 
     Submodules ``conv`` (torch.nn.Conv2d, arguments as there) and ``bn`` (torch.nn.BatchNorm2d) hold parameters, buffers
-    and state_dict; as in :class:`ConvStage` they are not called themselves. Errors as
+    and state_dict; as in :class:`tkernels.nn.ConvStage` they are not called themselves. Errors as of
     :func:`tkernels.functional.conv_stage`.
+
+    Examples:
+        >>> layer = tkernels.nn.ConvBNReLU2d(3, 8, kernel_size=3, stride=2, padding=1, bias=False)
+        >>> layer(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 8, 8])
     """
 
     def __init__(

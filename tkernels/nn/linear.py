@@ -13,11 +13,24 @@ from tkernels.ops.linear.op import linear
 
 
 class Linear(torch.nn.Linear):
-    """torch.nn.Linear followed by an activation and dropout, as one call: (\\*, in_features) to (\\*, out_features).
+    """torch.nn.Linear followed by an activation and dropout, as one call: ``(*, in_features)`` to
+    ``(*, out_features)``.
 
-    Parameters, their initialisation and the state_dict are torch.nn.Linear's. ``activation``: as
-    :func:`tkernels.functional.linear`'s; ``dropout``: the probability of an output to be zeroed in training. Raises
-    ValueError for a probability outside [0, 1]; otherwise errors as that function.
+    Parameters, their initialisation and the state_dict are torch.nn.Linear's; so are the arguments, but for two.
+
+    Args:
+        activation: as of :func:`tkernels.functional.linear`
+        dropout: the probability of an output to be zeroed in training
+
+    Raises:
+        ValueError: For an unknown activation, or a probability outside [0, 1].
+
+    Examples:
+        >>> layer = tkernels.nn.Linear(20, 10, activation="relu", dropout=0.1)
+        >>> layer
+        Linear(in_features=20, out_features=10, bias=True, activation='relu', dropout=0.1)
+        >>> layer(torch.randn(8, 20)).shape
+        torch.Size([8, 10])
     """
 
     activation: str | None = None  # what a torch.nn.Linear turned into this class does
@@ -52,7 +65,14 @@ class Linear(torch.nn.Linear):
 
 
 class LinearReLU(Linear):
-    """:class:`Linear` with activation 'relu'."""
+    """:class:`tkernels.nn.Linear` with activation 'relu'.
+
+    Examples:
+        >>> layer = tkernels.nn.LinearReLU(20, 10)
+        >>> y = layer(torch.randn(8, 20))
+        >>> y.shape, bool((y >= 0).all())
+        (torch.Size([8, 10]), True)
+    """
 
     def __init__(
         self,

@@ -12,12 +12,20 @@ from tkernels.ops.attention.multihead import Parameters, multi_head_attention
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: the same constructor, parameters, initial weights, state_dict and semantics.
 
-    query: (L, N, E), or (N, L, E) with ``batch_first``, or (L, E); key and value likewise of length S. Masks, weights
-    and errors are torch's. Pass ``need_weights=False`` where the weights are not looked at: only then is no tensor of
-    queries by keys formed. On Triton nested tensors are refused (AssertionError); elsewhere torch's forward runs.
+    query: ``(L, N, E)``, or ``(N, L, E)`` with ``batch_first``, or ``(L, E)``; key and value likewise of length S.
+    Masks, weights and errors are torch's. Pass ``need_weights=False`` where the weights are not looked at: only then is
+    no tensor of queries by keys formed. On Triton nested tensors are refused (AssertionError); elsewhere torch's
+    forward runs.
 
     It can take the place of ``self_attn`` in torch's transformer layers. In evaluation without gradients, torch's
     TransformerEncoderLayer does not call it: it hands the parameters to a kernel of PyTorch's.
+
+    Examples:
+        >>> attention = tkernels.nn.MultiheadAttention(embed_dim=32, num_heads=4, batch_first=True)
+        >>> x = torch.randn(2, 10, 32)
+        >>> y, weights = attention(x, x, x, need_weights=False)
+        >>> y.shape, weights
+        (torch.Size([2, 10, 32]), None)
     """
 
     def forward(

@@ -19,13 +19,22 @@ __all__ = ["SyncBatchNorm"]
 
 # not a torch.nn.SyncBatchNorm: DistributedDataParallel would refuse it on CPUs
 class SyncBatchNorm(FusedBatchNorm, AnyBatchNorm):
-    """Batch norm of (N, C, ...) that in training normalises by the statistics of all processes of ``process_group``
-    (None: all of the job), on GPUs and CPUs; arguments and state_dict as torch.nn.SyncBatchNorm, and ``activation``
-    and ``forward(input, residual=None)`` as :class:`BatchNorm2d`.
+    """Batch norm of ``(N, C, ...)`` that in training normalises by the statistics of all processes, on GPUs and CPUs,
+    with a residual and an activation as :class:`tkernels.nn.BatchNorm2d`.
 
-    Every process must call it, forward and backward; numbers of values may differ. In evaluation, in one process and
-    without torch.distributed it is batch norm. Weight and bias get this process's gradients, for
-    DistributedDataParallel to average. Errors as :func:`tkernels.functional.batch_norm`.
+    Arguments and state_dict are torch.nn.SyncBatchNorm's. Every process must call it, forward and backward; numbers of
+    values may differ. In evaluation, in one process and without torch.distributed it is batch norm. Weight and bias get
+    this process's gradients, for DistributedDataParallel to average. Errors as of
+    :func:`tkernels.functional.batch_norm`.
+
+    Args:
+        process_group: whose statistics count; None: all of the job
+        activation: as of :func:`tkernels.functional.linear`
+
+    Examples:
+        >>> norm = tkernels.nn.SyncBatchNorm(16, activation="relu")
+        >>> norm(torch.randn(8, 16, 6, 6)).shape
+        torch.Size([8, 16, 6, 6])
     """
 
     def __init__(
@@ -73,6 +82,12 @@ class SyncBatchNorm(FusedBatchNorm, AnyBatchNorm):
 
         Statistics that cross processes come between a convolution and its normalisation, so
         :class:`tkernels.nn.ConvStage` and :class:`tkernels.nn.ConvBNReLU2d` call their layers one by one then.
+
+        Examples:
+            >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+            >>> model = tkernels.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            >>> isinstance(model[1], tkernels.nn.SyncBatchNorm)
+            True
         """
         if isinstance(module, AnyBatchNorm) and not isinstance(module, cls):
             return _converted_norm(cls, module, process_group)

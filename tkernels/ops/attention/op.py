@@ -37,18 +37,36 @@ def scaled_dot_product_attention(
     """``dropout(softmax(query @ key^T * scale + attn_mask)) @ value`` as torch has it, without a matrix of queries by
     keys.
 
-    query: (\\*, H, L, E); key: (\\*, H, S, E); value: (\\*, H, S, V), with leading dimensions that broadcast, or with
-    ``enable_gqa`` fewer heads, each of which serves as many of query's; result: (\\*, H, L, V) in query's or the
-    autocast dtype. attn_mask broadcasts to (\\*, H, L, S): boolean (True takes part) or added to the scores.
-    ``is_causal``: row i sees keys 0 to i. scale: 1 / sqrt(E) by default. A row that sees no key gives 0. Dropout is
-    applied whenever ``dropout_p`` is above 0.
+    Leading dimensions broadcast. A row that sees no key gives 0. Left to PyTorch on any device (the logger 'tkernels'
+    says so once): heads wider than 256, or than 128 in float32 or on AMD's RDNA; an attn_mask that requires grad, whose
+    gradient is a matrix of queries by keys itself. Where Triton runs, gradients can't be differentiated again.
 
-    Left to PyTorch on any device (the logger 'tkernels' says so once): heads wider than 256, or than 128 in float32 or
-    on AMD's RDNA; an attn_mask that requires grad, whose gradient is a matrix of queries by keys itself. Where Triton
-    runs, gradients can't be differentiated again.
+    Args:
+        query: ``(*, H, L, E)``
+        key: ``(*, H, S, E)``
+        value: ``(*, H, S, V)``
+        attn_mask: broadcasts to ``(*, H, L, S)``; boolean (True takes part) or added to the scores
+        dropout_p: the probability of a weight to be zeroed; applied whenever it is above 0, in evaluation too
+        is_causal: row i sees keys 0 to i
+        scale: 1 / sqrt(E) by default
+        enable_gqa: key and value may have fewer heads, each of which serves as many of query's
 
-    Raises TypeError for an argument of another type, IndexError for an attn_mask of one dimension, RuntimeError for
-    shapes, dtypes or devices that do not go together, a ``dropout_p`` outside [0, 1], or a mask beside ``is_causal``.
+    Returns:
+        ``(*, H, L, V)`` in query's or the autocast dtype
+
+    Raises:
+        TypeError: For an argument of another type.
+        IndexError: For an attn_mask of one dimension.
+        RuntimeError: For shapes, dtypes or devices that do not go together, a ``dropout_p`` outside [0, 1], or a mask
+            beside ``is_causal``.
+
+    Examples:
+        >>> q, k, v = torch.randn(3, 2, 4, 16, 32)  # three tensors (2, 4, 16, 32): batch, heads, length, width
+        >>> y = tkernels.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        >>> y.shape
+        torch.Size([2, 4, 16, 32])
+        >>> torch.allclose(y[:, :, 0], v[:, :, 0])  # the first row sees the first key alone
+        True
     """
     return _operator((query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
 

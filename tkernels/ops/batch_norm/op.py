@@ -34,17 +34,36 @@ def batch_norm(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """activation((input - mean) / sqrt(var + eps) * weight + bias + residual), as torch.nn.functional.batch_norm.
-
-    ``input``: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); the other tensors (C), ``residual`` as the input.
-    ``training`` takes mean and (biased) variance from the batch and moves the running statistics, where given, by
-    ``momentum`` towards the mean and the unbiased variance; else the running statistics normalise.
+    """``activation((input - mean) / sqrt(var + eps) * weight + bias + residual)``, as torch.nn.functional.batch_norm.
 
     Dtypes: all one, or float32 parameters and statistics with a float16 or bfloat16 input, which sets the output's.
     Under autocast the input's dtype stays and the residual is cast to it. Empty input is left to PyTorch.
 
-    Raises ValueError for one value per channel in training, a bad eps, half of the running statistics or an unknown
-    activation; RuntimeError for shapes, dtypes and devices that do not fit; TypeError for what is no tensor or number.
+    Args:
+        input: ``(N, C)``, ``(N, C, L)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)``
+        running_mean: ``(C)``
+        running_var: ``(C)``, of the unbiased variance
+        weight: ``(C)``
+        bias: ``(C)``
+        training: take mean and (biased) variance from the batch, and move the running statistics, where given; else the
+            running statistics normalise
+        momentum: how far the running statistics move towards the batch's, from 0 to 1
+        eps: is added to the variance
+        activation: as of :func:`tkernels.functional.linear`
+        residual: of the input's shape
+
+    Raises:
+        ValueError: For one value per channel in training, a bad eps, half of the running statistics, or an unknown
+            activation.
+        RuntimeError: For shapes, dtypes and devices that do not fit.
+        TypeError: For what is no tensor or number.
+
+    Examples:
+        >>> x, shortcut = torch.randn(2, 4, 8, 6, 6)  # two tensors (4, 8, 6, 6)
+        >>> y = tkernels.functional.batch_norm(x, None, None, training=True, activation="relu", residual=shortcut)
+        >>> expected = torch.nn.functional.batch_norm(x, None, None, training=True) + shortcut
+        >>> torch.allclose(y, expected.relu(), atol=1e-5)
+        True
     """
     if momentum is None:
         raise TypeError("momentum must be a number, got None (a module with momentum=None keeps a cumulative average)")

@@ -42,14 +42,33 @@ def conv2d(
 ) -> Tensor:
     """``activation(conv2d(input, weight) + bias)`` in one kernel, as torch.nn.functional.conv2d.
 
-    input: (N, C_in, H, W) or (C_in, H, W); weight: (C_out, C_in / groups, kernel_h, kernel_w); bias: (C_out).
-    Result: (N, C_out, H_out, W_out) or without N, in the input's dtype or the autocast dtype; channels_last where the
-    input or the weight is. stride, padding, dilation: an int or a pair; padding also 'same' or 'valid'.
-    activation: as :func:`linear`'s.
-    Padding is of zeros that take part: times an infinite weight or gradient they are NaN, as in a map padded by hand.
+    Args:
+        input: ``(N, C_in, H, W)`` or ``(C_in, H, W)``
+        weight: ``(C_out, C_in / groups, kernel_h, kernel_w)``
+        bias: ``(C_out)``
+        stride: an int or a pair
+        padding: an int, a pair, 'same' or 'valid'. The zeros take part: times an infinite weight or gradient they are
+            NaN, as in a map padded by hand
+        dilation: an int or a pair
+        groups: how many groups of channels are convolved apart
+        activation: as of :func:`tkernels.functional.linear`
 
-    Raises TypeError for an argument of the wrong type, ValueError for an unknown activation, RuntimeError for values,
-    shapes, dtypes or devices that do not go together.
+    Returns:
+        ``(N, C_out, H_out, W_out)`` or without N, in the input's or the autocast dtype; channels_last where the input
+        or the weight is
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For an unknown activation.
+        RuntimeError: For values, shapes, dtypes or devices that do not go together.
+
+    Examples:
+        >>> x, weight = torch.randn(2, 3, 16, 16), torch.randn(8, 3, 3, 3)
+        >>> y = tkernels.functional.conv2d(x, weight, stride=2, padding=1, activation="relu")
+        >>> y.shape
+        torch.Size([2, 8, 8, 8])
+        >>> torch.allclose(y, torch.nn.functional.conv2d(x, weight, stride=2, padding=1).relu(), atol=1e-4)
+        True
     """
     return _operator((input, weight, bias), stride, padding, dilation, groups, activation)
 

@@ -40,16 +40,33 @@ def conv_stage(
 ) -> Tensor:
     """n x (conv2d -> batch_norm -> activation), then max pooling and Dropout2d, as one autograd function.
 
-    input: (N, C, H, W); layers: at least one :class:`ConvBNLayer`, each taking what the one before gives; pool: a
-    window's size (int or pair, which is its stride too) or a :class:`MaxPool`; dropout_p: the probability that
-    training drops a whole channel; residual: of the result's shape and dtype, added between the last layer's batch norm
-    and its activation, in a stage without pool and dropout. Result: (N, C_out, H_out, W_out) in the input's dtype or
-    the autocast dtype, of the last layer's channels; channels_last where the input or a weight is. In training the
-    batch's statistics normalise and move the running ones.
+    In training the batch's statistics normalise and move the running ones.
 
-    Raises ValueError for an empty sequence, an input that is not 4-D, one value per channel in training, an unknown
-    activation, a residual beside pool or dropout, or a probability outside [0, 1]; TypeError for arguments of the wrong
-    type; RuntimeError for values, shapes, dtypes or devices that do not go together.
+    Args:
+        input: ``(N, C, H, W)``
+        layers: at least one :class:`tkernels.functional.ConvBNLayer`, each taking what the one before gives
+        pool: a window's size (an int or a pair, which is its stride too) or a :class:`tkernels.functional.MaxPool`
+        dropout_p: the probability that training drops a whole channel
+        training: whether batches' statistics normalise, and whether there is dropout
+        residual: of the result's shape and dtype, added between the last layer's batch norm and its activation, in a
+            stage without pool and dropout
+
+    Returns:
+        ``(N, C_out, H_out, W_out)`` in the input's or the autocast dtype, of the last layer's channels; channels_last
+        where the input or a weight is
+
+    Raises:
+        ValueError: For an empty sequence, an input that is not 4-D, one value per channel in training, an unknown
+            activation, a residual beside pool or dropout, or a probability outside [0, 1].
+        TypeError: For an argument of the wrong type.
+        RuntimeError: For values, shapes, dtypes or devices that do not go together.
+
+    Examples:
+        >>> first = tkernels.functional.ConvBNLayer(torch.randn(8, 3, 3, 3), padding=1)
+        >>> second = tkernels.functional.ConvBNLayer(torch.randn(16, 8, 3, 3), padding=1)
+        >>> x = torch.randn(2, 3, 12, 12)
+        >>> tkernels.functional.conv_stage(x, [first, second], pool=2, dropout_p=0.1, training=True).shape
+        torch.Size([2, 16, 6, 6])
     """
     if not isinstance(layers, (list, tuple)) or {layer.__class__ for layer in layers} - {ConvBNLayer}:
         raise TypeError(f"layers must be a sequence of ConvBNLayer, got {type(layers).__name__}")

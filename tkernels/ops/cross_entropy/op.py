@@ -41,17 +41,35 @@ def cross_entropy(
 ) -> Tensor:
     """Cross entropy between logits and targets, by the formulas of torch.nn.CrossEntropyLoss.
 
-    input: (C), (N, C) or (N, C, d1, ...); target: class indices (int64 or uint8) of shape (), (N) or (N, d1, ...), or
-    probabilities (floating) of the input's shape; weight: (C), of the input's dtype for indices. The result has the
-    shape () or, for reduction 'none', that of class indices; it is computed in float32 and given in the input's dtype
-    (float32 under autocast; for probabilities promoted with target and weight). Rows whose index is ``ignore_index``
-    count neither in the sum nor in the mean. size_average and reduce are torch's old way to name a reduction.
     Empty input, and a weight that asks for a gradient beside probabilities, are left to PyTorch.
 
-    Raises TypeError for arguments that are no tensors or numbers, ValueError for an unknown reduction or batch sizes
-    that differ, RuntimeError for other shapes, dtypes or devices that do not go together, a ``label_smoothing`` above
-    1, or a non-negative ``ignore_index`` beside probabilities, and on the CPU IndexError for an index out of range; on
-    a GPU such an index makes the loss NaN.
+    Args:
+        input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``
+        target: class indices (int64 or uint8) ``()``, ``(N)`` or ``(N, d1, ...)``, or probabilities (floating) of the
+            input's shape
+        weight: ``(C)``, a factor for each class; of the input's dtype where targets are indices
+        ignore_index: rows of this index count neither in the sum nor in the mean
+        reduction: 'mean', 'sum' or 'none'
+        label_smoothing: how much of the target is spread evenly over the classes, from 0 to 1
+        size_average: torch's old way to name a reduction
+        reduce: likewise
+
+    Returns:
+        ``()`` or, for reduction 'none', the shape of class indices; computed in float32 and given in the input's dtype
+        (float32 under autocast; for probabilities promoted with target and weight)
+
+    Raises:
+        TypeError: For arguments that are no tensors or numbers.
+        ValueError: For an unknown reduction, or batch sizes that differ.
+        RuntimeError: For other shapes, dtypes or devices that do not go together, a ``label_smoothing`` above 1, or a
+            non-negative ``ignore_index`` beside probabilities.
+        IndexError: On a CPU for an index out of range. On a GPU such an index makes the loss NaN.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> target = torch.tensor([0, 1, -100])  # the last row is ignored
+        >>> tkernels.functional.cross_entropy(logits, target)
+        tensor(0.1269)
     """
     if size_average is not None or reduce is not None:
         reduction = _torch.reduction_of_old_arguments(size_average, reduce)

@@ -36,21 +36,45 @@ def linear(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """``dropout(activation(input @ weight.T + bias))`` in one kernel; ``dropout`` only if ``training``.
+    """``dropout(activation(input @ weight.T + bias))`` in one kernel.
 
-    input: (\\*, in_features); weight: (out_features, in_features) or (in_features); bias: (out_features) or whatever
-    broadcasts as in torch.nn.functional.linear; result: (\\*, out_features), in the input's or the autocast dtype.
-    activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf), 'silu', 'relu6' or 'hardswish'. A dropped element
-    passes a gradient of 0 behind a ReLU, even where an infinite one comes in (torch: NaN).
+    Args:
+        input: ``(*, in_features)``
+        weight: ``(out_features, in_features)`` or ``(in_features)``
+        bias: ``(out_features)``, or whatever broadcasts as in torch.nn.functional.linear
+        activation: None, 'relu', 'leaky_relu' (slope 0.01), 'gelu' (erf), 'silu', 'relu6' or 'hardswish'
+        dropout_p: the probability of an element to be zeroed. A dropped element passes a gradient of 0 behind a ReLU,
+            even where an infinite one comes in (torch: NaN)
+        training: whether there is dropout
 
-    Raises TypeError for an argument that is not a tensor, ValueError for an unknown activation or a ``dropout_p``
-    outside [0, 1], RuntimeError for shapes, dtypes or devices that do not go together.
+    Returns:
+        ``(*, out_features)``, in the input's or the autocast dtype
+
+    Raises:
+        TypeError: For an argument that is not a tensor.
+        ValueError: For an unknown activation, or a ``dropout_p`` outside [0, 1].
+        RuntimeError: For shapes, dtypes or devices that do not go together.
+
+    Examples:
+        >>> x, weight, bias = torch.randn(8, 20), torch.randn(10, 20), torch.randn(10)
+        >>> y = tkernels.functional.linear(x, weight, bias, activation="relu")
+        >>> y.shape
+        torch.Size([8, 10])
+        >>> torch.allclose(y, torch.relu(x @ weight.T + bias), atol=1e-4)
+        True
     """
     return _operator((input, weight, bias), activation, dropout_p, training)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``relu(input @ weight.T + bias)``: :func:`linear` with activation 'relu'; shapes and errors are the same."""
+    """``relu(input @ weight.T + bias)``: :func:`tkernels.functional.linear` with activation 'relu', shapes and errors
+    the same.
+
+    Examples:
+        >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [-3.0, -4.0]])
+        >>> tkernels.functional.linear_relu(x, weight)
+        tensor([[11.,  0.]])
+    """
     return linear(input, weight, bias, "relu")
 
 

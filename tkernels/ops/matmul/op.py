@@ -23,13 +23,23 @@ __all__ = ["matmul"]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` as torch.matmul has it.
+    """``a @ b`` as torch.matmul has it. Gradients can be differentiated again.
 
-    a: (K) or (\\*, M, K); b: (K) or (\\*, K, N), batch dimensions broadcast; result: (\\*, M, N) without the dimensions
-    that a vector lacks, in the operands' or the autocast dtype. Gradients can be differentiated again.
+    Args:
+        a: ``(K)`` or ``(*, M, K)``
+        b: ``(K)`` or ``(*, K, N)``; batch dimensions broadcast
 
-    Raises TypeError for an argument that is not a tensor, RuntimeError for a scalar, and for shapes, dtypes or devices
-    that do not go together.
+    Returns:
+        ``(*, M, N)`` without the dimensions that a vector lacks, in the operands' or the autocast dtype
+
+    Raises:
+        TypeError: For an argument that is not a tensor.
+        RuntimeError: For a scalar, and for shapes, dtypes or devices that do not go together.
+
+    Examples:
+        >>> a, b = torch.randn(5, 1, 8, 16), torch.randn(3, 16, 4)
+        >>> tkernels.functional.matmul(a, b).shape
+        torch.Size([5, 3, 8, 4])
     """
     return _operator((a, b))
 
