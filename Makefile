@@ -20,7 +20,7 @@ COMPAT_PACKAGES := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 \
 # each gate of `make test` would compile the tests anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo perf test test-torch test-ttsem test-aot test-interp test-extended compat mutants lint dist clean
+.PHONY: help demo perf docs test test-torch test-ttsem test-aot test-interp test-extended compat mutants lint dist clean
 
 help:
 	@echo "make demo   train the fused CNN on real handwritten digits (about 2 minutes, no download of data)"
@@ -29,6 +29,7 @@ help:
 	@echo "make compat   the torch gate, the aot gate for sm_90 and a dry run of perf gpu on Python 3.12, torch 2.11, triton 3.6"
 	@echo "make mutants   put one fault at a time into the source: do the tests see it? (an hour or two)"
 	@echo "make perf   time the operators against PyTorch and count a training step's bytes: CSVs and PNGs in runs/perf"
+	@echo "make docs   README's pages and the API reference as a site to open: runs/docs/index.html"
 	@echo "make lint   ruff and mypy"
 	@echo "make dist   a wheel and the sources' archive, checked, in dist"
 
@@ -41,6 +42,11 @@ perf: $(VENV)/test.stamp
 		--csv runs/perf/sweep.csv
 	$(BIN)/python -m perf traffic --no-inductor --csv runs/perf/traffic.csv
 	$(BIN)/python -m perf plot runs/perf/sweep.csv runs/perf/traffic.csv
+
+# (the variable: no advertisement of the theme's)
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file .docs/mkdocs.yml
+	@echo "runs/docs/index.html"
 
 test: test-torch test-ttsem test-aot test-interp
 
@@ -94,8 +100,13 @@ $(VENV)/train.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) 'pip>=25.1'
-	$(INSTALL) --editable . --group train --group perf --group test --group ecosystem
+	$(INSTALL) --editable . --group train --group perf --group test --group ecosystem --group docs
 	$(INSTALL) --ignore-requires-python --no-deps $(TTSEM)
+	touch $@
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) 'pip>=25.1'
+	$(INSTALL) --group docs
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/test.stamp

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import doctest
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import tkernels
-from tkernels import functional, fusion, nn
+from tests.public import public_names
 
 pytestmark = pytest.mark.gate("torch")
-
-
-def public_names() -> Iterator[tuple[str, Any]]:
-    """Functions and classes by the first of their public names."""
-    seen = []
-    for module in (tkernels, functional, nn, fusion):
-        for name in module.__all__:
-            value = getattr(module, name)
-            if not isinstance(value, types.ModuleType | str) and value not in seen:
-                seen.append(value)
-                yield f"{module.__name__}.{name}", value
 
 
 def failures(name: str, value: Any) -> list[str]:

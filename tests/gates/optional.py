@@ -14,6 +14,7 @@ PACKAGES = {
     "hypothesis": "the test group",
     "lightning": "the ecosystem group",
     "matplotlib": "the train group",
+    "mkdocs": "the docs group",
     "onnx": "the ecosystem group",
     "onnxscript": "the ecosystem group",
     "pandas": "the perf group",

@@ -88,6 +88,8 @@ TENSORS = 7
 class ConvBNLayer(NamedTuple):
     """One layer of a stage: a convolution's arguments and its batch norm's, named as in torch.nn.functional.
 
+    All but ``weight`` may be left out: numbers are torch's defaults then, and the activation is 'relu'.
+
     Attributes:
         weight: ``(C_out, C_in / groups, kernel_h, kernel_w)``
         bias: ``(C_out)``, the convolution's
@@ -153,7 +155,12 @@ class ConvBNLayer(NamedTuple):
 
 
 class MaxPool(NamedTuple):
-    """Max pooling's arguments as in torch.nn.functional.max_pool2d; ``stride`` None: the kernel's size.
+    """Max pooling's arguments as in torch.nn.functional.max_pool2d.
+
+    Attributes:
+        kernel_size: an int or a pair
+        stride: an int or a pair; None: the kernel's size
+        padding: an int or a pair, 0 where it is left out
 
     Examples:
         >>> pool = tkernels.functional.MaxPool(3, stride=2, padding=1)

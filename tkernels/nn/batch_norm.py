@@ -58,12 +58,7 @@ class FusedBatchNorm(_Base):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``activation(batch norm of input + residual)``.
-
-        Args:
-            input: in the module's shape
-            residual: of the input's shape and dtype
-        """
+        """activation(batch norm of ``input`` + ``residual``); ``residual`` has the input's shape and dtype."""
         return normalized(self, input, self.activation, residual)
 
     def extra_repr(self) -> str:
@@ -72,8 +67,8 @@ class FusedBatchNorm(_Base):
 
 
 class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
-    """torch.nn.BatchNorm1d for ``(N, C)`` or ``(N, C, L)``, followed by the addition of a residual and an activation,
-    as one call.
+    """torch.nn.BatchNorm1d for ``(N, C)`` or ``(N, C, L)``; ``forward(input, residual=None)`` adds a residual and
+    applies an activation in the same call.
 
     Arguments, parameters, buffers and the state_dict are torch.nn.BatchNorm1d's. Errors as of
     :func:`tkernels.functional.batch_norm`.
@@ -89,7 +84,8 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
 
 
 class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
-    """torch.nn.BatchNorm2d for ``(N, C, H, W)``, followed by the addition of a residual and an activation, as one call.
+    """torch.nn.BatchNorm2d for ``(N, C, H, W)``; ``forward(input, residual=None)`` adds a residual and
+    applies an activation in the same call.
 
     Arguments, parameters, buffers and the state_dict are torch.nn.BatchNorm2d's. Errors as of
     :func:`tkernels.functional.batch_norm`.
@@ -106,8 +102,8 @@ class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
 
 
 class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
-    """torch.nn.BatchNorm3d for ``(N, C, D, H, W)``, followed by the addition of a residual and an activation, as one
-    call.
+    """torch.nn.BatchNorm3d for ``(N, C, D, H, W)``; ``forward(input, residual=None)`` adds a residual and
+    applies an activation in the same call.
 
     Arguments, parameters, buffers and the state_dict are torch.nn.BatchNorm3d's. Errors as of
     :func:`tkernels.functional.batch_norm`.
