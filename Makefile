@@ -43,9 +43,9 @@ perf: $(VENV)/test.stamp
 	$(BIN)/python -m perf traffic --no-inductor --csv runs/perf/traffic.csv
 	$(BIN)/python -m perf plot runs/perf/sweep.csv runs/perf/traffic.csv
 
-# (the variable: no advertisement of the theme's)
+# (the variable: no advertisement of the theme's; --quiet would hide warnings from --strict)
 docs: $(VENV)/docs.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file .docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file .docs/mkdocs.yml
 	@echo "runs/docs/index.html"
 
 test: test-torch test-ttsem test-aot test-interp

@@ -32,8 +32,6 @@ class Roles(Extension):
 
 def on_config(config: Any) -> None:
     config.markdown_extensions.append(Roles())
-    # tabs of one page that is not written
-    config.nav = [tab for tab in config.nav for uri in tab.values() if isinstance(uri, list) or (ROOT / uri).exists()]
 
 
 def on_files(files: Files, config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,10 +111,10 @@ def repository(tmp_path: Path) -> Path:
     """Another one with this one's docs, a README with links of all kinds, and no other pages to speak of."""
     root = tmp_path / "repository"
     shutil.copytree(ROOT / ".docs", root / ".docs")
-    (root / "tkernels").symlink_to(ROOT / "tkernels")
-    pages = ("models/README.md", "perf/RESULTS.md", "tests/README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
-    files = {"README.md": README, "perf/more/deep.md": "# x\n\n[up](../../README.md)\n"}
-    files |= dict.fromkeys(pages, "# x\n") | dict.fromkeys(("perf/run.py", "perf/picture.png", "perf/other.png"), "")
+    shutil.copytree(ROOT / "tkernels", root / "tkernels", ignore=shutil.ignore_patterns("__pycache__"))
+    pages = re.findall(r": (?!reference)([\w/]+\.md)$", (root / ".docs/mkdocs.yml").read_text(), re.MULTILINE)
+    files = dict.fromkeys(pages, "# x\n") | dict.fromkeys(("perf/run.py", "perf/picture.png", "perf/other.png"), "")
+    files |= {"README.md": README, "perf/more/deep.md": "# x\n\n[up](../../README.md)\n"}
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
