@@ -115,6 +115,7 @@ def test_a_module_runs_once_when_it_is_asked_for_something(package: str) -> None
     top = importlib.import_module(package)
     module = late(f"{package}.module")
     assert importlib.import_module(f"{package}.module") is top.module is late(f"{package}.module") is module
+    assert late(".module", package) is module is late("..module", f"{package}.neighbour")
     assert module.__file__.endswith("module.py")
     assert not hasattr(module, "__path__")
     assert top.runs == []

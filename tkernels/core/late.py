@@ -14,9 +14,10 @@ _running: set[str] = set()
 _waiting: list[ModuleType] = []
 
 
-def late(name: str) -> Any:
-    """The module of a name, as an import statement gives it: one for all who import it. (importlib.util.LazyLoader's
-    are not for threads before Python 3.12.)"""
+def late(name: str, package: str | None = None) -> Any:
+    """The module of a name, relative names in ``package``, as an import statement gives it: one for all who import it.
+    (importlib.util.LazyLoader's are not for threads before Python 3.12.)"""
+    name = importlib.util.resolve_name(name, package)
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.find_spec(name)

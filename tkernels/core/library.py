@@ -22,7 +22,9 @@ from tkernels.core.plan import Planned, Slot
 Launches = Callable[..., None]
 Results = Callable[..., list[Tensor]]
 
-_library = torch.library.Library("tkernels", "FRAGMENT")
+NAMESPACE = __name__.partition(".")[0]  # a build of the package under another name has operators of its own
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_operators = getattr(torch.ops, NAMESPACE)
 _defined: set[str] = set()
 
 
@@ -33,7 +35,7 @@ def _define(name: str) -> None:
         late.run_all()
 
 
-_torch.when_operator_is_missing("tkernels", _define)
+_torch.when_operator_is_missing(NAMESPACE, _define)
 
 
 def launches(name: str, mutates: str, flops: Callable[..., int] | None = None) -> Callable[[Launches], Launches]:
@@ -100,12 +102,12 @@ def _register(
         _defined.add(name)
         _library.define(f"{name}{schema}")
         _library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"tkernels::{name}", fake, lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         if flops is not None:
             counted = lambda *args, out_shape=None, **kwargs: flops(*args, **kwargs)  # noqa: E731
-            register_flop_formula(getattr(torch.ops.tkernels, name))(counted)
-            _torch.tell_flop_counters(getattr(torch.ops.tkernels, name))
-    return getattr(torch.ops.tkernels, name)
+            register_flop_formula(getattr(_operators, name))(counted)
+            _torch.tell_flop_counters(getattr(_operators, name))
+    return getattr(_operators, name)
 
 
 def no_flops(*args: Any, **kwargs: Any) -> int:

@@ -23,7 +23,8 @@ _RESTS = ("eager", "inductor")
 Run = Callable[..., Any]
 
 # the entry point that the package has where it is installed
-_torch.register_backend("tkernels", EntryPoint("tkernels", "tkernels.fusion:tkernels", "torch_dynamo_backends"))
+_NAME = __name__.partition(".")[0]
+_torch.register_backend(_NAME, EntryPoint(_NAME, f"{_NAME}.fusion:tkernels", "torch_dynamo_backends"))
 
 
 def tkernels(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: Any = None) -> Run:

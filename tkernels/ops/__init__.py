@@ -6,6 +6,6 @@
 try:
     import tkernels.cpu as cpu
 except ModuleNotFoundError as error:
-    if error.name != "tkernels.cpu":
+    if error.name != f"{__name__.rpartition('.')[0]}.cpu":
         raise
     cpu = None  # type: ignore[assignment]

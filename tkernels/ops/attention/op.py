@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tkernels.ops.attention import kernels
     from tkernels.ops.attention import kernels_backward as backward_kernels
 else:
-    kernels = late("tkernels.ops.attention.kernels")
-    backward_kernels = late("tkernels.ops.attention.kernels_backward")
+    kernels = late(".kernels", __package__)
+    backward_kernels = late(".kernels_backward", __package__)
 
 __all__ = ["scaled_dot_product_attention"]
 

@@ -18,8 +18,8 @@ from tkernels.ops import cpu
 if TYPE_CHECKING:
     from tkernels.ops.batch_norm import kernels, launches
 else:
-    kernels = late("tkernels.ops.batch_norm.kernels")
-    launches = late("tkernels.ops.batch_norm.launches")
+    kernels = late(".kernels", __package__)
+    launches = late(".launches", __package__)
 
 
 def batch_norm(

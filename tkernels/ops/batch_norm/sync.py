@@ -23,8 +23,8 @@ Group: TypeAlias = "dist.ProcessGroup | None"
 if TYPE_CHECKING:
     from tkernels.ops.batch_norm import kernels, launches
 else:
-    kernels = late("tkernels.ops.batch_norm.kernels")
-    launches = late("tkernels.ops.batch_norm.launches")
+    kernels = late(".kernels", __package__)
+    launches = late(".launches", __package__)
 
 
 class Statistics(NamedTuple):

@@ -22,8 +22,8 @@ from tkernels.ops.conv import aten, routing
 if TYPE_CHECKING:
     from tkernels.ops.conv import kernels, launches
 else:
-    kernels = late("tkernels.ops.conv.kernels")
-    launches = late("tkernels.ops.conv.launches")
+    kernels = late(".kernels", __package__)
+    launches = late(".launches", __package__)
 
 __all__ = ["conv2d"]
 

@@ -25,7 +25,7 @@ from tkernels.ops.conv_stage import passes
 if TYPE_CHECKING:
     from tkernels.ops.conv_stage import routes
 else:
-    routes = late("tkernels.ops.conv_stage.routes")
+    routes = late(".routes", __package__)
 
 __all__ = ["ConvBNLayer", "MaxPool", "conv_stage"]
 

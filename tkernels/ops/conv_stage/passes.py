@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tkernels.ops.conv import kernels as conv
     from tkernels.ops.conv_stage import triton_body as body
 else:
-    conv = late("tkernels.ops.conv.kernels")
-    body = late("tkernels.ops.conv_stage.triton_body")
+    conv = late("..conv.kernels", __package__)
+    body = late(".triton_body", __package__)
 
 __all__ = ["Options", "backward", "call_tensors", "forward", "keep"]
 
@@ -160,7 +160,7 @@ def _traced_forward(
     ]
     # without a gradient statistics are all that is to be kept
     asked = needs or ([False] * (2 + 4 * len(layers)) if any(layer.training for layer in layers) else [])
-    y, *found = torch.ops.tkernels.conv_stage_forward(
+    y, *found = _forward_operator(
         [*call_tensors(x, unmoved, residual), seed], *_numbers(stage), [float(eps) for _, eps, _ in options], asked
     )
     kept: list[Tensor | None] = [seed, body.behind_residual(y, residual, stage.activations[-1])]
@@ -248,7 +248,7 @@ def _traced_backward(
     # without an activation before it the residual's gradient is dy, and no result of an operator
     *needed, of_residual = needs
     needed.append(of_residual and behind is not None)
-    found = iter(torch.ops.tkernels.conv_stage_backward(tensors, *_numbers(stage), eps, needed, *input_format))
+    found = iter(_backward_operator(tensors, *_numbers(stage), eps, needed, *input_format))
     gradients = [next(found) if need else None for need in needed]
     if of_residual and behind is None:
         gradients[-1] = dy.contiguous(memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ from tkernels.ops.cross_entropy import layout as class_layout
 if TYPE_CHECKING:
     from tkernels.ops.cross_entropy import kernels
 else:
-    kernels = late("tkernels.ops.cross_entropy.kernels")
+    kernels = late(".kernels", __package__)
 
 __all__ = ["cross_entropy"]
 

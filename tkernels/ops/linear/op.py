@@ -23,7 +23,7 @@ from tkernels.ops.linear import routing
 if TYPE_CHECKING:
     from tkernels.ops.linear import kernels
 else:
-    kernels = late("tkernels.ops.linear.kernels")
+    kernels = late(".kernels", __package__)
 
 __all__ = ["linear", "linear_relu"]
 

@@ -17,7 +17,7 @@ from tkernels.ops.linear import routing
 if TYPE_CHECKING:
     from tkernels.ops.matmul import kernels
 else:
-    kernels = late("tkernels.ops.matmul.kernels")
+    kernels = late(".kernels", __package__)
 
 __all__ = ["matmul"]
 
