@@ -20,7 +20,7 @@ COMPAT_PACKAGES := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 \
 # each gate of `make test` would compile the tests anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo perf docs test test-torch test-ttsem test-aot test-interp test-extended compat mutants lint dist clean
+.PHONY: help demo perf docs hub test test-torch test-ttsem test-aot test-interp test-extended compat mutants lint dist clean
 
 help:
 	@echo "make demo   train the fused CNN on real handwritten digits (about 2 minutes, no download of data)"
@@ -30,6 +30,7 @@ help:
 	@echo "make mutants   put one fault at a time into the source: do the tests see it? (an hour or two)"
 	@echo "make perf   time the operators against PyTorch and count a training step's bytes: CSVs and PNGs in runs/perf"
 	@echo "make docs   README's pages and the API reference as a site to open: runs/docs/index.html"
+	@echo "make hub    the layout of Hugging Face's kernels hub, in runs/hub; nothing is uploaded (wants Python 3.11)"
 	@echo "make lint   ruff and mypy"
 	@echo "make dist   a wheel and the sources' archive, checked, in dist"
 
@@ -47,6 +48,10 @@ perf: $(VENV)/test.stamp
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file .docs/mkdocs.yml
 	@echo "runs/docs/index.html"
+
+hub:
+	rm -rf runs/hub
+	$(PYTHON) .hub/build.py runs/hub
 
 test: test-torch test-ttsem test-aot test-interp
 
