@@ -1,4 +1,4 @@
-"""A network of fused modules, trained on scikit-learn's handwritten digits: python -m models.example"""
+"""A network of fused modules, trained on scikit-learn's handwritten digits: python -m models.examples.modules"""
 
 import torch
 from sklearn.datasets import load_digits
