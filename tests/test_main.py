@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,11 @@ def _said(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, str]]:
 def test_report_says_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
     said = _said(capsys)
     assert said["environment"]["torch"].startswith(torch.__version__)
-    assert said["environment"]["tkernels"] == tkernels.__version__
+    where = settings.tilde(str(Path(tkernels.__file__).parent))
+    assert re.fullmatch(rf"{re.escape(tkernels.__version__)}, (commit [0-9a-f]+(-dirty)?, )?in {re.escape(where)}",
+                        said["environment"]["tkernels"])  # fmt: skip
+    assert said["environment"]["CUDA available"].startswith("yes, driver" if torch.cuda.is_available() else "no: ")
+    assert re.search(r", \d+ cores, \d+ threads, ", said["environment"]["CPU"])
     names = ("linear", "conv2d", "batch_norm", "conv_stage", "cross_entropy")
     assert said["operators on cpu in float32"] == dict.fromkeys(names, "PyTorch: a tensor is on cpu, not on a GPU")
 
@@ -45,9 +50,46 @@ def test_report_names_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert "backend 'torch' was asked for" in capsys.readouterr().out
     with tkernels.backend("triton"):
         main([])
-    assert "a call fails: RuntimeError: backend 'triton' was asked for" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.count("  a call fails: RuntimeError: backend 'triton' was asked for, but a tensor is on cpu") == 5
+    assert "python -m tkernels" not in said
     main(["--dtype", "float64", "--device", "cpu"])
     assert "float64 is left to PyTorch" in capsys.readouterr().out
+
+
+def test_report_is_short_and_keeps_the_home_to_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("HOME", "TKERNELS_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(compiler, "_wanted", False)
+    main([])
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) < 60
+    assert str(tmp_path) not in said
+    assert re.search(r"TKERNELS_CACHE_DIR +~: ", said)
+
+
+def test_report_says_which_commit_pip_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Away from a checkout, whatever repository its environment lies in."""
+    told: str | None = '{"url": "https://somewhere/tkernels", "vcs_info": {"vcs": "git", "commit_id": "abc123"}}'
+    monkeypatch.setattr(tkernels, "__file__", str(tmp_path / "tkernels/__init__.py"))
+    monkeypatch.setattr(report, "_distribution", lambda name: SimpleNamespace(version="1", read_text=lambda file: told))
+    assert dict(report.environment())["tkernels"].endswith(f", commit abc123, in {tmp_path}/tkernels")
+    told = None
+    assert dict(report.environment())["tkernels"].endswith(f"{tkernels.__version__}, in {tmp_path}/tkernels")
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError("Torch not compiled with CUDA enabled"), RuntimeError("No driver. Get")]
+)
+def test_report_says_why_there_is_no_gpu(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert dict(report.environment())["CUDA available"] == f"no: {str(error).split('.')[0]}"
 
 
 def test_report_shows_the_settings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

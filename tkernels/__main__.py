@@ -6,9 +6,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import platform
+import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -26,15 +29,16 @@ MOST_FILES = 20_000  # of a cache that are looked at
 
 def environment() -> Iterator[tuple[str, str]]:
     """(name, value) of what decides how operators run."""
-    yield "tkernels", tkernels.__version__
+    yield "tkernels", f"{tkernels.__version__}, {_source()}"
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})"
     for package in ("triton", "torchvision", "numpy"):
         yield package, _version(package)
-    yield "CUDA available", str(torch.cuda.is_available())
+    yield "CUDA available", _cuda()
     for index in range(torch.cuda.device_count()):
         yield f"device {index}", _gpu(index)
-    yield "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    yield "CPU", f"{_cpu_model()}, {cores}"
     yield "backend", f"{tkernels.get_backend()!r}"
     yield "Triton's interpreter", "on" if mode.interpreting() else "off"
     yield "autotuning", "on" if autotune.enabled else "off"
@@ -44,6 +48,46 @@ def environment() -> Iterator[tuple[str, str]]:
         + (f"matmul {mode.dot_precision(torch.float32, 'matmul')}"),
     )
     yield from settings.others("TKERNELS_", "TRITON_")
+
+
+def _source() -> str:
+    """Where the package lies, and its commit where that is known: of a checkout, or of what pip was told to install."""
+    folder, commit = Path(tkernels.__file__).parent, None
+    if (folder.parent / ".git").exists():
+        commit = _told("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    elif (of_wheel := _distribution("tkernels")) is not None:
+        commit = json.loads(of_wheel.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id")
+    return f"commit {commit}, in {folder}" if commit else f"in {folder}"
+
+
+def _told(*command: str) -> str:
+    """The first line that a program prints; '' where it fails or is not there."""
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return told.stdout.partition("\n")[0]
+
+
+def _cuda() -> str:
+    """Whether there is a GPU, with its driver's version; else why torch finds none."""
+    if torch.cuda.is_available():
+        driver = _told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        return f"yes, driver {driver or 'of unknown version'}"
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # the first is that of a build without CUDA
+        return f"no: {str(error).partition('. ')[0]}"
+    return "no"
+
+
+def _cpu_model() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _gpu(index: int) -> str:
@@ -113,10 +157,14 @@ def variables() -> Iterator[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    found = _distribution(package)
+    return "not installed" if found is None else found.version
+
+
+def _distribution(package: str) -> metadata.Distribution | None:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.distribution(package)
+    return None
 
 
 def _operators(device: str, dtype: torch.dtype) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
@@ -142,9 +190,12 @@ def backends(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
             reason = mode.why_not_triton(*tensors)
             taken = "Triton" if reason is None else f"PyTorch: {reason}"
         try:
-            call(*tensors)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # its interpreter's NumPy
+                call(*tensors)
         except Exception as error:
-            taken = f"{taken}; a call fails: {type(error).__name__}: {error}"
+            said = f"a call fails: {type(error).__name__}: {str(error).removesuffix(mode.ADVICE)}"
+            taken = said if taken.startswith("PyTorch") else f"{taken}; {said}"
         yield name, taken
 
 
@@ -176,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     for title, rows in sections.items():
         print(title)
         for name, value in rows:
-            print(f"  {name:<{width}}  {value}")
+            print(f"  {name:<{width}}  {settings.tilde(value)}")
     return 0
 
 

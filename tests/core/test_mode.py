@@ -102,6 +102,31 @@ def test_commands_say_in_a_line_that_a_backend_is_wrong(command: str) -> None:
     )
 
 
+def test_a_first_call_under_the_environments_triton_says_what_is_missing() -> None:
+    """One operator of each kind of sequence: all name the command."""
+    code = WRONG_BACKEND.replace("except ValueError", "except RuntimeError").replace("tkernels.get_backend, ", "")
+    ran = run_python(code, TKERNELS_BACKEND="triton", CUDA_VISIBLE_DEVICES="")
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert len(lines) == 8
+    for line in lines:
+        assert line.startswith(
+            "backend 'triton' was asked for, but a tensor is on cpu, not on a GPU (torch finds no GPU"
+        )
+        assert line.endswith(mode.ADVICE)
+
+
+def test_paths_are_shown_without_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    for text, shown in (
+        ("/home/ann/.cache: 3 files", "~/.cache: 3 files"), ("in /home/ann", "in ~"), ("/home/anna/x", "/home/anna/x"),
+        ("/mnt/home/ann/x", "/mnt/home/ann/x"), ("a:/home/ann/b:/home/ann", "a:~/b:~"), ("", ""),
+    ):  # fmt: skip
+        assert settings.tilde(text) == shown
+    monkeypatch.setenv("HOME", "/")
+    assert settings.tilde("/etc/x") == "/etc/x"
+
+
 def test_a_flag_says_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, given in (("1", True), ("ON", True), ("yes", True), ("0", False), ("False", False), ("off", False)):
         monkeypatch.setenv("TKERNELS_COMPILE", text)
@@ -116,10 +141,15 @@ def test_a_flag_says_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
             assert settings.COMPILE.is_on(default) == (default == "1")
 
 
-def test_triton_backend_says_why_it_cannot_run() -> None:
+def test_triton_backend_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2)
-    with tkernels.backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was asked for, but .*on cpu"):
-        mode.use_triton(x)
+    reason = (
+        r"'triton' was asked for, but a tensor is on cpu, not on a GPU{}; `python -m tkernels` says what is missing"
+    )
+    for there, found in ((False, r" \(torch finds no GPU here\)"), (True, "")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with tkernels.backend("triton"), pytest.raises(RuntimeError, match=reason.format(found)):
+            mode.use_triton(x)
     with tkernels.backend("auto"):
         assert not mode.use_triton(x)
 

@@ -20,6 +20,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Op = Literal["conv", "matmul"]
+# ends the error under backend 'triton'
+ADVICE = "; `python -m tkernels` says what is missing here and what each operator takes"
 
 
 # A wrong one raises where it is used: a command can say so in a line, where a failed import is a traceback
@@ -128,7 +130,8 @@ def use_triton(*tensors: Tensor | None) -> bool:
     if _can_run(tensors):
         return True
     if _backend == "triton" and not any(t is not None and t.dtype == torch.float64 for t in tensors):
-        raise RuntimeError(f"backend 'triton' was asked for, but {why_not_triton(*tensors)}")
+        found = "" if _INTERPRETING or torch.cuda.is_available() else " (torch finds no GPU here)"
+        raise RuntimeError(f"backend 'triton' was asked for, but {why_not_triton(*tensors)}{found}{ADVICE}")
     return False
 
 

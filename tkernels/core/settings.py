@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -81,6 +82,12 @@ INDUCTOR_CACHE_DIR = Setting(
 CACHE_HOME = Setting("XDG_CACHE_HOME", "~/.cache", (), "compiled passes are kept below it if neither is set")
 
 SETTINGS = (BACKEND, COMPILE, AUTOTUNE, TMA, CACHE_DIR, INTERPRET, INDUCTOR_CACHE_DIR, CACHE_HOME)
+
+
+def tilde(text: str) -> str:
+    """A text with ~ for the user's folder in its paths: what is shown to others need not tell the user's name."""
+    home = os.path.expanduser("~").rstrip("/")
+    return re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?![\w.-])", "~", text) if home else text
 
 
 def others(*prefixes: str) -> Iterator[tuple[str, str]]:
