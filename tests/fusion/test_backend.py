@@ -95,8 +95,9 @@ def test_unknown_options(options: dict[str, Any], device: str) -> None:
 
 
 def test_not_a_module() -> None:
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got builtin_function"):
-        tkernels.fuse(torch.relu)  # type: ignore[type-var]
+    for call in (tkernels.fuse, tkernels.unfuse, tkernels.explain, lambda model: tkernels.explain(model, 1)):
+        with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got builtin_function"):
+            call(torch.relu)  # type: ignore[arg-type, no-untyped-call]
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -57,8 +57,7 @@ def fuse(model: Model, report: bool = False, options: dict[str, Any] | None = No
         >>> tkernels.explain(model).fused  # of the model itself: its layers 0, 1 and 2 are one call
         [('', '0 -> 1 -> 2')]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _must_be_module(model)
     model._compiled_call_impl = _Fused(model, Backend(options), report).function()
     return model
 
@@ -72,11 +71,15 @@ def unfuse(model: Model) -> Model:
     Returns:
         the same object, changed
 
+    Raises:
+        TypeError: For what is no module.
+
     Examples:
         >>> model = tkernels.fuse(torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.ReLU()))
         >>> tkernels.unfuse(model) is model
         True
     """
+    _must_be_module(model)
     for module in model.modules():
         if _fused(module) is not None:
             module._compiled_call_impl = None
@@ -95,6 +98,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         **kwargs: likewise
 
     Raises:
+        TypeError: For what is no module.
         ValueError: For a model that was not fused, without arguments for its forward.
 
     Examples:
@@ -105,6 +109,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
         >>> report.fused
         [('', '0 -> 1 -> 2')]
     """
+    _must_be_module(model)
     if inputs or kwargs:
         twin = fuse(copy.deepcopy(_torch.uncompiled(model)))
         with torch.random.fork_rng(), warnings.catch_warnings():
@@ -115,6 +120,11 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> FusionReport:
     if fused is None:
         raise ValueError("model was not fused: call tkernels.fuse(model) first, or explain(model, *inputs)")
     return fused.backend.report
+
+
+def _must_be_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _fused(model: nn.Module) -> _Fused | None:

@@ -92,6 +92,7 @@ class ConvStage(torch.nn.Module):
         dropout: the probability that training drops a whole channel
 
     Raises:
+        TypeError: For channels that are no sequence.
         ValueError: For fewer than two channel counts, or a probability outside [0, 1]. Otherwise errors as of
             :func:`tkernels.functional.conv_stage`.
 
@@ -119,6 +120,8 @@ class ConvStage(torch.nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not hasattr(channels, "__len__"):
+            raise TypeError(f"channels must be a sequence of ints, got {type(channels).__name__}")
         if len(channels) < 2:
             raise ValueError(f"channels must be the input's and at least one layer's, got {channels}")
         checks.probability("dropout", dropout)
