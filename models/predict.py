@@ -7,6 +7,7 @@ that cannot be used, or results that cannot be written.
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import itertools
 import sys
@@ -256,8 +257,10 @@ def export(loaded: Loaded, path: Path) -> None:
     if loaded.network.takes_rows:
         raise PredictError(f"--export {path}: networks of images are exported, not those of rows")
     size = loaded.network.image_size
+    # (of weights in channels_last, as training may leave them, the exporter warns)
+    model = copy.deepcopy(loaded.model).to(memory_format=torch.contiguous_format)
     program = torch.export.export(
-        loaded.model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: torch.export.Dim("images", min=1)},)
+        model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: torch.export.Dim("images", min=1)},)
     )
     whole = io.BytesIO()  # torch writing to a full disk ends the process
     torch.export.save(program, whole, extra_files={"classes.txt": "\n".join(loaded.network.classes)})

@@ -21,6 +21,7 @@ from models.interrupt import Stopped, StopRequest
 from models.loader import TrainLoader, ValLoader
 from models.networks import Network
 from models.options import Options
+from tkernels.core import hardware
 
 # in a checkpoint's settings: which rows of a table it was trained on
 FINGERPRINT = "data fingerprint"
@@ -61,6 +62,7 @@ class Trainer:
         self.model = model.to(chosen.device)
         self.criterion = networks.build_criterion(fused, chosen.label_smoothing)
         if chosen.compile:
+            hardware.find_cuda()
             self.model.compile()  # in place: the names in its state_dict stay
         lr: float | Tensor = torch.tensor(chosen.lr, device=chosen.device) if chosen.cuda_graph else chosen.lr
         self.optimizer = recipes.build_optimizer(

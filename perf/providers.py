@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 import tkernels
 from perf.options import Refused
+from tkernels.core import hardware
 
 BASELINE, OURS, COMPILED = "torch", "tkernels", "torch.compile"
 # a network as most scripts run it on a CPU: float32 without autocast, whatever dtype the others take
@@ -123,6 +124,7 @@ def _tkernels() -> Provider:
 
 def _compiled() -> Provider:
     torch._dynamo.reset()
+    hardware.find_cuda()
     # bwd mode runs the same backward again and again
     import torch._functorch.config as functorch
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from tkernels.core import _torch
-from tkernels.cpu import compiler
+from tkernels.core import _torch, settings
+from tkernels.cpu import cache, compiler
 from tkernels.cpu.compiler import Pass
 
 pytestmark = [
@@ -86,7 +89,7 @@ def test_a_compiler_that_does_not_work_turns_all_off(monkeypatch: pytest.MonkeyP
 
     asked = instead(monkeypatch, compile)
     run = Pass(twice)
-    with pytest.warns(RuntimeWarning, match="without compiled passes on this CPU: no such compiler"):
+    with pytest.warns(RuntimeWarning, match="without compiled passes on this CPU: no such compiler; they need"):
         assert torch.equal(doubled(run, torch.ones(8)), torch.full((8,), 2.0))
     assert not compiler.enabled()
     doubled(run, torch.ones(8).double())
@@ -183,7 +186,7 @@ def test_what_is_set_in_a_thread_has_no_part_in_what_is_compiled(dtype: torch.dt
 
 
 def _notices(caplog: pytest.LogCaptureFixture) -> int:
-    return sum("compiling the CPU's passes" in record.getMessage() for record in caplog.records)
+    return sum("tkernels compiles its passes" in record.getMessage() for record in caplog.records)
 
 
 def test_the_notice_comes_where_something_is_compiled(
@@ -203,7 +206,7 @@ def test_the_notice_comes_where_something_is_compiled(
 
 
 def test_the_notice_of_an_inductor_of_other_names(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It may then come though the cache has the pass."""
     from torch._inductor import compile_fx
@@ -211,8 +214,60 @@ def test_the_notice_of_an_inductor_of_other_names(
     monkeypatch.delattr(compile_fx, "fx_codegen_and_compile")
     monkeypatch.setattr(compiler, "_announced", False)
     for _ in range(2):
-        with _torch.telling_of_compilation(compiler._announce):
+        with _torch.telling_of_compilation(lambda: compiler._announce(tmp_path)):
             assert _notices(caplog) == 1
+
+
+def test_the_notice_comes_again_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another process with the same cache: not within minutes of the first, which it may belong to."""
+    for age, want in ((0, 1), (cache.LATELY - 60, 1), (cache.LATELY + 60, 2)):
+        monkeypatch.setattr(compiler, "_announced", False)
+        if age:
+            os.utime(tmp_path / "announced", (time.time() - age,) * 2)
+        compiler._announce(tmp_path)
+        assert _notices(caplog) == want
+    monkeypatch.setattr(compiler, "_announced", False)
+    compiler._announce(tmp_path / "a folder that is not there")
+    assert _notices(caplog) == 3
+
+
+def test_the_loggers_level_hides_the_notice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiler, "_announced", False)
+    assert "logging.getLogger('tkernels').setLevel('ERROR') hides this line" in compiler.NOTICE
+    with caplog.at_level("ERROR", "tkernels"):
+        compiler._announce(tmp_path)
+    assert _notices(caplog) == 0
+
+
+PLAIN = """
+import torch
+import tkernels.functional as F
+x = torch.randn(16, 64, 32, 32).to(memory_format=torch.channels_last)
+F.batch_norm(x, torch.zeros(64), torch.ones(64), training=True, activation="relu")
+"""
+
+
+def test_a_plain_script_is_told_once(tmp_path: Path) -> None:
+    """With nothing set up: two processes that start together have one line between them, and torch says nothing of a
+    CUDA that nobody uses. With a warm cache there is none."""
+
+    def said(folder: str, *codes: str) -> list[str]:
+        environment = {**os.environ, "TKERNELS_CACHE_DIR": str(tmp_path / folder), "CUDA_HOME": str(tmp_path)}
+        started = [
+            subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+            for code in codes
+        ]
+        told = [process.communicate(timeout=300)[1] for process in started]
+        assert [process.returncode for process in started] == [0] * len(codes), told
+        return "".join(told).splitlines()
+
+    (line,) = said("cache", PLAIN, PLAIN)
+    assert line == compiler.NOTICE % settings.tilde(str(tmp_path / "cache"))
+    assert said("cache", PLAIN) == []
 
 
 def test_compiles_by_dynamos_lock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,11 @@ The last line says what ran. Exit status: 0 nothing differs, 1 something does, 2
 
 
 def parser() -> argparse.ArgumentParser:
+    from models.arguments import Parser
     from tests.fuzz.bodies import BODIES
     from tests.fuzz.by_seed import SHARES
 
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m tests.fuzz",
         description="Random calls of tkernels (functions, modules, fused models) compared with torch and float64: "
         "values, NaN and Inf, dtypes, shapes, strides, gradients, errors, and what is written to.",

@@ -1,8 +1,11 @@
-"""Which dtypes a device computes in by instructions of its own."""
+"""Which dtypes a device computes in by instructions of its own; where CUDA's compiler is."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import logging
 
 import torch
 
@@ -41,3 +44,15 @@ def why_slow(dtype: torch.dtype, device: torch.device | str) -> str | None:
     names = ", ".join(said for kind in _INSTRUCTIONS[dtype] for said in kind.values())
     instead = "bfloat16, for which it has some" if cpu_instructions(torch.bfloat16) else "float32"
     return f"this CPU has no {name} instructions ({names}) and is slower in it than in float32: take {instead}"
+
+
+def find_cuda() -> None:
+    """Look for CUDA's compiler, as Inductor is about to. Where there is one and no GPU, torch warns as it looks, once;
+    nobody has anything to do about that."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    disabled, log.disabled = log.disabled, True
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("torch.utils.cpp_extension")
+    finally:
+        log.disabled = disabled

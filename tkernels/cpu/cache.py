@@ -19,6 +19,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -28,6 +29,8 @@ import torch
 from tkernels.core import _torch, settings
 
 log = logging.getLogger("tkernels")
+# seconds for which the notice that passes are compiled is not given again
+LATELY = 300
 
 
 def folder() -> Path:
@@ -130,16 +133,32 @@ def _remove(path: Path, process: int) -> None:
 
 
 @contextlib.contextmanager
-def used() -> Iterator[None]:
-    """Inductor, in this block, keeps what it makes in our folder, and nothing in it afterwards.
+def used() -> Iterator[Path]:
+    """Inductor, in this block, keeps what it makes in our folder, which is given, and nothing in it afterwards.
 
     For whoever holds Dynamo's lock: no other thread compiles meanwhile.
     """
-    variable, place = settings.INDUCTOR_CACHE_DIR, folder()
+    variable, top = settings.INDUCTOR_CACHE_DIR, folder()
     with variable.restored():
-        variable.assign(str(place))  # which the look for instruction sets writes to as well
-        place = place / "-".join(str(_torch.pick_vec_isa()).split())
+        variable.assign(str(top))  # which the look for instruction sets writes to as well
+        place = top / "-".join(str(_torch.pick_vec_isa()).split())
         variable.assign(str(place))
         headers = _torch.header_settings(place / "headers")
         with mock.patch.multiple(_torch.inductor_codecache(), **headers) if headers else contextlib.nullcontext():
-            yield
+            yield top
+
+
+def announced(folder: Path) -> bool:
+    """Whether a process that keeps its passes there said lately that it compiles. If none has, this one will, and the
+    other processes of a job need not."""
+    mark = folder / "announced"
+    with contextlib.suppress(OSError):  # it is not there, or no longer
+        if time.time() - mark.stat().st_mtime > LATELY:
+            mark.unlink()
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    except OSError:  # a full disk
+        pass
+    return False

@@ -16,12 +16,13 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tkernels.core import _torch, settings
+from tkernels.core import _torch, hardware, settings
 from tkernels.cpu import cache
 from tkernels.cpu.guard import is_plain
 
@@ -29,6 +30,11 @@ log = logging.getLogger("tkernels")
 # Inductor vectorises by the sizes that it sees: a first call of few channels would make slow code for all after it.
 CHANNELS = 256
 NOT_COMPILED = "passes are not compiled here: TKERNELS_COMPILE=0, or no C++ compiler"
+NOTICE = (
+    "tkernels compiles its passes for this CPU with Inductor: up to a minute in all, once, for they are kept in %s. "
+    "logging.getLogger('tkernels').setLevel('ERROR') hides this line, TKERNELS_COMPILE=0 leaves all to PyTorch."
+)
+NEEDED = "they need a C++ compiler that works (g++, or what CXX names); TKERNELS_COMPILE=0 does without"
 _compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _wanted = settings.COMPILE.is_on()
 _broken = False
@@ -107,7 +113,7 @@ class Pass:
                 # whatever a compiler, a linker or a full disk says: training goes on without
                 if not _broken and _failure() is not None:
                     _broken = True
-                    reason = f"tkernels runs without compiled passes on this CPU: {_line(error)}"
+                    reason = f"tkernels runs without compiled passes on this CPU: {_line(error)}; {NEEDED}"
                     warnings.warn(reason, RuntimeWarning, stacklevel=3)
                 else:
                     self._report(f"does not compile: {_line(error)}")
@@ -115,12 +121,13 @@ class Pass:
             return _compiled[key]
 
 
-def _announce() -> None:
-    """Say, once, why the next call takes so long."""
+def _announce(folder: Path) -> None:
+    """Say, once, why the next call takes so long: a warning, which Python shows to whoever has set up no logging."""
     global _announced
     if not _announced:
         _announced = True
-        log.warning("compiling the CPU's passes with Inductor: some seconds, once; TKERNELS_COMPILE=0 turns it off")
+        if not cache.announced(folder):
+            log.warning(NOTICE, settings.tilde(str(folder.parent)))
 
 
 def _line(error: Exception) -> str:
@@ -178,6 +185,7 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], chan
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+    hardware.find_cuda()
     # sizes that happen to be equal now are different symbols all the same
     shape_env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
     mode = _torch.FakeTensorMode(shape_env=shape_env)
@@ -206,7 +214,7 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], chan
 
     # the cache of whole autograd graphs cannot read a graph that did not come from Dynamo
     apart = _torch.functorch_config.patch(enable_autograd_cache=False)
-    with cache.used(), options, apart, _torch.telling_of_compilation(_announce):
+    with cache.used() as folder, options, apart, _torch.telling_of_compilation(lambda: _announce(folder)):
         run: Any = _torch.compile_fx(graph, fakes, inner_compile=compile_inner)
     # what stands around it serves autograd, and is as much Python again between two passes
     call = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tkernels.core import _torch
+from tkernels.core import _torch, hardware
 from tkernels.fusion import calls, chains, checkpoint
 from tkernels.fusion.calls import Call
 from tkernels.fusion.hints import Hints
@@ -116,6 +116,7 @@ class Backend:
             # what writes the code down at the first call would stay in the way of all others
             _torch.LazyGraphModule.force_recompile(gm)
             return _roomy(gm.forward)
+        hardware.find_cuda()
         inductor: Any = _torch.lookup_backend("inductor")
         mode = {} if self.mode is None else {"mode": self.mode}
         run: Run = inductor(gm, list(example_inputs), **mode)

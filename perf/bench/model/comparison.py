@@ -33,6 +33,7 @@ from perf.bench.process import changed_environment
 from perf.models import Build
 from perf.providers import BASELINE, COMPILED, OURS
 from perf.schema import Measurement, number, text
+from tkernels.core import hardware
 
 AGAIN = f"{BASELINE} again"
 # seconds that a turn takes at least: short calls are made several times
@@ -156,6 +157,7 @@ def _floats(output: Any) -> list[Tensor]:
 
 
 def _compile(model: nn.Module) -> None:
+    hardware.find_cuda()
     # (model.compile() captures nothing of a model that is an nn.Sequential in torch 2.11)
     model.forward = torch.compile(model.forward)
 
@@ -311,9 +313,9 @@ def _dynamos_part(task: Task, contender: Contender) -> dict[str, Any]:
 def guard_us(call: Callable[[], object]) -> float:
     """Microseconds a call that Dynamo looks for the graph to run, by its own mark in PyTorch's profiler: between the
     model's other work, where the objects that guards look at have left the caches."""
-    # the profiler complains in stderr of a GPU that is not there
+    # the profiler tells on stderr that it starts and stops, and complains of a GPU that is not there
     with (
-        changed_environment({"KINETO_LOG_LEVEL": "5"}),
+        changed_environment({"KINETO_LOG_LEVEL": "99"}),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
     ):
         for _ in range(PROFILED_CALLS):
