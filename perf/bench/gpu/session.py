@@ -13,6 +13,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -100,6 +101,8 @@ def main(connection: Connection, log: Path, dry: bool) -> None:
     # (perf.static.aot sets a variable that is part of the key of Triton's cache: all processes must agree on it)
     for name in ("torch", "tkernels", "perf.bench.measure", "perf.static.aot"):
         importlib.import_module(name)
+    # torch.fx has a bar that it does not show, whose lock would be a semaphore left behind where this process is killed
+    importlib.import_module("tqdm").tqdm.set_lock(threading.RLock())
     if dry:
         importlib.import_module("torch").set_num_threads(1)
     with contextlib.suppress(EOFError, BrokenPipeError):
