@@ -133,19 +133,24 @@ def _remove(path: Path, process: int) -> None:
 
 
 @contextlib.contextmanager
-def used() -> Iterator[Path]:
-    """Inductor, in this block, keeps what it makes in our folder, which is given, and nothing in it afterwards.
+def used() -> Iterator[None]:
+    """Inductor, in this block, keeps what it makes in our folder, and nothing in it afterwards.
 
     For whoever holds Dynamo's lock: no other thread compiles meanwhile.
     """
-    variable, top = settings.INDUCTOR_CACHE_DIR, folder()
+    variable, place = settings.INDUCTOR_CACHE_DIR, folder()
     with variable.restored():
-        variable.assign(str(top))  # which the look for instruction sets writes to as well
-        place = top / "-".join(str(_torch.pick_vec_isa()).split())
+        variable.assign(str(place))  # which the look for instruction sets writes to as well
+        place = place / "-".join(str(_torch.pick_vec_isa()).split())
         variable.assign(str(place))
         headers = _torch.header_settings(place / "headers")
         with mock.patch.multiple(_torch.inductor_codecache(), **headers) if headers else contextlib.nullcontext():
-            yield top
+            yield
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing was ever compiled into that folder."""
+    return not any(path.is_dir() for path in folder.iterdir())
 
 
 def announced(folder: Path) -> bool:

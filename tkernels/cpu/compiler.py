@@ -31,8 +31,8 @@ log = logging.getLogger("tkernels")
 CHANNELS = 256
 NOT_COMPILED = "passes are not compiled here: TKERNELS_COMPILE=0, or no C++ compiler"
 NOTICE = (
-    "tkernels compiles its passes for this CPU with Inductor: up to a minute in all, once, for they are kept in %s. "
-    "logging.getLogger('tkernels').setLevel('ERROR') hides this line, TKERNELS_COMPILE=0 leaves all to PyTorch."
+    "tkernels compiles its passes for this CPU with Inductor: half a minute to a minute, once, for they are kept in "
+    "%s. logging.getLogger('tkernels').setLevel('ERROR') hides this line, TKERNELS_COMPILE=0 leaves all to PyTorch."
 )
 NEEDED = "they need a C++ compiler that works (g++, or what CXX names); TKERNELS_COMPILE=0 does without"
 _compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -185,6 +185,9 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], chan
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+    folder = cache.folder()
+    if cache.is_empty(folder):  # importing Inductor and finding out what the C++ compiler can takes ten seconds
+        _announce(folder)
     hardware.find_cuda()
     # sizes that happen to be equal now are different symbols all the same
     shape_env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
@@ -214,7 +217,7 @@ def _by_inductor(function: Callable[..., Any], tensors: tuple[Tensor, ...], chan
 
     # the cache of whole autograd graphs cannot read a graph that did not come from Dynamo
     apart = _torch.functorch_config.patch(enable_autograd_cache=False)
-    with cache.used() as folder, options, apart, _torch.telling_of_compilation(lambda: _announce(folder)):
+    with cache.used(), options, apart, _torch.telling_of_compilation(lambda: _announce(folder)):
         run: Any = _torch.compile_fx(graph, fakes, inner_compile=compile_inner)
     # what stands around it serves autograd, and is as much Python again between two passes
     call = getattr(inner[0], "current_callable", None) if len(inner) == 1 else None
