@@ -20,9 +20,10 @@ COMPAT_PACKAGES := torch==2.11.0 torchvision==0.26.0 triton==3.6.0 \
 # each gate of `make test` would compile the tests anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo perf docs hub test test-torch test-ttsem test-aot test-interp test-extended compat mutants lint dist clean
+.PHONY: help venv demo perf docs hub test test-torch test-ttsem test-aot test-interp test-extended compat mutants lint dist clean
 
 help:
+	@echo "make venv   an environment with all that tests, measurements and examples need, in .venv"
 	@echo "make demo   train the fused CNN on real handwritten digits (about 2 minutes, no download of data)"
 	@echo "make test   prove every kernel without a GPU, one process a gate: torch, ttsem, aot, interp"
 	@echo "make test-extended   the exhaustive rest: every configuration, module samples on the kernels, long sweeps"
@@ -52,6 +53,8 @@ docs: $(VENV)/docs.stamp
 hub:
 	rm -rf runs/hub
 	$(PYTHON) .hub/build.py runs/hub
+
+venv: $(VENV)/test.stamp
 
 test: test-torch test-ttsem test-aot test-interp
 

@@ -41,7 +41,7 @@ def test_report_says_versions_and_backends(capsys: pytest.CaptureFixture[str]) -
     assert said["environment"]["CUDA available"].startswith("yes, driver" if torch.cuda.is_available() else "no: ")
     assert re.search(r", \d+ cores, \d+ threads, ", said["environment"]["CPU"])
     names = ("linear", "conv2d", "batch_norm", "conv_stage", "cross_entropy")
-    assert said["operators on cpu in float32"] == dict.fromkeys(names, "PyTorch: a tensor is on cpu, not on a GPU")
+    assert said["operators on cpu in float32"] == dict.fromkeys(names, "no kernel: a tensor is on cpu, not on a GPU")
 
 
 def test_report_names_the_reason(capsys: pytest.CaptureFixture[str]) -> None:

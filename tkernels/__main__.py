@@ -185,17 +185,17 @@ def backends(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
     """(operator, the backend a small call of it takes and why, or how it fails)."""
     for name, (call, tensors) in _operators(device, dtype).items():
         if mode.get_backend() == "torch":
-            taken = "PyTorch: backend 'torch' was asked for"
+            taken = "no kernel: backend 'torch' was asked for"
         else:
             reason = mode.why_not_triton(*tensors)
-            taken = "Triton" if reason is None else f"PyTorch: {reason}"
+            taken = "Triton" if reason is None else f"no kernel: {reason}"
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # its interpreter's NumPy
                 call(*tensors)
         except Exception as error:
             said = f"a call fails: {type(error).__name__}: {str(error).removesuffix(mode.ADVICE)}"
-            taken = said if taken.startswith("PyTorch") else f"{taken}; {said}"
+            taken = said if taken.startswith("no kernel") else f"{taken}; {said}"
         yield name, taken
 
 

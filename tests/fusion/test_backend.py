@@ -137,7 +137,7 @@ def test_explain_of_a_fused_model(device: str) -> None:
     assert in_one(what for _, what in found.fused) == CNN_CHAINS
     text = str(report(fused))
     assert "0 -> 1 -> 2" in text
-    assert "8: linear layer, then the end of the graph" in text
+    assert "8: linear layer alone, followed by the end of the graph: nothing to fuse it with" in text
 
 
 def test_printed_after_the_first_call(device: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +163,7 @@ def test_a_call_that_fused_nothing_warns_once(device: str) -> None:
             for _ in range(3):
                 network(images(device))
         assert len(messages(found)) == 1
-        assert "0: convolution, then 1" in messages(found)[0]
+        assert "0: convolution alone, followed by 1: nothing" in messages(found)[0]
     assert found[0].filename == __file__ or "fused nothing" in messages(found)[0]
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")

@@ -255,7 +255,10 @@ def test_the_report_says_why_a_layer_was_left(device: str) -> None:
     _, fused = both(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)), device)
     with pytest.warns(UserWarning, match="ran no fused operator"):
         fused(images(device))
-    assert dict(report(fused).left) == {"0": "convolution, then 1", "2": "linear layer, then the end of the graph"}
+    assert dict(report(fused).left) == {
+        "0": "convolution alone, followed by 1: nothing to fuse it with",
+        "2": "linear layer alone, followed by the end of the graph: nothing to fuse it with",
+    }
 
 
 def test_the_report_names_what_a_cpu_leaves_behind_a_chain() -> None:
@@ -279,7 +282,7 @@ def test_the_warning_is_about_the_call_that_it_is_about(device: str) -> None:
     fused.train()(images(device))
     assert report(fused).fused
     assert report(fused).left
-    with pytest.warns(UserWarning, match="convolution, then tanh"):
+    with pytest.warns(UserWarning, match="convolution alone, followed by tanh"):
         fused.eval()(images(device))
 
 

@@ -37,7 +37,7 @@ def test_training_is_fused(run: Callable[..., Path], capsys: pytest.CaptureFixtu
     fused = run("fused", "--model", "resnet18")
     said = capsys.readouterr().out
     assert "fused resnet18 of 11,181,642 parameters" in said
-    assert "fuse: 20 chains of layers, 1 layer is left to PyTorch" in said, "each of the 20 convolutions"
+    assert "fuse: 20 chains of layers, 2 layers are left to PyTorch" in said, "each of the 20 convolutions"
     plain = run("plain", "--model", "resnet18", "--no-fuse")
     said = capsys.readouterr().out
     assert "plain resnet18 of 11,181,642 parameters on cpu (torch.nn)" in said

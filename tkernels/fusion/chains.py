@@ -171,7 +171,7 @@ def incomplete(chain: Chain) -> str | None:
     if first.kind == "loss" or len(chain.steps) > 1:
         return None
     names = {"conv": "convolution", "linear": "linear layer", "norm": "batch norm"}
-    return f"{names[first.kind]}, then {_what_follows(first)}"
+    return f"{names[first.kind]} alone, followed by {_what_follows(first)}: nothing to fuse it with"
 
 
 def _what_follows(step: Step) -> str:
