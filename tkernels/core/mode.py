@@ -34,7 +34,8 @@ class backend:
     Args:
         name: ``'auto'`` takes Triton where every tensor is on a supported GPU, and PyTorch elsewhere. ``'triton'``
             raises RuntimeError where Triton cannot run (float64 goes to PyTorch even so, and what an operator's page
-            leaves to it). ``'torch'`` takes none; on a CPU TKERNELS_COMPILE=0 leaves the compiled passes out too. The environment variable TKERNELS_BACKEND sets the start value.
+            leaves to it). ``'torch'`` takes PyTorch, on a CPU with the compiled passes, which TKERNELS_COMPILE=0 leaves
+            out. The environment variable TKERNELS_BACKEND sets the start value.
 
     Raises:
         ValueError: For another name.
