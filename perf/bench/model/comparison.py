@@ -316,7 +316,7 @@ def guard_us(call: Callable[[], object]) -> float:
     # the profiler tells on stderr that it starts and stops, and complains of a GPU that is not there
     with (
         changed_environment({"KINETO_LOG_LEVEL": "99"}),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile,
     ):
         for _ in range(PROFILED_CALLS):
             call()
