@@ -192,6 +192,7 @@ def test_graph_breaks_are_reported(device: str) -> None:
     found = report(fused)
     assert found.breaks
     assert any("control flow" in why or "jump" in why for why in found.breaks)
+    assert all(": " in why and "Explanation" not in why and "Hint" not in why for why in found.breaks)
     assert found.graphs >= 2
     assert f"Dynamo ended a graph at: {len(found.breaks)}" in str(found)
     gradients_alike(fused, model, images(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import time
 import types
 import warnings
@@ -208,7 +209,12 @@ class _Fused:
 
 
 def _first_lines(reason: str) -> str:
-    return " ".join(reason.split("\n\n")[0].split())[:300]
+    """What Dynamo met, why that ends a graph and, where it says so, in which line."""
+    what, _, rest = reason.partition("\n")
+    explained = re.search(r"Explanation: (.*)", rest)
+    place = re.search(r'File "(.*)", line (\d+)', rest)
+    said = what.strip() + (f": {explained[1].strip()}" if explained else "")
+    return said[:300] + (f" ({place[1]}:{place[2]})" if place else "")
 
 
 # Where Dynamo ends a graph it goes on with functions of the model's class, whose code and limit all its models share.

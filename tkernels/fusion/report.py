@@ -35,8 +35,10 @@ class FusionReport:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        graphs = "graph" if self.graphs == 1 else "graphs"
-        lines = [f"fused: {len(self.fused)} chains in {self.graphs} {graphs}, first calls {self.seconds:.1f} s"]
+        chains, graphs = ("s" if count != 1 else "" for count in (len(self.fused), self.graphs))
+        lines = [
+            f"fused: {len(self.fused)} chain{chains} in {self.graphs} graph{graphs}, first calls {self.seconds:.1f} s"
+        ]
         lines += [f"  {name or '(model)'}: {what}" for name, what in self.fused]
         lines.append(f"left as it was: {len(self.left)}")
         lines += [f"  {name or '(model)'}: {why}" for name, why in self.left]
@@ -44,6 +46,6 @@ class FusionReport:
             lines.append(f"yours to do: {len(self.hints)}")
             lines += [f"  {hint}" for hint in self.hints]
         if self.breaks:
-            lines.append(f"Dynamo ended a graph at: {len(self.breaks)}")
+            lines.append(f"Dynamo ended a graph at: {len(self.breaks)} (TORCH_LOGS=graph_breaks shows the lines)")
             lines += [f"  {why}" for why in self.breaks]
         return "\n".join(lines)
