@@ -188,11 +188,11 @@ def test_which_product_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran(fused) == 4
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="ran no fused operator"):
         assert ONEDNN not in products(tkernels.fuse(nn.Sequential(*model)), many)
-    with pytest.warns(UserWarning, match="linear layer, then"):
+    with pytest.warns(UserWarning, match="linear layer alone, followed by"):
         assert products(tkernels.fuse(nn.Sequential(*model)), few) == [PRODUCT] * 2
     assert set(asked) == {torch.get_num_threads()}
     answer = False
-    with pytest.warns(UserWarning, match="linear layer, then"):
+    with pytest.warns(UserWarning, match="linear layer alone, followed by"):
         assert products(tkernels.fuse(nn.Sequential(*model)), many) == [PRODUCT] * 2
 
 
