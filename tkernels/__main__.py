@@ -21,7 +21,7 @@ from torch import Tensor
 
 import tkernels
 import tkernels.functional as F
-from tkernels.core import autotune, launch, mode, settings, targets
+from tkernels.core import autotune, hardware, launch, mode, settings, targets
 from tkernels.ops import cpu
 
 MOST_FILES = 20_000  # of a cache that are looked at
@@ -38,7 +38,7 @@ def environment() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         yield f"device {index}", _gpu(index)
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    yield "CPU", f"{_cpu_model()}, {cores}"
+    yield "CPU", f"{hardware.cpu_model()}, {cores}"
     yield "backend", f"{tkernels.get_backend()!r}"
     yield "Triton's interpreter", "on" if mode.interpreting() else "off"
     yield "autotuning", "on" if autotune.enabled else "off"
@@ -79,15 +79,6 @@ def _cuda() -> str:
     except (AssertionError, RuntimeError) as error:  # the first is that of a build without CUDA
         return f"no: {str(error).partition('. ')[0]}"
     return "no"
-
-
-def _cpu_model() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _gpu(index: int) -> str:

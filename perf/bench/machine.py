@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import platform
 import socket
 import subprocess
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from perf import options, providers
-from tkernels.core import mode, targets
+from tkernels.core import hardware, mode, targets
 
 # bytes read and written by the copies that a CPU's bandwidth is measured with
 SMALLEST_COPY, LARGEST_COPY = 1 << 18, 1 << 26
@@ -36,18 +35,7 @@ def device_name(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"cpu: {cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def cpu_model() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return f"cpu: {hardware.cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def driver() -> str:

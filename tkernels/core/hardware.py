@@ -1,4 +1,4 @@
-"""Which dtypes a device computes in by instructions of its own; where CUDA's compiler is."""
+"""Which dtypes a device computes in by instructions of its own; the CPU's name; where CUDA's compiler is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import functools
 import importlib
 import logging
+import platform
+from pathlib import Path
 
 import torch
 
@@ -44,6 +46,15 @@ def why_slow(dtype: torch.dtype, device: torch.device | str) -> str | None:
     names = ", ".join(said for kind in _INSTRUCTIONS[dtype] for said in kind.values())
     instead = "bfloat16, for which it has some" if cpu_instructions(torch.bfloat16) else "float32"
     return f"this CPU has no {name} instructions ({names}) and is slower in it than in float32: take {instead}"
+
+
+def cpu_model() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def find_cuda() -> None:
