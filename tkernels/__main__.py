@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import platform
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -54,26 +53,18 @@ def _source() -> str:
     """Where the package lies, and its commit where that is known: of a checkout, or of what pip was told to install."""
     folder, commit = Path(tkernels.__file__).parent, None
     if (folder.parent / ".git").exists():
-        commit = _told("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+        describe = "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
+        commit = "".join(hardware.printed("git", "-C", str(folder), *describe))
     elif (of_wheel := _distribution("tkernels")) is not None:
         commit = json.loads(of_wheel.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id")
     return f"commit {commit}, in {folder}" if commit else f"in {folder}"
 
 
-def _told(*command: str) -> str:
-    """The first line that a program prints; '' where it fails or is not there."""
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return told.stdout.partition("\n")[0]
-
-
 def _cuda() -> str:
     """Whether there is a GPU, with its driver's version; else why torch finds none."""
     if torch.cuda.is_available():
-        driver = _told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        return f"yes, driver {driver or 'of unknown version'}"
+        drivers = hardware.ask_smi("driver_version")
+        return f"yes, driver {drivers[0] if drivers else 'of unknown version'}"
     try:
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:  # the first is that of a build without CUDA

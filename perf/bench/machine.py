@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,7 @@ def device_name(device: str) -> str:
 
 def driver() -> str:
     """The GPU driver's version, empty where nvidia-smi does not tell."""
-    told = _ask_smi("driver_version")
+    told = hardware.ask_smi("driver_version")
     return told[0] if told else ""
 
 
@@ -51,17 +50,7 @@ def smi(device: str) -> dict[str, str]:
         return {}
     asked = {"GPU": "name", "memory": "memory.total", "power limit": "power.limit", "highest SM clock": "clocks.max.sm",
              "highest memory clock": "clocks.max.memory", "MIG": "mig.mode.current"}  # fmt: skip
-    return {name: "; ".join(_ask_smi(field)) for name, field in asked.items()}
-
-
-def _ask_smi(field: str) -> list[str]:
-    """One field of every GPU."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return told.stdout.strip().splitlines()
+    return {name: "; ".join(hardware.ask_smi(field)) for name, field in asked.items()}
 
 
 def peaks(device: str, dtype: torch.dtype, kind: mode.Op, moved: int) -> tuple[float, float]:

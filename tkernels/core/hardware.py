@@ -1,4 +1,4 @@
-"""Which dtypes a device computes in by instructions of its own; the CPU's name; where CUDA's compiler is."""
+"""Which dtypes a device computes in by instructions of its own; what the system tells of CPU, GPUs and compilers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -55,6 +56,20 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def printed(*command: str) -> list[str]:
+    """The lines that a program prints; none where it fails or is not there."""
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return told.stdout.strip().splitlines()
+
+
+def ask_smi(field: str) -> list[str]:
+    """What nvidia-smi calls by that name, a line a GPU; none without it."""
+    return printed("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader")
 
 
 def find_cuda() -> None:
