@@ -19,6 +19,7 @@ from tests.cpu.stages import CASES, CL, leaves, stage
 from tests.cpu.stages import always as always  # fixtures
 from tests.cpu.stages import taken as taken
 from tests.tolerance import assert_close
+from tkernels.core import _torch
 from tkernels.cpu import buffers, compiler
 from tkernels.cpu import stage as fast
 from tkernels.functional import MaxPool, conv_stage
@@ -71,6 +72,44 @@ def test_evaluation_notices_every_write(taken: list[str]) -> None:
     assert taken == ["evaluate"] * 2
     assert not torch.equal(before, after)
     assert_close(after, expected, 72, scale=4.0)
+
+
+def test_evaluation_in_even_chunks(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few images at a time as CHUNK allows, the same for each thread; with more than one chunk a weight is brought
+    into oneDNN's order once, and no bit of the result changes."""
+    batches, packed = [], []
+    convolve, pack = _torch.onednn_conv, _torch.onednn_pack_conv_weight
+    monkeypatch.setattr(_torch, "onednn_conv", lambda x, *rest: batches.append(x.shape[0]) or convolve(x, *rest))
+    monkeypatch.setattr(_torch, "onednn_pack_conv_weight", lambda *a: packed.append(a[-1][0]) or pack(*a))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x, layers, _ = stage(batch=11)
+    a_map = 8 * 8 * 8 * 4
+
+    def chunks(maps: float) -> tuple[Tensor, list[int], list[int]]:
+        batches.clear(), packed.clear()
+        monkeypatch.setattr(fast, "CHUNK", int(maps * a_map))
+        return conv_stage(x, layers, 2), batches[:: len(layers)], [*packed]
+
+    with torch.no_grad():
+        whole, *counts = chunks(6)
+        assert counts == [[11], []]
+        for maps, expected in ((2, [4, 4, 3]), (2.5, [4, 4, 3]), (3, [6, 5]), (0.5, [1] * 11), (0, [1] * 11)):
+            y, *counts = chunks(maps)
+            assert counts == [expected, [expected[0]] * len(layers)], maps
+            assert torch.equal(y, whole)
+    assert taken == ["evaluate"] * 6
+
+
+@pytest.mark.parametrize("pool", (None, 2))
+def test_evaluation_keeps_what_is_no_number(pool: int | None, taken: list[str]) -> None:
+    x, layers, _ = stage()
+    with torch.no_grad():
+        x[0, 0, 3, 3], x[1, 1, 2, 5], x[2, 2, 4, 0] = float("nan"), float("inf"), float("-inf")
+        y = conv_stage(x, layers, pool)
+        expected = general.reference(x.double(), general.doubled(layers), torch.float64, pool, None, False)
+    assert taken == ["evaluate"]
+    assert expected[:3].isnan().flatten(1).any(1).all()
+    assert torch.equal(y.isnan(), expected.isnan())
 
 
 def test_dropout_draws_as_torch_does() -> None:

@@ -183,7 +183,7 @@ class Ends:
         return ()
 
     def _pool(self, x: Tensor, out: Tensor) -> tuple[()]:
-        out.copy_(self._largest(x))
+        out.copy_(torch.relu(self._largest(x)))
         return ()
 
     def _winners(
