@@ -75,8 +75,8 @@ def test_evaluation_notices_every_write(taken: list[str]) -> None:
 
 
 def test_evaluation_in_even_chunks(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As few images at a time as CHUNK allows, the same for each thread; with more than one chunk a weight is brought
-    into oneDNN's order once, and no bit of the result changes."""
+    """About as many images at a time as CHUNK allows, the same for each thread; with more than one chunk a weight is
+    brought into oneDNN's order once, and no bit of the result changes."""
     batches, packed = [], []
     convolve, pack = _torch.onednn_conv, _torch.onednn_pack_conv_weight
     monkeypatch.setattr(_torch, "onednn_conv", lambda x, *rest: batches.append(x.shape[0]) or convolve(x, *rest))
@@ -91,9 +91,9 @@ def test_evaluation_in_even_chunks(taken: list[str], monkeypatch: pytest.MonkeyP
         return conv_stage(x, layers, 2), batches[:: len(layers)], [*packed]
 
     with torch.no_grad():
-        whole, *counts = chunks(6)
+        whole, *counts = chunks(4)
         assert counts == [[11], []]
-        for maps, expected in ((2, [4, 4, 3]), (2.5, [4, 4, 3]), (3, [6, 5]), (0.5, [1] * 11), (0, [1] * 11)):
+        for maps, expected in ((3, [6, 5]), (2.5, [6, 5]), (2, [4, 4, 3]), (0.5, [1] * 11), (0, [1] * 11)):
             y, *counts = chunks(maps)
             assert counts == [expected, [expected[0]] * len(layers)], maps
             assert torch.equal(y, whole)

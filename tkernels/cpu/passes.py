@@ -118,10 +118,10 @@ def _fold(
     weight: Tensor, bias: Tensor, bn_weight: Tensor, bn_bias: Tensor, mean: Tensor, var: Tensor, eps: Tensor,
     out_weight: Tensor, out_bias: Tensor,
 ) -> tuple[Tensor]:  # fmt: skip
-    """A convolution's weight [K, kh, kw, C] and bias with the batch norm by running statistics that follows it. The
+    """A convolution's weight [K, n] and bias with the batch norm by running statistics that follows it. The
     result is finite where they are."""
     scale = torch.rsqrt(var + eps) * bn_weight
-    whole, shift = weight.float() * scale[:, None, None, None], (bias - mean) * scale + bn_bias
+    whole, shift = weight.float() * scale[:, None], (bias - mean) * scale + bn_bias
     out_weight.copy_(whole)
     out_bias.copy_(shift)
     return (whole.sum() + shift.sum(),)

@@ -389,14 +389,13 @@ def evaluate(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, nhwc: S
                 for w, window, g in zip(weights, windows, stage.geometries)
             ]
         y = buffers.channels_last(x.dtype, x.shape[0], stage.geometries[-1].out_channels, pool.out_h, pool.out_w)
-        for start in range(0, x.shape[0], chunk):
-            a = x[start : start + chunk]
+        end = _ends(pool).pool
+        for a, out in zip(x.split(chunk), _nhwc(y).split(chunk)):
             for i, (weight, (_, bias, _), window) in enumerate(zip(weights, folded, windows)):
-                a = a.contiguous(memory_format=torch.channels_last)
+                a = a.relu_() if i else a.contiguous(memory_format=torch.channels_last)
+                # (its ReLU not in the call: oneDNN's makes 0 of NaN)
                 a = _torch.onednn_conv(a, weight, bias, *window, "none", [], "")
-                if i < len(layers) - 1:
-                    a.relu_()  # (not in the call: oneDNN's makes 0 of NaN)
-            _ends(pool).pool(_windows(_nhwc(a), pool), _nhwc(y[start : start + chunk]))
+            end(_windows(_nhwc(a), pool), out)
         return _layout(y, nhwc[-1])
 
 
@@ -404,15 +403,16 @@ def _chunk(x: Tensor, stage: StageCall) -> int:
     """Images at a time: about as many as CHUNK allows, in chunks of one size; the same number for each thread."""
     largest = max(g.out_h * g.out_w * max(g.out_channels, g.in_channels) for g in stage.geometries)
     threads, images = torch.get_num_threads(), x.shape[0]
-    most = max(1, threads * CHUNK // (largest * x.element_size()))
-    even = math.ceil(images / math.ceil(images / most))
-    return min(images, math.ceil(even / threads) * threads) if most >= threads else even
+    fitting = max(1, threads * CHUNK // (largest * x.element_size()))
+    even = math.ceil(images / max(1, round(images / fitting)))
+    return min(images, math.ceil(even / threads) * threads) if fitting >= threads else even
 
 
 def _folded(layer: ConvBNLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Weight and bias of the convolution with batch norm's, and whether they are sound. Made at each call: a kept copy
     would not notice parameters written through ``.data``, as averaging of weights does."""
-    weight = _nhwc(layer.weight)
+    dense = layer.weight.is_contiguous()
+    weight = layer.weight if dense else _nhwc(layer.weight)
     channels = weight.shape[0]
     folded, bias = (torch.empty(size, dtype=dtype, device="cpu") for size in (weight.shape, (channels,)))
     given = (
@@ -420,5 +420,5 @@ def _folded(layer: ConvBNLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
         (layer.running_var, 1.0),
     )  # fmt: skip
     vectors = [passes.vector(t, channels, default) for t, default in given]
-    (sound,) = passes.fold(weight, *vectors, passes.number(layer.eps), folded, bias)
-    return _map(folded), bias, sound
+    (sound,) = passes.fold(weight.flatten(1), *vectors, passes.number(layer.eps), folded.flatten(1), bias)
+    return folded if dense else _map(folded), bias, sound
