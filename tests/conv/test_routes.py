@@ -118,6 +118,33 @@ def test_forward_by_pytorch_is_all_by_pytorch(
     assert not launches
 
 
+def test_where_cudnn_is_turned_off_products_are_ours(
+    device: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's own are slow. In calls that are known, in a stage, in traces."""
+    monkeypatch.setattr(routing, "of_conv", lambda *_: Route(True, True, True))
+    x, w = torch.randn(2, 16, 5, 5, device=device), torch.randn(8, 16, 3, 3, device=device)
+    large = torch.empty(256, 256, 14, 14, dtype=torch.bfloat16, device="meta")
+    g = conv_op.geometry(tuple(large.shape), (256, 256, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    stage = StageCall((g,), no_pooling(14, 14), large.dtype, 0.0, True, ("relu",))
+
+    def launched() -> int:
+        ran.clear()
+        for _ in range(2):
+            assert_close(conv2d(x, w, padding=1), torch.nn.functional.conv2d(x, w, padding=1).double(), 144)
+        return ran.count("conv_forward_kernel")
+
+    with tkernels.backend("auto"):
+        for enabled in (True, False, True):
+            monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
+            assert launched() == (0 if enabled else 2)
+            for traced in (False, True):
+                with monkeypatch.context() as patch:
+                    patch.setattr(mode, "traced", lambda traced=traced: traced)
+                    assert any(conv_op.route(x, w, None, g, x.dtype, None)) == enabled
+                    assert any(map(any, routes.of(large, stage, [True]))) == enabled
+
+
 def test_autotuning_measures_each_pass(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = measured_passes(monkeypatch, "wgrad")
     x, w = torch.randn(2, 16, 5, 5, device=device), torch.randn(8, 16, 3, 3, device=device)

@@ -82,10 +82,10 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
-def asks_choosers() -> bool:
+def asks_choosers(cudnn: bool = False) -> bool:
     """Whether products may be PyTorch's where that is faster: under 'auto' and, whoever runs the interpreter wants to
-    see kernels, not in it."""
-    return get_backend() == "auto" and not _INTERPRETING
+    see kernels, not in it. ``cudnn``: they would be cuDNN's, unless that is turned off; PyTorch's own are slower."""
+    return get_backend() == "auto" and not _INTERPRETING and (not cudnn or torch.backends.cudnn.enabled)
 
 
 def why_not_triton(*tensors: Tensor | None) -> str | None:

@@ -97,7 +97,8 @@ def call_key(tensors: Sequence[Tensor | None], arguments: tuple[Any, ...]) -> Ha
         cast = mode.autocast_dtype(first)
         precision = mode.float32_products() if cast is torch.float32 else None
         # (as bytes 1, 1.0 and True differ, and NaN is NaN)
-        return tensors_key(tensors), marshal.dumps(arguments, 2), recorded, cast, precision, mode.get_backend()
+        switches = mode.get_backend(), _torch.cudnn_is_enabled()
+        return tensors_key(tensors), marshal.dumps(arguments, 2), recorded, cast, precision, switches
     except (AttributeError, TypeError, RuntimeError, ValueError):
         return None
 

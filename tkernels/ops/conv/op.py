@@ -235,7 +235,7 @@ def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, dtype: torch.dtype, activation: str | None
 ) -> Route:
     """Who computes this convolution's products: by estimate, or as measured where autotuning is on."""
-    if not (mode.asks_choosers() and g.symmetric):
+    if not (mode.asks_choosers(cudnn=True) and g.symmetric):
         return OURS
     fused, biased = activation is not None, bias is not None
     if mode.traced():

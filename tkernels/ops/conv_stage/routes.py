@@ -23,7 +23,7 @@ __all__ = ["of"]
 
 def of(x: Tensor, stage: StageCall, measured: list[bool]) -> tuple[Route, ...]:
     """Of each layer; empty where all are ours. ``measured``: of each whether the batch's statistics normalise it."""
-    if not mode.asks_choosers():
+    if not mode.asks_choosers(cudnn=True):
         return ()
     if mode.traced():
         sizes = [(*g[:3], *g[5:9]) for g in stage.geometries]
