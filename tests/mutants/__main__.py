@@ -20,7 +20,6 @@ from pathlib import Path
 from tests.mutants import MUTANTS
 from tests.mutants.mutant import ROOT, Mutant
 
-COPIED = ("tkernels", "models", "perf", "tests", "pyproject.toml", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
 # what pytest ends with: no test failed, some did
 LIVES, DIES = 0, 1
 
@@ -65,11 +64,7 @@ def _verdict(mutant: Mutant, timeout: float) -> tuple[str, str]:
     """'died', 'LIVES' or 'UNKNOWN', and the test that saw it or why there is no telling."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         root = Path(folder)
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(ROOT / name, root / name)
+        _copy(root)
         mutant.put_into(root)
         try:
             done = _pytest(root, mutant.gate, mutant.tests, timeout)
@@ -88,8 +83,20 @@ def _verdict(mutant: Mutant, timeout: float) -> tuple[str, str]:
 
 @functools.cache
 def _passes(gate: str, test: str, timeout: float) -> bool:
-    """Whether a test passes on the source as it is."""
-    return _pytest(ROOT, gate, (test,), timeout).returncode == LIVES
+    """Whether a test passes on a copy of the source as it is."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        _copy(Path(folder))
+        return _pytest(Path(folder), gate, (test,), timeout).returncode == LIVES
+
+
+def _copy(root: Path) -> None:
+    """All files that git keeps, or would, as they are now."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():  # not deleted since
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
 
 
 def _pytest(root: Path, gate: str, tests: tuple[str, ...], timeout: float) -> subprocess.CompletedProcess[str]:

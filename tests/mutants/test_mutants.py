@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
-from tests.mutants import MUTANTS
+from tests.mutants import MUTANTS, __main__
 from tests.mutants.mutant import Mutant
 
 pytestmark = pytest.mark.gate("torch")
@@ -30,3 +32,11 @@ def test_names_differ() -> None:
 def test_one_that_is_left_behind_is_told(change: dict[str, str], said: str) -> None:
     left: Mutant = MUTANTS[0]._replace(**change)
     assert said in (left.complaint() or "")
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="copies are of what git keeps")
+def test_a_fault_that_changes_nothing_lives() -> None:
+    """A copy has every file that tests read: else each mutant would die of those that are missing."""
+    tests = "tests/core/test_mode.py", "-k", "versions"
+    harmless = Mutant("a comment", "constraints.txt", "# What everything", "# All that", "torch", tests)
+    assert __main__._verdict(harmless, timeout=300.0)[0] == "LIVES"
