@@ -134,15 +134,20 @@ def test_where_cudnn_is_turned_off_products_are_ours(
             assert_close(conv2d(x, w, padding=1), torch.nn.functional.conv2d(x, w, padding=1).double(), 144)
         return ran.count("conv_forward_kernel")
 
-    with tkernels.backend("auto"):
+    # (not by torch.backends.cudnn.flags, which sets how float32 is multiplied too)
+    switch = torch._C._set_cudnn_enabled
+    try:
         for enabled in (True, False, True):
-            monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
-            assert launched() == (0 if enabled else 2)
-            for traced in (False, True):
-                with monkeypatch.context() as patch:
-                    patch.setattr(mode, "traced", lambda traced=traced: traced)
-                    assert any(conv_op.route(x, w, None, g, x.dtype, None)) == enabled
-                    assert any(map(any, routes.of(large, stage, [True]))) == enabled
+            switch(enabled)
+            with tkernels.backend("auto"):
+                assert launched() == (0 if enabled else 2)
+                for traced in (False, True):
+                    with monkeypatch.context() as patch:
+                        patch.setattr(mode, "traced", lambda traced=traced: traced)
+                        assert any(conv_op.route(x, w, None, g, x.dtype, None)) == enabled
+                        assert any(map(any, routes.of(large, stage, [True]))) == enabled
+    finally:
+        switch(True)
 
 
 def test_autotuning_measures_each_pass(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
