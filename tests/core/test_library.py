@@ -84,7 +84,7 @@ def test_a_trace_leaves_conv2d_to_pytorch_whatever_the_batch(
 ) -> None:
     """Under 'auto', as an H100 would have it for many large maps: the batch is a symbol from the second one on."""
     # (in the interpreter, which stands for the GPU here, all would be ours)
-    monkeypatch.setattr(mode, "asks_choosers", lambda: True)
+    monkeypatch.setattr(mode, "asks_choosers", lambda cudnn=False: True)
     model = tnn.Conv2d(channels, channels, 3, padding=1, activation="relu", dtype=torch.bfloat16)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
