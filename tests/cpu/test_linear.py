@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +195,24 @@ def test_which_product_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = False
     with pytest.warns(UserWarning, match="linear layer alone, followed by"):
         assert products(tkernels.fuse(nn.Sequential(*model)), many) == [PRODUCT] * 2
+
+
+@pytest.mark.parametrize("onednn, ahead", ((0.99, True), (1.0, False), (1.01, False)))
+def test_the_faster_one_is_taken(onednn: float, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By any margin: one that CPUs happen to stand at would decide by chance."""
+    now = 0.0
+
+    def takes(seconds: float) -> Callable[..., None]:
+        def run(*_: Any) -> None:
+            nonlocal now
+            now += seconds
+
+        return run
+
+    monkeypatch.setattr(product, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(product, "F", SimpleNamespace(linear=takes(1.0)))
+    monkeypatch.setattr(product, "_onednn", takes(onednn))
+    assert product._is_measured_ahead.__wrapped__(1) is ahead
 
 
 def test_it_is_measured_once() -> None:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.mutants import MUTANTS, __main__
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import ROOT, Mutant
 
 pytestmark = pytest.mark.gate("torch")
 
@@ -34,7 +34,7 @@ def test_one_that_is_left_behind_is_told(change: dict[str, str], said: str) -> N
     assert said in (left.complaint() or "")
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="copies are of what git keeps")
+@pytest.mark.skipif(not (shutil.which("git") and (ROOT / ".git").exists()), reason="copies are of what git keeps")
 def test_a_fault_that_changes_nothing_lives() -> None:
     """A copy has every file that tests read: else each mutant would die of those that are missing."""
     tests = "tests/core/test_mode.py", "-k", "versions"

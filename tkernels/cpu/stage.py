@@ -377,21 +377,20 @@ def evaluate(x: Tensor, layers: Sequence[ConvBNLayer], stage: StageCall, nhwc: S
     pooling, and so few images at a time that their maps stay in cache. None where a weight and its batch norm have no
     finite product."""
     with torch.autocast("cpu", enabled=False):
-        folded = [_folded(layer, stage.dtype) for layer in layers]
-        if not all(passes.is_sound(sound) for _, _, sound in folded):
+        weights, biases, sound = zip(*[_folded(layer, stage.dtype) for layer in layers])
+        if not all(map(passes.is_sound, sound)):
             return None
         x = _cast(x, stage.dtype)
         chunk, pool, windows = _chunk(x, stage), stage.pool, [_window(g) for g in stage.geometries]
-        weights = [w for w, _, _ in folded]
         if chunk < x.shape[0]:  # in oneDNN's own order once, not once a chunk
-            weights = [
+            weights = tuple(
                 _torch.onednn_pack_conv_weight(w, *window, [chunk, g.in_channels, g.height, g.width])
                 for w, window, g in zip(weights, windows, stage.geometries)
-            ]
+            )
         y = buffers.channels_last(x.dtype, x.shape[0], stage.geometries[-1].out_channels, pool.out_h, pool.out_w)
         end = _ends(pool).pool
         for a, out in zip(x.split(chunk), _nhwc(y).split(chunk)):
-            for i, (weight, (_, bias, _), window) in enumerate(zip(weights, folded, windows)):
+            for i, (weight, bias, window) in enumerate(zip(weights, biases, windows)):
                 a = a.relu_() if i else a.contiguous(memory_format=torch.channels_last)
                 # (its ReLU not in the call: oneDNN's makes 0 of NaN)
                 a = _torch.onednn_conv(a, weight, bias, *window, "none", [], "")
